@@ -1,0 +1,106 @@
+"""Templates to text: the only user of jinja2. Knows no compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from convgen import __version__
+from convgen.dtypes import DTYPES
+from convgen.engines import CONTRACTIONS, KernelPlan, engine_for
+from convgen.spec import ConvSpec
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The one Jinja2 environment: an undefined name is an error, blocks leave no blank lines."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    env.filters["pyrepr"] = repr
+    return env
+
+
+def render_template(name: str, context: dict[str, Any]) -> str:
+    """Renders ``templates/<name>``, with runs of blank lines folded to one."""
+    text = environment().get_template(name).render(context)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def render_kernels(
+    spec: ConvSpec, backend: str, dtypes: Iterable[str]
+) -> tuple[dict[str, str], list[KernelPlan]]:
+    """The sources of one backend: ``{path in the package: text}``, and the plans behind them.
+
+    Sources lie at ``src/<backend>/<contraction>_<dtype><suffix>``; each is one translation unit.
+    """
+    engine = engine_for(backend)
+    files = {
+        f"src/{backend}/{path}": (TEMPLATES / source).read_text()
+        for path, source in engine.headers.items()
+    }
+    plans = []
+    for dtype in dtypes:
+        for contraction in CONTRACTIONS:
+            plan = engine.plan(spec.geometry, contraction, dtype)
+            plans.append(plan)
+            path = f"src/{backend}/{contraction}_{dtype}{engine.source_suffix}"
+            files[path] = render_template(
+                engine.template(contraction), kernel_context(spec, plan) | engine.context(plan)
+            )
+    return files, plans
+
+
+def kernel_context(spec: ConvSpec, plan: KernelPlan) -> dict[str, Any]:
+    """What every kernel template is given."""
+    return {
+        "version": __version__,
+        "spec": spec,
+        "command": command_line(spec),
+        "g": plan.geometry,
+        "contraction": plan.contraction,
+        "dtype": DTYPES[plan.dtype],
+        "accumulator": DTYPES[plan.dtype].accumulator,
+        "schedule": plan.schedule,
+        "schedule_text": json.dumps(dataclasses.asdict(plan.schedule), sort_keys=True),
+    }
+
+
+def command_line(spec: ConvSpec) -> str:
+    """The ``convgen generate`` command that regenerates a specification."""
+    words = ["convgen generate"]
+    if spec.op != "conv_transpose3d":
+        words.append(f"--op {spec.op}")
+
+    def option(name: str, values: tuple[int, ...] | str, default: int | None) -> None:
+        if isinstance(values, str):
+            words.append(f"--{name} {values}")
+        elif any(v != default for v in values):
+            same = len(set(values)) == 1
+            words.append(f"--{name} {values[0] if same else ','.join(map(str, values))}")
+
+    option("kernel", spec.kernel_size, None)
+    option("stride", spec.stride, 1)
+    option("padding", spec.padding, 0)
+    option("output-padding", spec.output_padding, 0)
+    option("dilation", spec.dilation, 1)
+    option("groups", (spec.groups,), 1)
+    if spec.in_channels is not None:
+        words.append(f"--in-channels {spec.in_channels}")
+    if spec.out_channels is not None:
+        words.append(f"--out-channels {spec.out_channels}")
+    return " ".join(words)

@@ -1,0 +1,354 @@
+"""What is fixed about a convolution layer: :class:`ConvSpec`, and its 3-D form :class:`Geometry`.
+
+A specification holds the facts that become compile-time constants of the kernels. Batch, spatial
+extents and (unless given) channel counts stay runtime values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+OPERATORS = (
+    "conv_transpose3d",
+    "conv_transpose2d",
+    "conv_transpose1d",
+    "conv3d",
+    "conv2d",
+    "conv1d",
+)
+"""The six operators, under the names that ``torch.nn.functional`` gives them."""
+
+Triple = tuple[int, int, int]
+
+_MAX_EXTENT = 1 << 16
+"""No kernel extent, stride, dilation or padding beyond this: offsets inside a tile are 32-bit."""
+
+
+class SpecError(ValueError):
+    """A specification that PyTorch would refuse too; the message says what is allowed."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The trilinear form of a specification, always in three spatial dimensions (D, H, W).
+
+    ``fine[n, b, o]`` meets ``coarse[n, a, i]`` through ``weight[a, b / groups, t]`` where
+    ``o = i * stride - padding + t * dilation`` in each dimension; missing leading dimensions are
+    1 x stride 1 x padding 0 x dilation 1.
+    """
+
+    kernel: Triple
+    stride: Triple
+    padding: Triple
+    dilation: Triple
+    groups: int
+    coarse_channels: int | None
+    fine_channels: int | None
+
+    @property
+    def taps(self) -> int:
+        """Number of kernel elements, ``KD * KH * KW``."""
+        return self.kernel[0] * self.kernel[1] * self.kernel[2]
+
+    @property
+    def coarse_channels_per_group(self) -> int | None:
+        return None if self.coarse_channels is None else self.coarse_channels // self.groups
+
+    @property
+    def fine_channels_per_group(self) -> int | None:
+        return None if self.fine_channels is None else self.fine_channels // self.groups
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A convolution layer with everything but batch and extents fixed.
+
+    Build one with :meth:`make`, which accepts PyTorch's argument forms and validates them; the
+    constructor takes normalized tuples (one entry per spatial dimension) and validates too.
+
+    ``padding`` is a tuple, or ``"same"`` (convolutions of stride 1 only).
+    """
+
+    op: str
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    in_channels: int | None = None
+    out_channels: int | None = None
+
+    @staticmethod
+    def make(
+        op: str = "conv_transpose3d",
+        *,
+        kernel_size: int | Iterable[int],
+        stride: int | Iterable[int] = 1,
+        padding: int | Iterable[int] | str = 0,
+        output_padding: int | Iterable[int] = 0,
+        dilation: int | Iterable[int] = 1,
+        groups: int = 1,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+    ) -> ConvSpec:
+        """A specification from PyTorch's argument forms: ints, or one int per spatial dimension.
+
+        Raises:
+            SpecError: with what is wrong and what is allowed, under PyTorch's own limits.
+        """
+        ndim = _ndim(op)
+        if isinstance(padding, str):
+            if padding == "valid":
+                padding = 0
+            elif padding != "same":
+                raise SpecError(
+                    f"padding={padding!r} is not known: give an int, {ndim} ints, 'same' or 'valid'"
+                )
+        return ConvSpec(
+            op=op,
+            kernel_size=_tuple("kernel_size", kernel_size, ndim),
+            stride=_tuple("stride", stride, ndim),
+            padding=padding if isinstance(padding, str) else _tuple("padding", padding, ndim),
+            output_padding=_tuple("output_padding", output_padding, ndim),
+            dilation=_tuple("dilation", dilation, ndim),
+            groups=_integer("groups", groups),
+            in_channels=None if in_channels is None else _integer("in_channels", in_channels),
+            out_channels=None if out_channels is None else _integer("out_channels", out_channels),
+        )
+
+    def __post_init__(self) -> None:
+        ndim = _ndim(self.op)
+        for name in ("kernel_size", "stride", "output_padding", "dilation"):
+            if len(getattr(self, name)) != ndim:
+                raise SpecError(f"{name} needs {ndim} values for {self.op}")
+        _at_least("kernel_size", self.kernel_size, 1)
+        _at_least("stride", self.stride, 1)
+        _at_least("dilation", self.dilation, 1)
+        _at_least("output_padding", self.output_padding, 0)
+        self._check_padding(ndim)
+        if self.groups < 1:
+            raise SpecError(f"groups={self.groups}: must be at least 1")
+        self._check_output_padding()
+        for name in ("in_channels", "out_channels"):
+            channels = getattr(self, name)
+            if channels is None:
+                continue
+            if channels < 1:
+                raise SpecError(f"{name}={channels}: must be at least 1")
+            if channels % self.groups:
+                raise SpecError(
+                    f"{name}={channels} is not divisible by groups={self.groups}: "
+                    f"every group needs the same number of channels"
+                )
+
+    def _check_padding(self, ndim: int) -> None:
+        if isinstance(self.padding, str):
+            if self.padding != "same":
+                raise SpecError(f"padding={self.padding!r}: give ints or 'same'")
+            if self.transposed:
+                raise SpecError(
+                    f"padding='same' is for convolutions; {self.op} takes an int or {ndim} ints"
+                )
+            if any(s != 1 for s in self.stride):
+                raise SpecError(
+                    f"padding='same' needs stride 1, not {_show(self.stride)}: "
+                    f"give the padding as ints"
+                )
+            return
+        if len(self.padding) != ndim:
+            raise SpecError(f"padding needs {ndim} values for {self.op}")
+        _at_least("padding", self.padding, 0)
+
+    def _check_output_padding(self) -> None:
+        if not self.transposed:
+            if any(self.output_padding):
+                raise SpecError(
+                    f"output_padding={_show(self.output_padding)}: {self.op} has none "
+                    f"(only transposed convolutions do)"
+                )
+            return
+        for op, s, d in zip(self.output_padding, self.stride, self.dilation, strict=True):
+            if op >= max(s, d):
+                raise SpecError(
+                    f"output_padding={_show(self.output_padding)} must be smaller than either "
+                    f"stride {_show(self.stride)} or dilation {_show(self.dilation)} "
+                    f"in every dimension"
+                )
+
+    @property
+    def transposed(self) -> bool:
+        return self.op.startswith("conv_transpose")
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions: 1, 2 or 3."""
+        return len(self.kernel_size)
+
+    @property
+    def padding_begin(self) -> tuple[int, ...]:
+        """Zeros before the first element; for ``'same'``, PyTorch's ``d * (k - 1) // 2``."""
+        if isinstance(self.padding, str):
+            return tuple(
+                d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True)
+            )
+        return self.padding
+
+    @property
+    def padding_end(self) -> tuple[int, ...]:
+        """Zeros after the last element; one more than before where ``'same'`` splits unevenly."""
+        if isinstance(self.padding, str):
+            return tuple(
+                d * (k - 1) - begin
+                for k, d, begin in zip(
+                    self.kernel_size, self.dilation, self.padding_begin, strict=True
+                )
+            )
+        return self.padding
+
+    @property
+    def name(self) -> str:
+        """Canonical identifier: the operator, the kernel, then only what differs from defaults.
+
+        For example ``conv_transpose3d_k3_s2_p1_op1_c48x64``.
+        """
+        parts = [self.op, f"k{_compact(self.kernel_size)}"]
+        if any(s != 1 for s in self.stride):
+            parts.append(f"s{_compact(self.stride)}")
+        if isinstance(self.padding, str):
+            parts.append("psame")
+        elif any(self.padding):
+            parts.append(f"p{_compact(self.padding)}")
+        if any(self.output_padding):
+            parts.append(f"op{_compact(self.output_padding)}")
+        if any(d != 1 for d in self.dilation):
+            parts.append(f"d{_compact(self.dilation)}")
+        if self.groups != 1:
+            parts.append(f"g{self.groups}")
+        if self.in_channels is not None and self.out_channels is not None:
+            parts.append(f"c{self.in_channels}x{self.out_channels}")
+        elif self.in_channels is not None:
+            parts.append(f"cin{self.in_channels}")
+        elif self.out_channels is not None:
+            parts.append(f"cout{self.out_channels}")
+        return "_".join(parts)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The trilinear form in three dimensions, from which kernels are generated."""
+        lead = 3 - self.ndim
+
+        def triple(values: tuple[int, ...], fill: int) -> Triple:
+            d, h, w = (fill,) * lead + values
+            return d, h, w
+
+        coarse, fine = self.out_channels, self.in_channels
+        if self.transposed:
+            coarse, fine = fine, coarse
+        return Geometry(
+            kernel=triple(self.kernel_size, 1),
+            stride=triple(self.stride, 1),
+            padding=triple(self.padding_begin, 0),
+            dilation=triple(self.dilation, 1),
+            groups=self.groups,
+            coarse_channels=coarse,
+            fine_channels=fine,
+        )
+
+    def output_extents(self, extents: Iterable[int]) -> tuple[int, ...]:
+        """Spatial extents of the output for an input of ``extents``.
+
+        PyTorch's formulas: ``(e + pb + pe - d (k - 1) - 1) // s + 1`` for convolutions and
+        ``(e - 1) s - 2 p + d (k - 1) + op + 1`` for transposed ones. May be < 1: no output then.
+        """
+        out = []
+        for axis, extent in enumerate(extents):
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            pads = self.padding_begin[axis] + self.padding_end[axis]
+            if self.transposed:
+                spread = (extent - 1) * self.stride[axis]
+                out.append(spread - pads + reach + self.output_padding[axis] + 1)
+            else:
+                out.append((extent + pads - reach - 1) // self.stride[axis] + 1)
+        return tuple(out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; :meth:`from_dict` reads it back."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> ConvSpec:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            SpecError: for unknown or missing fields, or values that :meth:`make` refuses.
+        """
+        known = {field.name for field in fields(ConvSpec)}
+        if unknown := sorted(set(data) - known):
+            raise SpecError(f"unknown fields in a specification: {', '.join(unknown)}")
+        if missing := sorted({"op", "kernel_size"} - set(data)):
+            raise SpecError(f"a specification needs the fields {', '.join(missing)}")
+        return ConvSpec.make(**data)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> ConvSpec:
+        """Inverse of :meth:`to_json`; raises SpecError for text that is no specification."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"not a JSON specification: {error}") from error
+        if not isinstance(data, dict):
+            raise SpecError("a JSON specification is an object")
+        return ConvSpec.from_dict(data)
+
+
+def _ndim(op: str) -> int:
+    if op not in OPERATORS:
+        raise SpecError(f"op={op!r} is not known: choose one of {', '.join(OPERATORS)}")
+    match = re.search(r"([123])d$", op)
+    assert match is not None
+    return int(match[1])
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SpecError(f"{name}={value!r} must be an int")
+    return value
+
+
+def _tuple(name: str, value: int | Iterable[int], ndim: int) -> tuple[int, ...]:
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        values = tuple(_integer(name, v) for v in value)
+        if len(values) == 1:
+            values *= ndim
+        if len(values) != ndim:
+            raise SpecError(
+                f"{name} has {len(values)} values ({_show(values)}): give one int or {ndim}"
+            )
+        return values
+    return (_integer(name, value),) * ndim
+
+
+def _at_least(name: str, values: tuple[int, ...], least: int) -> None:
+    if any(v < least for v in values):
+        raise SpecError(f"{name}={_show(values)}: every value must be at least {least}")
+    if any(v > _MAX_EXTENT for v in values):
+        raise SpecError(f"{name}={_show(values)}: no value may exceed {_MAX_EXTENT}")
+
+
+def _show(values: tuple[int, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else ",".join(map(str, values))
+
+
+def _compact(values: tuple[int, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
