@@ -7,6 +7,8 @@ extents and (unless given) channel counts stay runtime values.
 from __future__ import annotations
 
 import json
+import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +28,12 @@ Triple = tuple[int, int, int]
 
 _MAX_EXTENT = 1 << 16
 """No kernel extent, stride, dilation or padding beyond this: offsets inside a tile are 32-bit."""
+
+_MAX_TAPS = 1 << 20
+"""No more kernel elements than this: a kernel of 100 x 100 x 100 still fits."""
+
+_MAX_CHANNELS = 1 << 20
+"""No more groups or channels than this: channel indices are 32-bit in the kernels."""
 
 
 class SpecError(ValueError):
@@ -63,14 +71,16 @@ class Geometry:
         return None if self.fine_channels is None else self.fine_channels // self.groups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class ConvSpec:
     """A convolution layer with everything but batch and extents fixed.
 
-    Build one with :meth:`make`, which accepts PyTorch's argument forms and validates them; the
-    constructor takes normalized tuples (one entry per spatial dimension) and validates too.
+    The constructor takes PyTorch's argument forms, ints or one int per spatial dimension; the
+    fields hold one int per spatial dimension. ``padding`` is a tuple, or ``"same"`` (convolutions
+    of stride 1 only); ``"valid"`` becomes 0.
 
-    ``padding`` is a tuple, or ``"same"`` (convolutions of stride 1 only).
+    Raises:
+        SpecError: with what is wrong and what is allowed, under PyTorch's own limits.
     """
 
     op: str
@@ -79,9 +89,39 @@ class ConvSpec:
     padding: tuple[int, ...] | str
     output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
-    groups: int = 1
-    in_channels: int | None = None
-    out_channels: int | None = None
+    groups: int
+    in_channels: int | None
+    out_channels: int | None
+
+    def __init__(
+        self,
+        op: str,
+        kernel_size: int | Iterable[int],
+        stride: int | Iterable[int] = 1,
+        padding: int | Iterable[int] | str = 0,
+        output_padding: int | Iterable[int] = 0,
+        dilation: int | Iterable[int] = 1,
+        groups: int = 1,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+    ) -> None:
+        ndim = _ndim(op)
+        normalized = {
+            "op": op,
+            "kernel_size": _tuple("kernel_size", kernel_size, ndim),
+            "stride": _tuple("stride", stride, ndim),
+            "padding": _padding(op, padding, ndim),
+            "output_padding": _tuple("output_padding", output_padding, ndim),
+            "dilation": _tuple("dilation", dilation, ndim),
+            "groups": _integer("groups", groups),
+            "in_channels": None if in_channels is None else _integer("in_channels", in_channels),
+            "out_channels": (
+                None if out_channels is None else _integer("out_channels", out_channels)
+            ),
+        }
+        for name, value in normalized.items():
+            object.__setattr__(self, name, value)
+        self._check()
 
     @staticmethod
     def make(
@@ -96,73 +136,56 @@ class ConvSpec:
         in_channels: int | None = None,
         out_channels: int | None = None,
     ) -> ConvSpec:
-        """A specification from PyTorch's argument forms: ints, or one int per spatial dimension.
+        """The constructor with :func:`convgen.specialize`'s default operator, keywords only.
 
         Raises:
             SpecError: with what is wrong and what is allowed, under PyTorch's own limits.
         """
-        ndim = _ndim(op)
-        if isinstance(padding, str):
-            if padding == "valid":
-                padding = 0
-            elif padding != "same":
-                raise SpecError(
-                    f"padding={padding!r} is not known: give an int, {ndim} ints, 'same' or 'valid'"
-                )
         return ConvSpec(
-            op=op,
-            kernel_size=_tuple("kernel_size", kernel_size, ndim),
-            stride=_tuple("stride", stride, ndim),
-            padding=padding if isinstance(padding, str) else _tuple("padding", padding, ndim),
-            output_padding=_tuple("output_padding", output_padding, ndim),
-            dilation=_tuple("dilation", dilation, ndim),
-            groups=_integer("groups", groups),
-            in_channels=None if in_channels is None else _integer("in_channels", in_channels),
-            out_channels=None if out_channels is None else _integer("out_channels", out_channels),
+            op,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            dilation,
+            groups,
+            in_channels,
+            out_channels,
         )
 
-    def __post_init__(self) -> None:
-        ndim = _ndim(self.op)
-        for name in ("kernel_size", "stride", "output_padding", "dilation"):
-            if len(getattr(self, name)) != ndim:
-                raise SpecError(f"{name} needs {ndim} values for {self.op}")
-        _at_least("kernel_size", self.kernel_size, 1)
-        _at_least("stride", self.stride, 1)
-        _at_least("dilation", self.dilation, 1)
-        _at_least("output_padding", self.output_padding, 0)
-        self._check_padding(ndim)
-        if self.groups < 1:
-            raise SpecError(f"groups={self.groups}: must be at least 1")
+    def _check(self) -> None:
+        _in_range("kernel_size", self.kernel_size, 1)
+        _in_range("stride", self.stride, 1)
+        _in_range("dilation", self.dilation, 1)
+        _in_range("output_padding", self.output_padding, 0)
+        if math.prod(self.kernel_size) > _MAX_TAPS:
+            raise SpecError(
+                f"kernel_size={_show(self.kernel_size)}: {math.prod(self.kernel_size)} elements, "
+                f"at most {_MAX_TAPS} are possible"
+            )
+        self._check_padding()
         self._check_output_padding()
-        for name in ("in_channels", "out_channels"):
-            channels = getattr(self, name)
-            if channels is None:
+        for name in ("groups", "in_channels", "out_channels"):
+            value = getattr(self, name)
+            if value is None:
                 continue
-            if channels < 1:
-                raise SpecError(f"{name}={channels}: must be at least 1")
-            if channels % self.groups:
+            if value < 1:
+                raise SpecError(f"{name}={value}: must be at least 1")
+            if value > _MAX_CHANNELS:
+                raise SpecError(f"{name}={value}: must not exceed {_MAX_CHANNELS}")
+            if value % self.groups:
                 raise SpecError(
-                    f"{name}={channels} is not divisible by groups={self.groups}: "
+                    f"{name}={value} is not divisible by groups={self.groups}: "
                     f"every group needs the same number of channels"
                 )
 
-    def _check_padding(self, ndim: int) -> None:
-        if isinstance(self.padding, str):
-            if self.padding != "same":
-                raise SpecError(f"padding={self.padding!r}: give ints or 'same'")
-            if self.transposed:
-                raise SpecError(
-                    f"padding='same' is for convolutions; {self.op} takes an int or {ndim} ints"
-                )
-            if any(s != 1 for s in self.stride):
-                raise SpecError(
-                    f"padding='same' needs stride 1, not {_show(self.stride)}: "
-                    f"give the padding as ints"
-                )
-            return
-        if len(self.padding) != ndim:
-            raise SpecError(f"padding needs {ndim} values for {self.op}")
-        _at_least("padding", self.padding, 0)
+    def _check_padding(self) -> None:
+        if not isinstance(self.padding, str):
+            _in_range("padding", self.padding, 0)
+        elif any(s != 1 for s in self.stride):
+            raise SpecError(
+                f"padding='same' needs stride 1, not {_show(self.stride)}: give the padding as ints"
+            )
 
     def _check_output_padding(self) -> None:
         if not self.transposed:
@@ -321,25 +344,42 @@ def _ndim(op: str) -> int:
 
 
 def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise SpecError(f"{name}={value!r} must be an int")
-    return value
+    # As torch does: anything with __index__ (numpy's ints too), but no bool and no float.
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise SpecError(f"{name}={value!r} must be an int") from None
 
 
 def _tuple(name: str, value: int | Iterable[int], ndim: int) -> tuple[int, ...]:
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        values = tuple(_integer(name, v) for v in value)
-        if len(values) == 1:
-            values *= ndim
-        if len(values) != ndim:
-            raise SpecError(
-                f"{name} has {len(values)} values ({_show(values)}): give one int or {ndim}"
-            )
-        return values
-    return (_integer(name, value),) * ndim
+    # A zero-dimensional array or tensor has __iter__, but is one int.
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return (_integer(name, value),) * ndim
+    if getattr(value, "ndim", 1) == 0:
+        return (_integer(name, value),) * ndim
+    values = tuple(_integer(name, v) for v in value)
+    if len(values) == 1:
+        values *= ndim
+    if len(values) != ndim:
+        allowed = "one int" if ndim == 1 else f"one int or {ndim}"
+        raise SpecError(f"{name}={','.join(map(str, values))!r}: give {allowed}")
+    return values
 
 
-def _at_least(name: str, values: tuple[int, ...], least: int) -> None:
+def _padding(op: str, value: int | Iterable[int] | str, ndim: int) -> tuple[int, ...] | str:
+    if not isinstance(value, str):
+        return _tuple("padding", value, ndim)
+    ints = "an int" if ndim == 1 else f"an int or {ndim} ints"
+    if op.startswith("conv_transpose"):
+        raise SpecError(f"padding={value!r}: {op} takes {ints}")
+    if value not in ("same", "valid"):
+        raise SpecError(f"padding={value!r} is not known: give {ints}, 'same' or 'valid'")
+    return "same" if value == "same" else (0,) * ndim
+
+
+def _in_range(name: str, values: tuple[int, ...], least: int) -> None:
     if any(v < least for v in values):
         raise SpecError(f"{name}={_show(values)}: every value must be at least {least}")
     if any(v > _MAX_EXTENT for v in values):
