@@ -6,6 +6,9 @@ Importing this package imports neither torch nor a compiler.
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -33,10 +36,21 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'convgen' has no attribute {name!r}")
-    import importlib
-    import sys
-
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    # Importing convgen.specialize binds the submodule under the name of the function.
     setattr(sys.modules[__name__], name, value)
     return value
+
+
+class _Package(ModuleType):
+    """Keeps ``convgen.specialize`` and ``convgen.verify`` the functions, not the submodules.
+
+    The import system binds a submodule under its name once it is loaded, whoever imports it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _EXPORTS and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

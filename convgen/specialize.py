@@ -1,0 +1,179 @@
+"""The pipeline: specification -> sources -> libraries -> package in the cache -> module.
+
+Torch is imported only with the module itself, so that ``convgen generate`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from convgen import toolchain
+from convgen.build import Library, Progress, build
+from convgen.dtypes import DTYPES, parse_dtype
+from convgen.engines import BACKENDS, KernelPlan, engine_for
+from convgen.modules import export as export
+from convgen.modules import load as load
+from convgen.spec import ConvSpec, SpecError
+
+DEFAULT_DTYPES = {"cpu": ("f32", "f64"), "cuda": ("f32",)}
+
+_modules: dict[tuple[object, ...], ModuleType] = {}
+"""What :func:`specialize` returned in this process, by its arguments."""
+
+
+def specialize(
+    op: str = "conv_transpose3d",
+    *,
+    kernel_size: int | Iterable[int],
+    stride: int | Iterable[int] = 1,
+    padding: int | Iterable[int] | str = 0,
+    output_padding: int | Iterable[int] = 0,
+    dilation: int | Iterable[int] = 1,
+    groups: int = 1,
+    in_channels: int | None = None,
+    out_channels: int | None = None,
+    dtypes: Iterable[object] | None = None,
+    backends: str | Iterable[str] | None = None,
+    archs: Iterable[str] | None = None,
+) -> ModuleType:
+    """A module with the kernels of one layer, generated and compiled unless the cache has it.
+
+    The module has the function and the class under torch's names, for example
+    ``conv_transpose3d(input, weight, bias=None)`` and ``ConvTranspose3d(in_channels,
+    out_channels, bias=True)``, which serve any batch, extents and (unless given here) channels.
+    The same arguments give the same module object.
+
+    Args:
+        op: one of the six operators of ``torch.nn.functional``.
+        kernel_size, stride, padding, output_padding, dilation: an int, or one per dimension;
+            for convolutions also ``padding="same"`` or ``"valid"``.
+        groups: divides the channels.
+        in_channels, out_channels: fixed if given; kernels get faster and serve no others.
+        dtypes: ``"f32"``, ``"f64"``, ``"f16"``, ``"bf16"`` or torch's dtypes; by default f32 and
+            f64 on the CPU, f32 on CUDA.
+        backends: ``"cpu"``, ``"cuda"`` or both; by default cpu, and cuda where a GPU is present.
+        archs: GPU architectures such as ``"90a"`` or ``"80+ptx"``; by default the GPUs present.
+
+    Raises:
+        SpecError: for arguments that torch would refuse too, or an unknown dtype or backend.
+        ToolchainError: if a compiler is missing; says what to install.
+        BuildError: if a compiler fails or the cache cannot be used.
+    """
+    spec = ConvSpec.make(
+        op,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        output_padding=output_padding,
+        dilation=dilation,
+        groups=groups,
+        in_channels=in_channels,
+        out_channels=out_channels,
+    )
+    chosen_dtypes = None if dtypes is None else _dtypes(dtypes)
+    chosen_archs = None if archs is None else tuple(archs)
+    chosen_backends = _backends(backends, chosen_archs)
+    arguments = (spec, chosen_dtypes, chosen_backends, chosen_archs)
+    if module := _modules.get(arguments):
+        return module
+    package = generate(spec, dtypes=chosen_dtypes, backends=chosen_backends, archs=chosen_archs)
+    return _modules.setdefault(arguments, load(package))
+
+
+def generate(
+    spec: ConvSpec,
+    *,
+    dtypes: Iterable[object] | None = None,
+    backends: str | Iterable[str] | None = None,
+    archs: Iterable[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The package folder of a specification in the cache, compiled unless it is there.
+
+    The folder belongs to the cache: :func:`export` copies it elsewhere, :func:`load` imports it.
+
+    Args:
+        spec: the layer.
+        dtypes, backends, archs: as for :func:`specialize`.
+        progress: ``progress(done, total, what)``, called while compiling.
+
+    Raises:
+        SpecError, ToolchainError, BuildError: as :func:`specialize` does.
+    """
+    archs = None if archs is None else tuple(archs)
+    chosen = _backends(backends, archs)
+    files = render(spec, chosen, dtypes)
+    libraries = [_library(backend, files, archs) for backend in chosen]
+    return build(spec.name, files, libraries, progress=progress)
+
+
+def render(
+    spec: ConvSpec,
+    backends: Iterable[str] = BACKENDS,
+    dtypes: Iterable[object] | None = None,
+) -> dict[str, str]:
+    """Text of every file of a package but ``build.ninja``, which depends on the machine.
+
+    A function of its arguments and of convgen's version; ``dtypes`` of None are
+    :data:`DEFAULT_DTYPES`.
+    """
+    # Imported here because of jinja2: neither `convgen --help` nor a module found again needs it.
+    from convgen.package import render_package
+    from convgen.render import render_kernels
+
+    chosen = None if dtypes is None else _dtypes(dtypes)
+    files: dict[str, str] = {}
+    plans: dict[str, list[KernelPlan]] = {}
+    for backend in backends:
+        sources, plans[backend] = render_kernels(spec, backend, chosen or DEFAULT_DTYPES[backend])
+        files |= sources
+    return files | render_package(spec, plans)
+
+
+def _library(backend: str, files: Iterable[str], archs: Sequence[str] | None) -> Library:
+    """The library of a backend: its translation units, and the commands that compile them."""
+    suffix = engine_for(backend).source_suffix
+    sources = sorted(
+        path for path in files if path.startswith(f"src/{backend}/") and path.endswith(suffix)
+    )
+    if backend == "cpu":
+        commands = toolchain.find_cpp().commands()
+    else:
+        nvcc = toolchain.find_cuda()
+        commands = nvcc.commands(
+            toolchain.default_architectures(nvcc)
+            if archs is None
+            else nvcc.check_architectures(archs)
+        )
+    return Library(f"lib/{backend}.so", tuple(sources), commands)
+
+
+def _backends(backends: str | Iterable[str] | None, archs: Sequence[str] | None) -> tuple[str, ...]:
+    """The backends to generate, in canonical order."""
+    if backends is None or backends == "auto":
+        # Whoever names a GPU architecture wants kernels for it, with a GPU here or without.
+        gpu = archs is not None or bool(toolchain.gpu_architectures())
+        return ("cpu", "cuda") if gpu else ("cpu",)
+    given = {backends} if isinstance(backends, str) else set(backends)
+    if not given or not given <= set(BACKENDS):
+        raise SpecError(
+            f"backends={backends!r}: give one or more of {', '.join(BACKENDS)}, or 'auto'"
+        )
+    if archs is not None and "cuda" not in given:
+        raise SpecError(f"archs={list(archs)} needs the cuda backend")
+    return tuple(backend for backend in BACKENDS if backend in given)
+
+
+def _dtypes(dtypes: Iterable[object]) -> tuple[str, ...]:
+    """Canonical names in canonical order, none twice; raises SpecError for an unknown dtype."""
+    given = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
+    if not given:
+        raise SpecError("dtypes is empty: give at least one, or None for the defaults")
+    try:
+        # str(torch.float32) is "torch.float32".
+        names = {parse_dtype(str(dtype).removeprefix("torch.")) for dtype in given}
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+    return tuple(name for name in DTYPES if name in names)
