@@ -1,0 +1,432 @@
+"""The command line: parse, call, print. What the commands do lies in the modules they call.
+
+Only click is imported at the top: ``convgen --help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convgen import __version__
+from convgen.dtypes import DTYPES, parse_dtype
+from convgen.engines import BACKENDS
+from convgen.spec import OPERATORS, ConvSpec, SpecError
+
+FOLDER = "generated"
+"""Where ``generate`` writes and the other commands look, unless ``--out`` says otherwise."""
+
+
+class _Failure(click.ClickException):
+    """One of convgen's own errors; its message may have several lines."""
+
+    command = ""
+
+
+class _Commands(click.Group):
+    """Lists commands as defined here; suggests the one that was meant, whatever click's version."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turns convgen's own errors into click's, so that they name the command."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, RuntimeError) as error:
+            status = _status(error)
+            if status is None:
+                raise
+            failure = _Failure(str(error))
+            failure.exit_code = status
+            failure.command = f"{ctx.command_path} {ctx.invoked_subcommand}"
+            raise failure from error
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            close = difflib.get_close_matches(name, self.commands, n=1)
+            hint = (
+                f"Did you mean {close[0]!r}?" if close else f"Commands: {', '.join(self.commands)}."
+            )
+            raise click.UsageError(f"No such command {name!r}. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _extents(*words: str) -> Callable[[str | int], tuple[int, ...] | str]:
+    """Parses an int, ints per spatial dimension (``3,5,7`` or ``3x5x7``), or one of ``words``."""
+
+    def parse(value: str | int) -> tuple[int, ...] | str:
+        text = str(value)
+        if text in words:
+            return text
+        try:
+            return tuple(int(part) for part in text.replace("x", ",").split(","))
+        except ValueError:
+            allowed = "".join(f", nor {word!r}" for word in words)
+            raise click.BadParameter(
+                f"{text!r} is neither an int nor ints as in 3,5,7{allowed}."
+            ) from None
+
+    return parse
+
+
+def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """``--dtype f32 --dtype f64`` and ``--dtype f32,f64`` mean the same."""
+    words = (word.strip() for value in values for word in value.split(","))
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
+def _dtypes(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    try:
+        return tuple(dict.fromkeys(map(parse_dtype, _split(ctx, param, values)))) or None
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
+_IN = click.option(
+    "--in",
+    "folder",
+    default=FOLDER,
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the generated modules lie.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+_PER_DIMENSION = "K|D,H,W"
+
+
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, "-V", "--version", message="convgen %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Kernels for (transposed) convolutions, specialized and handed back as PyTorch modules.
+
+    \b
+    Generate a module and use it:
+      convgen generate --kernel 3 --stride 2
+      python -c "from generated.conv_transpose3d_k3_s2 import ConvTranspose3d"
+
+    Check it against float64 with `convgen verify`; see what this machine can compile with
+    `convgen doctor`.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command(short_help="Generate and compile a module.")
+@click.option(
+    "--op",
+    type=click.Choice(OPERATORS),
+    default=OPERATORS[0],
+    show_default=True,
+    help="Operator, under torch.nn.functional's name.",
+)
+@click.option(
+    "--kernel",
+    type=_extents(),
+    required=True,
+    metavar=_PER_DIMENSION,
+    help="Kernel size: an int, or one per spatial dimension.",
+)
+@click.option(
+    "--stride",
+    type=_extents(),
+    default=1,
+    show_default=True,
+    metavar=_PER_DIMENSION,
+    help="Stride.",
+)
+@click.option(
+    "--padding",
+    type=_extents("same", "valid"),
+    default=0,
+    show_default=True,
+    metavar=f"{_PER_DIMENSION}|same|valid",
+    help="Padding; 'same' and 'valid' are for convolutions.",
+)
+@click.option(
+    "--output-padding",
+    type=_extents(),
+    default=0,
+    show_default=True,
+    metavar=_PER_DIMENSION,
+    help="Extra output at the end; for transposed convolutions.",
+)
+@click.option(
+    "--dilation",
+    type=_extents(),
+    default=1,
+    show_default=True,
+    metavar=_PER_DIMENSION,
+    help="Distance between the taps.",
+)
+@click.option("--groups", type=int, default=1, show_default=True, metavar="N", help="Groups.")
+@click.option(
+    "--in-channels", type=int, metavar="N", help="Fix the input's channels; any number otherwise."
+)
+@click.option(
+    "--out-channels", type=int, metavar="N", help="Fix the output's channels; any number otherwise."
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    callback=_dtypes,
+    metavar="|".join(DTYPES),
+    help="Element type; repeat it or separate by commas.  [default: f32,f64 for cpu, f32 for cuda]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice([*BACKENDS, "auto"]),
+    default="auto",
+    show_default=True,
+    help="What to compile for; auto is cpu, and cuda where a GPU is present.",
+)
+@click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    callback=_split,
+    metavar="90a|sm_80|80+ptx",
+    help="GPU architecture; repeat it or separate by commas.  [default: of the GPUs present, else "
+    "80+ptx]",
+)
+@click.option(
+    "--out",
+    default=FOLDER,
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write the module into.",
+)
+@click.option("--name", metavar="NAME", help="Name of the module instead of the canonical one.")
+def generate(
+    op: str,
+    kernel: tuple[int, ...],
+    dtypes: tuple[str, ...] | None,
+    backend: str,
+    archs: tuple[str, ...],
+    out: Path,
+    name: str | None,
+    **arguments: Any,
+) -> None:
+    """Generate and compile a module, and print the line that imports it.
+
+    \b
+    Examples:
+      convgen generate --kernel 3 --stride 2
+      convgen generate --kernel 3,5,5 --padding 1,2,2 --dtype f32,f16 --backend cuda --arch 90a
+      convgen generate --op conv1d --kernel 7 --padding same --dilation 3 --groups 64
+    """
+    from convgen import catalog, report
+    from convgen.specialize import export
+    from convgen.specialize import generate as build
+
+    spec = ConvSpec.make(op, kernel_size=kernel, **arguments)
+    if archs and backend == "cpu":
+        raise click.UsageError("--arch is for --backend cuda or auto.")
+    target = catalog.destination(out, name or spec.name)
+    with report.Progress() as progress:
+        package = build(
+            spec,
+            dtypes=dtypes,
+            backends=None if backend == "auto" else (backend,),
+            archs=archs or None,
+            progress=progress,
+        )
+    module = catalog.load(export(package, out, target.name))
+    report.written(module, compiled=progress.total > 0, seconds=progress.seconds)
+    click.echo(catalog.import_line(module))
+
+
+@cli.command(short_help="Compare modules with float64.")
+@click.argument("modules", nargs=-1)
+@_IN
+@click.option(
+    "--device", metavar="cpu|cuda", help="Where to run.  [default: a GPU if there is one, else cpu]"
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    callback=_dtypes,
+    metavar="|".join(DTYPES),
+    help="Only these element types.  [default: all that a module has]",
+)
+@click.option("--quick", is_flag=True, help="Fewer shapes.")
+@click.option(
+    "--all", "show_all", is_flag=True, help="Print every case, not the worst of each kind."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+def verify(
+    modules: tuple[str, ...],
+    folder: Path,
+    device: str | None,
+    dtypes: tuple[str, ...] | None,
+    quick: bool,
+    show_all: bool,
+    seed: int,
+) -> None:
+    """Compare MODULES (names or paths; all in ./generated) with float64.
+
+    Runs forward, every gradient and second order on several shapes, ragged ones among them, and
+    prints errors beside their limits. Exit status 1 if any is exceeded.
+
+    \b
+    Examples:
+      convgen verify
+      convgen verify conv_transpose3d_k3_s2 --dtype f32 --all
+    """
+    from convgen import catalog, report
+    from convgen.specialize import load
+    from convgen.verify import verify as check
+
+    found = catalog.find(modules, folder)
+    if not found:
+        raise click.UsageError(f"No modules in {folder}: run convgen generate first.")
+    failed = []
+    for module in found:
+        with report.waiting(f"verifying {module.name}"):
+            result = check(load(module.path), device=device, dtypes=dtypes, quick=quick, seed=seed)
+        report.verification(module, result.rows, show_all)
+        if not result.ok:
+            failed.append(module.name)
+    if failed:
+        raise click.ClickException(f"errors beyond their limits in {', '.join(failed)}")
+
+
+@cli.command("list")
+@_IN
+@_JSON
+def list_(folder: Path, as_json: bool) -> None:
+    """List the generated modules."""
+    from convgen import catalog, report
+
+    modules = catalog.scan(folder)
+    if as_json:
+        report.json([catalog.summary(module) for module in modules])
+    elif modules:
+        report.modules(modules)
+    else:
+        click.echo(f"No modules in {folder}: run convgen generate first.", err=True)
+
+
+@cli.command(short_help="Show what a module was made from, and its files.")
+@click.argument("module")
+@_IN
+@_JSON
+def show(module: str, folder: Path, as_json: bool) -> None:
+    """Show the specification, phases, schedules and files of a MODULE (name or path)."""
+    from convgen import catalog, report
+
+    (found,) = catalog.find([module], folder)
+    if as_json:
+        report.json(catalog.details(found))
+    else:
+        report.details(found)
+
+
+@cli.command(short_help="Delete generated modules, or the cache.")
+@click.argument("modules", nargs=-1)
+@_IN
+@click.option("--cache", "with_cache", is_flag=True, help="Empty the cache of built packages.")
+@click.option("--generated", "with_generated", is_flag=True, help="Delete all generated modules.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+def clean(
+    modules: tuple[str, ...], folder: Path, with_cache: bool, with_generated: bool, yes: bool
+) -> None:
+    """Delete generated MODULES (names or paths), or all of them, or the cache.
+
+    Touches nothing that convgen did not write.
+
+    \b
+    Examples:
+      convgen clean conv_transpose3d_k3_s2
+      convgen clean --cache --generated --yes
+    """
+    from convgen import cache, catalog
+
+    if not (modules or with_cache or with_generated):
+        raise click.UsageError("Say what to delete: --cache, --generated, or names of modules.")
+    found = catalog.find(modules, folder) if modules or with_generated else []
+    names = [str(module.path) for module in found]
+    names += [f"the cache {cache.cache_path()}"] * with_cache
+    if not names:
+        click.echo(f"Nothing to delete in {folder}.", err=True)
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("Nobody to ask: add --yes to delete.")
+        click.confirm("Delete " + ", ".join(names) + "?", abort=True, err=True)
+    for module in found:
+        catalog.remove(module)
+        click.echo(f"Deleted {module.path}", err=True)
+    if with_cache:
+        count, size_bytes = cache.clean()
+        click.echo(f"Deleted {count} packages of the cache, {size_bytes / 2**20:.1f} MiB", err=True)
+
+
+@cli.command(short_help="Say what was found here, and what to install.")
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Say what was found on this machine, and what to install for what is missing.
+
+    Exit status 1 if something is missing that convgen cannot do without.
+    """
+    from convgen import doctor as examination
+    from convgen import report
+
+    findings = examination.examine()
+    if as_json:
+        report.json([finding.__dict__ for finding in findings])
+    else:
+        report.findings(findings)
+    if any(finding.needed and not finding.ok for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
+def main(args: Sequence[str] | None = None, prog_name: str = "convgen") -> int:
+    """Runs the command line and returns its exit status.
+
+    A user's mistake is one line on stderr and status 2, a failure of the machine (a compiler,
+    the disk) its message and status 1; neither shows a traceback.
+    """
+    try:
+        status = cli.main(args, prog_name=prog_name, standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        return 130
+    except _Failure as error:
+        click.echo(f"{error.command}: {error.message}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = prog_name if context is None else context.command_path
+        # click breaks some messages into lines.
+        click.echo(f"{command}: {' '.join(error.format_message().split())}", err=True)
+        return error.exit_code
+
+
+def _status(error: Exception) -> int | None:
+    """Exit status of convgen's own errors; None for those of others, which are bugs."""
+    from convgen.cache import BuildError
+    from convgen.catalog import CatalogError
+    from convgen.toolchain import ToolchainError
+
+    if isinstance(error, SpecError | CatalogError):
+        return 2
+    return 1 if isinstance(error, BuildError | ToolchainError) else None

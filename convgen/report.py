@@ -1,0 +1,243 @@
+"""What the command line prints: progress, tables and JSON.
+
+Tables are the product of a command and go to stdout, with colours on a terminal and complete
+lines elsewhere; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convgen import catalog
+from convgen.catalog import Generated
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from convgen.doctor import Finding
+
+_PLAIN_WIDTH = 200
+"""Columns of a table that does not go to a terminal: nothing is cut off there."""
+
+_SHOWN_PHASES = 8
+"""Per dimension; beyond it, their number is printed."""
+
+
+def json(value: object) -> None:
+    """Prints a value as JSON."""
+    click.echo(json_format.dumps(value, indent=2))
+
+
+def written(module: Generated, compiled: bool, seconds: float) -> None:
+    """Says on stderr what ``generate`` wrote."""
+    how = f"compiled in {seconds:.1f} s" if compiled else "found in the cache"
+    click.echo(f"{module.path}: {_dtypes(module.dtypes, module.built)}, {how}", err=True)
+
+
+def modules(found: Iterable[Generated]) -> None:
+    """The table of ``convgen list``."""
+    rows = [(module.name, _dtypes(module.dtypes, module.built), module.command) for module in found]
+    _print_table(("module", "built for", "command"), rows)
+
+
+def details(module: Generated) -> None:
+    """What ``convgen show`` prints."""
+    spec = module.spec
+    click.echo(f"{module.path}\n")
+    channels = (spec.in_channels or "any", spec.out_channels or "any")
+    _print_table(
+        ("specification", ""),
+        [
+            ("operator", spec.op),
+            ("kernel", _ints(spec.kernel_size)),
+            ("stride", _ints(spec.stride)),
+            ("padding", spec.padding if isinstance(spec.padding, str) else _ints(spec.padding)),
+            *([("output padding", _ints(spec.output_padding))] if spec.transposed else []),
+            ("dilation", _ints(spec.dilation)),
+            ("groups", str(spec.groups)),
+            ("channels", f"{channels[0]} -> {channels[1]}"),
+            ("built for", _dtypes(module.dtypes, module.built)),
+            ("import", catalog.import_line(module)),
+            ("regenerate", module.command),
+        ],
+    )
+    _print_table(
+        ("phases", "outputs", "taps (reading at q + offset)"),
+        [
+            (f"{len(axis_phases)} of {axis}" if index == 0 else "", outputs, taps)
+            for axis, axis_phases in catalog.phases(spec).items()
+            for index, (outputs, taps) in enumerate(_phases(axis_phases))
+        ],
+    )
+    _print_table(
+        ("backend", "contraction", "dtype", "engine", "schedule"),
+        [
+            (backend, kernel["contraction"], kernel["dtype"], kernel["engine"], _schedule(kernel))
+            for backend, kernels in module.kernels.items()
+            for kernel in kernels
+        ],
+    )
+    _print_table(("file", ">bytes"), [(path, f"{size:,}") for path, size in module.files.items()])
+
+
+def findings(found: Iterable[Finding]) -> None:
+    """The table of ``convgen doctor``."""
+    rows = [(finding.what, finding.found or "missing", finding.advice) for finding in found]
+    bad = [index for index, row in enumerate(rows) if row[2]]
+    if bad:
+        _print_table(("what", "found", "what to do"), rows, bad)
+    else:
+        _print_table(("what", "found"), [row[:2] for row in rows])
+
+
+def verification(module: Generated, rows: Sequence[Any], show_all: bool) -> None:
+    """The table of ``convgen verify``: every case, or the worst of each quantity and dtype."""
+    if not show_all:
+        worst: dict[tuple[str, str], Any] = {}
+        cases: dict[tuple[str, str], int] = {}
+        for row in rows:
+            kind = (row.dtype, row.quantity)
+            cases[kind] = cases.get(kind, 0) + 1
+            if kind not in worst or _badness(row) > _badness(worst[kind]):
+                worst[kind] = row
+        rows = list(worst.values())
+    table = [
+        (
+            row.dtype,
+            row.quantity,
+            row.shapes if show_all else f"{cases[row.dtype, row.quantity]} cases",
+            f"{row.error:.1e}",
+            f"{row.limit:.0e}",
+            "ok" if row.ok else "FAILED",
+        )
+        for row in rows
+    ]
+    failed = [index for index, row in enumerate(rows) if not row.ok]
+    columns = (
+        "dtype",
+        "quantity",
+        "shapes",
+        ">error" if show_all else ">worst error",
+        ">limit",
+        "",
+    )
+    click.echo(module.name)
+    _print_table(columns, table, failed)
+
+
+def _badness(row: Any) -> float:
+    return math.inf if math.isnan(row.error) else row.error / row.limit
+
+
+def _dtypes(dtypes: dict[str, tuple[str, ...]], built: Sequence[str]) -> str:
+    return ", ".join(f"{b} ({' '.join(dtypes[b])})" for b in built) or "nothing (sources only)"
+
+
+def _ints(values: Sequence[int]) -> str:
+    return " x ".join(map(str, values))
+
+
+def _phases(phases: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    stride = len(phases)
+    lines = []
+    for phase in phases[:_SHOWN_PHASES]:
+        taps = ", ".join(f"{tap} at {offset:+d}" for tap, offset in phase["taps"])
+        outputs = "q" if stride == 1 else f"{stride} q + {phase['residue']}"
+        lines.append((outputs, taps or "none: bias alone"))
+    if stride > _SHOWN_PHASES:
+        lines.append((f"... {stride} phases", ""))
+    return lines
+
+
+def _schedule(kernel: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in kernel["schedule"].items())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+def _print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], red: Sequence[int] = ()
+) -> None:
+    """A table; columns whose title starts with ``>`` are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for title in columns:
+        right = title.startswith(">")
+        table.add_column(
+            title.removeprefix(">"), justify="right" if right else "left", overflow="fold"
+        )
+    for index, row in enumerate(rows):
+        table.add_row(*map(Text, row), style="red" if index in red else None)
+    _console().print(table)
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere; nothing where nothing is compiled."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        """Steps in all; 0 until the first report."""
+        self._start = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.total = total
+        if not sys.stderr.isatty():
+            click.echo(f"[{done}/{total}] {what}", err=True)
+            return
+        if self._bar is None:
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.description}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(what, total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=total, description=what)
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says on stderr what takes a while: with a spinner on a terminal, as a line elsewhere."""
+    if not sys.stderr.isatty():
+        click.echo(f"{what} ...", err=True)
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
