@@ -36,8 +36,10 @@ def environment() -> jinja2.Environment:
 
 
 def render_template(name: str, context: dict[str, Any]) -> str:
-    """Renders ``templates/<name>``, with runs of blank lines folded to one."""
+    """Renders ``templates/<name>``, with runs of blank lines folded to one (in Python, to two)."""
     text = environment().get_template(name).render(context)
+    if name.endswith(".py.j2"):
+        return re.sub(r"\n{4,}", "\n\n\n", text)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
