@@ -58,6 +58,10 @@ INSTALL_CUDA = (
     "(or install the CUDA toolkit and set CUDA_HOME)"
 )
 
+# Where tools are looked for behind PATH, and the toolkit behind CUDA_HOME.
+_STANDARD_FOLDERS = ("/usr/local/bin", "/usr/bin", "/bin")
+_STANDARD_NVCC = "/usr/local/cuda/bin/nvcc"
+
 # Variables that change what a compiler does without appearing on its command line.
 _COMPILER_VARIABLES = (
     "CPATH",
@@ -295,7 +299,7 @@ class KernelResources:
     """What ptxas says about one kernel on one architecture."""
 
     kernel: str
-    """Its name without parameters, as well as it can be read from the mangled one."""
+    """Its C++ name without parameters; mangled where binutils' c++filt is missing."""
     architecture: str
     registers: int
     stack_bytes: int
@@ -318,16 +322,17 @@ def ptxas_resources(log: str) -> list[KernelResources]:
         r"ptxas info\s+: Used (?P<registers>\d+) registers",
         re.DOTALL,
     )
+    found = list(pattern.finditer(log))
     return [
         KernelResources(
-            kernel=_readable(match["kernel"]),
+            kernel=kernel,
             architecture=match["arch"],
             registers=int(match["registers"]),
             stack_bytes=int(match["stack"]),
             spill_store_bytes=int(match["stores"]),
             spill_load_bytes=int(match["loads"]),
         )
-        for match in pattern.finditer(log)
+        for match, kernel in zip(found, _readable(m["kernel"] for m in found), strict=True)
     ]
 
 
@@ -338,7 +343,7 @@ def build_environment() -> dict[str, str]:
 
 def _search_path() -> str:
     """PATH, and behind it the standard folders: compilers look for ``as`` and ``ld`` there."""
-    folders = [*os.environ.get("PATH", "").split(os.pathsep), "/usr/local/bin", "/usr/bin", "/bin"]
+    folders = (*os.environ.get("PATH", "").split(os.pathsep), *_STANDARD_FOLDERS)
     return os.pathsep.join(dict.fromkeys(folder for folder in folders if folder))
 
 
@@ -414,7 +419,7 @@ def _nvcc_candidates() -> Iterable[tuple[str, str | None]]:
         if os.environ.get(variable)
     ]
     places.append(shutil.which("nvcc", path=_search_path()) or "")
-    places.append("/usr/local/cuda/bin/nvcc")
+    places.append(_STANDARD_NVCC)
     candidates: list[tuple[str, str | None]] = [(place, None) for place in places]
     candidates += [(str(root / "bin" / "nvcc"), str(root / "lib")) for root in _wheel_roots()]
     seen = set()
@@ -467,16 +472,15 @@ def _number(architecture: str) -> int:
     return int(re.sub(r"\D", "", architecture))
 
 
-def _readable(mangled: str) -> str:
-    """``ns::name`` of an Itanium-mangled function; the mangled name itself if it is not one."""
-    rest = mangled.removeprefix("_Z").removeprefix("N")
-    names = []
-    while match := re.match(r"(\d+)", rest):
-        length, rest = int(match[1]), rest[match.end() :]
-        names.append(rest[:length])
-        rest = rest[length:]
-    names = [name for name in names if not name.startswith("_GLOBAL__N_")]
-    return "::".join(names) if mangled.startswith("_Z") and names else mangled
+def _readable(mangled: Iterable[str]) -> list[str]:
+    """C++ names without parameters; as they are where there is no c++filt."""
+    names = list(mangled)
+    try:
+        # From -p on, parameters and return types are left out.
+        readable = _run("c++filt", "-p", stdin="\n".join(names)).split("\n") if names else []
+    except ToolchainError:
+        return names
+    return readable if len(readable) == len(names) else names
 
 
 @dataclass(frozen=True)
