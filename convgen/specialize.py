@@ -74,11 +74,11 @@ def specialize(
     )
     chosen_dtypes = None if dtypes is None else _dtypes(dtypes)
     chosen_archs = None if archs is None else tuple(archs)
-    chosen_backends = _backends(backends, chosen_archs)
-    arguments = (spec, chosen_dtypes, chosen_backends, chosen_archs)
+    wanted = "auto" if backends in (None, "auto") else _backends(backends, chosen_archs)
+    arguments = (spec, chosen_dtypes, wanted, chosen_archs)
     if module := _modules.get(arguments):
         return module
-    package = generate(spec, dtypes=chosen_dtypes, backends=chosen_backends, archs=chosen_archs)
+    package = generate(spec, dtypes=chosen_dtypes, backends=wanted, archs=chosen_archs)
     return _modules.setdefault(arguments, load(package))
 
 
@@ -93,6 +93,8 @@ def generate(
     """The package folder of a specification in the cache, compiled unless it is there.
 
     The folder belongs to the cache: :func:`export` copies it elsewhere, :func:`load` imports it.
+    By default it holds the sources of both backends, so that they are the same on every machine,
+    and the libraries that serve this one.
 
     Args:
         spec: the layer.
@@ -103,8 +105,9 @@ def generate(
         SpecError, ToolchainError, BuildError: as :func:`specialize` does.
     """
     archs = None if archs is None else tuple(archs)
+    auto = backends in (None, "auto")
     chosen = _backends(backends, archs)
-    files = render(spec, chosen, dtypes)
+    files = render(spec, BACKENDS if auto else chosen, dtypes)
     libraries = [_library(backend, files, archs) for backend in chosen]
     return build(spec.name, files, libraries, progress=progress)
 
