@@ -25,7 +25,10 @@ FOLDER = "generated"
 class _Failure(click.ClickException):
     """One of convgen's own errors; its message may have several lines."""
 
-    command = ""
+    def __init__(self, message: str, command: str, status: int) -> None:
+        super().__init__(message)
+        self.command = command
+        self.status = status
 
 
 class _Commands(click.Group):
@@ -42,10 +45,8 @@ class _Commands(click.Group):
             status = _status(error)
             if status is None:
                 raise
-            failure = _Failure(str(error))
-            failure.exit_code = status
-            failure.command = f"{ctx.command_path} {ctx.invoked_subcommand}"
-            raise failure from error
+            command = f"{ctx.command_path} {ctx.invoked_subcommand}"
+            raise _Failure(str(error), command, status) from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -412,7 +413,7 @@ def main(args: Sequence[str] | None = None, prog_name: str = "convgen") -> int:
         return 130
     except _Failure as error:
         click.echo(f"{error.command}: {error.message}", err=True)
-        return error.exit_code
+        return error.status
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         command = prog_name if context is None else context.command_path
