@@ -111,6 +111,8 @@ def unroll(
     share a (y, x) share a column, so that each input value is loaded once for all of them.
     """
     taps_r, taps_y = r.phases[phase_r].taps, y.phases[phase_y].taps
+    if not taps_r:
+        return (), []  # these outputs are bias alone
     first_r, first_y = r.first[phase_r], y.first[phase_y]
     first_x = min(offset_range(phase.taps)[0] for phase in x.phases if phase.taps)
     slots: list[int] = []
