@@ -13,8 +13,8 @@ from convgen import toolchain
 from convgen.build import Library, Progress, build
 from convgen.dtypes import DTYPES, parse_dtype
 from convgen.engines import BACKENDS, KernelPlan, engine_for
-from convgen.modules import export as export
-from convgen.modules import load as load
+from convgen.folders import export as export
+from convgen.folders import load as load
 from convgen.spec import ConvSpec, SpecError
 
 DEFAULT_DTYPES = {"cpu": ("f32", "f64"), "cuda": ("f32",)}

@@ -62,7 +62,9 @@ def export(package: Path, out: Path, name: str | None = None) -> Path:
             if _digests(target) != _digests(package):
                 _replace(package, target)
     except OSError as error:
-        raise BuildError(f"cannot write {target}: {error}") from error
+        # copytree gathers (source, destination, message) of every file; the first tells enough.
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise BuildError(f"cannot write {target}: {why}") from error
     return target
 
 
