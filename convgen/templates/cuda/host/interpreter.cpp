@@ -1,0 +1,508 @@
+// Launches, threads as fibers, and everything that makes a thread wait.
+#include "interpreter.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#include "state.h"
+
+namespace convgen {
+namespace host {
+
+__thread Worker* worker;
+
+namespace {
+
+// The GPU that the defaults stand in for is an H200.
+constexpr int MULTIPROCESSORS = 132;
+constexpr int SHARED_LIMIT_BYTES = 227 * 1024;
+constexpr int LANES = 32;
+
+// Freed with the process: a thread may still be in a kernel while destructors run.
+StackCache& stack_cache() {
+  static StackCache* cache = new StackCache;
+  return *cache;
+}
+
+thread_local std::string last_fault;
+
+int setting(const char* name, int otherwise) {
+  const char* value = getenv(name);
+  return value && *value ? atoi(value) : otherwise;
+}
+
+// The kernel's name out of launch()'s signature: "... [with auto KERNEL = {anonymous}::k<8>; ...]".
+std::string kernel_name(const char* signature) {
+  std::string name = signature;
+  const std::string key = "KERNEL = ";
+  const size_t start = name.find(key);
+  if (start != std::string::npos) name = name.substr(start + key.size());
+  name = name.substr(0, name.find_first_of(";]"));
+  for (const char* noise : {"{anonymous}::", "(anonymous namespace)::", "(& ", "&"}) {
+    for (size_t at; (at = name.find(noise)) != std::string::npos;) name.erase(at, strlen(noise));
+  }
+  if (!name.empty() && name.back() == ')' && name.find('(') == std::string::npos) name.pop_back();
+  return name;
+}
+
+// "thread 5" or "threads 0-31, 40".
+std::string ranks(const std::vector<Fiber>& fibers, const std::function<bool(const Fiber&)>& which) {
+  std::string list;
+  int count = 0;
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    if (!which(fibers[i])) continue;
+    size_t end = i;
+    while (end + 1 < fibers.size() && which(fibers[end + 1])) ++end;
+    list += (list.empty() ? "" : ", ") + std::to_string(i);
+    if (end > i) list += "-" + std::to_string(end);
+    count += static_cast<int>(end - i) + 1;
+    i = end;
+  }
+  return (count == 1 ? "thread " : "threads ") + list;
+}
+
+const char* op_name(WarpOp op) {
+  switch (op) {
+    case WarpOp::barrier:
+      return "__syncwarp";
+    case WarpOp::shuffle:
+      return "a warp shuffle";
+    default:
+      return "a warp vote";
+  }
+}
+
+std::string hex(unsigned mask) {
+  char buffer[16];
+  snprintf(buffer, sizeof buffer, "0x%08x", mask);
+  return buffer;
+}
+
+bool same(const Site& a, const Site& b) { return a.line == b.line && !strcmp(a.file, b.file); }
+
+}  // namespace
+
+std::string text(const Site& site) {
+  const char* name = strrchr(site.file, '/');
+  return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+std::string text(const uint3& v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+
+// ---- Where a thread is ----------------------------------------------------------------------
+
+uint3 thread_index() { return worker->running->thread; }
+uint3 block_index() { return worker->block; }
+dim3 block_extent() { return worker->run.launch.block; }
+dim3 grid_extent() { return worker->run.launch.grid; }
+unsigned lane_index() { return static_cast<unsigned>(worker->running->rank) % LANES; }
+void* dynamic_shared() { return worker->dynamic; }
+
+const char* where() {
+  static thread_local std::string answer;
+  answer = "not in a kernel";
+  if (worker && worker->running) {
+    answer = "kernel " + worker->run.kernel + ", block " + text(worker->block) + ", thread " +
+             text(worker->running->thread);
+  }
+  return answer.c_str();
+}
+
+// ---- Blocks and fibers ----------------------------------------------------------------------
+
+Worker::Worker(Run& run, Stacks& stacks) : run(run), stacks_(stacks) {
+  const dim3 extent = run.launch.block;
+  fibers.resize(size_t{extent.x} * extent.y * extent.z);
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    const unsigned rank = static_cast<unsigned>(i);
+    fibers[i].thread = {rank % extent.x, rank / extent.x % extent.y, rank / extent.x / extent.y};
+    fibers[i].rank = static_cast<int>(i);
+    fibers[i].stack_low = stacks.low(static_cast<int>(i));
+    fibers[i].stack_top = stacks.top(static_cast<int>(i));
+  }
+  worker = this;
+  check::start_launch(*this);
+}
+
+Worker::~Worker() {
+  check::end_launch();
+  worker = nullptr;
+  free(dynamic);
+}
+
+void Worker::work() {
+  const dim3 grid = run.launch.grid;
+  for (;;) {
+    const uint64_t linear = run.next_block.fetch_add(1);
+    if (linear >= run.blocks || run.failed) return;
+    block.x = static_cast<unsigned>(linear % grid.x);
+    block.y = static_cast<unsigned>(linear / grid.x % grid.y);
+    block.z = static_cast<unsigned>(linear / grid.x / grid.y);
+    run_block();
+  }
+}
+
+void Worker::run_block() {
+  fresh_shared();
+  check::start_block();
+  arrived_ = ended_ = 0;
+  for (Fiber& fiber : fibers) {
+    fiber.stack_pointer = fresh_stack(fiber.stack_top, &Worker::enter);
+    fiber.state = State::ready;
+    fiber.committed = 0;
+    fiber.copies.clear();
+    fiber.fake_stack = nullptr;
+  }
+  while (ended_ < fibers.size()) {
+    bool progress = false;
+    for (Fiber& fiber : fibers) {
+      if (fiber.state != State::ready) continue;
+      progress = true;
+      resume(fiber);
+      if (run.failed) return;
+    }
+    if (!progress) return deadlock();
+  }
+}
+
+// Shared memory starts out as NaN (and -1), as whatever a GPU's last block left there.
+void Worker::fresh_shared() {
+  const size_t bytes = static_cast<size_t>(run.launch.shared_bytes);
+#if defined(__SANITIZE_ADDRESS__)
+  // Exactly as large as asked for, so that red zones follow.
+  free(dynamic);
+  dynamic = nullptr;
+#endif
+  if (!dynamic) {
+    const size_t beyond = check::ENABLED ? SHARED_MARGIN_BYTES : 0;
+    if (posix_memalign(reinterpret_cast<void**>(&dynamic), 1024, bytes + beyond)) abort();
+  }
+  memset(dynamic, 0xff, bytes);
+  for (const SharedArray& array : shared_arrays()) {
+    memset(shared_anchor() + array.offset, 0xff, array.bytes);
+  }
+}
+
+void Worker::resume(Fiber& fiber) {
+  running = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&fake_stack_, fiber.stack_low, Stacks::SIZE);
+#endif
+  convgen_switch_fiber(&stack_pointer_, fiber.stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
+#endif
+  running = nullptr;
+}
+
+void Worker::suspend() {
+  Fiber& fiber = *running;
+#if defined(__SANITIZE_ADDRESS__)
+  const bool last = fiber.state == State::done || run.failed;
+  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, stack_bottom_, stack_size_);
+#endif
+  convgen_switch_fiber(&fiber.stack_pointer, stack_pointer_);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &stack_bottom_, &stack_size_);
+#endif
+}
+
+void Worker::enter() {
+  Worker& self = *worker;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &self.stack_bottom_, &self.stack_size_);
+#endif
+  self.run.launch.body(self.run.launch.arguments);
+  self.end_thread();
+}
+
+void Worker::end_thread() {
+  Fiber& fiber = *running;
+  fiber.state = State::done;
+  ++ended_;
+  if (arrived_ > 0) {
+    fault(fiber, "divergent barrier: it ended while " +
+                     ranks(fibers, [](const Fiber& f) { return f.state == State::at_barrier; }) +
+                     " wait at __syncthreads");
+  }
+  // Lanes that wait for this one need wait no longer.
+  const size_t first = static_cast<size_t>(fiber.rank) / LANES * LANES;
+  for (size_t i = first; i < std::min(first + LANES, fibers.size()); ++i) {
+    if (fibers[i].state == State::in_warp) complete_warp(fibers[i]);
+  }
+  suspend();
+}
+
+void Worker::fault(const Fiber& fiber, const std::string& what) {
+  {
+    std::lock_guard<std::mutex> lock(run.mutex);
+    if (run.fault.empty()) {
+      run.fault = "kernel " + run.kernel + ", block " + text(block) + ", thread " +
+                  text(fiber.thread) + ": " + what;
+    }
+  }
+  if (setting("CONVGEN_INTERPRET_ABORT", 0)) {
+    // For debuggers: the fiber's stack is the current one.
+    fprintf(stderr, "convgen interpreter: %s\n", run.fault.c_str());
+    abort();
+  }
+  run.failed = true;
+  if (running) suspend();
+}
+
+void Worker::deadlock() {
+  std::string what = "deadlock: no thread can go on";
+  std::vector<bool> told(fibers.size());
+  const Fiber* first = nullptr;
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    const Fiber& fiber = fibers[i];
+    if (fiber.state == State::done || told[i]) continue;
+    if (!first) first = &fiber;
+    auto alike = [&](const Fiber& f) {
+      return f.state == fiber.state && same(f.site, fiber.site) &&
+             (f.state != State::in_warp || (f.op == fiber.op && f.mask == fiber.mask));
+    };
+    what += "; " + ranks(fibers, alike) + " at ";
+    what += fiber.state == State::at_barrier
+                ? "__syncthreads"
+                : std::string(op_name(fiber.op)) + " with mask " + hex(fiber.mask);
+    what += " (" + text(fiber.site) + ")";
+    for (size_t j = i; j < fibers.size(); ++j) told[j] = told[j] || alike(fibers[j]);
+  }
+  if (ended_ > 0) {
+    what += "; " + ranks(fibers, [](const Fiber& f) { return f.state == State::done; }) + " ended";
+  }
+  fault(*first, what);
+}
+
+// ---- Barriers -------------------------------------------------------------------------------
+
+void Worker::arrive_at_barrier(Site site) {
+  Fiber& fiber = *running;
+  fiber.site = site;
+  if (ended_ > 0) {
+    fault(fiber, "divergent barrier: it waits at __syncthreads (" + text(site) + "), but " +
+                     ranks(fibers, [](const Fiber& f) { return f.state == State::done; }) +
+                     " ended without");
+  }
+  for (const Fiber& other : fibers) {
+    // One comparison with any that waits: those before were compared with each other.
+    if (arrived_ == 0) break;
+    if (other.state != State::at_barrier) continue;
+    if (!same(other.site, site)) {
+      fault(fiber, "divergent barrier: it waits at __syncthreads (" + text(site) + "), but thread " +
+                       text(other.thread) + " waits at another one (" + text(other.site) + ")");
+    }
+    break;
+  }
+  fiber.state = State::at_barrier;
+  if (++arrived_ < fibers.size()) return suspend();
+  arrived_ = 0;
+  for (Fiber& f : fibers) f.state = State::ready;
+  check::barrier();
+}
+
+uint64_t Worker::warp_collective(WarpOp op, unsigned mask, uint64_t value, int source, Site site) {
+  Fiber& fiber = *running;
+  if (!(mask >> (fiber.rank % LANES) & 1)) {
+    fault(fiber, std::string(op_name(op)) + " (" + text(site) + ") with mask " + hex(mask) +
+                     ", which lacks the caller's own lane");
+  }
+  fiber.site = site;
+  fiber.op = op;
+  fiber.mask = mask;
+  fiber.value = value;
+  fiber.source = source;
+  fiber.state = State::in_warp;
+  if (!complete_warp(fiber)) suspend();
+  return fiber.value;
+}
+
+// Lets the lanes of a collective go on if all of them are there.
+bool Worker::complete_warp(const Fiber& waiting) {
+  const size_t first = static_cast<size_t>(waiting.rank) / LANES * LANES;
+  std::vector<Fiber*> lanes;
+  for (size_t lane = 0; lane < LANES && first + lane < fibers.size(); ++lane) {
+    Fiber& other = fibers[first + lane];
+    if (!(waiting.mask >> lane & 1) || other.state == State::done) continue;
+    if (other.state != State::in_warp) return false;
+    if (other.mask != waiting.mask || other.op != waiting.op) {
+      if (!(other.mask >> (waiting.rank % LANES) & 1)) return false;  // it has others to wait for
+      fault(waiting, std::string("divergent warp collective: it is in ") + op_name(waiting.op) +
+                         " with mask " + hex(waiting.mask) + " (" + text(waiting.site) +
+                         "), but thread " + text(other.thread) + " in " + op_name(other.op) +
+                         " with mask " + hex(other.mask) + " (" + text(other.site) + ")");
+      return true;
+    }
+    lanes.push_back(&other);
+  }
+  finish_collective(lanes);
+  return true;
+}
+
+void Worker::finish_collective(std::vector<Fiber*>& lanes) {
+  const Fiber& any = *lanes.front();
+  uint64_t values[LANES];
+  unsigned present = 0, votes = 0;
+  for (const Fiber* lane : lanes) {
+    const int index = lane->rank % LANES;
+    values[index] = lane->value;
+    present |= 1u << index;
+    votes |= lane->value ? 1u << index : 0u;
+  }
+  for (Fiber* lane : lanes) {
+    lane->state = State::ready;
+    if (any.op == WarpOp::ballot) lane->value = votes;
+    if (any.op == WarpOp::shuffle) {
+      if (!(present >> lane->source & 1)) {
+        fault(*lane, "a warp shuffle (" + text(lane->site) + ") from lane " +
+                         std::to_string(lane->source) + ", which takes no part (mask " +
+                         hex(lane->mask) + ")");
+        return;
+      }
+      lane->value = values[lane->source];
+    }
+  }
+  // Shuffles and votes order no memory accesses: only __syncwarp does.
+  if (any.op == WarpOp::barrier) check::barrier(lanes);
+}
+
+void block_barrier(Site site) { worker->arrive_at_barrier(site); }
+
+void warp_barrier(unsigned mask, Site site) {
+  worker->warp_collective(WarpOp::barrier, mask, 0, 0, site);
+}
+
+uint64_t warp_shuffle(unsigned mask, uint64_t value, int source_lane, Site site) {
+  return worker->warp_collective(WarpOp::shuffle, mask, value, source_lane, site);
+}
+
+unsigned warp_ballot(unsigned mask, bool predicate, Site site) {
+  return static_cast<unsigned>(
+      worker->warp_collective(WarpOp::ballot, mask, predicate ? 1 : 0, 0, site));
+}
+
+// ---- Asynchronous copies --------------------------------------------------------------------
+
+void copy_async(void* to, const void* from, int bytes, bool valid, Site site) {
+  Fiber& fiber = *worker->running;
+  const uintptr_t alignment = static_cast<uintptr_t>(bytes) - 1;
+  for (const void* address : {static_cast<const void*>(to), from}) {
+    if ((reinterpret_cast<uintptr_t>(address) & alignment) != 0) {
+      worker->fault(fiber, "unaligned " + std::string(address == to ? "destination" : "source") +
+                               " of an asynchronous copy of " + std::to_string(bytes) +
+                               " bytes (" + text(site) + ")");
+    }
+  }
+  const AsyncCopy copy = {to, valid ? from : nullptr, bytes, fiber.committed};
+  check::issue_copy(fiber, copy, site);
+  memset(to, 0xff, static_cast<size_t>(bytes));
+  fiber.copies.push_back(copy);
+}
+
+void copy_commit() { ++worker->running->committed; }
+
+void copy_wait(int pending) {
+  Fiber& fiber = *worker->running;
+  const int limit = fiber.committed - pending;
+  size_t done = 0;
+  for (; done < fiber.copies.size() && fiber.copies[done].group < limit; ++done) {
+    const AsyncCopy& copy = fiber.copies[done];
+    check::perform_copy(fiber, copy);
+    if (copy.from) {
+      memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    } else {
+      memset(copy.to, 0, static_cast<size_t>(copy.bytes));
+    }
+  }
+  fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<ptrdiff_t>(done));
+}
+
+// ---- Launches -------------------------------------------------------------------------------
+
+int multiprocessors() {
+  return std::max(1, setting("CONVGEN_INTERPRET_MULTIPROCESSORS", MULTIPROCESSORS));
+}
+
+int shared_limit_bytes() {
+  return setting("CONVGEN_INTERPRET_SHARED_BYTES", SHARED_LIMIT_BYTES);
+}
+
+cudaError_t run(const Launch& launch) {
+  const dim3 grid = launch.grid, block = launch.block;
+  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+      !block.x || !block.y || !block.z || block.x > 1024 || block.y > 1024 || block.z > 64 ||
+      uint64_t{block.x} * block.y * block.z > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (launch.shared_bytes < 0 || launch.shared_bytes > shared_limit_bytes()) {
+    return cudaErrorInvalidValue;
+  }
+  Run run(launch, kernel_name(launch.kernel), uint64_t{grid.x} * grid.y * grid.z);
+  const int threads = static_cast<int>(block.x * block.y * block.z);
+  int hosts = setting("CONVGEN_INTERPRET_THREADS",
+                      static_cast<int>(std::thread::hardware_concurrency()));
+  if (check::ENABLED) hosts = 1;  // the checks follow one block after the other
+  auto work = [&] {
+    Stacks* stacks = stack_cache().take(threads);
+    Worker(run, *stacks).work();
+    stack_cache().give_back(stacks);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < hosts && static_cast<uint64_t>(i) < run.blocks; ++i) {
+    others.emplace_back(work);
+  }
+  work();
+  for (std::thread& other : others) other.join();
+  if (!run.failed) return cudaSuccess;
+  last_fault = run.fault;
+  return cudaErrorLaunchFailure;
+}
+
+const char* error_text(int code) {
+  switch (code) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorLaunchFailure:
+      return last_fault.empty() ? "unspecified launch failure" : last_fault.c_str();
+    default:
+      return "unknown error";
+  }
+}
+
+}  // namespace host
+}  // namespace convgen
+
+extern "C" __attribute__((visibility("default"))) const char* convgen_interpret_mode() {
+#if defined(CONVGEN_CHECKED)
+  return "checked";
+#elif defined(__SANITIZE_ADDRESS__)
+  return "address";
+#else
+  return "plain";
+#endif
+}
+
+#if !defined(CONVGEN_CHECKED)
+extern "C" __attribute__((visibility("default"))) void convgen_interpret_register(
+    void*, int64_t, const char*, int) {}
+extern "C" __attribute__((visibility("default"))) void convgen_interpret_forget() {}
+#endif
+
+extern "C" __attribute__((visibility("default"))) const char* convgen_interpret_where() {
+  return convgen::host::where();
+}

@@ -1,0 +1,168 @@
+// The state of the interpreter: threads as fibers, and a worker that runs the blocks of one host
+// thread.
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "interpreter.h"
+
+namespace convgen {
+namespace host {
+
+enum class State : uint8_t { ready, at_barrier, in_warp, done };
+
+enum class WarpOp : uint8_t { barrier, shuffle, ballot };
+
+// A copy that has been issued and not yet performed.
+struct AsyncCopy {
+  void* to;
+  const void* from;  // null: zeros
+  int bytes;
+  int group;
+};
+
+// One thread of a block.
+struct Fiber {
+  uint3 thread;
+  int rank;  // in its block
+  void* stack_pointer;
+  char *stack_low, *stack_top;
+  State state;
+  Site site;  // where it waits
+  // The warp collective in which it waits; `value` then receives its result.
+  WarpOp op;
+  unsigned mask;
+  uint64_t value;
+  int source;
+  int committed;  // groups of copies
+  std::vector<AsyncCopy> copies;
+  void* fake_stack;  // AddressSanitizer's
+};
+
+// What the host threads of one launch share.
+struct Run {
+  const Launch& launch;
+  std::string kernel;
+  uint64_t blocks;
+  std::atomic<uint64_t> next_block{0};
+  std::atomic<bool> failed{false};
+  std::mutex mutex;
+  std::string fault;  // the first one
+
+  Run(const Launch& launch, std::string kernel, uint64_t blocks)
+      : launch(launch), kernel(std::move(kernel)), blocks(blocks) {}
+};
+
+// Runs blocks on one host thread.
+class Worker {
+ public:
+  Worker(Run& run, Stacks& stacks);
+  ~Worker();
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  // Blocks of the launch, until none is left or one has failed.
+  void work();
+
+  // Back to the scheduler, from a fiber that waits.
+  void suspend();
+
+  // Describes what happened to a thread and ends the launch: does not return to a fiber.
+  void fault(const Fiber& fiber, const std::string& what);
+
+  void arrive_at_barrier(Site site);
+  uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int source, Site site);
+
+  Run& run;
+  std::vector<Fiber> fibers;
+  Fiber* running = nullptr;  // null in the scheduler
+  uint3 block{};
+  unsigned char* dynamic = nullptr;  // shared memory of run.launch.shared_bytes
+
+ private:
+  static void enter();  // what a fiber executes
+  void run_block();
+  void resume(Fiber& fiber);
+  void end_thread();
+  bool complete_warp(const Fiber& waiting);
+  void finish_collective(std::vector<Fiber*>& lanes);
+  void fresh_shared();
+  void deadlock();
+
+  Stacks& stacks_;
+  void* stack_pointer_ = nullptr;  // of the scheduler, while a fiber runs
+  unsigned arrived_ = 0, ended_ = 0;
+  // AddressSanitizer's view of the scheduler's stack.
+  void* fake_stack_ = nullptr;
+  const void* stack_bottom_ = nullptr;
+  size_t stack_size_ = 0;
+};
+
+extern __thread Worker* worker;
+
+std::string text(const Site& site);
+std::string text(const uint3& v);  // (x, y, z)
+
+// ---- Static shared memory -------------------------------------------------------------------
+
+// A `__shared__` array of the library: thread-local, at the same distance from shared_anchor() in
+// every host thread.
+struct SharedArray {
+  ptrdiff_t offset;
+  size_t bytes;
+  std::string name;
+};
+
+const std::vector<SharedArray>& shared_arrays();
+char* shared_anchor();
+
+// ---- Checks ---------------------------------------------------------------------------------
+
+// Behind dynamic shared memory, to recognize what runs over its end.
+constexpr size_t SHARED_MARGIN_BYTES = 64 * 1024;
+
+// What a build with CONVGEN_CHECKED verifies; without it, nothing (see checker.cpp).
+namespace check {
+
+#if defined(CONVGEN_CHECKED)
+void start_launch(Worker& worker);
+void end_launch();
+void start_block();
+// All threads of the block are ordered with each other; or those listed.
+void barrier();
+void barrier(const std::vector<Fiber*>& fibers);
+void issue_copy(const Fiber& fiber, const AsyncCopy& copy, const Site& site);
+void perform_copy(const Fiber& fiber, const AsyncCopy& copy);
+constexpr bool ENABLED = true;
+#else
+inline void start_launch(Worker&) {}
+inline void end_launch() {}
+inline void start_block() {}
+inline void barrier() {}
+inline void barrier(const std::vector<Fiber*>&) {}
+inline void issue_copy(const Fiber&, const AsyncCopy&, const Site&) {}
+inline void perform_copy(const Fiber&, const AsyncCopy&) {}
+constexpr bool ENABLED = false;
+#endif
+
+}  // namespace check
+}  // namespace host
+}  // namespace convgen
+
+// ---- What the library's caller may call -----------------------------------------------------
+
+// What the caller knows of a tensor's contents.
+enum { CONVGEN_INTERPRET_OUTPUT = 0, CONVGEN_INTERPRET_INPUT = 1, CONVGEN_INTERPRET_INOUT = 2 };
+
+// A tensor that the kernels of the calling thread may use, until convgen_interpret_forget(). A
+// checked build then finds accesses outside of all tensors, writes to inputs, and reads of what
+// no kernel wrote; other builds ignore it.
+extern "C" void convgen_interpret_register(void* data, int64_t bytes, const char* name,
+                                           int contents);
+extern "C" void convgen_interpret_forget();
+extern "C" const char* convgen_interpret_mode();  // "plain", "checked" or "address"
+extern "C" const char* convgen_interpret_where();  // kernel, block and thread that runs
