@@ -54,6 +54,28 @@ __device__ __forceinline__ void stage_element(Acc* to, const T* from, bool valid
   }
 }
 
+// WIDTH neighbouring elements at once; both addresses are multiples of WIDTH elements.
+template <int WIDTH, typename Acc, typename T>
+__device__ __forceinline__ void stage_vector(Acc* to, const T* from, bool valid) {
+  if constexpr (sizeof(T) == sizeof(Acc)) {
+    copy_async<WIDTH * sizeof(T)>(to, from, valid);
+  } else {
+    struct alignas(WIDTH * sizeof(T)) Narrow {
+      T element[WIDTH];
+    };
+    struct alignas(WIDTH * sizeof(Acc)) Wide {
+      Acc element[WIDTH];
+    };
+    Wide wide = {};
+    if (valid) {
+      const Narrow narrow = *reinterpret_cast<const Narrow*>(from);
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) wide.element[i] = widen(narrow.element[i]);
+    }
+    *reinterpret_cast<Wide*>(to) = wide;
+  }
+}
+
 // `count` accumulators (already packed as such), by all threads of the block. 16-byte copies
 // where ALIGNED says that both sides and the count allow them.
 template <bool ALIGNED, typename Acc>
@@ -87,6 +109,56 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Offsets within one channel, and counts of tiles, are 32-bit in the kernels.
 constexpr int64_t INDEX_LIMIT = (int64_t{1} << 31) - 1;
+
+// Widest access (in elements, 4, 2 or 1) that rows of `row` elements from `base` allow, if the
+// staged copy of one access takes at most 16 bytes.
+template <typename T, typename Acc>
+int access_width(const void* base, int64_t row) {
+  for (int width = 16 / static_cast<int>(sizeof(Acc)); width > 1; width /= 2) {
+    if (row % width == 0 && reinterpret_cast<uintptr_t>(base) % (width * sizeof(T)) == 0) {
+      return width;
+    }
+  }
+  return 1;
+}
+
+// Remembers how the calls that this thread made lately were cut: networks repeat their shapes, and
+// a search over cuts takes tens of microseconds. `extra` is whatever else the cut depends on.
+template <typename Shape>
+class ShapeCache {
+ public:
+  // The entry for a call, and whether it holds that call's shape already.
+  Shape& find(const ConvgenCall& call, int64_t extra, bool& known) {
+    Key key = {{call.device, call.batch, call.coarse_channels, call.fine_channels, extra}};
+    for (int i = 0; i < 3; ++i) {
+      key.value[5 + i] = call.coarse_extent[i];
+      key.value[8 + i] = call.fine_extent[i];
+    }
+    uint64_t hash = 0;
+    for (const int64_t value : key.value) hash = (hash ^ value) * 0x9E3779B97F4A7C15u;
+    Entry& entry = entries_[hash >> 59];
+    known = entry.used;
+    for (int i = 0; known && i < KEY_LENGTH; ++i) known = entry.key.value[i] == key.value[i];
+    entry.key = key;
+    entry.used = true;
+    return entry.shape;
+  }
+
+  // Forgets the entry that find() returned, whose shape could not be made.
+  void forget(Shape& shape) { reinterpret_cast<Entry*>(&shape)->used = false; }
+
+ private:
+  static constexpr int KEY_LENGTH = 11;
+  struct Key {
+    int64_t value[KEY_LENGTH];
+  };
+  struct Entry {
+    Shape shape;  // first: forget() finds the entry by it
+    Key key;
+    bool used = false;
+  };
+  Entry entries_[32];
+};
 
 inline bool volumes_fit(const ConvgenCall& call) {
   const int64_t* c = call.coarse_extent;

@@ -36,7 +36,8 @@ struct GatherShape {
   Divisor by_rows, by_planes;
   int chunk, chunks, tile_elements, stage_elements;
   int shared_bytes;
-  bool vector_store;
+  int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
+  bool vector_store;  // the phases of X that a thread computes leave in one access
 };
 
 // What a rendered unit knows of its own tile at generation time.
@@ -83,7 +84,9 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int channels_per_th
       if (tile_rows > s.y.positions) tile_rows = s.y.positions;
       const int64_t staged_rows = (tile_rows - 1) * t.step_y + t.span_y + 1;
       const int64_t planes = t.scattered ? 1 : int64_t{rows - 1} * t.step_r + t.span_r + 1;
-      const int64_t columns = (width - 1) * t.step_x + t.span_x + 1;
+      // A tile that starts at a multiple of the access width may start that much earlier.
+      const int64_t columns =
+          round_up((width - 1) * t.step_x + t.span_x + s.load_width, s.load_width);
       const int64_t residue_pitch = ceil_div(columns, t.step_x);
       const int64_t channel = planes * staged_rows * residue_pitch * t.step_x;
       const int64_t weights =
@@ -93,7 +96,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int channels_per_th
       if (bytes > shared_limit) continue;
       const int64_t tiles = strips * ceil_div(positions, flat);
       // Staged elements (a line costs about 32 more than its length), and idle lanes.
-      const int64_t line = residue_pitch * t.step_x + WARP;
+      const int64_t line = residue_pitch * t.step_x / s.load_width + WARP;
       const int64_t cost = tiles * (planes * staged_rows * line + flat * rows * 4);
       if (best_cost >= 0 && cost >= best_cost) continue;
       best_cost = cost;
@@ -166,10 +169,11 @@ __device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int fl
 // Stages `count` input channels of a tile whose first element is input position (r, y, x):
 // plane j is row r + j * PLANE_STEP of R, line j is y + j * LINE_STEP of Y, and columns are laid
 // out by their residue modulo STEP_X, so that neighbouring lanes read neighbouring words.
-// A warp stages one line at a time. Positions outside the input are zero.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename Acc, typename T>
-__device__ __forceinline__ void stage_tile(const GatherShape& s, Acc* tile, const T* input,
-                                           int count, int r, int y, int x) {
+// A warp stages one line at a time, WIDTH elements per lane (`x` and the input's lines are then
+// multiples of WIDTH, and STEP_X is 1). Positions outside the input are zero.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename Acc, typename T>
+__device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, const T* input,
+                                            int count, int r, int y, int x) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
   const int lines = count * s.planes * s.rows;
   for (int line = warp; line < lines; line += warps) {
@@ -182,15 +186,34 @@ __device__ __forceinline__ void stage_tile(const GatherShape& s, Acc* tile, cons
     Acc* to = tile + index * s.channel_pitch + plane * s.plane_pitch + row * s.row_pitch;
     const T* from = input + index * s.in_channel_stride;
     if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride;
-    for (int column = lane; column < s.row_pitch; column += WARP) {
+    for (int column = lane * WIDTH; column < s.row_pitch; column += WARP * WIDTH) {
       const bool valid =
           inside && static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
       Acc* element = STEP_X == 1
                          ? to + column
                          : to + (column % STEP_X) * s.residue_pitch + column / STEP_X;
-      stage_element(element, valid ? from + (x + column) : input, valid);
+      stage_vector<WIDTH>(element, valid ? from + (x + column) : input, valid);
     }
   }
+}
+
+// Stages a tile by the widest accesses that the call allows.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename Acc, typename T>
+__device__ __forceinline__ void stage_tile(const GatherShape& s, Acc* tile, const T* input,
+                                           int count, int r, int y, int x) {
+  if constexpr (STEP_X == 1) {
+    if constexpr (sizeof(Acc) == 4) {
+      if (s.load_width == 4) {
+        stage_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, tile, input, count, r, y, x);
+        return;
+      }
+    }
+    if (s.load_width == 2) {
+      stage_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, tile, input, count, r, y, x);
+      return;
+    }
+  }
+  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, tile, input, count, r, y, x);
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.

@@ -32,6 +32,7 @@ struct WgradShape {
   int planes, rows, columns, fine_pitch, stage_elements;
   Divisor by_tile_h, by_rows, by_planes;
   int shared_bytes;
+  int coarse_width;  // elements per staged access of the coarse tensor
 };
 
 struct WgradTraits {
@@ -68,10 +69,6 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
   const int64_t blocks_a = ceil_div(s.coarse_channels, channels);
   const int64_t stage_limit = shared_limit / WGRAD_STAGES / accumulator_bytes;
 
-  // Positions: lines as long as 64, even ones, in multiples of a thread's step.
-  const int64_t lines = ceil_div(s.coarse_w, 64);
-  s.tile_w = static_cast<int>(round_up(ceil_div(s.coarse_w, lines), t.positions));
-
   auto fine_pitch = [&](int64_t planes, int64_t tile_h, int64_t tile_w) {
     // Overhanging taps of the last tap block are computed (and not stored): keep them in bounds.
     const int64_t rows = (tile_h - 1) * t.stride_h + int64_t{t.tap_blocks_h} * t.taps_h;
@@ -83,8 +80,12 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
     return round_up(tile_h * tile_w, 4) + 4;  // 4 mod 32 words between groups' channels
   };
 
+  // Lines of 64 positions, or 32, or 16 and so on; even ones, in multiples of a thread's step.
   double best = -1;
-  for (;;) {
+  for (int64_t line = 64; line >= 4; line /= 2) {
+    const int64_t tile_w =
+        round_up(ceil_div(s.coarse_w, ceil_div(s.coarse_w, line)), t.positions);
+    const double padded = double(ceil_div(s.coarse_w, tile_w)) * tile_w;
     for (int64_t warps_a = 1; warps_a <= max_warps && warps_a <= blocks_a; ++warps_a) {
       const int64_t coarse_parts = ceil_div(blocks_a, warps_a);
       if (ceil_div(blocks_a, coarse_parts) != warps_a) continue;  // uneven: a smaller one is as good
@@ -102,24 +103,36 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
           const int64_t fine_parts =
               groups_per_block > 1 ? 1 : ceil_div(s.fine_channels, fine_block);
           if (fine_parts > 1) fine_block = ceil_div(s.fine_channels, fine_parts);
+          const int64_t warps = warps_a * ceil_div(fine_block * taps, WARP);
           const int64_t planes = wgrad_planes(taps, tap_total, per_plane);
-          const int64_t pitch = fine_pitch(planes, 1, s.tile_w);
           const int64_t coarse_block = warps_a * channels;
-          const int64_t stage = round_up(fine_block * pitch, 4) +
-                                groups_per_block * coarse_block * coarse_pitch(1, s.tile_w);
-          if (stage > stage_limit) continue;
+          // Two rows of positions where rows share what they stage.
+          const int64_t rows = t.dilation_h == 1 && s.coarse_h > 1 ? 2 : 1;
+          const int64_t fine_elements = fine_block * fine_pitch(planes, rows, tile_w);
+          const int64_t coarse_elements =
+              groups_per_block * coarse_block * coarse_pitch(rows, tile_w);
+          const int64_t stage = round_up(fine_elements, 4) + coarse_elements;
+          if (stage > stage_limit && rows == 1) continue;
+          if (round_up(fine_block * fine_pitch(planes, 1, tile_w), 4) +
+                  groups_per_block * coarse_block * coarse_pitch(1, tile_w) >
+              stage_limit) {
+            continue;
+          }
           const int64_t blocks =
               coarse_parts * fine_parts * parts * ceil_div(s.groups, groups_per_block);
-          const double arithmetic = double(blocks) * warps_a * warps_u * WARP * t.taps_h *
-                                    t.taps_w * channels * s.tile_w;
-          // Rows overlap between taps, so count a full tile's rows: about tile_h of stride plus the
-          // kernel; an element staged costs as much as about 12 multiply-adds.
-          const double staging =
-              12.0 * blocks * (double(fine_block) * pitch / (1 + t.tap_blocks_h * t.taps_h / 4.0) +
-                               double(groups_per_block) * coarse_block * s.tile_w);
-          const double cost = arithmetic + staging;
+          // Per position of the tensor: multiply-adds issued, idle lanes included; staged elements,
+          // each as dear as 12 of them. Fewer than 8 warps on a multiprocessor leave it idle.
+          const double positions = double(rows) * tile_w;
+          const double arithmetic = double(WARP) * warps * t.taps_h * t.taps_w * channels;
+          const double staging = 12.0 * (fine_elements + coarse_elements) / positions;
+          int64_t resident = stage > stage_limit ? 1 : stage_limit / stage;
+          if (resident > max_warps / warps) resident = max_warps / warps;
+          const double busy = resident * warps >= 8 ? 1.0 : resident * warps / 8.0;
+          const double cost =
+              blocks * (arithmetic + staging) / busy * padded / s.coarse_w;
           if (best >= 0 && cost >= best) continue;
           best = cost;
+          s.tile_w = static_cast<int>(tile_w);
           s.warps_a = static_cast<int>(warps_a);
           s.groups_per_block = static_cast<int>(groups_per_block);
           s.fine_block = static_cast<int>(fine_block);
@@ -127,7 +140,7 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
           s.tap_blocks = static_cast<int>(taps);
           s.planes = static_cast<int>(planes);
           s.units = static_cast<int>(fine_block * taps);
-          s.threads = static_cast<int>(ceil_div(s.units, WARP) * WARP * warps_a);
+          s.threads = static_cast<int>(warps * WARP);
           s.blocks = static_cast<int>(blocks);
           s.coarse_blocks = Divisor(coarse_parts);
           s.fine_blocks = Divisor(fine_parts);
@@ -136,8 +149,7 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
         }
       }
     }
-    if (best >= 0 || s.tile_w <= t.positions) break;
-    s.tile_w = static_cast<int>(round_up(s.tile_w / 2, t.positions));
+    if (tile_w <= t.positions) break;
   }
   if (best < 0) return CONVGEN_TOO_LARGE;
 
@@ -146,10 +158,12 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
     return round_up(s.fine_block * fine_pitch(s.planes, tile_h, s.tile_w), 4) +
            int64_t{s.groups_per_block} * s.coarse_block * coarse_pitch(tile_h, s.tile_w);
   };
+  // Several blocks share a multiprocessor while one alone would not fill it.
+  const int64_t sharers = s.threads <= max_warps * WARP / 2 ? 2 : 1;
   s.tile_h = 1;
   if (t.dilation_h == 1) {
     while (s.tile_h < s.coarse_h && (s.tile_h + 1) * s.tile_w <= 256 &&
-           stage_elements(s.tile_h + 1) <= stage_limit) {
+           stage_elements(s.tile_h + 1) * sharers <= stage_limit) {
       ++s.tile_h;
     }
     s.tile_h = static_cast<int>(ceil_div(s.coarse_h, ceil_div(s.coarse_h, s.tile_h)));
@@ -176,6 +190,10 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
   s.by_rows = Divisor(s.rows);
   s.by_planes = Divisor(s.planes);
 
+  int64_t slots = shared_limit / s.shared_bytes;  // blocks that live on a multiprocessor at once
+  if (slots > max_warps * WARP / s.threads) slots = max_warps * WARP / s.threads;
+  slots *= multiprocessors;
+
   // Splits: the least time in waves of blocks, where a wave lasts as long as its tiles and a little
   // for the partial results; at most what the workspace may hold.
   const int64_t partial_bytes = int64_t{s.groups} * s.coarse_channels * s.fine_channels *
@@ -183,14 +201,12 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
   int64_t most = WGRAD_WORKSPACE_LIMIT / partial_bytes;
   if (most > WGRAD_MAX_SPLITS) most = WGRAD_MAX_SPLITS;
   if (most > tiles) most = tiles;
-  if (most > 4 * int64_t{multiprocessors} / s.blocks + 1) {
-    most = 4 * int64_t{multiprocessors} / s.blocks + 1;
-  }
+  if (most > 4 * slots / s.blocks + 1) most = 4 * slots / s.blocks + 1;
   if (most < 1) most = 1;
   int64_t best_time = -1;
   s.splits = 1;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t time = ceil_div(splits * s.blocks, multiprocessors) *
+    const int64_t time = ceil_div(splits * s.blocks, slots) *
                          (16 * ceil_div(tiles, splits) + 8) + splits;
     if (best_time >= 0 && time >= best_time) continue;
     best_time = time;
@@ -231,10 +247,12 @@ __device__ __forceinline__ WgradTile locate_wgrad_tile(const WgradShape& s, int 
   return tile;
 }
 
-// Stages the coarse positions of a tile, a line per warp at a time, zero outside the tensor.
-template <typename Acc, typename T>
-__device__ __forceinline__ void stage_coarse(const WgradShape& s, Acc* to, const T* coarse,
-                                             const WgradBlock& block, const WgradTile& tile) {
+// Stages the coarse positions of a tile, a line per warp at a time, zero outside the tensor; WIDTH
+// elements per lane, of which tile_w and the tensor's lines are multiples.
+template <int WIDTH, typename Acc, typename T>
+__device__ __forceinline__ void stage_coarse_lines(const WgradShape& s, Acc* to, const T* coarse,
+                                                   const WgradBlock& block,
+                                                   const WgradTile& tile) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
   const int lines = s.groups_per_block * s.coarse_block * s.tile_h;
   for (int line = warp; line < lines; line += warps) {
@@ -251,10 +269,26 @@ __device__ __forceinline__ void stage_coarse(const WgradShape& s, Acc* to, const
       from += plane * s.coarse_channel_stride + (tile.d * s.coarse_h + h) * s.coarse_w;
     }
     Acc* element = to + slot * s.coarse_pitch + row * s.tile_w;
-    for (int column = lane; column < s.tile_w; column += WARP) {
+    for (int column = lane * WIDTH; column < s.tile_w; column += WARP * WIDTH) {
       const bool valid = inside && tile.w0 + column < s.coarse_w;
-      stage_element(element + column, valid ? from + tile.w0 + column : coarse, valid);
+      stage_vector<WIDTH>(element + column, valid ? from + tile.w0 + column : coarse, valid);
     }
+  }
+}
+
+template <typename Acc, typename T>
+__device__ __forceinline__ void stage_coarse(const WgradShape& s, Acc* to, const T* coarse,
+                                             const WgradBlock& block, const WgradTile& tile) {
+  if constexpr (sizeof(Acc) == 4) {
+    if (s.coarse_width == 4) {
+      stage_coarse_lines<4>(s, to, coarse, block, tile);
+      return;
+    }
+  }
+  if (s.coarse_width == 2) {
+    stage_coarse_lines<2>(s, to, coarse, block, tile);
+  } else {
+    stage_coarse_lines<1>(s, to, coarse, block, tile);
   }
 }
 
