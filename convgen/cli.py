@@ -88,10 +88,15 @@ def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
 def _dtypes(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...] | None:
+    if not values:
+        return None
     try:
-        return tuple(dict.fromkeys(map(parse_dtype, _split(ctx, param, values)))) or None
+        names = tuple(dict.fromkeys(map(parse_dtype, _split(ctx, param, values))))
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from error
+    if not names:
+        raise click.BadParameter(f"choose from {', '.join(DTYPES)}", ctx, param)
+    return names
 
 
 _IN = click.option(
@@ -377,7 +382,8 @@ def clean(
         click.echo(f"Deleted {module.path}", err=True)
     if with_cache:
         count, size_bytes = cache.clean()
-        click.echo(f"Deleted {count} packages of the cache, {size_bytes / 2**20:.1f} MiB", err=True)
+        packages = "1 package" if count == 1 else f"{count} packages"
+        click.echo(f"Deleted {packages} of the cache, {size_bytes / 2**20:.1f} MiB", err=True)
 
 
 @cli.command(short_help="Say what was found here, and what to install.")

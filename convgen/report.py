@@ -1,7 +1,7 @@
 """What the command line prints: progress, tables and JSON.
 
-Tables are the product of a command and go to stdout, with colours on a terminal and complete
-lines elsewhere; progress goes to stderr.
+Tables are the product of a command and go to stdout, with colours on a terminal and as plain
+text elsewhere; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ from convgen import catalog
 from convgen.catalog import Generated
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from convgen.doctor import Finding
-
-_PLAIN_WIDTH = 200
-"""Columns of a table that does not go to a terminal: nothing is cut off there."""
 
 _SHOWN_PHASES = 8
 """Per dimension; beyond it, their number is printed."""
@@ -70,7 +65,7 @@ def details(module: Generated) -> None:
         ],
     )
     _print_table(
-        ("phases", "outputs", "taps (reading at q + offset)"),
+        ("phases of dgrad", "fine position", "is the sum over the coarse grid of"),
         [
             (f"{len(axis_phases)} of {axis}" if index == 0 else "", outputs, taps)
             for axis, axis_phases in catalog.phases(spec).items()
@@ -149,41 +144,49 @@ def _phases(phases: list[dict[str, Any]]) -> list[tuple[str, str]]:
     stride = len(phases)
     lines = []
     for phase in phases[:_SHOWN_PHASES]:
-        taps = ", ".join(f"{tap} at {offset:+d}" for tap, offset in phase["taps"])
-        outputs = "q" if stride == 1 else f"{stride} q + {phase['residue']}"
-        lines.append((outputs, taps or "none: bias alone"))
+        terms = (f"weight[{tap}] x[{_plus('q', offset)}]" for tap, offset in phase["taps"])
+        position = _plus("q" if stride == 1 else f"{stride} q", phase["residue"])
+        lines.append((position, " + ".join(terms) or "nothing: bias alone"))
     if stride > _SHOWN_PHASES:
-        lines.append((f"... {stride} phases", ""))
+        lines.append((f"... {stride - _SHOWN_PHASES} more", ""))
     return lines
+
+
+def _plus(term: str, constant: int) -> str:
+    sign = "-" if constant < 0 else "+"
+    return f"{term} {sign} {abs(constant)}" if constant else term
 
 
 def _schedule(kernel: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in kernel["schedule"].items())
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-
-
 def _print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], red: Sequence[int] = ()
 ) -> None:
-    """A table; columns whose title starts with ``>`` are aligned to the right."""
+    """A table, followed by an empty line; a title that starts with ``>`` aligns to the right."""
+    titles = [title.removeprefix(">") for title in columns]
+    right = [title.startswith(">") for title in columns]
+    if not sys.stdout.isatty():
+        lines = [titles, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            cells = zip(line, widths, right, strict=True)
+            padded = (text.rjust(n) if is_right else text.ljust(n) for text, n, is_right in cells)
+            click.echo("  ".join(padded).rstrip())
+        click.echo()
+        return
     from rich import box
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title in columns:
-        right = title.startswith(">")
-        table.add_column(
-            title.removeprefix(">"), justify="right" if right else "left", overflow="fold"
-        )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    for title, is_right in zip(titles, right, strict=True):
+        table.add_column(title, justify="right" if is_right else "left", overflow="fold")
     for index, row in enumerate(rows):
         table.add_row(*map(Text, row), style="red" if index in red else None)
-    _console().print(table)
+    Console(highlight=False).print(table, "")
 
 
 class Progress:
