@@ -29,7 +29,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def write_package(folder: Path, code: str = "VALUE = 1\nclass Layer: pass\n") -> Path:
+def write_package(folder: Path, code: str = "value = 1\nclass Layer: pass\n") -> Path:
     (folder / "lib").mkdir(parents=True)
     (folder / "__init__.py").write_text(code)
     (folder / "_part.py").write_text("PART = 1\n")
@@ -43,7 +43,7 @@ def package(tmp_path: Path) -> Path:
     return write_package(tmp_path / "source" / "layer")
 
 
-def cached_package(key: str, code: str = "VALUE = 1\nclass Layer: pass\n") -> Path:
+def cached_package(key: str, code: str = "value = 1\nclass Layer: pass\n") -> Path:
     with cache.locked(key):
         folder = cache.temporary(key)
         write_package(folder / "layer", code)
@@ -161,7 +161,7 @@ class TestExport:
         assert sorted(os.listdir(tmp_path / "out")) == [".other.abc.convgen", "layer"]
 
     def test_from_several_threads_at_once_leaves_one_whole_package(self, tmp_path: Path) -> None:
-        packages = [write_package(tmp_path / str(n) / "layer", f"N = {n}\n") for n in range(4)]
+        packages = [write_package(tmp_path / str(n) / "layer", f"number = {n}\n") for n in range(4)]
         threads = [
             threading.Thread(target=export, args=(package, tmp_path / "out"))
             for package in packages * 5
@@ -177,7 +177,7 @@ class TestExport:
 class TestLoad:
     def test_imports_a_folder_and_gives_the_same_module_again(self, package: Path) -> None:
         module = load(package)
-        assert module.VALUE == 1
+        assert module.value == 1
         assert load(package) is module
         assert sys.modules[module.__name__] is module
         assert module.__name__.startswith("layer_")
@@ -189,9 +189,9 @@ class TestLoad:
     def test_a_folder_that_changed_is_imported_anew(self, tmp_path: Path, package: Path) -> None:
         target = export(package, tmp_path / "out")
         first = load(target)
-        export(write_package(tmp_path / "b" / "layer", "VALUE = 2\n"), tmp_path / "out")
+        export(write_package(tmp_path / "b" / "layer", "value = 2\n"), tmp_path / "out")
         second = load(target)
-        assert (first.VALUE, second.VALUE) == (1, 2)
+        assert (first.value, second.value) == (1, 2)
         assert load(target) is second
 
     def test_equal_names_in_different_places_do_not_meet(
@@ -219,8 +219,8 @@ class TestLoad:
     ) -> None:
         for number in range(2):
             monkeypatch.setenv("CONVGEN_CACHE_DIR", str(tmp_path / f"cache{number}"))
-            module = load(cached_package(f"{number}" * 64, f"N = {number}\n"))
-            assert module.N == number
+            module = load(cached_package(f"{number}" * 64, f"number = {number}\n"))
+            assert module.number == number
 
     def test_an_import_that_fails_leaves_no_module(self, tmp_path: Path) -> None:
         package = write_package(tmp_path / "broken", "raise ValueError('broken')\n")
