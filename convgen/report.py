@@ -11,6 +11,7 @@ import json as json_format
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from convgen.catalog import Generated
 
 if TYPE_CHECKING:
     from convgen.doctor import Finding
+    from convgen.verify import Row
 
 _SHOWN_PHASES = 8
 """Per dimension; beyond it, their number is printed."""
@@ -93,43 +95,38 @@ def findings(found: Iterable[Finding]) -> None:
         _print_table(("what", "found"), [row[:2] for row in rows])
 
 
-def verification(module: Generated, rows: Sequence[Any], show_all: bool) -> None:
+def verification(module: Generated, rows: Sequence[Row], show_all: bool) -> None:
     """The table of ``convgen verify``: every case, or the worst of each quantity and dtype."""
-    if not show_all:
-        worst: dict[tuple[str, str], Any] = {}
-        cases: dict[tuple[str, str], int] = {}
-        for row in rows:
-            kind = (row.dtype, row.quantity)
-            cases[kind] = cases.get(kind, 0) + 1
-            if kind not in worst or _badness(row) > _badness(worst[kind]):
-                worst[kind] = row
-        rows = list(worst.values())
+    kinds: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault((row.device, row.dtype, row.quantity), []).append(row)
+    if show_all:
+        shown = [(row, row.shapes) for row in rows]
+    else:
+        shown = [(max(of_kind, key=_excess), str(len(of_kind))) for of_kind in kinds.values()]
     table = [
         (
-            row.dtype,
+            f"{row.device} {row.dtype}",
             row.quantity,
-            row.shapes if show_all else f"{cases[row.dtype, row.quantity]} cases",
+            case,
             f"{row.error:.1e}",
+            f"{row.worst:.1e}",
             f"{row.limit:.0e}",
             "ok" if row.ok else "FAILED",
         )
-        for row in rows
+        for row, case in shown
     ]
-    failed = [index for index, row in enumerate(rows) if not row.ok]
-    columns = (
-        "dtype",
-        "quantity",
-        "shapes",
-        ">error" if show_all else ">worst error",
-        ">limit",
-        "",
-    )
-    click.echo(module.name)
+    failed = [index for index, (row, _) in enumerate(shown) if not row.ok]
+    cases = "shapes" if show_all else ">cases"
+    columns = ("", "quantity", cases, ">error", ">worst element", ">limit", "")
+    click.echo(f"{module.name}: {len(rows)} comparisons with float64")
     _print_table(columns, table, failed)
 
 
-def _badness(row: Any) -> float:
-    return math.inf if math.isnan(row.error) else row.error / row.limit
+def _excess(row: Row) -> tuple[bool, float]:
+    """Orders rows from the best to the worst; NaN is as bad as it gets."""
+    largest = max(row.error, row.worst)
+    return not row.ok, math.inf if math.isnan(row.error + row.worst) else largest / row.limit
 
 
 def _dtypes(dtypes: dict[str, tuple[str, ...]], built: Sequence[str]) -> str:
@@ -243,4 +240,16 @@ def waiting(what: str) -> Iterator[None]:
     from rich.console import Console
 
     with Console(stderr=True).status(what):
+        yield
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings are a line on stderr, without the place in convgen's source."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        click.echo(f"Warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
         yield

@@ -396,6 +396,52 @@ class TestModules:
         assert (folder / "conv1d_k3").exists()
 
 
+class TestVerify:
+    def test_prints_a_table_of_errors_and_limits(self, run) -> None:
+        assert run(*SMALL).returncode == 0
+        result = run("verify", "--quick")
+        assert result.returncode == 0, result.stderr
+        for quantity in ("forward", "grad input", "grad weight", "grad bias", "grad grad input"):
+            assert re.search(
+                rf"^cpu f32  {quantity} +\d+ +\d\.\de[-+]\d+ +\d\.\de[-+]\d+ +1e-05  ok$",
+                result.stdout,
+                re.MULTILINE,
+            ), result.stdout
+
+    def test_all_prints_every_shape(self, run) -> None:
+        assert run(*SMALL).returncode == 0
+        result = run("verify", "conv1d_k3", "--quick", "--all")
+        assert result.returncode == 0
+        shapes = set(re.findall(r"\dx\d+x\d+ -> \d+", result.stdout))
+        assert len(shapes) > 1
+
+    def test_wrong_kernels_fail_with_status_1(self, run, tmp_path: Path) -> None:
+        assert run(*SMALL).returncode == 0
+        assert run(*SMALL, "--dilation", "2").returncode == 0
+        folder = tmp_path / "generated"
+        library = Path("lib") / "cpu.so"
+        (folder / "conv1d_k3" / library).write_bytes(
+            (folder / "conv1d_k3_d2" / library).read_bytes()
+        )
+        result = run("verify", "--quick")
+        assert result.returncode == 1
+        assert re.search(r"^cpu f32  forward .* FAILED$", result.stdout, re.MULTILINE)
+        assert result.stderr.splitlines()[-1].endswith("conv1d_k3 failed.")
+
+    def test_a_module_that_cannot_run_says_why(self, run, tmp_path: Path) -> None:
+        assert run(*SMALL).returncode == 0
+        library = tmp_path / "generated" / "conv1d_k3" / "lib" / "cpu.so"
+        library.write_bytes(b"truncated")
+        damaged = run("verify")
+        assert damaged.returncode == 1
+        assert "cannot be loaded" in damaged.stderr
+        assert "Traceback" not in damaged.stderr
+        library.unlink()
+        missing = run("verify")
+        assert missing.returncode == 1
+        assert "Traceback" not in missing.stderr
+
+
 class TestDoctor:
     def test_says_what_was_found(self, run) -> None:
         result = run("doctor")
