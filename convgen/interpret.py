@@ -191,7 +191,9 @@ def _runtime(compiler: CppCompiler, mode: Mode) -> Path:
 
 def _commands(compiler: CppCompiler, mode: Mode, flags: tuple[str, ...]) -> Commands:
     known = compiler.commands()
-    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    native = (
+        "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    )
     gcc = () if "clang" in compiler.version.lower() else _GCC
     return Commands(
         compile=(*compiler.command, *_COMMON, native, *gcc, *flags),

@@ -12,6 +12,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #include "half.h"
 #include "interpreter.h"
 #include "types.h"
@@ -29,8 +31,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// A block runs on one host thread.
-#define __shared__ static thread_local
+// A block runs on one host thread. The tag becomes part of the symbol's name, by which
+// shared_arrays.cpp finds them.
+#define __shared__ static thread_local __attribute__((abi_tag("convgen_shared")))
 
 #define threadIdx (::convgen::host::thread_index())
 #define blockIdx (::convgen::host::block_index())
@@ -231,10 +234,10 @@ class DeviceScope {
   cudaError_t error_;
 };
 
-// Runs the kernel to its end before it returns.
+// Runs the kernel to its end before it returns. Arguments are copied, as CUDA does.
 template <auto KERNEL, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int, void*, const Args&... args) {
-  auto body = [&] { KERNEL(args...); };
+  auto body = [args...] { KERNEL(args...); };
   using Body = decltype(body);
   host::Launch launch = {__PRETTY_FUNCTION__, grid, block, shared_bytes,
                          [](const void* self) { (*static_cast<const Body*>(self))(); }, &body};

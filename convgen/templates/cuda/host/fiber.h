@@ -102,13 +102,7 @@ class Stacks {
     memory_ = static_cast<char*>(memory);
     for (int i = 0; i < count; ++i) mprotect(memory_ + i * (SIZE + page_), page_, PROT_NONE);
   }
-  ~Stacks() {
-#if defined(__SANITIZE_ADDRESS__)
-    // Fibers that a fault ended left their locals' red zones behind.
-    ASAN_UNPOISON_MEMORY_REGION(memory_, count_ * (SIZE + page_));
-#endif
-    munmap(memory_, count_ * (SIZE + page_));
-  }
+  ~Stacks() { munmap(memory_, count_ * (SIZE + page_)); }
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
 

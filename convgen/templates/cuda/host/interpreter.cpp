@@ -135,6 +135,10 @@ Worker::Worker(Run& run, Stacks& stacks) : run(run), stacks_(stacks) {
 Worker::~Worker() {
   check::end_launch();
   worker = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  // Threads that a fault ended left their locals' red zones behind.
+  for (const Fiber& fiber : fibers) ASAN_UNPOISON_MEMORY_REGION(fiber.stack_low, Stacks::SIZE);
+#endif
   free(dynamic);
 }
 
@@ -207,6 +211,7 @@ void Worker::suspend() {
   Fiber& fiber = *running;
 #if defined(__SANITIZE_ADDRESS__)
   const bool last = fiber.state == State::done || run.failed;
+  if (last) __asan_handle_no_return();  // or this frame's red zones would stay on the stack
   __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, stack_bottom_, stack_size_);
 #endif
   convgen_switch_fiber(&fiber.stack_pointer, stack_pointer_);

@@ -1,7 +1,8 @@
 // Which static `__shared__` arrays a library has: read from its own symbol table.
 //
-// On the host they are thread-local variables of functions (`_ZZ...`), so the table gives each
-// one's place in the library's thread-local block, its size and its name.
+// On the host they are thread-local variables with a tag in their names (see `__shared__` in
+// convgen_host.cuh), so the table gives each one's place in the library's thread-local block, its
+// size and its name.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -36,12 +37,13 @@ std::vector<char> contents_of_this_library() {
   return bytes;
 }
 
-// "(anonymous namespace)::kernel<8>(float*)::tile" -> "tile".
+// "(anonymous namespace)::kernel<8>(float*)::tile[abi:convgen_shared]" -> "tile".
 std::string variable_name(const char* symbol) {
   int status = 0;
   char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
   std::string name = demangled ? demangled : symbol;
   free(demangled);
+  name = name.substr(0, name.find("[abi:"));
   const size_t at = name.rfind("::");
   return at == std::string::npos ? name : name.substr(at + 2);
 }
@@ -65,9 +67,7 @@ std::vector<SharedArray> read() {
       const char* name = names + symbols[j].st_name;
       const ptrdiff_t offset = static_cast<ptrdiff_t>(symbols[j].st_value);
       if (!strcmp(name, ANCHOR)) anchor_offset = offset;
-      const bool of_function = !strncmp(name, "_ZZ", 3);
-      const bool of_interpreter = !strncmp(name, "_ZZN7convgen4host", 17);
-      if (of_function && !of_interpreter && symbols[j].st_size > 0) {
+      if (strstr(name, "B14convgen_shared") && symbols[j].st_size > 0) {
         arrays.push_back({offset, symbols[j].st_size, variable_name(name)});
       }
     }

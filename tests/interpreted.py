@@ -1,0 +1,277 @@
+"""Calling interpreted kernels from tests: tensors in, tensors or the interpreter's report out."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convgen import interpret
+from convgen.dtypes import DTYPES
+from convgen.render import TEMPLATES, render_kernels
+from convgen.spec import ConvSpec
+
+OUTPUT, INPUT, INOUT = 0, 1, 2
+"""What is known of a tensor's contents, as ``convgen_interpret_register`` takes it."""
+
+OPERANDS = ("coarse", "fine", "weight", "bias")
+RESULT = {"fprop": "coarse", "dgrad": "fine", "wgrad": "weight", "bgrad": "bias"}
+LIMITS = {"f32": 1e-5, "f64": 1e-12, "f16": 2e-3, "bf16": 1e-2}
+"""On ``||out - ref|| / ||ref||``."""
+
+
+class Fault(RuntimeError):
+    """What the interpreter, or a sanitizer, reports."""
+
+
+class Library:
+    """An interpreted library in this process."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.convgen_error_string.restype = ctypes.c_char_p
+        self._library.convgen_interpret_register.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_char_p,
+            ctypes.c_int,
+        ]
+
+    def check(self, code: int) -> None:
+        if code:
+            raise Fault(f"{self._library.convgen_error_string(code).decode()} ({code})")
+
+    def __call__(self, symbol: str, *arguments: np.ndarray | int, **contents: int) -> None:
+        """Calls a function that takes pointers to arrays and ints, with the arrays registered.
+
+        Arrays are called ``a0``, ``a1``, ... by position; ``contents`` gives what is known of
+        each, :data:`INPUT` by default.
+        """
+        values: list[object] = []
+        for index, argument in enumerate(arguments):
+            if isinstance(argument, int):
+                values.append(ctypes.c_int(argument))
+            else:
+                name = f"a{index}"
+                self.register(
+                    argument.ctypes.data, argument.nbytes, name, contents.get(name, INPUT)
+                )
+                values.append(ctypes.c_void_p(argument.ctypes.data))
+        try:
+            self.check(self._library[symbol](*values))
+        finally:
+            self.forget()
+
+    def register(self, address: int, size_bytes: int, name: str, contents: int) -> None:
+        self._library.convgen_interpret_register(address, size_bytes, name.encode(), contents)
+
+    def forget(self) -> None:
+        self._library.convgen_interpret_forget()
+
+    def workspace_bytes(self, symbol: str, call: bytes) -> int:
+        function = self._library[f"{symbol}_workspace"]
+        function.restype = ctypes.c_int64
+        return int(function(call))
+
+    def call(self, symbol: str, call: bytes) -> None:
+        self.check(self._library[symbol](call))
+
+
+def compile_sources(mode: str, sources: Mapping[str, str]) -> Path:
+    """Compiles hand-written sources; the project's own headers are added to them."""
+    headers = {
+        "convgen_abi.h": (TEMPLATES / "common" / "convgen_abi.h").read_text(),
+        "device.cuh": (TEMPLATES / "cuda" / "device.cuh").read_text(),
+    }
+    return interpret.library("test", {**headers, **sources}, mode)
+
+
+def engine_sources(spec: ConvSpec, dtype: str, contractions: tuple[str, ...]) -> dict[str, str]:
+    """The rendered CUDA sources of some contractions, with their headers, by file name."""
+    files, _ = render_kernels(spec, "cuda", [dtype])
+    sources = {Path(path).name: text for path, text in files.items()}
+    # bgrad lies in wgrad's unit.
+    units = {"wgrad" if name == "bgrad" else name for name in contractions}
+    return {
+        name: text
+        for name, text in sources.items()
+        if not name.endswith(".cu") or name.split("_")[0] in units
+    }
+
+
+@dataclass
+class Problem:
+    """One call of a contraction: operands of a dtype, and the result in float64."""
+
+    contraction: str
+    dtype: str
+    operands: dict[str, Tensor]
+    """By name (see :data:`OPERANDS`), in three dimensions; the result among them, NaN."""
+    reference: Tensor
+
+    @property
+    def result(self) -> Tensor:
+        return self.operands[RESULT[self.contraction]]
+
+    @property
+    def symbol(self) -> str:
+        return f"convgen_{self.contraction}_{self.dtype}"
+
+    @property
+    def numbers(self) -> list[int]:
+        """Batch, channels and extents, in ConvgenCall's order."""
+        coarse, fine = self.operands["coarse"], self.operands.get("fine")
+        beside = coarse if fine is None else fine
+        return [
+            coarse.shape[0],
+            coarse.shape[1],
+            beside.shape[1],
+            *coarse.shape[2:],
+            *beside.shape[2:],
+        ]
+
+    def error(self) -> float:
+        """Norm of the error over the reference's; NaN where an element was not written."""
+        difference = self.result.double() - self.reference
+        return float(difference.norm() / self.reference.norm().clamp_min(1e-30))
+
+    def check(self) -> None:
+        error = self.error()
+        assert error <= LIMITS[self.dtype], f"{self.symbol}: error {error}"
+
+
+def problem(
+    spec: ConvSpec,
+    contraction: str,
+    dtype: str,
+    extents: tuple[int, ...],
+    *,
+    batch: int = 1,
+    channels: tuple[int, int] = (1, 1),
+    bias: bool = True,
+    seed: int = 0,
+) -> Problem:
+    """A problem on random operands; ``extents`` and ``channels`` (in, out) are the operator's."""
+    g = spec.geometry
+    lead = (1,) * (3 - spec.ndim)
+    inner, outer = (*lead, *extents), (*lead, *spec.output_extents(extents))
+    coarse_extent, fine_extent = (inner, outer) if spec.transposed else (outer, inner)
+    coarse_channels, fine_channels = channels if spec.transposed else channels[::-1]
+    kind = getattr(torch, DTYPES[dtype].torch_name)
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
+
+    coarse = random(batch, coarse_channels, *coarse_extent)
+    fine = random(batch, fine_channels, *fine_extent)
+    weight = random(coarse_channels, fine_channels // g.groups, *g.kernel)
+    operands = {"coarse": coarse}
+    if contraction == "bgrad":
+        reference = coarse.double().sum((0, 2, 3, 4))
+        operands["bias"] = torch.full((coarse_channels,), torch.nan, dtype=kind)
+        return Problem(contraction, dtype, operands, reference)
+
+    # The three contractions are the derivatives of one trilinear form, which autograd knows.
+    wide_fine, wide_weight = fine.double().requires_grad_(), weight.double().requires_grad_()
+    pads = []
+    for axis in (2, 1, 0):
+        reach = (coarse_extent[axis] - 1) * g.stride[axis]
+        reach += g.dilation[axis] * (g.kernel[axis] - 1) + 1
+        end = max(0, reach - g.padding[axis] - fine_extent[axis])
+        pads += [g.padding[axis], end]
+    full = F.conv3d(F.pad(wide_fine, pads), wide_weight, None, g.stride, 0, g.dilation, g.groups)
+    form = full[..., : coarse_extent[0], : coarse_extent[1], : coarse_extent[2]]
+    operands |= {"fine": fine, "weight": weight}
+    if contraction == "fprop":
+        reference = form.detach()
+    else:
+        by = wide_fine if contraction == "dgrad" else wide_weight
+        (reference,) = torch.autograd.grad(form, by, coarse.double())
+    if bias and contraction != "wgrad":
+        operands["bias"] = random(reference.shape[1])
+        reference = reference + operands["bias"].double().view(1, -1, 1, 1, 1)
+    operands[RESULT[contraction]] = torch.full(tuple(reference.shape), torch.nan, dtype=kind)
+    return Problem(contraction, dtype, operands, reference)
+
+
+def solve(library: Library, given: Problem) -> None:
+    """Calls the contraction on the operands where they lie, the result among them.
+
+    Raises:
+        Fault: if the interpreter reports one.
+    """
+    tensors = given.operands
+    numbers = struct.pack("10q", 0, *given.numbers)
+    size = library.workspace_bytes(given.symbol, bytes(48) + numbers)
+    scratch = torch.full((size + 255,), 0xFF, dtype=torch.uint8)
+    workspace = (scratch.data_ptr() + 255) & -256 if size else 0
+    addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in OPERANDS]
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        contents = OUTPUT if tensor is given.result else INPUT
+        library.register(tensor.data_ptr(), tensor.nbytes, name, contents)
+    if size:
+        library.register(workspace, size, "workspace", OUTPUT)
+    try:
+        library.call(given.symbol, struct.pack("6Q", *addresses, workspace, 0) + numbers)
+    finally:
+        library.forget()
+    for name, tensor in tensors.items():
+        assert tensor is given.result or torch.equal(tensor, before[name]), f"{name} changed"
+
+
+def solve_exactly(path: Path, problems: list[Problem], folder: Path) -> None:
+    """Solves problems in a process under AddressSanitizer, with tensors of their exact sizes.
+
+    Raises:
+        Fault: with what the process printed, if it reports anything.
+    """
+    request = bytearray()
+    for given in problems:
+        symbol = given.symbol.encode()
+        tensors = [given.operands.get(name) for name in OPERANDS]
+        data = [None if tensor is None else _bytes(tensor) for tensor in tensors]
+        request += struct.pack("q", len(symbol)) + symbol + struct.pack("9q", *given.numbers)
+        request += struct.pack("4q", *(-1 if d is None else len(d) for d in data))
+        request += b"".join(d for d in data if d is not None)
+    (folder / "request").write_bytes(request)
+    run_driver(path, folder)
+    response = memoryview((folder / "response").read_bytes())
+    for given in problems:
+        for name in OPERANDS:
+            tensor = given.operands.get(name)
+            if tensor is None:
+                continue
+            after, response = response[: tensor.nbytes], response[tensor.nbytes :]
+            if tensor is given.result:
+                flat = torch.frombuffer(bytearray(after), dtype=tensor.dtype)
+                tensor.copy_(flat.view(tensor.shape))
+            else:
+                assert after == _bytes(tensor), f"{name} changed"
+    assert not response
+
+
+def run_driver(path: Path, folder: Path) -> None:
+    """Runs the sanitized program on ``folder/request``; writes ``folder/response``."""
+    result = subprocess.run(
+        [interpret.driver(), path, folder / "request", folder / "response"],
+        capture_output=True,
+        text=True,
+        # LeakSanitizer needs ptrace, which containers forbid.
+        env={"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    )
+    if result.returncode or result.stderr:
+        raise Fault(result.stderr or f"exit status {result.returncode}")
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
