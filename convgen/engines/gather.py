@@ -7,15 +7,19 @@ weights in the packed array. All of it is plain data that a template renders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import gcd
+from typing import Any
 
-from convgen.spec import Geometry
-from convgen.taps import Phase, dgrad_phases, gather_taps, offset_range
+from convgen.spec import Geometry, Triple
+from convgen.taps import Phase, Tap, dgrad_phases, gather_taps, offset_range
 
 AXES = "dhw"
+
+RUN_TIME = Tap(-1, 0)
+"""Stands for the one tap along an axis that a pass chooses at run time."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Unit:
-    """The unrolled arithmetic of one phase along (R, Y); ``name`` suffixes its function."""
+    """The unrolled arithmetic of one pass; ``name`` suffixes its function."""
 
     name: str
     label: str
@@ -102,35 +106,58 @@ def gather_axes(geometry: Geometry, contraction: str) -> tuple[Axis, Axis, Axis]
     return d, h, w
 
 
-def unroll(
-    r: Axis, y: Axis, x: Axis, phase_r: int, phase_y: int, rows: int, tap_index: TapIndex
-) -> tuple[tuple[Column, ...], list[int]]:
-    """Every tap of one (R, Y) phase as columns of a tile that holds the phase's whole window.
-
-    Returns the columns and, slot by slot, the kernel elements whose weights they read. Taps that
-    share a (y, x) share a column, so that each input value is loaded once for all of them.
-    """
-    taps_r, taps_y = r.phases[phase_r].taps, y.phases[phase_y].taps
-    if not taps_r:
-        return (), []  # these outputs are bias alone
-    first_r, first_y = r.first[phase_r], y.first[phase_y]
-    first_x = min(offset_range(phase.taps)[0] for phase in x.phases if phase.taps)
-    slots: list[int] = []
-    columns = []
-    by_x: dict[int, list[tuple[int, int]]] = {}
+def _by_offset(x: Axis) -> dict[int, list[tuple[int, int]]]:
+    """The taps of all phases of X by offset: ``{offset: [(phase, tap index)]}``, rising."""
+    found: dict[int, list[tuple[int, int]]] = {}
     for variant, phase in enumerate(x.phases):
         for tap in phase.taps:
-            by_x.setdefault(tap.offset, []).append((variant, tap.index))
-    for tap_y, offset_x in product(taps_y, sorted(by_x)):
+            found.setdefault(tap.offset, []).append((variant, tap.index))
+    return dict(sorted(found.items()))
+
+
+def first_offset(x: Axis) -> int:
+    """Smallest offset of all taps of an axis."""
+    return min(tap.offset for phase in x.phases for tap in phase.taps)
+
+
+def unroll(
+    r: Axis,
+    y: Axis,
+    x: Axis,
+    taps_r: tuple[Tap, ...],
+    taps_y: tuple[Tap, ...],
+    rows: int,
+    row_step: int,
+) -> tuple[Column, ...]:
+    """Taps ``taps_r x taps_y x`` (all of X) as columns of a tile that holds their whole window.
+
+    Taps that share a (y, x) share a column, so that each input value is loaded once for all of
+    them. Slots count taps in the order in which :func:`slot_order` lists them.
+    """
+    if not taps_r:
+        return ()  # these outputs are bias alone
+    first_r = taps_r[0].offset
+    first_y = taps_y[0].offset if taps_y else 0
+    first_x = first_offset(x)
+    columns = []
+    slot = 0
+    for tap_y, (offset_x, members) in product(taps_y, _by_offset(x).items()):
         used, uses = 0, []
         for tap_r in taps_r:
             first = tap_r.offset - first_r
             for m in range(rows):
-                used |= 1 << (first + m * r.step)
-            for variant, index_x in by_x[offset_x]:
-                index = tap_index({r.name: tap_r.index, y.name: tap_y.index, x.name: index_x})
-                uses.append(Use(variant, first, len(slots), index.label))
-                slots.append(index.flat)
+                used |= 1 << (first + m * row_step)
+            for variant, index_x in members:
+                at = {r.name: tap_r.index, y.name: tap_y.index, x.name: index_x}
+                label = (
+                    "tap ("
+                    + ", ".join(
+                        name if at[name] == RUN_TIME.index else str(at[name]) for name in AXES
+                    )
+                    + ")"
+                )
+                uses.append(Use(variant, first, slot, label))
+                slot += 1
         relative = offset_x - first_x
         columns.append(
             Column(
@@ -143,55 +170,143 @@ def unroll(
                 label=f"{y.name} {tap_y.offset:+d}, {x.name} {offset_x:+d}",
             )
         )
-    return tuple(columns), slots
+    return tuple(columns)
 
 
-def unroll_line(x: Axis, rows: int) -> tuple[tuple[Column, ...], list[int]]:
-    """The taps along X alone, for a tile that holds one (R, Y) tap: the slots give X indices."""
-    first_x = min(offset_range(phase.taps)[0] for phase in x.phases if phase.taps)
-    by_x: dict[int, list[tuple[int, int]]] = {}
-    for variant, phase in enumerate(x.phases):
-        for tap in phase.taps:
-            by_x.setdefault(tap.offset, []).append((variant, tap.index))
-    slots: list[int] = []
-    columns = []
-    for offset_x in sorted(by_x):
-        uses = []
-        for variant, index_x in by_x[offset_x]:
-            uses.append(Use(variant, 0, len(slots), f"{x.name} {index_x}"))
-            slots.append(index_x)
-        relative = offset_x - first_x
-        columns.append(
-            Column(
-                y=0,
-                residue=relative % x.step,
-                column=relative // x.step,
-                count=rows,
-                used=(1 << rows) - 1,
-                uses=tuple(uses),
-                label=f"{x.name} {offset_x:+d}",
-            )
-        )
-    return tuple(columns), slots
+def slot_order(
+    r: Axis, y: Axis, x: Axis, taps_r: tuple[Tap, ...], taps_y: tuple[Tap, ...], number: TapIndex
+) -> list[int]:
+    """Flat kernel element of each slot of :func:`unroll`."""
+    return [
+        number({r.name: tap_r.index, y.name: tap_y.index, x.name: index_x})
+        for tap_y, members in product(taps_y, _by_offset(x).values())
+        for tap_r in taps_r
+        for _, index_x in members
+    ]
 
 
-@dataclass(frozen=True)
-class TapNumber:
-    """A kernel element: its flat index in the weight tensor, and a label for people."""
-
-    flat: int
-    label: str
+TapIndex = Callable[[dict[str, int]], int]
 
 
-TapIndex = Callable[[dict[str, int]], TapNumber]
-
-
-def tap_numbering(kernel: Iterable[int]) -> TapIndex:
+def tap_numbering(kernel: Triple) -> TapIndex:
     """Numbers kernel elements as the weight tensor lays them out (D, H, W)."""
     _, kh, kw = kernel
 
-    def number(at: dict[str, int]) -> TapNumber:
+    def number(at: dict[str, int]) -> int:
         d, h, w = (at[name] for name in AXES)
-        return TapNumber((d * kh + h) * kw + w, f"({d}, {h}, {w})")
+        return (d * kh + h) * kw + w
 
     return number
+
+
+def arrange(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
+    """(R, Y, X): register rows run along the longer of the kernel's D and H."""
+    d, h, w = axes
+    return (h, d, w) if sum(h.counts) > sum(d.counts) else (d, h, w)
+
+
+@dataclass(frozen=True)
+class GatherSchedule:
+    """fprop and dgrad: what one thread computes and what the template unrolls.
+
+    ``unroll`` says what one staged tile serves and what is unrolled: ``taps`` (every tap of a
+    phase), ``plane`` (the taps of one kernel index along R), ``line`` (the taps along W of one
+    (d, h)) or ``none`` (one tap of each phase of W; loops over all others). ``row_axis`` is the
+    axis of a thread's ``rows`` register rows, or ``scattered`` where no kernel window runs along D
+    or H: rows are then positions far apart. ``variants`` phases of W are computed by one thread.
+    ``channels`` lists the compiled output-channel blocks.
+    """
+
+    unroll: str
+    row_axis: str
+    rows: int
+    variants: int
+    channels: tuple[int, ...]
+
+
+def gather_context(
+    geometry: Geometry, contraction: str, schedule: GatherSchedule
+) -> dict[str, Any]:
+    """What a gather's template is given: axes, units, slots, regions and tables."""
+    axes = gather_axes(geometry, contraction)
+    r, y, x = arrange(axes)
+    number = tap_numbering(geometry.kernel)
+    variants, style = schedule.variants, schedule.unroll
+    groups = [x.phases[i : i + variants] for i in range(0, len(x.phases), variants)]
+    units: dict[str, Unit] = {}
+    slot_tap: list[int] = []
+    region_first = [0]
+    phase_region = []
+
+    def add_region(slots: list[int]) -> None:
+        slot_tap.extend(slots)
+        region_first.append(len(slot_tap))
+
+    def add_unit(name: str, label: str, taps_r: tuple[Tap, ...], taps_y: tuple[Tap, ...]) -> None:
+        row_step = r.step if style == "taps" else 1
+        columns = unroll(r, y, x, taps_r, taps_y, schedule.rows, row_step)
+        units.setdefault(name, Unit(name, label, columns))
+
+    for (phase_r, rp), (phase_y, yp) in product(enumerate(r.phases), enumerate(y.phases)):
+        if style == "taps":
+            phase_region.append(len(region_first) - 1)
+            single = len(r.phases) * len(y.phases) == 1
+            name = "" if single else f"_{r.name}{phase_r}_{y.name}{phase_y}"
+            label = "" if single else f"{r.name} phase {phase_r}, {y.name} phase {phase_y}"
+            add_unit(name, label, rp.taps, yp.taps)
+            add_region(slot_order(r, y, x, rp.taps, yp.taps, number))
+        elif style == "plane":
+            phase_region.append(len(region_first) - 1)
+            single = len(y.phases) == 1
+            name = "" if single else f"_{y.name}{phase_y}"
+            label = "" if single else f"{y.name} phase {phase_y}"
+            add_unit(name, label, (RUN_TIME,), yp.taps)
+            for tap_r in rp.taps:
+                add_region(slot_order(r, y, x, (tap_r,), yp.taps, number))
+        elif style == "line":
+            phase_region.append(len(region_first) - 1)
+            add_unit("", "", (RUN_TIME,), (RUN_TIME,))
+            for tap_r, tap_y in product(rp.taps, yp.taps):
+                add_region(slot_order(r, y, x, (tap_r,), (tap_y,), number))
+        else:
+            for group in groups:
+                phase_region.append(len(region_first) - 1)
+                passes_x = max(len(p.taps) for p in group)
+                for tap_r, tap_y, jx in product(rp.taps, yp.taps, range(passes_x)):
+                    at = {r.name: tap_r.index, y.name: tap_y.index}
+                    slots = [
+                        number(at | {x.name: p.taps[jx].index}) if jx < len(p.taps) else -1
+                        for p in group
+                    ]
+                    add_region(slots + [-1] * (variants - len(group)))
+
+    group_firsts = [min((t.offset for p in g for t in p.taps[:1]), default=0) for g in groups]
+    if style == "none":
+        span_x = max(
+            max((p.taps[0].offset for p in g if p.taps), default=first) - first
+            for g, first in zip(groups, group_firsts, strict=True)
+        )
+    else:
+        span_x = max(t.offset for p in x.phases for t in p.taps) - first_offset(x)
+    return {
+        "r": r,
+        "y": y,
+        "x": x,
+        "axis_index": {axis.name: AXES.index(axis.name) for axis in axes},
+        "scattered": schedule.row_axis == "scattered",
+        "groups_x": len(groups),
+        "units": list(units.values()),
+        "slot_tap": slot_tap,
+        "region_first": region_first,
+        "phase_region": phase_region,
+        "passes_x": [max(len(p.taps) for p in group) for group in groups],
+        "group_firsts": group_firsts,
+        "span_r": max(r.spans) if style == "taps" else 0,
+        "span_y": max(y.spans) if style in ("taps", "plane") else 0,
+        "span_x": span_x,
+        "first_x": first_offset(x),
+        "taps_per_pass": max(after - before for before, after in pairwise(region_first)),
+        "output_is_coarse": contraction == "fprop",
+        "input": "fine" if contraction == "fprop" else "coarse",
+        "output": "coarse" if contraction == "fprop" else "fine",
+    }

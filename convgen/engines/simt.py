@@ -8,18 +8,11 @@ on the call and are chosen at launch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from convgen.dtypes import DTYPES
 from convgen.engines import KernelPlan
-from convgen.engines.gather import (
-    Axis,
-    Unit,
-    gather_axes,
-    tap_numbering,
-    unroll,
-    unroll_line,
-)
+from convgen.engines.gather import GatherSchedule, arrange, gather_axes, gather_context
 from convgen.spec import Geometry
 
 # Accumulators per thread, in 32-bit registers: with the column and the weights beside them a
@@ -38,26 +31,11 @@ MAX_VARIANTS = 8
 # wgrad's window of a row: bits of its mask, and registers (in 32-bit ones) that it may take.
 MAX_WINDOW = 64
 MAX_WINDOW_LOADS = 28
+# A column of register rows, in 32-bit registers.
+MAX_COLUMN_REGISTERS = 24
 # The smallest staged tile of one input channel must leave room for two stages in the 48 KiB that
 # every GPU since sm_75 has.
 TILE_LIMIT_BYTES = 20 * 1024
-
-
-@dataclass(frozen=True)
-class GatherSchedule:
-    """fprop and dgrad: what one thread computes and what the template unrolls.
-
-    ``unroll``: ``taps`` (every tap, one tile holds a phase's window), ``line`` (the taps along W,
-    one tile per (d, h) tap) or ``none`` (loops over all taps). ``row_axis`` is the axis of a
-    thread's register rows, or ``scattered`` where no kernel window runs along D or H: rows are then
-    positions far apart. ``channels`` lists the compiled output-channel blocks.
-    """
-
-    unroll: str
-    row_axis: str
-    rows: int
-    variants: int
-    channels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +61,7 @@ def _channel_blocks(per_group: int | None, groups: int, most: int) -> tuple[int,
 def _gather_schedule(geometry: Geometry, contraction: str, dtype: str) -> GatherSchedule:
     width = DTYPES[DTYPES[dtype].accumulator].size_bytes // 4
     axes = gather_axes(geometry, contraction)
-    r, y, x = _arrange(axes)
+    r, y, x = arrange(axes)
     budget = ACCUMULATOR_REGISTERS // width
     per_group = (
         geometry.coarse_channels_per_group
@@ -96,36 +74,29 @@ def _gather_schedule(geometry: Geometry, contraction: str, dtype: str) -> Gather
     rows = 1 << (rows.bit_length() - 1)
     channels = _channel_blocks(per_group, geometry.groups, most)
     scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
-    line = len(x.phases) <= MAX_VARIANTS and max(x.counts) <= LINE_LIMIT
-    if not line:
+    row_axis = "scattered" if scattered else r.name
+    tile_bytes = 4 * width
+
+    def fits(style: str) -> bool:
+        """Whether a style keeps its code, its registers and its smallest tile small enough."""
+        taps_r, span_r = (sum(r.counts), max(r.spans)) if style == "taps" else (1, 0)
+        if taps_r * sum(y.counts) * sum(x.counts) * rows * max(channels) > UNROLL_LIMIT:
+            return False
+        planes = (rows - 1) * (r.step if style == "taps" else 1) + span_r + 1
+        if planes * width > MAX_COLUMN_REGISTERS:
+            return False
+        # 32 lanes in a strip 8 wide: five lines.
+        lines = 4 * y.step + max(y.spans) + 1
+        columns = 7 * x.step + max(x.spans) + 1
+        return planes * lines * columns * tile_bytes <= TILE_LIMIT_BYTES
+
+    if len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT:
         style = "none"
-    elif scattered or not _window_fits(r, y, x, rows, geometry, max(channels), width):
+    elif scattered:
         style = "line"
     else:
-        style = "taps"
-    row_axis = "scattered" if scattered else r.name
+        style = next((s for s in ("taps", "plane") if fits(s)), "line")
     return GatherSchedule(style, row_axis, rows, variants, channels)
-
-
-def _window_fits(
-    r: Axis, y: Axis, x: Axis, rows: int, geometry: Geometry, channels: int, width: int
-) -> bool:
-    """Whether a fully unrolled phase keeps its code and its tile small enough."""
-    if geometry.taps * rows * channels > UNROLL_LIMIT:
-        return False
-    planes = (rows - 1) * r.step + max(r.spans) + 1
-    if planes > 32:  # the column lives in registers
-        return False
-    # 32 lanes in a strip 8 wide: five rows.
-    lines = 4 * y.step + max(y.spans) + 1
-    columns = 7 * x.step + max(x.spans) + 1
-    return planes * lines * columns * 4 * width <= TILE_LIMIT_BYTES
-
-
-def _arrange(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
-    """(R, Y, X): register rows run along the longer of the kernel's D and H."""
-    d, h, w = axes
-    return (h, d, w) if sum(h.counts) > sum(d.counts) else (d, h, w)
 
 
 def _wgrad_schedule(geometry: Geometry, dtype: str) -> WgradSchedule:
@@ -174,7 +145,7 @@ class Simt:
     name = "simt"
     backend = "cuda"
     source_suffix = ".cu"
-    headers = {
+    headers: ClassVar = {
         "convgen_abi.h": "common/convgen_abi.h",
         "device.cuh": "cuda/device.cuh",
         "common.cuh": "cuda/simt/common.cuh",
@@ -191,7 +162,7 @@ class Simt:
         return KernelPlan(geometry, contraction, dtype, self.name, schedule)
 
     def template(self, contraction: str) -> str:
-        return f"cuda/simt/{contraction}.cu.j2"
+        return "cuda/simt/wgrad.cu.j2" if contraction == "wgrad" else "cuda/simt/gather.cu.j2"
 
     def context(self, plan: KernelPlan) -> dict[str, Any]:
         types = {"f32": "float", "f64": "double", "f16": "half", "bf16": "bfloat16"}
@@ -204,89 +175,7 @@ class Simt:
             g = plan.geometry
             window = _window(schedule.taps_w, schedule.positions, g.stride[2], g.dilation[2])
             return common | {"window": window}
-        return common | _gather_context(plan)
-
-
-def _gather_context(plan: KernelPlan) -> dict[str, Any]:
-    schedule: GatherSchedule = plan.schedule
-    geometry = plan.geometry
-    axes = gather_axes(geometry, plan.contraction)
-    r, y, x = _arrange(axes)
-    number = tap_numbering(geometry.kernel)
-    groups_x = -(-len(x.phases) // schedule.variants)
-    units: list[Unit] = []
-    slot_tap: list[int] = []
-    region_first = [0]
-    phase_region = []
-    line_columns: tuple[Any, ...] = ()
-    line_slots: list[int] = []
-    if schedule.unroll == "line":
-        line_columns, line_slots = unroll_line(x, schedule.rows)
-    for phase_r, rp in enumerate(r.phases):
-        for phase_y, yp in enumerate(y.phases):
-            if schedule.unroll == "taps":
-                columns, slots = unroll(r, y, x, phase_r, phase_y, schedule.rows, number)
-                suffix = f"_{r.name}{phase_r}_{y.name}{phase_y}"
-                label = f"{r.name} phase {phase_r}, {y.name} phase {phase_y}"
-                if len(r.phases) * len(y.phases) == 1:
-                    suffix = label = ""
-                units.append(Unit(suffix, label, columns))
-                phase_region.append(len(region_first) - 1)
-                slot_tap += slots
-                region_first.append(len(slot_tap))
-                continue
-            for group_x in range(groups_x):
-                phase_region.append(len(region_first) - 1)
-                first = group_x * schedule.variants
-                members = x.phases[first : first + schedule.variants]
-                passes_x = max((len(p.taps) for p in members), default=0)
-                for tap_r in rp.taps:
-                    for tap_y in yp.taps:
-
-                        def flat(index_x: int, ir: int = tap_r.index, iy: int = tap_y.index) -> int:
-                            return number({r.name: ir, y.name: iy, x.name: index_x}).flat
-
-                        if schedule.unroll == "line":
-                            slot_tap += [flat(i) for i in line_slots]
-                            region_first.append(len(slot_tap))
-                            continue
-                        for jx in range(passes_x):
-                            for v in range(schedule.variants):
-                                has = v < len(members) and jx < len(members[v].taps)
-                                slot_tap.append(flat(members[v].taps[jx].index) if has else -1)
-                            region_first.append(len(slot_tap))
-    groups = [
-        x.phases[i * schedule.variants : (i + 1) * schedule.variants] for i in range(groups_x)
-    ]
-    group_firsts = [
-        min((t.offset for p in group for t in p.taps[:1]), default=0) for group in groups
-    ]
-    group_spans = [
-        max((p.taps[0].offset for p in group if p.taps), default=0) - first
-        for group, first in zip(groups, group_firsts, strict=True)
-    ]
-    taps_x = [t.offset for p in x.phases for t in p.taps]
-    sizes = [b - a for a, b in zip(region_first, region_first[1:], strict=False)]
-    return {
-        "r": r,
-        "y": y,
-        "x": x,
-        "axis_index": {axis.name: "dhw".index(axis.name) for axis in axes},
-        "groups_x": groups_x,
-        "units": units,
-        "line_columns": line_columns,
-        "slot_tap": slot_tap,
-        "region_first": region_first,
-        "phase_region": phase_region,
-        "passes_x": [max((len(p.taps) for p in group), default=0) for group in groups],
-        "group_firsts": group_firsts,
-        "span_x": (max(group_spans) if schedule.unroll == "none" else max(taps_x) - min(taps_x)),
-        "first_x": min(taps_x),
-        "taps_per_pass": max(sizes),
-        "output_is_coarse": plan.contraction == "fprop",
-        "input": "fine" if plan.contraction == "fprop" else "coarse",
-        "output": "coarse" if plan.contraction == "fprop" else "fine",
-    }
+        return common | gather_context(plan.geometry, plan.contraction, plan.schedule)
 
 
 ENGINE = Simt()

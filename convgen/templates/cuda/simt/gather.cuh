@@ -31,7 +31,10 @@ struct GatherShape {
   Divisor channel_blocks, phases, row_tiles, lane_tiles, strips, groups;
   int64_t blocks;
 
-  // The staged tile: `chunk` input channels of [planes][rows][residue of X][columns].
+  int threads;
+
+  // The staged tile: `chunk` of `words` input words of [planes][rows][residue of X][columns].
+  int words;
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
   Divisor by_rows, by_planes;
   int chunk, chunks, tile_elements, stage_elements;
@@ -40,38 +43,48 @@ struct GatherShape {
   bool vector_store;  // the phases of X that a thread computes leave in one access
 };
 
-// What a rendered unit knows of its own tile at generation time.
+// What a rendered unit knows of its own tile. A word is one element of the staged tile: an input
+// channel, or however many of them one 32-bit word of a tensor core's operand holds.
 struct GatherTraits {
-  int rows_per_thread;      // ROWS
-  int phases;               // phases along R times phases along Y times groups of X phases
-  int step_r, step_y, step_x;  // input positions per output position, as staged
+  int rows_per_thread;         // ROWS
+  int phases;                  // phases along R times phases along Y times groups of X phases
+  int step_r, step_y, step_x;  // staged input positions per output position
   int span_r, span_y, span_x;  // largest minus smallest offset of a pass
-  bool scattered;           // a thread's positions are `lanes` apart in the flattened plane
-  int taps_per_pass;        // most weight slots that one pass stages, per input channel
+  bool scattered;              // a thread's positions are `lanes` apart in the flattened plane
+  int taps_per_pass;           // most weight slots that one pass stages
+  int lanes_per_warp;          // positions that a warp's lanes make
+  int channels_per_warp;       // output channels of one warp
+  int packed_per_slot;         // packed weight words per slot, input word and warp of channels
+  int word_bytes;
+  int words;                   // input words per group, rounded up to chunk_step
+  int chunk_step, max_chunk;   // input words per stage: a multiple of the one, at most the other
+  int pitch_residue = 0;       // of a word's tile, modulo 16 words; 0 if any will do
 };
 
 constexpr int GATHER_MAX_THREADS = 384;
 constexpr int GATHER_STAGES = 2;
+constexpr int GATHER_MAX_WARPS_C = 6;
 
 // Cuts a call into tiles: blocks of warps by channels first, then the strip width that stages the
-// fewest elements, then as many input channels per stage as keep the tile small.
-inline int cut_gather(GatherShape& s, const GatherTraits& t, int channels_per_thread,
-                      int accumulator_bytes, int64_t batch, int64_t groups, int shared_limit) {
-  const int64_t channel_blocks = ceil_div(s.out_channels, channels_per_thread);
+// fewest elements, then as many input words per stage as keep the tile small.
+inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
+                      int shared_limit) {
+  const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
   // Fewest blocks per output channel, then least idle warps.
   const int max_warps = GATHER_MAX_THREADS / WARP;
-  const int max_warps_c = 6;
-  const int64_t blocks_c = ceil_div(channel_blocks, max_warps_c);
+  const int64_t blocks_c = ceil_div(channel_blocks, GATHER_MAX_WARPS_C);
   s.warps_c = static_cast<int>(ceil_div(channel_blocks, blocks_c));
   const int rows = t.rows_per_thread;
   const int64_t flat_rows = t.scattered ? rows : 1;
   const int64_t plane = int64_t{s.y.positions} * s.x.positions;
+  const int64_t weights = int64_t{t.taps_per_pass} * t.packed_per_slot * s.warps_c;
   int warps_p = max_warps / s.warps_c;
-  while (warps_p > 1 && int64_t{warps_p - 1} * WARP * flat_rows >= plane) --warps_p;
+  while (warps_p > 1 && int64_t{warps_p - 1} * t.lanes_per_warp * flat_rows >= plane) --warps_p;
 
-  int64_t best_cost = -1;
-  for (; warps_p >= 1 && best_cost < 0; warps_p /= 2) {
-    const int64_t lanes = int64_t{warps_p} * WARP;
+  double best_cost = -1;
+  for (; warps_p >= 1; --warps_p) {
+    if (best_cost >= 0 && warps_p * s.warps_c < max_warps / 2) break;  // too few to fill the chip
+    const int64_t lanes = int64_t{warps_p} * t.lanes_per_warp;
     const int64_t flat = lanes * flat_rows;
     for (const int64_t target : {1024, 512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8}) {
       const int64_t strips = ceil_div(s.x.positions, target);
@@ -88,16 +101,19 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int channels_per_th
       const int64_t columns =
           round_up((width - 1) * t.step_x + t.span_x + s.load_width, s.load_width);
       const int64_t residue_pitch = ceil_div(columns, t.step_x);
-      const int64_t channel = planes * staged_rows * residue_pitch * t.step_x;
-      const int64_t weights =
-          int64_t{t.taps_per_pass} * channels_per_thread * s.warps_c;
-      const int64_t bytes = GATHER_STAGES * (round_up(channel, 4) + round_up(weights, 4)) *
-                            accumulator_bytes;
+      int64_t word = planes * staged_rows * residue_pitch * t.step_x;
+      if (t.pitch_residue) {
+        word = round_up(word - t.pitch_residue, 16) + t.pitch_residue;
+      }
+      const int64_t bytes =
+          GATHER_STAGES * t.word_bytes * t.chunk_step * (round_up(word, 4) + round_up(weights, 4));
       if (bytes > shared_limit) continue;
       const int64_t tiles = strips * ceil_div(positions, flat);
-      // Staged elements (a line costs about 32 more than its length), and idle lanes.
+      // Staged accesses (a line costs about a warp's more than its length), and idle lanes; fewer
+      // warps hide less.
       const int64_t line = residue_pitch * t.step_x / s.load_width + WARP;
-      const int64_t cost = tiles * (planes * staged_rows * line + flat * rows * 4);
+      const double cost =
+          double(tiles) * (planes * staged_rows * line + flat * rows * 4) * (1.0 + 0.5 / warps_p);
       if (best_cost >= 0 && cost >= best_cost) continue;
       best_cost = cost;
       s.strip_width = static_cast<int>(width);
@@ -107,28 +123,30 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int channels_per_th
       s.residue_pitch = static_cast<int>(residue_pitch);
       s.row_pitch = static_cast<int>(residue_pitch * t.step_x);
       s.plane_pitch = static_cast<int>(staged_rows * s.row_pitch);
-      s.channel_pitch = static_cast<int>(channel);
+      s.channel_pitch = static_cast<int>(word);
       s.strips = Divisor(strips);
       s.lane_tiles = Divisor(ceil_div(positions, flat));
     }
   }
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
+  s.threads = s.lanes / t.lanes_per_warp * WARP * s.warps_c;
 
-  // Input channels per stage: up to 8, within half of the shared memory if two blocks could then
-  // live on a multiprocessor, and no more than there are.
-  const int64_t weights = int64_t{t.taps_per_pass} * channels_per_thread * s.warps_c;
-  const int64_t per_channel =
-      GATHER_STAGES * (int64_t{s.channel_pitch} + weights) * accumulator_bytes;
-  int64_t chunk = (shared_limit / 2) / per_channel;
-  if (chunk > 8) chunk = 8;
-  if (chunk > s.in_channels) chunk = s.in_channels;
-  if (chunk < 1) chunk = 1;
-  s.chunks = static_cast<int>(ceil_div(s.in_channels, chunk));
-  s.chunk = static_cast<int>(ceil_div(s.in_channels, s.chunks));
+  // Input words per stage: as many as fit into half of the shared memory (two blocks could then
+  // live on a multiprocessor), and no more than there are.
+  const int64_t per_word =
+      GATHER_STAGES * (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
+  int64_t chunk = shared_limit / 2 / per_word;
+  if (chunk > t.max_chunk) chunk = t.max_chunk;
+  chunk = chunk / t.chunk_step * t.chunk_step;
+  if (chunk < t.chunk_step) chunk = t.chunk_step;
+  s.words = static_cast<int>(round_up(t.words, t.chunk_step));
+  s.chunks = static_cast<int>(ceil_div(s.words, chunk));
+  s.chunk = static_cast<int>(round_up(ceil_div(s.words, s.chunks), t.chunk_step));
+  s.chunks = static_cast<int>(ceil_div(s.words, s.chunk));
   s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * s.channel_pitch, 4));
   s.stage_elements =
       s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
-  s.shared_bytes = GATHER_STAGES * s.stage_elements * accumulator_bytes;
+  s.shared_bytes = GATHER_STAGES * s.stage_elements * t.word_bytes;
   if (s.shared_bytes > shared_limit) return CONVGEN_TOO_LARGE;
 
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
@@ -166,14 +184,14 @@ __device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int fl
   return block;
 }
 
-// Stages `count` input channels of a tile whose first element is input position (r, y, x):
+// Stages `count` input channels, of which `channels` exist, of a tile whose first element is input position (r, y, x):
 // plane j is row r + j * PLANE_STEP of R, line j is y + j * LINE_STEP of Y, and columns are laid
 // out by their residue modulo STEP_X, so that neighbouring lanes read neighbouring words.
 // A warp stages one line at a time, WIDTH elements per lane (`x` and the input's lines are then
-// multiples of WIDTH, and STEP_X is 1). Positions outside the input are zero.
+// multiples of WIDTH, and STEP_X is 1). Positions outside the input and channels from `channels` on are zero.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename Acc, typename T>
 __device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, const T* input,
-                                            int count, int r, int y, int x) {
+                                            int count, int channels, int r, int y, int x) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
   const int lines = count * s.planes * s.rows;
   for (int line = warp; line < lines; line += warps) {
@@ -181,7 +199,8 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, con
     const int row = s.by_rows.split(index);
     const int plane = s.by_planes.split(index);
     const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
-    const bool inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
+    const bool inside = index < channels &&
+                        static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
                         static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input);
     Acc* to = tile + index * s.channel_pitch + plane * s.plane_pitch + row * s.row_pitch;
     const T* from = input + index * s.in_channel_stride;
@@ -200,20 +219,20 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, con
 // Stages a tile by the widest accesses that the call allows.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename Acc, typename T>
 __device__ __forceinline__ void stage_tile(const GatherShape& s, Acc* tile, const T* input,
-                                           int count, int r, int y, int x) {
+                                           int count, int channels, int r, int y, int x) {
   if constexpr (STEP_X == 1) {
     if constexpr (sizeof(Acc) == 4) {
       if (s.load_width == 4) {
-        stage_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, tile, input, count, r, y, x);
+        stage_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, tile, input, count, channels, r, y, x);
         return;
       }
     }
     if (s.load_width == 2) {
-      stage_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, tile, input, count, r, y, x);
+      stage_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, tile, input, count, channels, r, y, x);
       return;
     }
   }
-  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, tile, input, count, r, y, x);
+  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, tile, input, count, channels, r, y, x);
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.
