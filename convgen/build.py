@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,6 +83,8 @@ def build(
             if published := cache.lookup(key, name):
                 return published
             return _build(key, name, {**files, "build.ninja": script}, report, lock, steps)
+    except BrokenPipeError:
+        raise  # of the progress callback: nobody reads any more
     except OSError as error:
         raise BuildError(
             f"cannot build {name} in the cache {cache.cache_path()}: {error}. "
@@ -200,9 +201,7 @@ def _build(
 
 def _run_ninja(package: Path, scratch: Path, report: Progress, lock: int) -> tuple[int, str]:
     """Runs ninja in a package folder; its exit status and output."""
-    command = [find_ninja()]
-    if jobs := os.environ.get("CONVGEN_JOBS"):
-        command += ["-j", jobs]
+    command = [find_ninja(), "-j", os.environ.get("CONVGEN_JOBS") or str(_processors())]
     environment = build_environment() | {
         "NINJA_STATUS": "[%f/%t] ",
         "TMPDIR": str(scratch),
@@ -229,13 +228,28 @@ def _run_ninja(package: Path, scratch: Path, report: Progress, lock: int) -> tup
                 if match := re.match(r"\[(\d+)/(\d+)\] (.+)", line):
                     report(int(match[1]), int(match[2]), match[3])
         except BaseException:
-            # Ninja passes the interrupt on to the compilers and waits for them.
-            process.send_signal(signal.SIGINT)
+            # Ninja passes the signal on to the compilers and waits for them. Not SIGINT, which a
+            # shell that is about to become a compiler can lose.
+            process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
             raise
     return process.returncode, "".join(log)
+
+
+def _processors() -> int:
+    """Processors that this process may use.
+
+    Compilers wait for nothing, so the one or two jobs more that ninja would start only make each
+    of them slower, and the last one run alone.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        # A container's quota, in microseconds of each period: "200000 100000", or "max 100000".
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count or 1, -(-quota // period))
+    return max(count or 1, 1)
 
 
 def _forbidden(name: str, key: str, libraries: Sequence[Library]) -> str:

@@ -110,6 +110,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
+def runs(pid: str) -> bool:
+    """Whether a process is alive: neither gone nor dead and only not yet waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def leftovers(root: Path) -> list[Path]:
     """What should not outlive a build: temporary folders and uncommitted entries."""
     entries = [path for path in root.iterdir() if len(path.name) == cache.KEY_DIGITS]
@@ -161,6 +169,19 @@ class TestPublishing:
         steps.clear()
         build("package", FILES, [library], progress=lambda *step: steps.append(step))
         assert steps == []
+
+    def test_runs_as_many_compilers_as_it_may(
+        self, monkeypatch: pytest.MonkeyPatch, library: Library
+    ) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5})
+        monkeypatch.setattr(Path, "read_text", lambda _: "250000 100000\n")
+        assert building._processors() == 3
+        monkeypatch.setattr(Path, "read_text", lambda _: "max 100000\n")
+        assert building._processors() == 6
+        monkeypatch.undo()
+        monkeypatch.setenv("CONVGEN_JOBS", "none")
+        with pytest.raises(BuildError, match="invalid -j parameter"):
+            build("package", FILES, [library])
 
     def test_the_package_builds_again_with_ninja_alone(
         self, tmp_path: Path, library: Library
@@ -442,8 +463,7 @@ class TestSeveralProcesses:
         assert "KeyboardInterrupt" in said
         assert leftovers(root) == []
         for pid in (tmp_path / "pids").read_text().split():
-            with pytest.raises(ProcessLookupError):
-                os.kill(int(pid), 0)
+            wait_for(lambda pid=pid: not runs(pid), seconds=5)
 
     def test_an_exception_of_the_progress_callback_ends_the_build(
         self, root: Path, library: Library
