@@ -321,6 +321,7 @@ def verify(
             failed.append(module.name)
     if failed:
         raise click.ClickException(f"{', '.join(failed)} failed.")
+    click.echo(f"All errors are within their limits: {', '.join(m.name for m in found)}.")
 
 
 @cli.command("list")
