@@ -1,0 +1,420 @@
+"""The torch operators of the package: shapes, kernels, derivatives, registration.
+
+Written by convgen 0.1.0; regenerate with
+    convgen generate --kernel 3 --stride 2
+
+Three tensors meet in a convolution, each element where o = i * stride - padding + t * dilation:
+
+    coarse  (N, A, *i)            the input of conv_transpose3d
+    fine    (N, B, *o)            its output
+    weight  (A, B / groups, *t)
+
+Each operator computes one of them from the others; `size` is the extents of the result:
+
+    fprop(fine, weight, bias, size) -> coarse
+    dgrad(coarse, weight, bias, size) -> fine
+    wgrad(coarse, fine) -> weight
+    bgrad(grad) -> bias, the sum over all but the channels
+
+The derivatives of each are made of the others, so that derivatives of any order exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import Function
+from torch.library import Library, register_fake
+
+from ._runtime import FOLDERS, INTERPRETED, NAME, Launch, check_generated, prepare
+
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_7c052373"
+if INTERPRETED:
+    NAMESPACE += "_interpreted"
+
+KERNEL_SIZE = (3, 3, 3)
+
+
+# Shapes of the results. Operands that do not fit raise what torch's own convolutions raise.
+
+
+def fprop_shape(
+    fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> tuple[int, ...]:
+    _check_operands(fine, weight, bias)
+    _check_channels(fine, weight, weight.shape[1])
+    _check_bias(bias, weight, weight.shape[0])
+    return (fine.shape[0], weight.shape[0], *size)
+
+
+def dgrad_shape(
+    coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> tuple[int, ...]:
+    _check_operands(coarse, weight, bias)
+    _check_channels(coarse, weight, weight.shape[0])
+    _check_bias(bias, weight, weight.shape[1])
+    if any(extent < 1 for extent in size):
+        raise RuntimeError(
+            f"Given input size per channel: {_by(coarse.shape[2:])}. "
+            f"Calculated output size per channel: {_by(size)}. Output size is too small"
+        )
+    return (coarse.shape[0], weight.shape[1], *size)
+
+
+def wgrad_shape(coarse: Tensor, fine: Tensor) -> tuple[int, ...]:
+    _check_kind(coarse=coarse, fine=fine)
+    if coarse.dim() != 5 or fine.dim() != 5 or coarse.shape[0] != fine.shape[0]:
+        raise RuntimeError(
+            f"{NAME}: tensors of sizes {list(coarse.shape)} and {list(fine.shape)} do not meet"
+        )
+    return (coarse.shape[1], fine.shape[1], *KERNEL_SIZE)
+
+
+def bgrad_shape(grad: Tensor) -> tuple[int, ...]:
+    _check_kind(grad=grad)
+    return (grad.shape[1],)
+
+
+def _check_operands(operand: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        _check_kind(input=operand, weight=weight)
+    else:
+        _check_kind(input=operand, weight=weight, bias=bias)
+    if operand.dim() != 5 or weight.dim() != 5 or weight.shape[2:] != KERNEL_SIZE:
+        raise RuntimeError(
+            f"{NAME} takes an input of 5 dimensions and a weight with kernel size {KERNEL_SIZE}, "
+            f"but got input of size {list(operand.shape)} and weight of size {list(weight.shape)}"
+        )
+    if 0 in operand.shape[2:]:
+        raise RuntimeError(
+            "Only zero batch or zero channel inputs are supported, "
+            f"but got input shape: {list(operand.shape)}"
+        )
+
+
+def _check_kind(**tensors: Tensor) -> None:
+    """One dtype and one device for all, for which there are kernels (or shapes alone, on meta)."""
+    (name, first), *others = tensors.items()
+    for other, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise RuntimeError(
+                f"{name.capitalize()} type ({first.dtype}) and {other} type ({tensor.dtype}) "
+                "should be the same"
+            )
+        if tensor.device != first.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, "
+                f"but {name} is on {first.device} and {other} is on {tensor.device}"
+            )
+    if not first.is_meta:
+        check_generated(first.device, first.dtype)
+
+
+def _check_channels(operand: Tensor, weight: Tensor, channels: int) -> None:
+    if operand.shape[1] != channels:
+        raise RuntimeError(
+            f"Given transposed=1, weight of size {list(weight.shape)}, expected "
+            f"input{list(operand.shape)} to have {channels} channels, "
+            f"but got {operand.shape[1]} channels instead"
+        )
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor, channels: int) -> None:
+    if bias is not None and bias.shape != (channels,):
+        raise RuntimeError(
+            f"Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional "
+            f"with {channels} elements, but got bias of size {list(bias.shape)} instead"
+        )
+
+
+def _by(extents: Sequence[int]) -> str:
+    return f"({' x '.join(map(str, extents))})"
+
+
+# Kernels, for the CPU and CUDA alike. What follows from shapes, dtypes and devices is checked and
+# computed once for each combination of them, and remembered.
+
+_Plan = tuple[tuple[int, ...], Launch | None]  # shape of the result; no launch for an empty sum
+_plans: dict[tuple[Any, ...], _Plan] = {}
+
+
+def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
+    key = ("fprop", *size, *_kind(fine, weight, bias))
+    if (plan := _plans.get(key)) is None:
+        shape = fprop_shape(fine, weight, bias, size)
+        plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape)
+    shape, launch = plan
+    coarse = fine.new_empty(shape)
+    if launch is None:
+        return _bias_alone(coarse, bias)
+    launch(
+        coarse, fine.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    )
+    return coarse
+
+
+def dgrad_kernel(
+    coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> Tensor:
+    key = ("dgrad", *size, *_kind(coarse, weight, bias))
+    if (plan := _plans.get(key)) is None:
+        shape = dgrad_shape(coarse, weight, bias, size)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape)
+    shape, launch = plan
+    fine = coarse.new_empty(shape)
+    if launch is None:
+        return _bias_alone(fine, bias)
+    launch(
+        coarse.contiguous(), fine, weight.contiguous(), None if bias is None else bias.contiguous()
+    )
+    return fine
+
+
+def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
+    key = ("wgrad", *_kind(coarse, fine, None))
+    if (plan := _plans.get(key)) is None:
+        shape = wgrad_shape(coarse, fine)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+    shape, launch = plan
+    weight = coarse.new_empty(shape)
+    if launch is None:
+        return weight.zero_()
+    launch(coarse.contiguous(), fine.contiguous(), weight, None)
+    return weight
+
+
+def bgrad_kernel(grad: Tensor) -> Tensor:
+    key = ("bgrad", *_kind(grad, grad, None))
+    if (plan := _plans.get(key)) is None:
+        shape = bgrad_shape(grad)
+        plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape)
+    shape, launch = plan
+    bias = grad.new_empty(shape)
+    if launch is None:
+        return bias.zero_()
+    launch(grad.contiguous(), None, None, bias)
+    return bias
+
+
+def _kind(first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """All that a plan depends on but the contraction and the extents of the result."""
+    return (
+        first.shape,
+        first.dtype,
+        first.device,
+        second.shape,
+        second.dtype,
+        second.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        torch.get_num_threads(),
+    )
+
+
+def _remember(
+    key: tuple[Any, ...],
+    operand: Tensor,
+    shape: tuple[int, ...],
+    *,
+    coarse: Sequence[int],
+    fine: Sequence[int],
+) -> _Plan:
+    launch = None
+    if 0 not in coarse and 0 not in fine:
+        launch = prepare(key[0], operand.device, operand.dtype, coarse, fine)
+    if len(_plans) >= 4096:  # extents that never repeat must not fill the memory
+        _plans.clear()
+    plan = _plans[key] = (shape, launch)
+    return plan
+
+
+def _bias_alone(result: Tensor, bias: Tensor | None) -> Tensor:
+    return result.zero_() if bias is None else result.copy_(bias.view(-1, 1, 1, 1))
+
+
+# Derivatives. Tensors are kept for the backward pass only where it needs them.
+
+
+class Fprop(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fine: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        size: Sequence[int],
+        keyset: DispatchKeySet,
+    ) -> Tensor:
+        needs_fine, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(fine if needs_weight else None, weight if needs_fine else None)
+        ctx.extents = fine.shape[2:]
+        return forward(fprop, fprop_kernel, keyset, fine, weight, bias, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        fine, weight = ctx.saved_tensors
+        needs_fine, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (
+            dgrad(grad, weight, None, ctx.extents) if needs_fine else None,
+            wgrad(grad, fine) if needs_weight else None,
+            bgrad(grad) if needs_bias else None,
+            None,
+            None,
+        )
+
+
+class Dgrad(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        coarse: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        size: Sequence[int],
+        keyset: DispatchKeySet,
+    ) -> Tensor:
+        needs_coarse, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(coarse if needs_weight else None, weight if needs_coarse else None)
+        ctx.extents = coarse.shape[2:]
+        return forward(dgrad, dgrad_kernel, keyset, coarse, weight, bias, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        coarse, weight = ctx.saved_tensors
+        needs_coarse, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (
+            fprop(grad, weight, None, ctx.extents) if needs_coarse else None,
+            wgrad(coarse, grad) if needs_weight else None,
+            bgrad(grad) if needs_bias else None,
+            None,
+            None,
+        )
+
+
+class Wgrad(Function):
+    @staticmethod
+    def forward(ctx: Any, coarse: Tensor, fine: Tensor, keyset: DispatchKeySet) -> Tensor:
+        needs_coarse, needs_fine = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(coarse if needs_fine else None, fine if needs_coarse else None)
+        ctx.extents = coarse.shape[2:], fine.shape[2:]
+        return forward(wgrad, wgrad_kernel, keyset, coarse, fine)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        coarse, fine = ctx.saved_tensors
+        needs_coarse, needs_fine = ctx.needs_input_grad[:2]
+        coarse_extents, fine_extents = ctx.extents
+        return (
+            fprop(fine, grad, None, coarse_extents) if needs_coarse else None,
+            dgrad(coarse, grad, None, fine_extents) if needs_fine else None,
+            None,
+        )
+
+
+class Bgrad(Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, keyset: DispatchKeySet) -> Tensor:
+        ctx.shape = grad.shape
+        return forward(bgrad, bgrad_kernel, keyset, grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.view(-1, 1, 1, 1).expand(ctx.shape), None
+
+
+# Registration. torch.library.register_autograd would do, but its operators fail under torch.func
+# and take twice as long to call.
+
+_PLAIN = {
+    DispatchKeySet(key).add(autograd_key).raw_repr()
+    for key, autograd_key in (
+        (DispatchKey.CPU, DispatchKey.AutogradCPU),
+        (DispatchKey.CUDA, DispatchKey.AutogradCUDA),
+    )
+}
+"""Tensors with nothing going on: not traced, batched, fake or functional, and no mode active."""
+
+
+def below_autograd(
+    operator: Any, kernel: Callable[..., Tensor], keyset: DispatchKeySet, *inputs: Any
+) -> Tensor:
+    """Goes on below the Autograd key, or straight to the kernel if nothing else is there."""
+    if keyset.raw_repr() in _PLAIN:
+        return kernel(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+        return result
+
+
+def forward(
+    operator: Any, kernel: Callable[..., Tensor], keyset: DispatchKeySet, *inputs: Any
+) -> Tensor:
+    """`below_autograd` in the forward of a Function, where torch has switched gradients off.
+
+    Outer levels of torch.func (the outer one of two gradients) need them on.
+    """
+    if keyset.raw_repr() in _PLAIN:
+        return kernel(*inputs)
+    with torch.enable_grad():
+        return below_autograd(operator, kernel, keyset, *inputs)
+
+
+def _define(
+    library: Library,
+    schema: str,
+    shape: Callable[..., tuple[int, ...]],
+    kernel: Callable[..., Tensor],
+    function: type[Function],
+) -> None:
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+    operator = getattr(_namespace, name).default
+    apply = super(Function, function).apply
+
+    def fake(*inputs: Any) -> Tensor:
+        result: Tensor = inputs[0].new_empty(shape(*inputs))
+        return result
+
+    def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return below_autograd(operator, kernel, keyset, *inputs)
+        if torch._C._are_functorch_transforms_active():
+            # The dispatcher calls this once for each level; apply() of Function would start over.
+            with enable_single_level_autograd_function():
+                return apply(*inputs, keyset)
+        return apply(*inputs, keyset)
+
+    register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+    for key in ("CPU", "CUDA"):
+        library.impl(name, kernel, key)
+
+
+def _register() -> Library:
+    library = Library(NAMESPACE, "DEF")
+    more = "Tensor weight, Tensor? bias, SymInt[] size) -> Tensor"
+    _define(library, f"fprop(Tensor fine, {more}", fprop_shape, fprop_kernel, Fprop)
+    _define(library, f"dgrad(Tensor coarse, {more}", dgrad_shape, dgrad_kernel, Dgrad)
+    pair = "Tensor coarse, Tensor fine) -> Tensor"
+    _define(library, f"wgrad({pair}", wgrad_shape, wgrad_kernel, Wgrad)
+    _define(library, "bgrad(Tensor grad) -> Tensor", bgrad_shape, bgrad_kernel, Bgrad)
+    return library
+
+
+# Operators belong to the process: a second copy of this package, or a reload, finds them here and
+# only adds its folder to those where kernels are looked for.
+_namespace: Any = getattr(torch.ops, NAMESPACE)
+if "library" in vars(_namespace):
+    _namespace.folders.extend(FOLDERS)
+else:
+    _namespace.library = _register()
+    _namespace.folders = FOLDERS
+
+fprop: Callable[..., Tensor] = _namespace.fprop.default
+dgrad: Callable[..., Tensor] = _namespace.dgrad.default
+wgrad: Callable[..., Tensor] = _namespace.wgrad.default
+bgrad: Callable[..., Tensor] = _namespace.bgrad.default

@@ -1,0 +1,163 @@
+"""The C kernels of the package: finding, loading and calling them.
+
+Written by convgen 0.1.0; regenerate with
+    convgen generate --kernel 3 --stride 2
+
+Each library exports functions over one struct, ConvgenCall (src/*/convgen_abi.h), which is packed
+here. Nothing is loaded before the first tensor of a device type arrives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "conv_transpose3d_k3_s2"
+COMMAND = "convgen generate --kernel 3 --stride 2"
+
+BACKENDS: dict[str, dict[torch.dtype, str]] = {
+    "cpu": {
+        torch.float32: "f32",
+        torch.float64: "f64",
+    },
+    "cuda": {
+        torch.float32: "f32",
+    },
+}
+"""Device types and dtypes that kernels were generated for, and the symbols' suffix for each."""
+
+INTERPRETED = os.environ.get("CONVGEN_INTERPRET", "") not in ("", "0")
+"""Whether the CUDA kernels serve the CPU's tensors, interpreted: to debug them, not to use them."""
+
+if INTERPRETED:
+    BACKENDS["cpu"] = BACKENDS["cuda"]
+
+FOLDERS = [Path(__file__).parent]
+"""Folders with a copy of this package; its kernels are loaded from the first that has them."""
+
+_POINTERS = struct.Struct("6Q")  # ConvgenCall: coarse, fine, weight, bias, workspace, stream
+_NUMBERS = struct.Struct("10q")  # ConvgenCall: device, batch, channels, extents
+
+_libraries: dict[str, ctypes.CDLL] = {}
+
+
+def check_generated(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises RuntimeError where the package has no kernels for a device type and dtype."""
+    dtypes = BACKENDS.get(device.type)
+    if dtypes is None:
+        raise RuntimeError(
+            f"{NAME} is generated for {' and '.join(BACKENDS)}, not for {device.type}: "
+            f"run `{COMMAND} --backend auto` on a machine that has it"
+        )
+    if dtype not in dtypes:
+        raise RuntimeError(
+            f"{NAME} has {device.type} kernels for {', '.join(map(str, dtypes))}, not for {dtype}: "
+            f"run `{COMMAND} --dtype f32,f64,f16,bf16`, or with those of them that you need"
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is called with but pointers."""
+
+    function: Any
+    numbers: bytes
+    workspace_bytes: int
+    library: ctypes.CDLL
+
+    def __call__(
+        self, coarse: Tensor, fine: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> None:
+        """Runs on contiguous tensors, one of which is the result, on the current stream.
+
+        Raises:
+            RuntimeError: where CUDA or the kernel refuses the call.
+        """
+        stream = workspace = 0
+        if coarse.is_cuda:
+            stream = torch._C._cuda_getCurrentRawStream(coarse.get_device())
+        if self.workspace_bytes:
+            # Aligned to 256 bytes. The caching allocator gives the memory to later work of the
+            # same stream only, so that it may be released before the kernel has run.
+            scratch = torch.empty(
+                self.workspace_bytes + 255, dtype=torch.uint8, device=coarse.device
+            )
+            workspace = (scratch.data_ptr() + 255) & -256
+        pointers = _POINTERS.pack(
+            coarse.data_ptr(),
+            0 if fine is None else fine.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            workspace,
+            stream,
+        )
+        if code := self.function(pointers + self.numbers):
+            numbers = _NUMBERS.unpack(self.numbers)
+            raise RuntimeError(
+                f"{NAME}: {self.library.convgen_error_string(code).decode()} ({code}) for batch "
+                f"{numbers[1]}, channels {numbers[2:4]}, extents {numbers[4:7]} and {numbers[7:]}"
+            )
+
+
+def prepare(
+    contraction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    coarse_shape: Sequence[int],
+    fine_shape: Sequence[int],
+) -> Launch:
+    """The kernel of a contraction for tensors of these shapes, loading its library if need be.
+
+    Raises:
+        RuntimeError: where there is no such kernel, or its library cannot be loaded.
+    """
+    check_generated(device, dtype)
+    library = _libraries.get(device.type) or _load(device.type)
+    numbers = _NUMBERS.pack(
+        torch.get_num_threads() if device.type == "cpu" else device.index,
+        coarse_shape[0],
+        coarse_shape[1],
+        fine_shape[1],
+        *coarse_shape[2:],
+        *fine_shape[2:],
+    )
+    symbol = f"convgen_{contraction}_{BACKENDS[device.type][dtype]}"
+    function, workspace = library[symbol], library[symbol + "_workspace"]
+    function.argtypes = workspace.argtypes = [ctypes.c_char_p]
+    workspace.restype = ctypes.c_int64
+    return Launch(function, numbers, workspace(bytes(_POINTERS.size) + numbers), library)
+
+
+def _load(backend: str) -> ctypes.CDLL:
+    if INTERPRETED and backend == "cpu":
+        # Compiles src/cuda as it is on disk, with convgen's interpreter.
+        from convgen.interpreted import open_package
+
+        _libraries[backend] = open_package(FOLDERS[0])
+        _libraries[backend].convgen_error_string.restype = ctypes.c_char_p
+        return _libraries[backend]
+    file = f"lib/{backend}.so"
+    path = next((folder / file for folder in FOLDERS if (folder / file).exists()), None)
+    if path is None:
+        raise RuntimeError(
+            f"{FOLDERS[0] / file} is missing: {NAME} was not compiled for {backend} here; "
+            f"run `{COMMAND} --backend auto`"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} cannot be loaded ({error}): it was compiled for another kind of machine, "
+            f"or is damaged; run `{COMMAND} --backend auto`"
+        ) from error
+    library.convgen_error_string.restype = ctypes.c_char_p
+    _libraries[backend] = library
+    return library

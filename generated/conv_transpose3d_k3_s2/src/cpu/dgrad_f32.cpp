@@ -1,0 +1,190 @@
+// dgrad of conv_transpose3d_k3_s2, float32. Written by convgen 0.1.0; regenerate with
+//   convgen generate --kernel 3 --stride 2
+// Schedule: {"buffer_bytes": 32768, "chain_terms": 4096, "channel_block": [8, 4], "scratch_bytes": 393216, "unroll": "full", "vectors": [3, 3], "vectors_of_one": 6}
+
+//
+// Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
+// as products and sums).
+
+#include "gather.h"
+
+// The specification, in three dimensions (D, H, W); o = i * STRIDE - PADDING + t * DILATION.
+[[maybe_unused]] constexpr int KERNEL_D = 3, KERNEL_H = 3, KERNEL_W = 3;
+[[maybe_unused]] constexpr int STRIDE_D = 2, STRIDE_H = 2, STRIDE_W = 2;
+[[maybe_unused]] constexpr int PADDING_D = 0, PADDING_H = 0, PADDING_W = 0;
+[[maybe_unused]] constexpr int DILATION_D = 1, DILATION_H = 1, DILATION_W = 1;
+[[maybe_unused]] constexpr int GROUPS = 1;
+[[maybe_unused]] constexpr int TAPS = KERNEL_D * KERNEL_H * KERNEL_W;
+// Channel counts fixed at generation time; 0 where they are run-time values.
+[[maybe_unused]] constexpr int COARSE_CHANNELS = 0;
+[[maybe_unused]] constexpr int FINE_CHANNELS = 0;
+
+namespace {
+
+// Taps along each axis: {kernel element, source offset}, by phase. Phase r holds the entries from
+// FIRST[r] up to FIRST[r + 1].
+struct AxisD {
+  static constexpr int SOURCE_STRIDE = 1, PHASES = STRIDE_D, TAPS = KERNEL_D;
+  static constexpr AxisTap TAP[TAPS] = {{2, -1}, {0, 0}, {1, 0}};
+  static constexpr int FIRST[PHASES + 1] = {0, 2, 3};
+};
+struct AxisH {
+  static constexpr int SOURCE_STRIDE = 1, PHASES = STRIDE_H, TAPS = KERNEL_H;
+  static constexpr AxisTap TAP[TAPS] = {{2, -1}, {0, 0}, {1, 0}};
+  static constexpr int FIRST[PHASES + 1] = {0, 2, 3};
+};
+struct AxisW {
+  static constexpr int SOURCE_STRIDE = 1, PHASES = STRIDE_W, TAPS = KERNEL_W;
+  static constexpr AxisTap TAP[TAPS] = {{2, -1}, {0, 0}, {1, 0}};
+  static constexpr int FIRST[PHASES + 1] = {0, 2, 3};
+};
+
+// Outputs at residues (0, 0, 0).
+struct Phase0 {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (2, 2, 2) at (-1, -1, -1)
+    multiply_add(acc, x + offset[1], weight + 1 * M);  // kernel (2, 2, 0) at (-1, -1, 0)
+    multiply_add(acc, x + offset[2], weight + 2 * M);  // kernel (2, 0, 2) at (-1, 0, -1)
+    multiply_add(acc, x + offset[3], weight + 3 * M);  // kernel (2, 0, 0) at (-1, 0, 0)
+    multiply_add(acc, x + offset[4], weight + 4 * M);  // kernel (0, 2, 2) at (0, -1, -1)
+    multiply_add(acc, x + offset[5], weight + 5 * M);  // kernel (0, 2, 0) at (0, -1, 0)
+    multiply_add(acc, x + offset[6], weight + 6 * M);  // kernel (0, 0, 2) at (0, 0, -1)
+    multiply_add(acc, x + offset[7], weight + 7 * M);  // kernel (0, 0, 0) at (0, 0, 0)
+  }
+};
+
+// Outputs at residues (0, 0, 1).
+struct Phase1 {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (2, 2, 1) at (-1, -1, 0)
+    multiply_add(acc, x + offset[1], weight + 1 * M);  // kernel (2, 0, 1) at (-1, 0, 0)
+    multiply_add(acc, x + offset[2], weight + 2 * M);  // kernel (0, 2, 1) at (0, -1, 0)
+    multiply_add(acc, x + offset[3], weight + 3 * M);  // kernel (0, 0, 1) at (0, 0, 0)
+  }
+};
+
+// Outputs at residues (0, 1, 0).
+struct Phase2 {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (2, 1, 2) at (-1, 0, -1)
+    multiply_add(acc, x + offset[1], weight + 1 * M);  // kernel (2, 1, 0) at (-1, 0, 0)
+    multiply_add(acc, x + offset[2], weight + 2 * M);  // kernel (0, 1, 2) at (0, 0, -1)
+    multiply_add(acc, x + offset[3], weight + 3 * M);  // kernel (0, 1, 0) at (0, 0, 0)
+  }
+};
+
+// Outputs at residues (0, 1, 1).
+struct Phase3 {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (2, 1, 1) at (-1, 0, 0)
+    multiply_add(acc, x + offset[1], weight + 1 * M);  // kernel (0, 1, 1) at (0, 0, 0)
+  }
+};
+
+// Outputs at residues (1, 0, 0).
+struct Phase4 {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (1, 2, 2) at (0, -1, -1)
+    multiply_add(acc, x + offset[1], weight + 1 * M);  // kernel (1, 2, 0) at (0, -1, 0)
+    multiply_add(acc, x + offset[2], weight + 2 * M);  // kernel (1, 0, 2) at (0, 0, -1)
+    multiply_add(acc, x + offset[3], weight + 3 * M);  // kernel (1, 0, 0) at (0, 0, 0)
+  }
+};
+
+// Outputs at residues (1, 0, 1).
+struct Phase5 {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (1, 2, 1) at (0, -1, 0)
+    multiply_add(acc, x + offset[1], weight + 1 * M);  // kernel (1, 0, 1) at (0, 0, 0)
+  }
+};
+
+// Outputs at residues (1, 1, 0).
+struct Phase6 {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (1, 1, 2) at (0, 0, -1)
+    multiply_add(acc, x + offset[1], weight + 1 * M);  // kernel (1, 1, 0) at (0, 0, 0)
+  }
+};
+
+// Outputs at residues (1, 1, 1).
+struct Phase7 {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (1, 1, 1) at (0, 0, 0)
+  }
+};
+
+struct Problem {
+  using Storage = float;
+  using Real = float;
+  using AxisD = ::AxisD;
+  using AxisH = ::AxisH;
+  using AxisW = ::AxisW;
+  static constexpr int GROUPS = ::GROUPS;
+
+  static constexpr bool SOURCE_IS_COARSE = true;
+  static constexpr bool MAYBE_ONE_OUTPUT = true;
+  // Register tiles: output channels x vectors of positions, by the number of vector registers.
+  static constexpr int CHANNEL_BLOCK = VECTOR_REGISTERS >= 32 ? 8 : 4;
+  static constexpr int VECTORS = 3;
+  static constexpr int VECTORS_OF_ONE = 6;
+  static constexpr int MAX_VECTORS = VECTORS > VECTORS_OF_ONE ? VECTORS : VECTORS_OF_ONE;
+  static constexpr int64_t SCRATCH_BYTES = 393216;
+  static constexpr int64_t BUFFER_BYTES = 32768;
+  static constexpr int64_t CHAIN_TERMS = 4096;
+
+  // Calls visit with the unrolled taps of a phase.
+  template <class Visit>
+  static void unrolled(int64_t phase, Visit visit) {
+    switch (phase) {
+      case 0: return visit(Phase0{});
+      case 1: return visit(Phase1{});
+      case 2: return visit(Phase2{});
+      case 3: return visit(Phase3{});
+      case 4: return visit(Phase4{});
+      case 5: return visit(Phase5{});
+      case 6: return visit(Phase6{});
+      case 7: return visit(Phase7{});
+      default: return visit(NoTaps{});
+    }
+  }
+};
+
+Gather<Problem> plan(const ConvgenCall& call) {
+  return Gather<Problem>(call, call.coarse_extent, call.fine_extent, call.coarse_channels,
+                         call.fine_channels);
+}
+
+bool channels_valid(const ConvgenCall& call) {
+  return channels_match(call.coarse_channels, COARSE_CHANNELS, GROUPS) &&
+         channels_match(call.fine_channels, FINE_CHANNELS, GROUPS);
+}
+
+}  // namespace
+
+CONVGEN_EXPORT int64_t convgen_dgrad_f32_workspace(const ConvgenCall* call) {
+  return channels_valid(*call) ? plan(*call).workspace_bytes() : 0;
+}
+
+CONVGEN_EXPORT int convgen_dgrad_f32(const ConvgenCall* call) {
+  if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
+
+  plan(*call).run(*call, call->coarse, call->fine);
+  return CONVGEN_OK;
+}

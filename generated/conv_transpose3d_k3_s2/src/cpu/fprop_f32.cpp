@@ -1,0 +1,125 @@
+// fprop of conv_transpose3d_k3_s2, float32. Written by convgen 0.1.0; regenerate with
+//   convgen generate --kernel 3 --stride 2
+// Schedule: {"buffer_bytes": 32768, "chain_terms": 4096, "channel_block": [8, 4], "scratch_bytes": 393216, "unroll": "full", "vectors": [3, 3], "vectors_of_one": 6}
+
+//
+// Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
+// as products and sums).
+
+#include "gather.h"
+
+// The specification, in three dimensions (D, H, W); o = i * STRIDE - PADDING + t * DILATION.
+[[maybe_unused]] constexpr int KERNEL_D = 3, KERNEL_H = 3, KERNEL_W = 3;
+[[maybe_unused]] constexpr int STRIDE_D = 2, STRIDE_H = 2, STRIDE_W = 2;
+[[maybe_unused]] constexpr int PADDING_D = 0, PADDING_H = 0, PADDING_W = 0;
+[[maybe_unused]] constexpr int DILATION_D = 1, DILATION_H = 1, DILATION_W = 1;
+[[maybe_unused]] constexpr int GROUPS = 1;
+[[maybe_unused]] constexpr int TAPS = KERNEL_D * KERNEL_H * KERNEL_W;
+// Channel counts fixed at generation time; 0 where they are run-time values.
+[[maybe_unused]] constexpr int COARSE_CHANNELS = 0;
+[[maybe_unused]] constexpr int FINE_CHANNELS = 0;
+
+namespace {
+
+// Taps along each axis: {kernel element, source offset}, by phase. Phase r holds the entries from
+// FIRST[r] up to FIRST[r + 1].
+struct AxisD {
+  static constexpr int SOURCE_STRIDE = STRIDE_D, PHASES = 1, TAPS = KERNEL_D;
+  static constexpr AxisTap TAP[TAPS] = {{0, 0}, {1, 1}, {2, 2}};
+  static constexpr int FIRST[PHASES + 1] = {0, 3};
+};
+struct AxisH {
+  static constexpr int SOURCE_STRIDE = STRIDE_H, PHASES = 1, TAPS = KERNEL_H;
+  static constexpr AxisTap TAP[TAPS] = {{0, 0}, {1, 1}, {2, 2}};
+  static constexpr int FIRST[PHASES + 1] = {0, 3};
+};
+struct AxisW {
+  static constexpr int SOURCE_STRIDE = STRIDE_W, PHASES = 1, TAPS = KERNEL_W;
+  static constexpr AxisTap TAP[TAPS] = {{0, 0}, {1, 1}, {2, 2}};
+  static constexpr int FIRST[PHASES + 1] = {0, 3};
+};
+
+// All taps.
+struct AllTaps {
+  template <int M, int VECTORS>
+  static CONVGEN_INLINE void accumulate(Vector<float> (&acc)[M][VECTORS], const float* x,
+                                        const float* weight, const int64_t* offset, int64_t) {
+    multiply_add(acc, x + offset[0], weight + 0 * M);  // kernel (0, 0, 0) at (0, 0, 0)
+    multiply_add(acc, x + offset[1], weight + 1 * M);  // kernel (0, 0, 1) at (0, 0, 1)
+    multiply_add(acc, x + offset[2], weight + 2 * M);  // kernel (0, 0, 2) at (0, 0, 2)
+    multiply_add(acc, x + offset[3], weight + 3 * M);  // kernel (0, 1, 0) at (0, 1, 0)
+    multiply_add(acc, x + offset[4], weight + 4 * M);  // kernel (0, 1, 1) at (0, 1, 1)
+    multiply_add(acc, x + offset[5], weight + 5 * M);  // kernel (0, 1, 2) at (0, 1, 2)
+    multiply_add(acc, x + offset[6], weight + 6 * M);  // kernel (0, 2, 0) at (0, 2, 0)
+    multiply_add(acc, x + offset[7], weight + 7 * M);  // kernel (0, 2, 1) at (0, 2, 1)
+    multiply_add(acc, x + offset[8], weight + 8 * M);  // kernel (0, 2, 2) at (0, 2, 2)
+    multiply_add(acc, x + offset[9], weight + 9 * M);  // kernel (1, 0, 0) at (1, 0, 0)
+    multiply_add(acc, x + offset[10], weight + 10 * M);  // kernel (1, 0, 1) at (1, 0, 1)
+    multiply_add(acc, x + offset[11], weight + 11 * M);  // kernel (1, 0, 2) at (1, 0, 2)
+    multiply_add(acc, x + offset[12], weight + 12 * M);  // kernel (1, 1, 0) at (1, 1, 0)
+    multiply_add(acc, x + offset[13], weight + 13 * M);  // kernel (1, 1, 1) at (1, 1, 1)
+    multiply_add(acc, x + offset[14], weight + 14 * M);  // kernel (1, 1, 2) at (1, 1, 2)
+    multiply_add(acc, x + offset[15], weight + 15 * M);  // kernel (1, 2, 0) at (1, 2, 0)
+    multiply_add(acc, x + offset[16], weight + 16 * M);  // kernel (1, 2, 1) at (1, 2, 1)
+    multiply_add(acc, x + offset[17], weight + 17 * M);  // kernel (1, 2, 2) at (1, 2, 2)
+    multiply_add(acc, x + offset[18], weight + 18 * M);  // kernel (2, 0, 0) at (2, 0, 0)
+    multiply_add(acc, x + offset[19], weight + 19 * M);  // kernel (2, 0, 1) at (2, 0, 1)
+    multiply_add(acc, x + offset[20], weight + 20 * M);  // kernel (2, 0, 2) at (2, 0, 2)
+    multiply_add(acc, x + offset[21], weight + 21 * M);  // kernel (2, 1, 0) at (2, 1, 0)
+    multiply_add(acc, x + offset[22], weight + 22 * M);  // kernel (2, 1, 1) at (2, 1, 1)
+    multiply_add(acc, x + offset[23], weight + 23 * M);  // kernel (2, 1, 2) at (2, 1, 2)
+    multiply_add(acc, x + offset[24], weight + 24 * M);  // kernel (2, 2, 0) at (2, 2, 0)
+    multiply_add(acc, x + offset[25], weight + 25 * M);  // kernel (2, 2, 1) at (2, 2, 1)
+    multiply_add(acc, x + offset[26], weight + 26 * M);  // kernel (2, 2, 2) at (2, 2, 2)
+  }
+};
+
+struct Problem {
+  using Storage = float;
+  using Real = float;
+  using AxisD = ::AxisD;
+  using AxisH = ::AxisH;
+  using AxisW = ::AxisW;
+  static constexpr int GROUPS = ::GROUPS;
+
+  static constexpr bool SOURCE_IS_COARSE = false;
+  static constexpr bool MAYBE_ONE_OUTPUT = true;
+  // Register tiles: output channels x vectors of positions, by the number of vector registers.
+  static constexpr int CHANNEL_BLOCK = VECTOR_REGISTERS >= 32 ? 8 : 4;
+  static constexpr int VECTORS = 3;
+  static constexpr int VECTORS_OF_ONE = 6;
+  static constexpr int MAX_VECTORS = VECTORS > VECTORS_OF_ONE ? VECTORS : VECTORS_OF_ONE;
+  static constexpr int64_t SCRATCH_BYTES = 393216;
+  static constexpr int64_t BUFFER_BYTES = 32768;
+  static constexpr int64_t CHAIN_TERMS = 4096;
+
+  // Calls visit with the unrolled taps of a phase.
+  template <class Visit>
+  static void unrolled(int64_t phase, Visit visit) {
+    (void)phase;
+    visit(AllTaps{});
+  }
+};
+
+Gather<Problem> plan(const ConvgenCall& call) {
+  return Gather<Problem>(call, call.fine_extent, call.coarse_extent, call.fine_channels,
+                         call.coarse_channels);
+}
+
+bool channels_valid(const ConvgenCall& call) {
+  return channels_match(call.coarse_channels, COARSE_CHANNELS, GROUPS) &&
+         channels_match(call.fine_channels, FINE_CHANNELS, GROUPS);
+}
+
+}  // namespace
+
+CONVGEN_EXPORT int64_t convgen_fprop_f32_workspace(const ConvgenCall* call) {
+  return channels_valid(*call) ? plan(*call).workspace_bytes() : 0;
+}
+
+CONVGEN_EXPORT int convgen_fprop_f32(const ConvgenCall* call) {
+  if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
+
+  plan(*call).run(*call, call->fine, call->coarse);
+  return CONVGEN_OK;
+}

@@ -1,0 +1,394 @@
+// wgrad: every weight is a sum over the batch and all positions,
+//
+//   weight[a, b, j] = sum over n, q of coarse[n, a, q] * fine[n, b, q * STRIDE + offset[j]]
+//
+// a and b are the channels of one group. Positions are vector lanes; lanes are added up last.
+//
+//   task: a range of blocks of positions, some a, some b of one group
+//     fill       coarse blocks of all its a -> scratch (L2), zeros wherever fine's copy has a halo
+//     for each b, block:
+//       fill     fine block of b -> scratch (L1/L2), see scratch.h
+//       compute  register tile: channels a x columns (taps of b), over the positions of the block:
+//                         j0        j1        j2
+//                 a0  [ lanes ] [ lanes ] [ lanes ]    += coarse[a][position]
+//                 a1  [ lanes ] [ lanes ] [ lanes ]         * fine[offset[j] + position]
+//                 ..                                      for all positions of the block
+//                -> sums (L2): one vector per a and column
+//     add up     lanes of sums -> partial weights of the task's range of blocks
+//   then, behind a barrier, the partial weights of all ranges are added in order.
+//
+// How positions are cut into ranges depends on the extents alone, so that results have the same
+// bits for any number of threads.
+#pragma once
+
+#include "runtime.h"
+#include "scratch.h"
+
+namespace {
+
+template <class Problem>
+class Reduce {
+  using Real = typename Problem::Real;
+  using Storage = typename Problem::Storage;
+  using AxisD = typename Problem::AxisD;
+  using AxisH = typename Problem::AxisH;
+  using AxisW = typename Problem::AxisW;
+  static constexpr int64_t TAPS = int64_t(AxisD::TAPS) * AxisH::TAPS * AxisW::TAPS;
+  static constexpr int64_t COLUMNS = Problem::FINE_BLOCK * TAPS;
+  static constexpr int V = LANES<Real>;
+  static constexpr int64_t REAL_BYTES = sizeof(Real);
+
+  int64_t batch, groups;
+  int64_t coarse_channels, fine_channels;  // of one group: a, b
+  int64_t channel_block;                   // a per register tile
+  int64_t coarse_part, coarse_parts;       // a per task (whole register tiles), tasks
+  int64_t fine_part, fine_parts;           // b per task (whole FINE_BLOCKs), tasks
+  int64_t coarse_extent[3], fine_extent[3];
+  int64_t block[3], blocks[3];             // positions per block, blocks of one image
+  int64_t block_count;                     // of the whole batch
+  int64_t ranges;                          // of blocks, each with partial weights of its own
+  int64_t resident;                        // blocks whose coarse scratch is filled at once
+  Scratch<AxisD, AxisH, AxisW> scratch;    // of a fine channel
+  int64_t segments[2], segment;            // runs of positions in a block (planes, rows), length
+  int64_t coarse_pitch, fine_pitch;        // scratch of one channel of a block
+  int threads;
+  int64_t offsets_at, partial_at, threads_at, fine_at, sums_at, thread_bytes, total_bytes;
+
+ public:
+  explicit Reduce(const ConvgenCall& call)
+      : batch(call.batch),
+        groups(Problem::GROUPS),
+        coarse_channels(call.coarse_channels / Problem::GROUPS),
+        fine_channels(call.fine_channels / Problem::GROUPS) {
+    double terms = double(batch) * double(call.coarse_channels) * double(fine_channels) *
+                   double(TAPS);
+    for (int axis = 0; axis < 3; ++axis) {
+      coarse_extent[axis] = call.coarse_extent[axis];
+      fine_extent[axis] = call.fine_extent[axis];
+      terms *= double(coarse_extent[axis]);
+    }
+    threads = thread_count(call.device, terms);
+    channel_block = coarse_channels == 1 ? 1 : Problem::CHANNEL_BLOCK;
+    choose_blocks();
+    choose_tasks(terms);
+    Workspace workspace;
+    offsets_at = workspace.take(COLUMNS * int64_t(sizeof(int64_t)));
+    partial_at = workspace.take(partial_is_output() ? 0 : ranges * weights() * REAL_BYTES);
+    fine_at = round_up(resident * coarse_part * coarse_pitch * REAL_BYTES, 64);
+    sums_at = fine_at + round_up((Problem::FINE_BLOCK * fine_pitch + V) * REAL_BYTES, 64);
+    // Lanes are added up in whole groups of V sums.
+    thread_bytes = round_up(sums_at + (coarse_part * COLUMNS + V) * VECTOR_BYTES, 4096);
+    threads_at = workspace.take(thread_bytes * threads);
+    total_bytes = workspace.bytes;
+  }
+
+  int64_t workspace_bytes() const { return total_bytes; }
+
+  void run(const ConvgenCall& call) const {
+    if (block_count == 0) {
+      memset(call.weight, 0, size_t(weights()) * sizeof(Storage));
+      return;
+    }
+    if constexpr (Problem::CHANNEL_BLOCK > 1) {
+      if (coarse_channels > 1) return run_tasks<Problem::CHANNEL_BLOCK>(call);
+    }
+    if constexpr (Problem::MAYBE_ONE_COARSE) run_tasks<1>(call);
+  }
+
+ private:
+  int64_t weights() const { return groups * coarse_channels * fine_channels * TAPS; }
+
+  // One range of blocks in the tensor's own type needs no partial weights.
+  bool partial_is_output() const { return ranges == 1 && sizeof(Real) == sizeof(Storage); }
+
+  void lay_out() {
+    scratch.d = AxisLayout<AxisD>::choose(block[0]);
+    scratch.h = AxisLayout<AxisH>::choose(block[1]);
+    scratch.w = AxisLayout<AxisW>::choose(block[2], coarse_channels >= 16 ? 4 : 1);
+    fine_pitch = scratch.channel();
+    // Positions run on through the rows of a plane, or row by row: whatever needs fewer vectors.
+    const int64_t plane = round_up((block[1] - 1) * scratch.pitch() + block[2], V);
+    const int64_t row = round_up(block[2], V);
+    const bool by_rows = block[1] * row <= plane;
+    segments[0] = block[0];
+    segments[1] = by_rows ? block[1] : 1;
+    segment = by_rows ? row : plane;
+    coarse_pitch = segments[0] * segments[1] * segment;
+  }
+
+  void halve(int axis) { block[axis] = even_part(coarse_extent[axis], ceil_div(block[axis], 2)); }
+
+  void choose_blocks() {
+    // A register tile's coarse rows stay in L1 while the columns change.
+    const int64_t limit = Problem::COARSE_TILE_BYTES / REAL_BYTES / channel_block;
+    block[0] = block[1] = 1;
+    block[2] = even_part(coarse_extent[2], limit);
+    lay_out();
+    block[1] = even_part(coarse_extent[1], greatest(1, limit / scratch.pitch()));
+    lay_out();
+    block[0] = even_part(coarse_extent[0], greatest(1, limit / (segments[1] * segment)));
+    lay_out();
+    while (Problem::FINE_BLOCK * fine_pitch * REAL_BYTES > Problem::FINE_BYTES) {
+      if (block[0] > 1) {
+        halve(0);
+      } else if (block[1] > 1) {
+        halve(1);
+      } else if (block[2] > 8 * V) {
+        halve(2);
+      } else {
+        break;
+      }
+      lay_out();
+    }
+    for (int axis = 0; axis < 3; ++axis)
+      blocks[axis] = ceil_div(coarse_extent[axis], block[axis]);
+    block_count = batch * blocks[0] * blocks[1] * blocks[2];
+  }
+
+  void choose_tasks(double terms) {
+    const int64_t wanted = int64_t(least(int64_t(terms / Problem::TASK_TERMS), 256)) + 1;
+    const int64_t sums_limit = Problem::SUMS_BYTES / (COLUMNS * VECTOR_BYTES);
+    coarse_part = round_up(even_part(coarse_channels, greatest(least(sums_limit, 64), 1)),
+                           channel_block);
+    coarse_parts = ceil_div(coarse_channels, coarse_part);
+    // Filling coarse scratch must pay: 128 multiply-adds for every element.
+    const int64_t fine_least = round_up(ceil_div(128, TAPS), Problem::FINE_BLOCK);
+    int64_t tasks = groups * coarse_parts;
+    fine_part = round_up(
+        greatest(fine_least, ceil_div(fine_channels, greatest(1, wanted / tasks))),
+        Problem::FINE_BLOCK);
+    fine_parts = ceil_div(fine_channels, fine_part);
+    tasks *= fine_parts;
+    // A range is long beside the adding up of lanes; partial weights must fit in memory.
+    const int64_t most = least(block_count * coarse_pitch / Problem::RANGE_POSITIONS,
+                               Problem::PARTIAL_BYTES / (weights() * REAL_BYTES));
+    ranges = greatest(1, least(least(ceil_div(wanted, tasks), most), block_count));
+    const int64_t per_range = ceil_div(block_count, ranges);
+    ranges = greatest(1, ceil_div(block_count, greatest(per_range, 1)));
+    resident = Problem::COARSE_BYTES / (coarse_part * coarse_pitch * REAL_BYTES);
+    resident = greatest(1, least(per_range, resident));
+  }
+
+  template <int M>
+  void run_tasks(const ConvgenCall& call) const {
+    char* const workspace = static_cast<char*>(call.workspace);
+    int64_t* const offsets = reinterpret_cast<int64_t*>(workspace + offsets_at);
+    Real* const partial = partial_is_output()
+                              ? reinterpret_cast<Real*>(call.weight)
+                              : reinterpret_cast<Real*>(workspace + partial_at);
+    int64_t* to = offsets;
+    for (int64_t b = 0; b < Problem::FINE_BLOCK; ++b)
+      for (int jd = 0; jd < AxisD::TAPS; ++jd)
+        for (int jh = 0; jh < AxisH::TAPS; ++jh)
+          for (int jw = 0; jw < AxisW::TAPS; ++jw)
+            *to++ = b * fine_pitch + scratch.offset(jd, jh, jw);
+    const int64_t task_count = ranges * groups * coarse_parts * fine_parts;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      char* const own = workspace + threads_at + omp_get_thread_num() * thread_bytes;
+      // What lies beyond the fine block meets zeros of coarse, but must be finite.
+      memset(own + fine_at, 0, size_t(sums_at - fine_at));
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < task_count; ++task) {
+        const int64_t range = task / (groups * coarse_parts * fine_parts);
+        const int64_t group = task / (coarse_parts * fine_parts) % groups;
+        const int64_t a0 = task / fine_parts % coarse_parts * coarse_part;
+        const int64_t b0 = task % fine_parts * fine_part;
+        run_task<M>(call, own, offsets, partial + range * weights(), range, group, a0, b0);
+      }
+      if (!partial_is_output()) {
+        Storage* const weight = static_cast<Storage*>(call.weight);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < weights(); ++i) {
+          Real sum = partial[i];
+          for (int64_t range = 1; range < ranges; ++range) sum += partial[range * weights() + i];
+          from_real(sum, weight[i]);
+        }
+      }
+    }
+  }
+
+  // Image and first position of a block.
+  int64_t place(int64_t index, int64_t* q0) const {
+    q0[0] = index / (blocks[1] * blocks[2]) % blocks[0] * block[0];
+    q0[1] = index / blocks[2] % blocks[1] * block[1];
+    q0[2] = index % blocks[2] * block[2];
+    return index / (blocks[0] * blocks[1] * blocks[2]);
+  }
+
+  template <int M>
+  void run_task(const ConvgenCall& call, char* own, const int64_t* offsets, Real* partial,
+                int64_t range, int64_t group, int64_t a0, int64_t b0) const {
+    Real* const coarse = reinterpret_cast<Real*>(own);
+    Real* const fine = reinterpret_cast<Real*>(own + fine_at);
+    Vector<Real>* const sums = reinterpret_cast<Vector<Real>*>(own + sums_at);
+    const int64_t per_range = ceil_div(block_count, ranges);
+    const int64_t last_block = least((range + 1) * per_range, block_count);
+    const int64_t a_count = least(coarse_part, coarse_channels - a0);
+    const int64_t b_end = least(b0 + fine_part, fine_channels);
+    const int64_t fine_volume = fine_extent[0] * fine_extent[1] * fine_extent[2];
+    for (int64_t first = range * per_range; first < last_block; first += resident) {
+      const int64_t last = least(first + resident, last_block);
+      for (int64_t i = first; i < last; ++i)
+        fill_coarse<M>(coarse + (i - first) * coarse_part * coarse_pitch, call, i, group, a0,
+                       a_count);
+      for (int64_t b = b0; b < b_end; b += Problem::FINE_BLOCK) {
+        const int64_t b_count = least(Problem::FINE_BLOCK, b_end - b);
+        memset(sums, 0, size_t(coarse_part * COLUMNS * VECTOR_BYTES));
+        for (int64_t i = first; i < last; ++i) {
+          int64_t q0[3];
+          const int64_t n = place(i, q0);
+          const Storage* from = static_cast<const Storage*>(call.fine) +
+                                ((n * groups + group) * fine_channels + b) * fine_volume;
+          for (int64_t c = 0; c < b_count; ++c)
+            scratch.fill(fine + c * fine_pitch, from + c * fine_volume, fine_extent, q0);
+          const Real* block_coarse = coarse + (i - first) * coarse_part * coarse_pitch;
+          for (int64_t a = 0; a < a_count; a += M) {
+            const Tile<M> tile = {*this, block_coarse + a * coarse_pitch, fine, offsets,
+                                  sums + a * COLUMNS};
+            Problem::unrolled(tile);
+          }
+        }
+        add_lanes(sums, partial + ((group * coarse_channels + a0) * fine_channels + b) * TAPS,
+                  a_count, b_count * TAPS, first > range * per_range);
+      }
+    }
+  }
+
+  // Coarse positions of one block for a task's channels, in whole vectors; zeros elsewhere.
+  template <int M>
+  void fill_coarse(Real* to, const ConvgenCall& call, int64_t index, int64_t group, int64_t a0,
+                   int64_t a_count) const {
+    int64_t q0[3];
+    const int64_t n = place(index, q0);
+    const int64_t* extent = coarse_extent;
+    const int64_t pitch = segments[1] == block[1] ? segment : scratch.pitch();
+    const int64_t planes = least(block[0], extent[0] - q0[0]);
+    const int64_t rows = least(block[1], extent[1] - q0[1]);
+    const int64_t columns = least(block[2], extent[2] - q0[2]);
+    memset(to, 0, size_t(round_up(a_count, M) * coarse_pitch * REAL_BYTES));
+    for (int64_t a = 0; a < a_count; ++a, to += coarse_pitch) {
+      const int64_t channel = (n * groups + group) * coarse_channels + a0 + a;
+      for (int64_t plane = 0; plane < planes; ++plane)
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t line = (channel * extent[0] + q0[0] + plane) * extent[1] + q0[1] + row;
+          const Storage* from = static_cast<const Storage*>(call.coarse) + line * extent[2] + q0[2];
+          Real* dst = to + plane * segments[1] * segment + row * pitch;
+          copy_strided<1>(dst, from, columns);
+        }
+    }
+  }
+
+  // Adds up the lanes of all sums, in place, and adds them to (or makes them) partial weights.
+  void add_lanes(Vector<Real>* sums, Real* partial, int64_t a_count, int64_t columns,
+                 bool add) const {
+    Real* total = reinterpret_cast<Real*>(sums);
+    for (int64_t i = 0; i < a_count * COLUMNS; i += V) store(total + i, sum_lanes<Real>(sums + i));
+    for (int64_t a = 0; a < a_count; ++a, partial += fine_channels * TAPS, total += COLUMNS)
+      for (int64_t j = 0; j < columns; ++j) partial[j] = add ? partial[j] + total[j] : total[j];
+  }
+
+  // M coarse channels against the columns of a fine block.
+  template <int M>
+  struct Tile {
+    const Reduce& plan;
+    const Real* coarse;
+    const Real* fine;
+    const int64_t* offset;  // of the columns in `fine`
+    Vector<Real>* sums;     // [channel][column]
+    static constexpr bool ONE = M == 1;
+
+    // Adds the products of COUNT columns from `first` on.
+    template <int COUNT>
+    CONVGEN_NOINLINE void correlate(int64_t first) const {
+      const Real* f[COUNT];
+      Vector<Real> acc[M][COUNT];
+#pragma GCC unroll 16
+      for (int j = 0; j < COUNT; ++j) f[j] = fine + offset[first + j];
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int j = 0; j < COUNT; ++j) acc[m][j] = sums[m * COLUMNS + first + j];
+      const Real* c = coarse;
+      const int64_t pitch = plan.coarse_pitch, segment = plan.segment;
+      for (int64_t plane = 0; plane < plan.segments[0]; ++plane)
+        for (int64_t row = 0; row < plan.segments[1]; ++row, c += segment) {
+          const int64_t at = plane * plan.scratch.plane() + row * plan.scratch.pitch();
+          for (int64_t i = 0; i < segment; i += V) {
+            Vector<Real> in[COUNT];
+#pragma GCC unroll 16
+            for (int j = 0; j < COUNT; ++j) in[j] = load(f[j] + at + i);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+              Vector<Real> value = load(c + m * pitch + i);
+              if (COUNT > 1) keep(value);
+#pragma GCC unroll 16
+              for (int j = 0; j < COUNT; ++j) acc[m][j] += value * in[j];
+            }
+          }
+        }
+      Vector<Real>* to = sums + first;
+      keep(to);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int j = 0; j < COUNT; ++j) to[m * COLUMNS + j] = acc[m][j];
+    }
+  };
+};
+
+// bgrad: sums over the batch and all positions of one channel. Pieces of fixed size are summed
+// in lanes, then in double, in order.
+template <class Storage, class Real>
+class BiasGradient {
+  static constexpr int64_t PIECE = 1 << 15;
+  int64_t batch, channels, volume, pieces;
+  int threads;
+
+ public:
+  explicit BiasGradient(const ConvgenCall& call)
+      : batch(call.batch),
+        channels(call.coarse_channels),
+        volume(call.coarse_extent[0] * call.coarse_extent[1] * call.coarse_extent[2]),
+        pieces(ceil_div(volume, PIECE)) {
+    threads = thread_count(call.device, double(batch) * double(channels) * double(volume));
+  }
+
+  int64_t workspace_bytes() const { return batch * channels * pieces * int64_t(sizeof(double)); }
+
+  void run(const ConvgenCall& call) const {
+    const Storage* values = static_cast<const Storage*>(call.coarse);
+    Storage* bias = static_cast<Storage*>(call.bias);
+    double* partial = static_cast<double*>(call.workspace);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < batch * channels * pieces; ++i) {
+        const int64_t first = i % pieces * PIECE;
+        partial[i] = sum(values + i / pieces * volume + first, least(PIECE, volume - first));
+      }
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < channels; ++c) {
+        double total = 0;
+        for (int64_t n = 0; n < batch; ++n)
+          for (int64_t i = 0; i < pieces; ++i) total += partial[(n * channels + c) * pieces + i];
+        from_real(Real(total), bias[c]);
+      }
+    }
+  }
+
+ private:
+  static double sum(const Storage* from, int64_t count) {
+    constexpr int WIDTH = 4 * LANES<Real>;
+    alignas(VECTOR_BYTES) Real lanes[WIDTH] = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH)
+      for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] += to_real(from[i + lane]);
+    double total = 0;
+    for (const Real lane : lanes) total += double(lane);
+    for (; i < count; ++i) total += double(to_real(from[i]));
+    return total;
+  }
+};
+
+}  // namespace

@@ -1,0 +1,53 @@
+// The boundary between a generated library and its caller: plain C, raw pointers, no torch.
+//
+// One library per backend exports, for every contraction (fprop, dgrad, wgrad, bgrad) and dtype
+// (f32, f64, f16, bf16) that it was generated for:
+//
+//   int64_t convgen_<contraction>_<dtype>_workspace(const ConvgenCall*)
+//       bytes of workspace that the call needs (pointers in the struct are not read);
+//   int     convgen_<contraction>_<dtype>(const ConvgenCall*)
+//       0, or an error code that convgen_error_string() names. Asynchronous on `stream` (CUDA),
+//       never allocates, never synchronizes.
+//
+// With o = i * stride - padding + t * dilation in each spatial dimension:
+//
+//   fprop   coarse[n, a, i]      = bias[a] + sum_{b, t} fine[n, b, o]   * weight[a, b / groups, t]
+//   dgrad   fine[n, b, o]        = bias[b] + sum_{a, t} coarse[n, a, i] * weight[a, b / groups, t]
+//   wgrad   weight[a, b/groups, t] =         sum_{n, i} coarse[n, a, i] * fine[n, b, o]
+//   bgrad   bias[a]              = sum_{n, i} coarse[n, a, i]     (the tensor is given as coarse)
+//
+// All tensors are contiguous, (N, C, D, H, W) and (A, B / groups, KD, KH, KW); every element of
+// the output is written. Extents of one- and two-dimensional operators have leading ones.
+#pragma once
+
+#include <stdint.h>
+
+struct ConvgenCall {
+  void* coarse;     // (batch, coarse_channels, coarse_extent[0..2])
+  void* fine;       // (batch, fine_channels, fine_extent[0..2])
+  void* weight;     // (coarse_channels, fine_channels / groups, KD, KH, KW)
+  void* bias;       // one value per output channel, or null; of the tensors' dtype
+  void* workspace;  // 256-byte aligned, at least as large as ..._workspace() says
+  void* stream;     // cudaStream_t; unused on the CPU
+  int64_t device;   // CUDA device index of all pointers; on the CPU, the number of threads to use
+  int64_t batch;
+  int64_t coarse_channels;
+  int64_t fine_channels;
+  int64_t coarse_extent[3];
+  int64_t fine_extent[3];
+};
+
+// Error codes: positive ones are cudaError_t.
+enum ConvgenError {
+  CONVGEN_OK = 0,
+  CONVGEN_TOO_LARGE = -1,   // one channel's volume has 2^31 elements or more, or a grid is too big
+  CONVGEN_BAD_CHANNELS = -2  // channel counts differ from those the library was generated for
+};
+
+#if defined(__cplusplus)
+#define CONVGEN_EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define CONVGEN_EXPORT
+#endif
+
+CONVGEN_EXPORT const char* convgen_error_string(int code);

@@ -1,0 +1,161 @@
+// Everything that a kernel of this library asks of the CUDA toolchain and hardware beyond plain
+// CUDA C++: element conversions, asynchronous copies, dynamic shared memory and launches.
+//
+// Kernels include this header and nothing of CUDA's own, so that an environment that stands in for
+// a GPU replaces one file: it defines CONVGEN_DEVICE_CUH and supplies the same names.
+#ifndef CONVGEN_DEVICE_CUH
+#define CONVGEN_DEVICE_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace convgen {
+
+// ---- Element types ------------------------------------------------------------------------
+
+using half = __half;
+using bfloat16 = __nv_bfloat16;
+
+__device__ __forceinline__ float widen(half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+
+__device__ __forceinline__ void narrow(half& to, float x) { to = __float2half_rn(x); }
+__device__ __forceinline__ void narrow(bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(float& to, float x) { to = x; }
+__device__ __forceinline__ void narrow(double& to, double x) { to = x; }
+
+// ---- Asynchronous copies, global to shared ------------------------------------------------
+
+// Copies BYTES (4, 8 or 16, both addresses aligned to it), or writes zeros where `valid` is false
+// (`from` is then not read, but must be a valid address). Before sm_80 the copy is an ordinary one.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = valid ? BYTES : 0;
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
+                 "n"(BYTES), "r"(bytes)
+                 : "memory");
+  }
+#else
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "sizes that one access can have");
+  if constexpr (BYTES == 16) {
+    *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  } else if constexpr (BYTES == 8) {
+    *static_cast<uint2*>(to) = valid ? *static_cast<const uint2*>(from) : make_uint2(0, 0);
+  } else {
+    *static_cast<uint32_t*>(to) = valid ? *static_cast<const uint32_t*>(from) : 0u;
+  }
+#endif
+}
+
+// Closes the group of copies that this thread has issued since the last call.
+__device__ __forceinline__ void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most PENDING of this thread's newest groups are still under way.
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---- Shared memory and launches -----------------------------------------------------------
+
+// The block's dynamic shared memory, 16-byte aligned.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char convgen_dynamic_shared[];
+  return reinterpret_cast<T*>(convgen_dynamic_shared);
+}
+
+// What a launch needs to know of a device; read once per device and process.
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_bytes;  // dynamic shared memory that a block can opt in to
+};
+
+constexpr int MAX_DEVICES = 64;
+
+inline cudaError_t device_limits(int device, DeviceLimits& limits) {
+  static DeviceLimits known[MAX_DEVICES];
+  static bool filled[MAX_DEVICES];
+  if (device < 0 || device >= MAX_DEVICES) return cudaErrorInvalidDevice;
+  if (!__atomic_load_n(&filled[device], __ATOMIC_ACQUIRE)) {
+    // Two threads may both read the attributes; they write the same values.
+    DeviceLimits fresh;
+    cudaError_t error = cudaDeviceGetAttribute(&fresh.multiprocessors,
+                                               cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&fresh.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   device);
+    if (error != cudaSuccess) return error;
+    known[device] = fresh;
+    __atomic_store_n(&filled[device], true, __ATOMIC_RELEASE);
+  }
+  limits = known[device];
+  return cudaSuccess;
+}
+
+// Makes `device` current for its scope; costs nothing where it already is.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+// Launches KERNEL asynchronously. Above 48 KiB of dynamic shared memory a kernel must opt in, once
+// per device: to the whole limit, so that later launches of other sizes need nothing.
+template <auto KERNEL, typename... Args>
+cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* stream,
+                   const Args&... args) {
+  static bool opted_in[MAX_DEVICES];
+  if (shared_bytes > 48 * 1024 && !__atomic_load_n(&opted_in[device], __ATOMIC_ACQUIRE)) {
+    DeviceLimits limits;
+    cudaError_t error = device_limits(device, limits);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 limits.shared_bytes);
+    if (error != cudaSuccess) return error;
+    __atomic_store_n(&opted_in[device], true, __ATOMIC_RELEASE);
+  }
+  KERNEL<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  return cudaGetLastError();
+}
+
+inline const char* error_name(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+}  // namespace convgen
+
+#endif  // CONVGEN_DEVICE_CUH

@@ -1,0 +1,342 @@
+// The part of fprop and dgrad that does not depend on the specification: how a call is cut into
+// tiles, how a tile is staged, how results leave. The rendered unit supplies the arithmetic.
+//
+// Both contractions gather: output positions read an input around them. Their three axes are
+// called R (register rows: a thread owns ROWS consecutive positions along it), Y and X (lanes run
+// along the flattened (Y, X) plane, X fastest and contiguous in memory).
+#pragma once
+
+#include "common.cuh"
+
+namespace convgen {
+
+// One axis of a gather, at run time.
+struct GatherAxis {
+  int input;          // input extent
+  int output;         // output extent
+  int positions;      // output positions per phase: ceil(output / phases)
+  int input_stride;   // elements between neighbours
+  int output_stride;
+};
+
+struct GatherShape {
+  GatherAxis r, y, x;
+  int in_channels, out_channels;  // per group
+  int64_t in_channel_stride, out_channel_stride;
+
+  // The cut: planes are cut into strips of columns; LANES positions of a strip, times ROWS rows,
+  // times `warps_c` blocks of CHANNELS output channels are one thread block.
+  int strip_width, lanes, warps_c;
+  Divisor by_strip_width;
+  Divisor channel_blocks, phases, row_tiles, lane_tiles, strips, groups;
+  int64_t blocks;
+
+  int threads;
+
+  // The staged tile: `chunk` of `words` input words of [planes][rows][residue of X][columns].
+  int words;
+  int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
+  Divisor by_rows, by_planes;
+  int chunk, chunks, tile_elements, stage_elements;
+  int shared_bytes;
+  int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
+  bool vector_store;  // the phases of X that a thread computes leave in one access
+};
+
+// What a rendered unit knows of its own tile. A word is one element of the staged tile: an input
+// channel, or however many of them one 32-bit word of a tensor core's operand holds.
+struct GatherTraits {
+  int rows_per_thread;         // ROWS
+  int phases;                  // phases along R times phases along Y times groups of X phases
+  int step_r, step_y, step_x;  // staged input positions per output position
+  int span_r, span_y, span_x;  // largest minus smallest offset of a pass
+  bool scattered;              // a thread's positions are `lanes` apart in the flattened plane
+  int taps_per_pass;           // most weight slots that one pass stages
+  int lanes_per_warp;          // positions that a warp's lanes make
+  int channels_per_warp;       // output channels of one warp
+  int packed_per_slot;         // packed weight words per slot, input word and warp of channels
+  int word_bytes;
+  int words;                   // input words per group, rounded up to chunk_step
+  int chunk_step, max_chunk;   // input words per stage: a multiple of the one, at most the other
+  int pitch_residue = 0;       // of a word's tile, modulo 16 words; 0 if any will do
+};
+
+constexpr int GATHER_MAX_THREADS = 384;
+constexpr int GATHER_STAGES = 2;
+constexpr int GATHER_MAX_WARPS_C = 6;
+
+// Cuts a call into tiles: blocks of warps by channels first, then the strip width that stages the
+// fewest elements, then as many input words per stage as keep the tile small.
+inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
+                      int shared_limit) {
+  const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
+  // Fewest blocks per output channel, then least idle warps.
+  const int max_warps = GATHER_MAX_THREADS / WARP;
+  const int64_t blocks_c = ceil_div(channel_blocks, GATHER_MAX_WARPS_C);
+  s.warps_c = static_cast<int>(ceil_div(channel_blocks, blocks_c));
+  const int rows = t.rows_per_thread;
+  const int64_t flat_rows = t.scattered ? rows : 1;
+  const int64_t plane = int64_t{s.y.positions} * s.x.positions;
+  const int64_t weights = int64_t{t.taps_per_pass} * t.packed_per_slot * s.warps_c;
+  int warps_p = max_warps / s.warps_c;
+  while (warps_p > 1 && int64_t{warps_p - 1} * t.lanes_per_warp * flat_rows >= plane) --warps_p;
+
+  double best_cost = -1;
+  for (; warps_p >= 1; --warps_p) {
+    if (best_cost >= 0 && warps_p * s.warps_c < max_warps / 2) break;  // too few to fill the chip
+    const int64_t lanes = int64_t{warps_p} * t.lanes_per_warp;
+    const int64_t flat = lanes * flat_rows;
+    for (const int64_t target : {1024, 512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8}) {
+      const int64_t strips = ceil_div(s.x.positions, target);
+      const int64_t width = ceil_div(s.x.positions, strips);
+      const int64_t positions = width * s.y.positions;
+      // A run of `flat` positions that may start anywhere in a line touches this many lines.
+      int64_t tile_rows = (flat - 2) / width + 2;
+      if (flat % width == 0) tile_rows = flat / width;
+      if (width % flat == 0) tile_rows = 1;
+      if (tile_rows > s.y.positions) tile_rows = s.y.positions;
+      const int64_t staged_rows = (tile_rows - 1) * t.step_y + t.span_y + 1;
+      const int64_t planes = t.scattered ? 1 : int64_t{rows - 1} * t.step_r + t.span_r + 1;
+      // A tile that starts at a multiple of the access width may start that much earlier.
+      const int64_t columns =
+          round_up((width - 1) * t.step_x + t.span_x + s.load_width, s.load_width);
+      const int64_t residue_pitch = ceil_div(columns, t.step_x);
+      int64_t word = planes * staged_rows * residue_pitch * t.step_x;
+      if (t.pitch_residue) {
+        word = round_up(word - t.pitch_residue, 16) + t.pitch_residue;
+      }
+      const int64_t bytes =
+          GATHER_STAGES * t.word_bytes * t.chunk_step * (round_up(word, 4) + round_up(weights, 4));
+      if (bytes > shared_limit) continue;
+      const int64_t tiles = strips * ceil_div(positions, flat);
+      // Staged accesses (a line costs about a warp's more than its length), and idle lanes; fewer
+      // warps hide less.
+      const int64_t line = residue_pitch * t.step_x / s.load_width + WARP;
+      const double cost =
+          double(tiles) * (planes * staged_rows * line + flat * rows * 4) * (1.0 + 0.5 / warps_p);
+      if (best_cost >= 0 && cost >= best_cost) continue;
+      best_cost = cost;
+      s.strip_width = static_cast<int>(width);
+      s.lanes = static_cast<int>(lanes);
+      s.planes = static_cast<int>(planes);
+      s.rows = static_cast<int>(staged_rows);
+      s.residue_pitch = static_cast<int>(residue_pitch);
+      s.row_pitch = static_cast<int>(residue_pitch * t.step_x);
+      s.plane_pitch = static_cast<int>(staged_rows * s.row_pitch);
+      s.channel_pitch = static_cast<int>(word);
+      s.strips = Divisor(strips);
+      s.lane_tiles = Divisor(ceil_div(positions, flat));
+    }
+  }
+  if (best_cost < 0) return CONVGEN_TOO_LARGE;
+  s.threads = s.lanes / t.lanes_per_warp * WARP * s.warps_c;
+
+  // Input words per stage: as many as fit into half of the shared memory (two blocks could then
+  // live on a multiprocessor), and no more than there are.
+  const int64_t per_word =
+      GATHER_STAGES * (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
+  int64_t chunk = shared_limit / 2 / per_word;
+  if (chunk > t.max_chunk) chunk = t.max_chunk;
+  chunk = chunk / t.chunk_step * t.chunk_step;
+  if (chunk < t.chunk_step) chunk = t.chunk_step;
+  s.words = static_cast<int>(round_up(t.words, t.chunk_step));
+  s.chunks = static_cast<int>(ceil_div(s.words, chunk));
+  s.chunk = static_cast<int>(round_up(ceil_div(s.words, s.chunks), t.chunk_step));
+  s.chunks = static_cast<int>(ceil_div(s.words, s.chunk));
+  s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * s.channel_pitch, 4));
+  s.stage_elements =
+      s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
+  s.shared_bytes = GATHER_STAGES * s.stage_elements * t.word_bytes;
+  if (s.shared_bytes > shared_limit) return CONVGEN_TOO_LARGE;
+
+  const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
+  s.by_strip_width = Divisor(s.strip_width);
+  s.by_rows = Divisor(s.rows);
+  s.by_planes = Divisor(s.planes);
+  s.channel_blocks = Divisor(blocks_c);
+  s.phases = Divisor(t.phases);
+  s.row_tiles = Divisor(row_tiles);
+  s.groups = Divisor(groups);
+  s.blocks = blocks_c * t.phases * row_tiles * s.lane_tiles.divisor * s.strips.divisor * groups *
+             batch;
+  return s.blocks <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
+}
+
+// Where a thread block works.
+struct GatherBlock {
+  int channel_block, phase, group, batch;
+  int r0;         // first position along R
+  int x0;         // first column of the strip
+  int flat0;      // first flattened position within the strip
+};
+
+__device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int flat_per_block,
+                                                    int rows_per_block) {
+  GatherBlock block;
+  int index = blockIdx.x;
+  block.channel_block = s.channel_blocks.split(index);
+  block.phase = s.phases.split(index);
+  block.r0 = s.row_tiles.split(index) * rows_per_block;
+  block.flat0 = s.lane_tiles.split(index) * flat_per_block;
+  block.x0 = s.strips.split(index) * s.strip_width;
+  block.group = s.groups.split(index);
+  block.batch = index;
+  return block;
+}
+
+// Stages `count` input channels, of which `channels` exist, of a tile whose first element is input position (r, y, x):
+// plane j is row r + j * PLANE_STEP of R, line j is y + j * LINE_STEP of Y, and columns are laid
+// out by their residue modulo STEP_X, so that neighbouring lanes read neighbouring words.
+// A warp stages one line at a time, WIDTH elements per lane (`x` and the input's lines are then
+// multiples of WIDTH, and STEP_X is 1). Positions outside the input and channels from `channels` on are zero.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename Acc, typename T>
+__device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, const T* input,
+                                            int count, int channels, int r, int y, int x) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+  const int lines = count * s.planes * s.rows;
+  for (int line = warp; line < lines; line += warps) {
+    int index = line;
+    const int row = s.by_rows.split(index);
+    const int plane = s.by_planes.split(index);
+    const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
+    const bool inside = index < channels &&
+                        static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
+                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input);
+    Acc* to = tile + index * s.channel_pitch + plane * s.plane_pitch + row * s.row_pitch;
+    const T* from = input + index * s.in_channel_stride;
+    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride;
+    for (int column = lane * WIDTH; column < s.row_pitch; column += WARP * WIDTH) {
+      const bool valid =
+          inside && static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
+      Acc* element = STEP_X == 1
+                         ? to + column
+                         : to + (column % STEP_X) * s.residue_pitch + column / STEP_X;
+      stage_vector<WIDTH>(element, valid ? from + (x + column) : input, valid);
+    }
+  }
+}
+
+// Stages a tile by the widest accesses that the call allows.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename Acc, typename T>
+__device__ __forceinline__ void stage_tile(const GatherShape& s, Acc* tile, const T* input,
+                                           int count, int channels, int r, int y, int x) {
+  if constexpr (STEP_X == 1) {
+    if constexpr (sizeof(Acc) == 4) {
+      if (s.load_width == 4) {
+        stage_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, tile, input, count, channels, r, y, x);
+        return;
+      }
+    }
+    if (s.load_width == 2) {
+      stage_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, tile, input, count, channels, r, y, x);
+      return;
+    }
+  }
+  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, tile, input, count, channels, r, y, x);
+}
+
+// x[j] = row j of a column of the tile, for the set bits j of USED.
+template <uint64_t USED, int COUNT, typename Acc>
+__device__ __forceinline__ void load_column(Acc (&x)[COUNT], const Acc* column, int pitch) {
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    if ((USED >> j) & 1) x[j] = column[j * pitch];
+  }
+}
+
+// x[m] = this thread's m-th position, where positions are scattered over the plane.
+template <int COUNT, typename Acc>
+__device__ __forceinline__ void load_scattered(Acc (&x)[COUNT], const Acc* column,
+                                               const int (&position)[COUNT]) {
+#pragma unroll
+  for (int m = 0; m < COUNT; ++m) x[m] = column[position[m]];
+}
+
+// One tap: acc[m][c] += x[FIRST + m * STEP] * weight[c].
+template <int FIRST, int STEP, int ROWS, int CHANNELS, int COUNT, typename Acc>
+__device__ __forceinline__ void multiply_add(Acc (&acc)[ROWS][CHANNELS], const Acc (&x)[COUNT],
+                                             const Acc* weight) {
+  Acc w[CHANNELS];
+  load_row(w, weight);
+#pragma unroll
+  for (int m = 0; m < ROWS; ++m) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) acc[m][c] += x[FIRST + m * STEP] * w[c];
+  }
+}
+
+// Writes the VARIANTS neighbouring outputs of one position and channel.
+template <int VARIANTS, typename T, typename Acc>
+__device__ __forceinline__ void store_outputs(T* to, const Acc (&value)[VARIANTS], int valid,
+                                              bool vector_store) {
+  struct alignas(sizeof(T) * (VARIANTS == 2 || VARIANTS == 4 ? VARIANTS : 1)) Wide {
+    T element[VARIANTS];
+  };
+  if constexpr (VARIANTS == 2 || VARIANTS == 4) {
+    if (vector_store) {
+      Wide wide;
+#pragma unroll
+      for (int v = 0; v < VARIANTS; ++v) narrow(wide.element[v], value[v]);
+      *reinterpret_cast<Wide*>(to) = wide;
+      return;
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < VARIANTS; ++v) {
+    if (v < valid) narrow(to[v], value[v]);
+  }
+}
+
+// The region of packed weights that holds element `at`, if each slot has `slot_elements`.
+__device__ __forceinline__ int find_region(const int* region_first, int regions,
+                                           int64_t slot_elements, int64_t at) {
+  int low = 0, high = regions;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (region_first[middle] * slot_elements <= at) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
+// [input channel][slot of the region][CHANNELS], in the accumulator's type, zero beyond the last
+// output channel. A region is the set of weight slots that one pass reads; slot_tap[slot] is the
+// kernel element of a slot, or -1 for none.
+template <int CHANNELS, bool OUTPUT_IS_COARSE, typename Acc, typename T>
+__device__ __forceinline__ void pack_weight(Acc* packed, const T* weight, const int* slot_tap,
+                                            const int* region_first, int regions, int taps,
+                                            int slots, int in_channels, int out_channels,
+                                            int64_t index) {
+  const int blocks = (out_channels + CHANNELS - 1) / CHANNELS;
+  // `index` counts packed elements: undo the layout from the outside in.
+  const int64_t block_elements = int64_t{slots} * in_channels * CHANNELS;
+  const int64_t outer = index / block_elements;
+  int64_t rest = index % block_elements;
+  const int group = static_cast<int>(outer / blocks);
+  const int block = static_cast<int>(outer % blocks);
+  const int64_t slot_elements = int64_t{in_channels} * CHANNELS;
+  const int region = find_region(region_first, regions, slot_elements, rest);
+  rest -= region_first[region] * slot_elements;
+  const int region_slots = region_first[region + 1] - region_first[region];
+  const int c = static_cast<int>(rest % CHANNELS);
+  rest /= CHANNELS;
+  const int slot = region_first[region] + static_cast<int>(rest % region_slots);
+  const int in = static_cast<int>(rest / region_slots);
+  const int out = block * CHANNELS + c;
+  const int tap = slot_tap[slot];
+  Acc value = 0;
+  if (out < out_channels && tap >= 0) {
+    const int64_t coarse = int64_t{group} * (OUTPUT_IS_COARSE ? out_channels : in_channels) +
+                           (OUTPUT_IS_COARSE ? out : in);
+    const int64_t fine = OUTPUT_IS_COARSE ? in : out;
+    const int64_t fine_channels = OUTPUT_IS_COARSE ? in_channels : out_channels;
+    value = widen(weight[(coarse * fine_channels + fine) * taps + tap]);
+  }
+  packed[index] = value;
+}
+
+}  // namespace convgen
