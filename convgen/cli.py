@@ -277,6 +277,11 @@ def generate(
     "--all", "show_all", is_flag=True, help="Print every case, not the worst of each kind."
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+@click.option(
+    "--interpret",
+    is_flag=True,
+    help="Run the CUDA kernels on the CPU, with every memory access checked; needs no GPU.",
+)
 def verify(
     modules: tuple[str, ...],
     folder: Path,
@@ -285,6 +290,7 @@ def verify(
     quick: bool,
     show_all: bool,
     seed: int,
+    interpret: bool,
 ) -> None:
     """Compare MODULES (names or paths; all in ./generated) with float64.
 
@@ -295,22 +301,35 @@ def verify(
     Examples:
       convgen verify
       convgen verify conv_transpose3d_k3_s2 --dtype f32 --all
+      convgen verify --interpret --quick
     """
     from convgen import catalog, report
 
+    if interpret and device not in (None, "cuda"):
+        raise click.UsageError("--interpret runs CUDA kernels: it goes with no other --device.")
     found = catalog.find(modules, folder)
     if not found:
         raise click.UsageError(f"No modules in {folder}: run convgen generate first.")
     # These import torch, which takes a second or two.
+    from convgen.interpreted import load as load_interpreted
     from convgen.specialize import load
     from convgen.verify import verify as check
 
     failed = []
     for module in found:
         try:
+            if interpret:
+                with report.Progress() as progress:
+                    imported = load_interpreted(module.path, progress=progress)
+            else:
+                imported = load(module.path)
             with report.waiting(f"verifying {module.name}"):
                 result = check(
-                    load(module.path), device=device, dtypes=dtypes, quick=quick, seed=seed
+                    imported,
+                    device="cpu" if interpret else device,
+                    dtypes=dtypes,
+                    quick=quick,
+                    seed=seed,
                 )
         except RuntimeError as error:  # nothing to run, or a library that does not load
             click.echo(f"{module.name}: {error}", err=True)

@@ -81,9 +81,11 @@ def load(package: Path) -> ModuleType:
     if not is_package(package):
         raise BuildError(f"{package} is no package of convgen: it has no spec.json of convgen's")
     with _importing:
-        if package.parent.parent == cache.cache_path():
+        # Interpreted or not (see convgen.interpreted) are two modules.
+        interpret = os.environ.get("CONVGEN_INTERPRET", "")
+        if package.parent.parent == cache.cache_path() and interpret in ("", "0"):
             return _import_cached(package)
-        return _import_file(package)
+        return _import_file(package, interpret)
 
 
 def is_package(folder: Path) -> bool:
@@ -105,8 +107,8 @@ def _import_cached(package: Path) -> ModuleType:
     return importlib.import_module(f"{home.__name__}.{package.parent.name}.{package.name}")
 
 
-def _import_file(package: Path) -> ModuleType:
-    facts = [str(package.resolve())]
+def _import_file(package: Path, variant: str) -> ModuleType:
+    facts = [str(package.resolve()), variant]
     for file in _files(package):
         status = (package / file).stat()
         facts.append(f"{file} {status.st_size} {status.st_mtime_ns} {status.st_ino}")

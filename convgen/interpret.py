@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from convgen.build import Library, Progress, build
+from convgen.build import BuildError, Library, Progress, build
 from convgen.render import TEMPLATES
 from convgen.toolchain import Commands, CppCompiler, find_cpp
 
@@ -25,7 +25,8 @@ _RUNTIME = ("interpreter.cpp", "shared_arrays.cpp")
 _RUNTIME_CHECKED = ("checker.cpp", "ubsan.cpp")
 _RUNTIME_HEADERS = ("fiber.h", "interpreter.h", "state.h", "types.h")
 
-# As in kernels for the GPU, a * b + c is one rounding: nvcc contracts by default too.
+# As in kernels for the GPU, a * b + c is one rounding: nvcc contracts by default too. (Below -O2,
+# g++ contracts only with -fexpensive-optimizations; at -O0 never.)
 _COMMON = (
     "-std=c++17",
     "-fPIC",
@@ -63,6 +64,7 @@ MODES = {
             # ThreadSanitizer's calls and UBSan's, answered by the interpreter itself.
             (
                 "-O1",
+                "-fexpensive-optimizations",
                 "-g1",
                 "-fsanitize=thread",
                 *_UNDEFINED,
@@ -75,7 +77,14 @@ MODES = {
         ),
         Mode(
             "address",
-            ("-O1", "-g1", "-fsanitize=address", *_UNDEFINED, "-fno-sanitize-recover=all"),
+            (
+                "-O1",
+                "-fexpensive-optimizations",
+                "-g1",
+                "-fsanitize=address",
+                *_UNDEFINED,
+                "-fno-sanitize-recover=all",
+            ),
             ("-O1", "-g1", "-fsanitize=address", *_UNDEFINED, "-fno-sanitize-recover=all"),
             ("-fsanitize=address,undefined",),
             "AddressSanitizer and UBSan; the library needs a program built with them: see driver()",
@@ -135,7 +144,7 @@ def package_library(
     """:func:`library` of the CUDA sources of a generated package, as they are on disk.
 
     Raises:
-        FileNotFoundError: if the package has none.
+        BuildError: if it has none, or as :func:`library` does.
     """
     folder = package / "src" / "cuda"
     sources = {
@@ -144,7 +153,7 @@ def package_library(
         if file.suffix in (".cu", ".cuh", ".h")
     }
     if not any(file.endswith(".cu") for file in sources):
-        raise FileNotFoundError(
+        raise BuildError(
             f"{package} has no CUDA sources: generate it with --backend cuda (no GPU is needed)"
         )
     return library(package.name, sources, mode, progress=progress)

@@ -46,6 +46,7 @@ class Row:
     """
 
     device: str
+    """``cpu`` or ``cuda``, or ``cuda interpreted`` for CUDA kernels that ran on the CPU."""
     dtype: str
     """A key of ``convgen.dtypes.DTYPES``."""
     shapes: str
@@ -140,6 +141,12 @@ def verify(
     return Report(spec.name, rows)
 
 
+def is_interpreted(module: ModuleType) -> bool:
+    """Whether a module was imported with ``CONVGEN_INTERPRET`` set: see docs/interpreter.md."""
+    interpreted: bool = module._runtime.INTERPRETED
+    return interpreted
+
+
 def cases(spec: ConvSpec, quick: bool = False) -> list[Case]:
     """The shapes to verify: ragged in every dimension, and small enough for a few seconds."""
     narrow, wide = _channels(spec, 3, 5), _channels(spec, 17, 9)
@@ -195,6 +202,8 @@ def _device(module: ModuleType, device: torch.device | str | None) -> torch.devi
     compiled = [
         name for name in backends if (Path(module.__file__).parent / f"lib/{name}.so").exists()
     ]
+    if is_interpreted(module):
+        compiled = ["cpu"]  # when the first tensor comes, and from the CUDA sources
     if device is None:
         device = "cuda" if "cuda" in compiled and torch.cuda.is_available() else "cpu"
     where = torch.device(device)
@@ -227,17 +236,18 @@ def _verify_case(
         second = quantities(run, given)
 
     limit = LIMITS[dtype]
+    name_of_device = "cuda interpreted" if is_interpreted(module) else device.type
     rows = []
     for name, expected in reference.items():
         error, worst = _errors(first[name], expected, magnitude[name])
-        rows.append(Row(device.type, dtype, str(case), name, error, worst, limit))
+        rows.append(Row(name_of_device, dtype, str(case), name, error, worst, limit))
     exact = {
         "same bits twice": all(_same_bits(first[name], second[name]) for name in first),
         "inputs unmodified": all(_same_bits(given[name], inputs[name]) for name in inputs),
     }
     for name, agrees in exact.items():
         error = 0.0 if agrees else math.inf
-        rows.append(Row(device.type, dtype, str(case), name, error, error, limit))
+        rows.append(Row(name_of_device, dtype, str(case), name, error, error, limit))
     return rows
 
 
