@@ -58,15 +58,21 @@ def test_generated_text_names_no_path_of_this_machine(rendered: dict[str, str]) 
         assert f"{home}/" not in text, path
 
 
-def test_generated_sources_are_tidy(rendered: dict[str, str]) -> None:
+def test_generated_text_is_tidy(rendered: dict[str, str]) -> None:
+    untidy = []
     for path, text in rendered.items():
-        lines = text.split("\n")
-        assert all(line == line.rstrip() for line in lines), path
-        assert "\t" not in text, path
-        assert "\n\n\n" not in text, path
-        if text:
-            assert text.endswith("\n"), path
-            assert not text.endswith("\n\n"), path
-        if path.startswith("src/"):
-            longest = max(lines, key=len)
-            assert len(longest) <= 100 or "Schedule:" in longest, f"{path}: {longest}"
+        untidy += [f"{path}: ends with an empty line"] * text.endswith("\n\n")
+        untidy += [f"{path}: does not end its last line"] * (not text.endswith("\n") and text != "")
+        previous = "text"
+        for number, line in enumerate(text.split("\n")[:-1], 1):
+            flaws = {
+                "blanks at the end": line != line.rstrip(),
+                "a tab": "\t" in line,
+                "more than 100 columns": len(line) > 100
+                and path.startswith("src/")
+                and "// Schedule:" not in line,
+                "a second empty line": line == previous == "" and not path.endswith(".py"),
+            }
+            untidy += [f"{path}:{number}: {flaw}" for flaw, found in flaws.items() if found]
+            previous = line
+    assert untidy == []
