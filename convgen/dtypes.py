@@ -26,6 +26,18 @@ DTYPES: dict[str, DType] = {
     "bf16": DType("bf16", "bfloat16", 2, "f32"),
 }
 
+MODES: dict[str, DType] = {
+    "tf32": DType("tf32", "float32", 4, "f32"),
+    "tf32x3": DType("tf32x3", "float32", 4, "f32"),
+    "f16tc": DType("f16tc", "float16", 2, "f32"),
+    "bf16tc": DType("bf16tc", "bfloat16", 2, "f32"),
+}
+"""Tensor-core math modes: further units for tensors of a dtype, chosen at call time.
+
+``tf32`` rounds float32 operands to TF32; ``tf32x3`` computes with float32 accuracy from three TF32
+products; ``f16tc`` and ``bf16tc`` multiply 16-bit operands. All sum in float32.
+"""
+
 
 def parse_dtype(name: str) -> str:
     """The canonical name of a dtype given by it or by PyTorch's (``float32``, ``half``, ...).

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from convgen import __version__
-from convgen.dtypes import DTYPES
+from convgen.dtypes import DTYPES, MODES
 from convgen.engines import CONTRACTIONS, KernelPlan, engine_for
 from convgen.spec import ConvSpec
 
@@ -75,8 +75,7 @@ def kernel_context(spec: ConvSpec, plan: KernelPlan) -> dict[str, Any]:
         "command": command_line(spec),
         "g": plan.geometry,
         "contraction": plan.contraction,
-        "dtype": DTYPES[plan.dtype],
-        "accumulator": DTYPES[plan.dtype].accumulator,
+        "dtype": (DTYPES | MODES)[plan.dtype],
         "schedule": plan.schedule,
         "schedule_text": json.dumps(dataclasses.asdict(plan.schedule), sort_keys=True),
     }

@@ -52,6 +52,7 @@ struct GatherTraits {
   int span_r, span_y, span_x;  // largest minus smallest offset of a pass
   bool scattered;              // a thread's positions are `lanes` apart in the flattened plane
   int taps_per_pass;           // most weight slots that one pass stages
+  int max_warps;               // of a thread block
   int lanes_per_warp;          // positions that a warp's lanes make
   int channels_per_warp;       // output channels of one warp
   int packed_per_slot;         // packed weight words per slot, input word and warp of channels
@@ -61,7 +62,7 @@ struct GatherTraits {
   int pitch_residue = 0;       // of a word's tile, modulo 16 words; 0 if any will do
 };
 
-constexpr int GATHER_MAX_THREADS = 384;
+constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
 constexpr int GATHER_STAGES = 2;
 constexpr int GATHER_MAX_WARPS_C = 6;
 
@@ -71,19 +72,18 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
                       int shared_limit) {
   const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
   // Fewest blocks per output channel, then least idle warps.
-  const int max_warps = GATHER_MAX_THREADS / WARP;
   const int64_t blocks_c = ceil_div(channel_blocks, GATHER_MAX_WARPS_C);
   s.warps_c = static_cast<int>(ceil_div(channel_blocks, blocks_c));
   const int rows = t.rows_per_thread;
   const int64_t flat_rows = t.scattered ? rows : 1;
   const int64_t plane = int64_t{s.y.positions} * s.x.positions;
   const int64_t weights = int64_t{t.taps_per_pass} * t.packed_per_slot * s.warps_c;
-  int warps_p = max_warps / s.warps_c;
+  int warps_p = t.max_warps / s.warps_c;
   while (warps_p > 1 && int64_t{warps_p - 1} * t.lanes_per_warp * flat_rows >= plane) --warps_p;
 
   double best_cost = -1;
   for (; warps_p >= 1; --warps_p) {
-    if (best_cost >= 0 && warps_p * s.warps_c < max_warps / 2) break;  // too few to fill the chip
+    if (best_cost >= 0 && warps_p * s.warps_c < t.max_warps / 2) break;  // too few to fill the chip
     const int64_t lanes = int64_t{warps_p} * t.lanes_per_warp;
     const int64_t flat = lanes * flat_rows;
     for (const int64_t target : {1024, 512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8}) {
@@ -287,6 +287,21 @@ __device__ __forceinline__ void store_outputs(T* to, const Acc (&value)[VARIANTS
   }
 }
 
+// The region of packed weights that holds element `at`, if each slot has `slot_elements`.
+__device__ __forceinline__ int find_region(const int* region_first, int regions,
+                                           int64_t slot_elements, int64_t at) {
+  int low = 0, high = regions;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (region_first[middle] * slot_elements <= at) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 // Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
 // [input channel][slot of the region][CHANNELS], in the accumulator's type, zero beyond the last
 // output channel. A region is the set of weight slots that one pass reads; slot_tap[slot] is the
@@ -304,20 +319,12 @@ __device__ __forceinline__ void pack_weight(Acc* packed, const T* weight, const 
   const int group = static_cast<int>(outer / blocks);
   const int block = static_cast<int>(outer % blocks);
   const int64_t slot_elements = int64_t{in_channels} * CHANNELS;
-  int low = 0, high = regions;  // the region whose elements hold `rest`
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (region_first[middle] * slot_elements <= rest) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  rest -= region_first[low] * slot_elements;
-  const int region_slots = region_first[low + 1] - region_first[low];
+  const int region = find_region(region_first, regions, slot_elements, rest);
+  rest -= region_first[region] * slot_elements;
+  const int region_slots = region_first[region + 1] - region_first[region];
   const int c = static_cast<int>(rest % CHANNELS);
   rest /= CHANNELS;
-  const int slot = region_first[low] + static_cast<int>(rest % region_slots);
+  const int slot = region_first[region] + static_cast<int>(rest % region_slots);
   const int in = static_cast<int>(rest / region_slots);
   const int out = block * CHANNELS + c;
   const int tap = slot_tap[slot];
