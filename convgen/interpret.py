@@ -16,14 +16,14 @@ from convgen.build import BuildError, Library, Progress, build
 from convgen.render import TEMPLATES
 from convgen.toolchain import Commands, CppCompiler, find_cpp
 
-HEADERS = ("convgen_host.cuh", "half.h", "interpreter.h", "types.h")
+HEADERS = ("convgen_host.cuh", "half.h", "interpreter.h", "tensor_core.h", "types.h")
 """What a kernel's translation unit sees, of ``templates/cuda/host``."""
 
 _PRELUDE = "src/host/convgen_host.cuh"
 
-_RUNTIME = ("interpreter.cpp", "shared_arrays.cpp")
+_RUNTIME = ("interpreter.cpp", "shared_arrays.cpp", "tensor_core.cpp")
 _RUNTIME_CHECKED = ("checker.cpp", "ubsan.cpp")
-_RUNTIME_HEADERS = ("fiber.h", "interpreter.h", "state.h", "types.h")
+_RUNTIME_HEADERS = ("fiber.h", "half.h", "interpreter.h", "state.h", "tensor_core.h", "types.h")
 
 # As in kernels for the GPU, a * b + c is one rounding: nvcc contracts by default too. (Below -O2,
 # g++ contracts only with -fexpensive-optimizations; at -O0 never.)
@@ -34,6 +34,8 @@ _COMMON = (
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
+    # Words are read as other types than they were written, as nvcc lets one do.
+    "-fno-strict-aliasing",
     "-Wno-unknown-pragmas",
 )
 _UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize=vptr")

@@ -90,6 +90,7 @@ def compile_sources(mode: str, sources: Mapping[str, str]) -> Path:
     headers = {
         "convgen_abi.h": (TEMPLATES / "common" / "convgen_abi.h").read_text(),
         "device.cuh": (TEMPLATES / "cuda" / "device.cuh").read_text(),
+        "mma.cuh": (TEMPLATES / "cuda" / "mma" / "mma.cuh").read_text(),
     }
     return interpret.library("test", {**headers, **sources}, mode)
 

@@ -2,8 +2,8 @@
 //
 //   c++ -std=c++17 -x c++ -include convgen_host.cuh ... kernel.cu
 //
-// It takes the place of device.cuh (defining CONVGEN_DEVICE_CUH, it leaves that file empty) and of
-// everything that nvcc knows without an include. What no kernel uses does not exist here and fails
+// It takes the place of device.cuh and mma.cuh (defining their guards, it leaves those files empty)
+// and of everything that nvcc knows without an include. What no kernel uses does not exist here and fails
 // to compile; the commonest such names say so.
 #pragma once
 
@@ -16,6 +16,7 @@
 
 #include "half.h"
 #include "interpreter.h"
+#include "tensor_core.h"
 #include "types.h"
 
 #define CONVGEN_DEVICE_CUH
@@ -189,6 +190,8 @@ inline void narrow(half& to, float x) { to.bits = host::half_bits(x); }
 inline void narrow(bfloat16& to, float x) { to.bits = host::bfloat16_bits(x); }
 inline void narrow(float& to, float x) { to = x; }
 inline void narrow(double& to, double x) { to = x; }
+
+inline int opaque(int x) { return x; }
 
 template <int BYTES>
 inline void copy_async(void* to, const void* from, bool valid, CONVGEN_SITE) {

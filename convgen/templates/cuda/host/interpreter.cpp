@@ -73,6 +73,8 @@ const char* op_name(WarpOp op) {
       return "__syncwarp";
     case WarpOp::shuffle:
       return "a warp shuffle";
+    case WarpOp::multiply:
+      return "mma.sync";
     default:
       return "a warp vote";
   }
@@ -355,6 +357,15 @@ bool Worker::complete_warp(const Fiber& waiting) {
 
 void Worker::finish_collective(std::vector<Fiber*>& lanes) {
   const Fiber& any = *lanes.front();
+  if (any.op == WarpOp::multiply) {
+    for (const Fiber* lane : lanes) {
+      if (lanes.size() == LANES && lane->source == any.source) continue;
+      return fault(*lane, "mma.sync (" + text(lane->site) + ") with " +
+                              (lanes.size() < LANES ? "lanes missing from its warp"
+                                                    : "another type than the rest of its warp"));
+    }
+    multiply_warp(lanes);
+  }
   uint64_t values[LANES];
   unsigned present = 0, votes = 0;
   for (const Fiber* lane : lanes) {

@@ -15,7 +15,7 @@ namespace host {
 
 enum class State : uint8_t { ready, at_barrier, in_warp, done };
 
-enum class WarpOp : uint8_t { barrier, shuffle, ballot };
+enum class WarpOp : uint8_t { barrier, shuffle, ballot, multiply };
 
 // A copy that has been issued and not yet performed.
 struct AsyncCopy {
@@ -103,6 +103,9 @@ class Worker {
 };
 
 extern __thread Worker* worker;
+
+// mma.sync, for the lanes of a warp (see tensor_core.cpp).
+void multiply_warp(const std::vector<Fiber*>& lanes);
 
 std::string text(const Site& site);
 std::string text(const uint3& v);  // (x, y, z)

@@ -1,0 +1,89 @@
+// Products of fragments, as the tensor cores compute them.
+#include "tensor_core.h"
+
+#include <math.h>
+
+#include "state.h"
+
+namespace convgen {
+namespace host {
+namespace {
+
+constexpr int ROWS = 16, COLUMNS = 8, WORDS = 8, LANES = 32;
+
+// What one lane brings; it lies on the lane's stack while it waits.
+struct Fragments {
+  Product kind;
+  float* d;
+  const uint32_t *a, *b;
+};
+
+double tf32(uint32_t word) { return float_of(word & 0xffffe000u); }
+
+// Values of K per word: one, or two with the lower half first.
+int values(Product kind, uint32_t word, double (&to)[2]) {
+  if (kind == Product::tf32) {
+    to[0] = tf32(word);
+    return 1;
+  }
+  for (int i = 0; i < 2; ++i) {
+    const uint16_t bits = static_cast<uint16_t>(word >> (16 * i));
+    to[i] = kind == Product::f16 ? half_value(bits) : bfloat16_value(bits);
+  }
+  return 2;
+}
+
+// Sums leave the tensor core truncated, not rounded.
+float truncated(double x) {
+  const float nearest = static_cast<float>(x);
+  return fabs(static_cast<double>(nearest)) > fabs(x) && isfinite(x) ? nextafterf(nearest, 0.0f)
+                                                                     : nearest;
+}
+
+}  // namespace
+
+// With g = lane / 4 and t = lane % 4, a lane holds of A the rows g and g + 8 at words t and t + 4, of
+// B the words t and t + 4 of column g, and of D the columns 2t and 2t + 1 of rows g and g + 8.
+void multiply_warp(const std::vector<Fiber*>& lanes) {
+  const Fragments* fragments[LANES];
+  for (const Fiber* lane : lanes) {
+    fragments[lane->rank % LANES] = reinterpret_cast<const Fragments*>(lane->value);
+  }
+  const Product kind = fragments[0]->kind;
+  double a[ROWS][2 * WORDS], b[COLUMNS][2 * WORDS];
+  int per_word = 1;
+  for (int lane = 0; lane < LANES; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      double word[2];
+      per_word = values(kind, fragments[lane]->a[i], word);
+      const int at = (t + i / 2 * 4) * per_word;
+      for (int j = 0; j < per_word; ++j) a[g + i % 2 * 8][at + j] = word[j];
+    }
+    for (int i = 0; i < 2; ++i) {
+      double word[2];
+      values(kind, fragments[lane]->b[i], word);
+      const int at = (t + i * 4) * per_word;
+      for (int j = 0; j < per_word; ++j) b[g][at + j] = word[j];
+    }
+  }
+  for (int lane = 0; lane < LANES; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      double sum = 0;
+      for (int k = 0; k < WORDS * per_word; ++k) sum += a[row][k] * b[column][k];
+      float& d = fragments[lane]->d[i];
+      d = truncated(d + sum);
+    }
+  }
+}
+
+void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                        Site site) {
+  const Fragments mine = {kind, d, a, b};
+  worker->warp_collective(WarpOp::multiply, 0xffffffffu, reinterpret_cast<uint64_t>(&mine),
+                          static_cast<int>(kind), site);
+}
+
+}  // namespace host
+}  // namespace convgen
