@@ -6,17 +6,18 @@ Only click is imported at the top: ``convgen --help`` must answer at once.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from convgen import __version__
-from convgen.dtypes import DTYPES, parse_dtype
+from convgen import __version__, options
+from convgen.dtypes import DTYPES
 from convgen.engines import BACKENDS
-from convgen.spec import OPERATORS, ConvSpec, SpecError
+from convgen.spec import ConvSpec, SpecError
 
 FOLDER = "generated"
 """Where ``generate`` writes and the other commands look, unless ``--out`` says otherwise."""
@@ -61,44 +62,6 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _extents(*words: str) -> Callable[[str | int], tuple[int, ...] | str]:
-    """Parses an int, ints per spatial dimension (``3,5,7`` or ``3x5x7``), or one of ``words``."""
-
-    def parse(value: str | int) -> tuple[int, ...] | str:
-        text = str(value)
-        if text in words:
-            return text
-        try:
-            return tuple(int(part) for part in text.replace("x", ",").split(","))
-        except ValueError:
-            allowed = "".join(f", nor {word!r}" for word in words)
-            raise click.BadParameter(
-                f"{text!r} is neither an int nor ints as in 3,5,7{allowed}."
-            ) from None
-
-    return parse
-
-
-def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """``--dtype f32 --dtype f64`` and ``--dtype f32,f64`` mean the same."""
-    words = (word.strip() for value in values for word in value.split(","))
-    return tuple(dict.fromkeys(word for word in words if word))
-
-
-def _dtypes(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> tuple[str, ...] | None:
-    if not values:
-        return None
-    try:
-        names = tuple(dict.fromkeys(map(parse_dtype, _split(ctx, param, values))))
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
-    if not names:
-        raise click.BadParameter(f"choose from {', '.join(DTYPES)}", ctx, param)
-    return names
-
-
 _IN = click.option(
     "--in",
     "folder",
@@ -108,7 +71,6 @@ _IN = click.option(
     help="Where the generated modules lie.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-_PER_DIMENSION = "K|D,H,W"
 
 
 @click.group(
@@ -134,53 +96,7 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command(short_help="Generate and compile a module.")
-@click.option(
-    "--op",
-    type=click.Choice(OPERATORS),
-    default=OPERATORS[0],
-    show_default=True,
-    help="Operator, under torch.nn.functional's name.",
-)
-@click.option(
-    "--kernel",
-    type=_extents(),
-    required=True,
-    metavar=_PER_DIMENSION,
-    help="Kernel size: an int, or one per spatial dimension.",
-)
-@click.option(
-    "--stride",
-    type=_extents(),
-    default=1,
-    show_default=True,
-    metavar=_PER_DIMENSION,
-    help="Stride.",
-)
-@click.option(
-    "--padding",
-    type=_extents("same", "valid"),
-    default=0,
-    show_default=True,
-    metavar=f"{_PER_DIMENSION}|same|valid",
-    help="Padding; 'same' and 'valid' are for convolutions.",
-)
-@click.option(
-    "--output-padding",
-    type=_extents(),
-    default=0,
-    show_default=True,
-    metavar=_PER_DIMENSION,
-    help="Extra output at the end; for transposed convolutions.",
-)
-@click.option(
-    "--dilation",
-    type=_extents(),
-    default=1,
-    show_default=True,
-    metavar=_PER_DIMENSION,
-    help="Distance between the taps.",
-)
-@click.option("--groups", type=int, default=1, show_default=True, metavar="N", help="Groups.")
+@options.specification(required=True)
 @click.option(
     "--in-channels", type=int, metavar="N", help="Fix the input's channels; any number otherwise."
 )
@@ -191,7 +107,7 @@ def cli(ctx: click.Context) -> None:
     "--dtype",
     "dtypes",
     multiple=True,
-    callback=_dtypes,
+    callback=options.dtypes,
     metavar="|".join(DTYPES),
     help="Element type; repeat it or separate by commas.  [default: f32,f64 for cpu, f32 for cuda]",
 )
@@ -206,7 +122,7 @@ def cli(ctx: click.Context) -> None:
     "--arch",
     "archs",
     multiple=True,
-    callback=_split,
+    callback=options.split,
     metavar="90a|sm_80|80+ptx",
     help="GPU architecture; repeat it or separate by commas.  [default: of the GPUs present, else "
     "80+ptx]",
@@ -268,7 +184,7 @@ def generate(
     "--dtype",
     "dtypes",
     multiple=True,
-    callback=_dtypes,
+    callback=options.dtypes,
     metavar="|".join(DTYPES),
     help="Only these element types.  [default: all that a module has]",
 )
@@ -442,7 +358,12 @@ def main(args: Sequence[str] | None = None, prog_name: str = "convgen") -> int:
     """
     try:
         status = cli.main(args, prog_name=prog_name, standalone_mode=False)
+        sys.stdout.flush()
         return status if isinstance(status, int) else 0
+    except BrokenPipeError:
+        # The reader (head, say) has seen enough. Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except click.Abort:
         click.echo("Interrupted.", err=True)
         return 130

@@ -49,15 +49,11 @@ def dgrad_phases(kernel: int, stride: int, padding: int, dilation: int) -> tuple
     phase offsets fall as ``t`` rises; taps are listed by rising offset, so that a kernel reads
     its window from left to right.
     """
-    phases = []
-    for residue in range(stride):
-        taps = []
-        for t in reversed(range(kernel)):
-            offset, remainder = divmod(residue + padding - t * dilation, stride)
-            if remainder == 0:
-                taps.append(Tap(t, offset))
-        phases.append(Phase(residue, tuple(taps)))
-    return tuple(phases)
+    by_residue: list[list[Tap]] = [[] for _ in range(stride)]
+    for t in reversed(range(kernel)):
+        quotient, residue = divmod(t * dilation - padding, stride)
+        by_residue[residue].append(Tap(t, -quotient))
+    return tuple(Phase(residue, tuple(taps)) for residue, taps in enumerate(by_residue))
 
 
 def offset_range(taps: tuple[Tap, ...]) -> tuple[int, int]:
