@@ -29,15 +29,15 @@ Triple = tuple[int, int, int]
 _MAX_EXTENT = 1 << 16
 """No kernel extent, stride, dilation or padding beyond this: offsets inside a tile are 32-bit."""
 
-_MAX_TAPS = 1 << 20
-"""No more kernel elements than this: a kernel of 100 x 100 x 100 still fits."""
+_MAX_PRODUCT = 1 << 16
+"""No more kernel elements, and no more phases, than this: the sources hold tables of them."""
 
 _MAX_CHANNELS = 1 << 20
 """No more groups or channels than this: channel indices are 32-bit in the kernels."""
 
 
 class SpecError(ValueError):
-    """A specification that PyTorch would refuse too; the message says what is allowed."""
+    """A specification that PyTorch would refuse too, or beyond all use; says what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,13 @@ class ConvSpec:
         _in_range("stride", self.stride, 1)
         _in_range("dilation", self.dilation, 1)
         _in_range("output_padding", self.output_padding, 0)
-        if math.prod(self.kernel_size) > _MAX_TAPS:
-            raise SpecError(
-                f"kernel_size={_show(self.kernel_size)}: {math.prod(self.kernel_size)} elements, "
-                f"at most {_MAX_TAPS} are possible"
-            )
+        for name in ("kernel_size", "stride"):
+            product = math.prod(getattr(self, name))
+            if product > _MAX_PRODUCT:
+                raise SpecError(
+                    f"{name}={_show(getattr(self, name))}: the product over the dimensions is "
+                    f"{product}, and must not exceed {_MAX_PRODUCT}"
+                )
         self._check_padding()
         self._check_output_padding()
         for name in ("groups", "in_channels", "out_channels"):
