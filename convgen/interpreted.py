@@ -20,6 +20,7 @@ from typing import Any
 from convgen import folders
 from convgen.build import Progress
 from convgen.dtypes import DTYPES
+from convgen.dtypes import MODES as MATH_MODES
 from convgen.interpret import MODES, package_library
 from convgen.spec import ConvSpec, Geometry
 
@@ -157,7 +158,7 @@ class InterpretedLibrary:
             "weight": coarse * (fine // self._geometry.groups) * self._geometry.taps,
             "bias": fine if contraction == "dgrad" else coarse,
         }
-        size = DTYPES[dtype].size_bytes
+        size = (DTYPES | MATH_MODES)[dtype].size_bytes
         return {name: n * size for name, n in elements.items()} | {"workspace": workspace_bytes}
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convgen import interpret
-from convgen.dtypes import DTYPES
+from convgen.dtypes import DTYPES, MODES
 from convgen.render import TEMPLATES, render_kernels
 from convgen.spec import ConvSpec
 
@@ -25,6 +25,7 @@ OUTPUT, INPUT, INOUT = 0, 1, 2
 OPERANDS = ("coarse", "fine", "weight", "bias")
 RESULT = {"fprop": "coarse", "dgrad": "fine", "wgrad": "weight", "bgrad": "bias"}
 LIMITS = {"f32": 1e-5, "f64": 1e-12, "f16": 2e-3, "bf16": 1e-2}
+LIMITS |= {"tf32": 1e-3, "tf32x3": 1e-5, "f16tc": 2e-3, "bf16tc": 1e-2}
 """On ``||out - ref|| / ||ref||``."""
 
 
@@ -166,7 +167,7 @@ def problem(
     inner, outer = (*lead, *extents), (*lead, *spec.output_extents(extents))
     coarse_extent, fine_extent = (inner, outer) if spec.transposed else (outer, inner)
     coarse_channels, fine_channels = channels if spec.transposed else channels[::-1]
-    kind = getattr(torch, DTYPES[dtype].torch_name)
+    kind = getattr(torch, (DTYPES | MODES)[dtype].torch_name)
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:

@@ -1,0 +1,259 @@
+"""The CUDA engines' kernels, executed on the CPU: every access checked, results against float64.
+
+These are the rendered sources that nvcc compiles, to the byte. The cases are chosen so that every
+branch of the templates is rendered: see :func:`test_every_style_of_kernel_is_run`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import (
+    LIMITS,
+    Fault,
+    Library,
+    Problem,
+    engine_sources,
+    problem,
+    solve,
+    solve_exactly,
+)
+
+from convgen import interpret
+from convgen.render import render_kernels
+from convgen.spec import ConvSpec
+
+CONTRACTIONS = ("fprop", "dgrad", "wgrad", "bgrad")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment(session_cache: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: ConvSpec
+    dtype: str
+    calls: tuple[tuple[int, tuple[int, int], tuple[int, ...]], ...]
+    """Batch, channels in and out, input extents."""
+
+    def __str__(self) -> str:
+        return f"{self.spec.name}-{self.dtype}"
+
+    @property
+    def library(self) -> str:
+        return f"{self.spec.name}_{self.dtype}"
+
+    def problems(self) -> list[Problem]:
+        return [
+            problem(
+                self.spec,
+                contraction,
+                self.dtype,
+                extents,
+                batch=batch,
+                channels=channels,
+                bias=index % 2 == 0,
+                seed=index,
+            )
+            for index, (batch, channels, extents) in enumerate(self.calls)
+            for contraction in CONTRACTIONS
+        ]
+
+
+def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) -> ConvSpec:
+    return ConvSpec(op, kernel, *rest, **more)  # type: ignore[arg-type]
+
+
+UP, CONV = "conv_transpose3d", "conv3d"
+CASES = [
+    # All taps unrolled, register rows along D; ragged tiles, several chunks of channels.
+    Case(spec(UP, 3, 2), "f32", ((2, (5, 6), (3, 5, 9)), (1, (19, 9), (1, 2, 37)))),
+    Case(spec(UP, 3, 2, 1, 1, in_channels=8, out_channels=16), "f32", ((1, (8, 16), (3, 4, 8)),)),
+    Case(spec(UP, 3, 2, 1, 1), "f64", ((1, (3, 5), (2, 5, 7)),)),
+    # Rows along H; a kernel without depth.
+    Case(spec("conv2d", 3, 1, 1), "f16", ((3, (9, 4), (11, 13)), (1, (1, 1), (1, 1)))),
+    Case(spec("conv_transpose2d", (4, 3), 2, 1), "bf16", ((2, (7, 3), (6, 9)),)),
+    # No overlap: one product and a scatter; vector stores.
+    Case(spec(UP, 2, 2), "f32", ((1, (8, 4), (3, 4, 8)), (2, (3, 2), (2, 3, 5)))),
+    # Empty phases; padding beyond the kernel.
+    Case(spec(UP, (1, 2, 1), (2, 3, 2), 0, (1, 2, 1)), "f64", ((1, (3, 2), (2, 3, 4)),)),
+    Case(spec(CONV, (1, 2, 2), (1, 2, 1), (2, 3, 2)), "f32", ((1, (2, 3), (2, 3, 4)),)),
+    # Dilation and stride together, in groups with odd channels.
+    Case(
+        spec(CONV, (2, 3, 3), 2, 1, dilation=(1, 2, 3), groups=3), "f32", ((2, (9, 15), (4, 7, 9)),)
+    ),
+    Case(
+        spec(UP, 3, (1, 2, 3), 1, (0, 1, 2), dilation=2, groups=2),
+        "f16",
+        ((1, (6, 10), (3, 4, 5)),),
+    ),
+    # Depthwise.
+    Case(
+        spec(CONV, 3, 1, 1, groups=8, in_channels=8, out_channels=8),
+        "bf16",
+        ((2, (8, 8), (3, 5, 9)),),
+    ),
+    # Too many taps to unroll: a plane of taps at a time, or a line.
+    Case(spec(CONV, (3, 5, 7), 1, (1, 2, 3)), "f32", ((1, (4, 5), (4, 6, 9)),)),
+    Case(spec(CONV, 9, 1, (1, 4, 4)), "f32", ((1, (2, 3), (8, 4, 5)),)),
+    # One-dimensional: positions scattered over the plane. A vocoder's upsampling.
+    Case(spec("conv1d", 7, 1, 3, groups=4), "f32", ((3, (8, 12), (50,)), (1, (4, 4), (301,)))),
+    Case(spec("conv_transpose1d", 16, 8, 4), "f32", ((2, (6, 3), (37,)),)),
+    # Long lines and many phases: loops over taps.
+    Case(spec("conv_transpose1d", 40, 20, 10), "f32", ((1, (4, 3), (23,)),)),
+    Case(spec("conv2d", (3, 40), (1, 1), (1, 20)), "f32", ((1, (3, 4), (5, 45)),)),
+    Case(spec("conv_transpose2d", (4, 3), (2, 12)), "f64", ((1, (3, 4), (3, 5)),)),
+]
+
+
+@cache
+def library(case: Case, mode: str) -> Path:
+    sources = engine_sources(case.spec, case.dtype, CONTRACTIONS)
+    return interpret.library(case.library, sources, mode)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_checked_kernels_agree_with_float64(case: Case) -> None:
+    loaded = Library(library(case, "checked"))
+    for given in case.problems():
+        solve(loaded, given)
+        given.check()
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 4, 8, 14, 15)], ids=str)
+def test_sanitized_kernels_agree_with_float64(case: Case, tmp_path: Path) -> None:
+    """Under AddressSanitizer and UBSan, with tensors of exactly their sizes."""
+    problems = case.problems()
+    solve_exactly(library(case, "address"), problems, tmp_path)
+    for given in problems:
+        given.check()
+
+
+def test_all_modes_and_thread_counts_give_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[0]
+    results = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("CONVGEN_INTERPRET_THREADS", threads)
+        for mode in ("plain", "checked", "address"):
+            problems = case.problems()
+            if mode == "address":
+                solve_exactly(library(case, mode), problems, tmp_path)
+            else:
+                loaded = Library(library(case, mode))
+                for given in problems:
+                    solve(loaded, given)
+            results.append([given.result for given in problems])
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with 48 KiB of shared memory per block and one multiprocessor."""
+    monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", str(48 * 1024))
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
+    case = CASES[0]
+    case = Case(case.spec, case.dtype, ((2, (33, 17), (4, 5, 10)),))
+    # A copy: the library remembers the limits that it has asked for.
+    path = tmp_path / "small.so"
+    path.write_bytes(library(case, "checked").read_bytes())
+    loaded = Library(path)
+    for given in case.problems():
+        solve(loaded, given)
+        given.check()
+
+
+def test_every_style_of_kernel_is_run() -> None:
+    styles = set()
+    for case in CASES:
+        _, plans = render_kernels(case.spec, "cuda", [case.dtype])
+        for plan in plans:
+            if plan.contraction == "wgrad":
+                continue
+            scattered = plan.schedule.row_axis == "scattered"
+            styles.add((plan.contraction, plan.schedule.unroll, scattered))
+    gathers = ("fprop", "dgrad")
+    assert styles >= {(c, style, False) for c in gathers for style in ("taps", "plane")}
+    assert styles >= {(c, "line", scattered) for c in gathers for scattered in (False, True)}
+    assert styles >= {(c, "none", scattered) for c in gathers for scattered in (False, True)}
+
+
+# ---- Bugs put into the rendered sources -----------------------------------------------------
+
+BUGGY = CASES[0]
+
+
+def plant(contraction: str, file: str, pattern: str, replacement: str) -> Library:
+    """The checked library with the first match of a pattern replaced in one file."""
+    sources = engine_sources(BUGGY.spec, BUGGY.dtype, (contraction,))
+    text, count = re.subn(pattern, replacement, sources[file], count=1)
+    assert count == 1
+    path = interpret.library(f"buggy_{contraction}", {**sources, file: text}, "checked")
+    return Library(path)
+
+
+def call_of(contraction: str) -> Problem:
+    batch, channels, extents = BUGGY.calls[0]
+    return problem(BUGGY.spec, contraction, BUGGY.dtype, extents, batch=batch, channels=channels)
+
+
+@pytest.mark.parametrize("contraction", ["fprop", "dgrad"])
+def test_an_off_by_one_in_a_tap_offset_is_caught(contraction: str) -> None:
+    buggy = plant(
+        contraction,
+        f"{contraction}_f32.cu",
+        r"const Acc\* column = tile \+ 1;",
+        "const Acc* column = tile + 2;",
+    )
+    given = call_of(contraction)
+    try:
+        solve(buggy, given)
+    except Fault as fault:
+        assert re.match(rf"kernel {contraction}_kernel<8>, block .*, thread ", str(fault))  # noqa: PT017
+    else:
+        assert given.error() > 100 * LIMITS["f32"]
+
+
+@pytest.mark.parametrize("contraction", ["fprop", "dgrad", "wgrad"])
+def test_a_missing_barrier_is_caught(contraction: str) -> None:
+    buggy = plant(contraction, f"{contraction}_f32.cu", r"__syncthreads\(\);", "")
+    with pytest.raises(
+        Fault,
+        match=rf"^kernel {contraction}_kernel<8>, block \(\d+, 0, 0\), thread \(\d+, 0, 0\): "
+        r"(race on shared memory|reads shared memory that).*\(\w+\.cuh?:\d+",
+    ):
+        solve(buggy, call_of(contraction))
+
+
+@pytest.mark.parametrize("contraction", ["fprop", "dgrad", "wgrad"])
+def test_an_overrun_of_shared_memory_is_caught(contraction: str) -> None:
+    """The launch asks for less than the kernel uses."""
+    buggy = plant(
+        contraction,
+        f"{contraction}_f32.cu",
+        r"dim3\(s\.threads\), s\.shared_bytes, device",
+        "dim3(s.threads), s.shared_bytes / 4, device",
+    )
+    with pytest.raises(
+        Fault,
+        match=rf"^kernel {contraction}_kernel<8>, block \(\d+, 0, 0\), thread \(\d+, 0, 0\): "
+        r"writes (out of bounds|beyond the end) of dynamic shared memory",
+    ):
+        solve(buggy, call_of(contraction))
+
+
+def test_a_wait_for_the_wrong_group_of_copies_is_caught() -> None:
+    buggy = plant("dgrad", "dgrad_f32.cu", r"copy_wait<1>\(\)", "copy_wait<2>()")
+    with pytest.raises(Fault, match=r"^kernel dgrad_kernel<8>, .* asynchronous copy of thread"):
+        solve(buggy, call_of("dgrad"))
