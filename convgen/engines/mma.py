@@ -20,7 +20,7 @@ from convgen.spec import Geometry
 # much as 12 of 24.
 PRODUCTS = 32
 # 3xTF32 keeps a second set of sums, which leaves the tensor core after every 8 channels.
-PRODUCTS_FLUSHED = 16
+PRODUCTS_FLUSHED = 12
 # Output channels per warp, in blocks of 8, where the count is not known.
 UNKNOWN_BLOCKS = (8, 6, 4, 2)
 # Output phases along X that one warp computes; more would leave one block of channels.

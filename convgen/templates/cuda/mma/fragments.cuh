@@ -60,7 +60,7 @@ __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
 }
 
 // Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels
-// exist. Positions and layout as in stage_lines. A warp has BATCH lines on their way at once.
+// exist. Positions and layout as in stage_lines. A thread has BATCH words on their way at once.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename T>
 __device__ __forceinline__ void stage_pair_lines(const GatherShape& s, uint32_t* tile,
                                                  const T* input, int count, int channels, int r,
@@ -71,47 +71,41 @@ __device__ __forceinline__ void stage_pair_lines(const GatherShape& s, uint32_t*
   struct alignas(WIDTH * sizeof(uint32_t)) Words {
     uint32_t word[WIDTH];
   };
-  constexpr int BATCH = 4;
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  const int lines = count * s.planes * s.rows;
-  for (int column = lane * WIDTH; column < s.row_pitch; column += WARP * WIDTH) {
-    const bool inside_x =
-        static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
-    for (int first = warp; first < lines; first += warps * BATCH) {
+  constexpr int BATCH = MMA_WORDS / 2;
+  const int items = s.planes * s.rows * s.by_columns.divisor;
+  for (int item = threadIdx.x; item < items; item += blockDim.x) {
+    int line = item;
+    const int column = s.by_columns.split(line) * WIDTH;
+    int plane = line;
+    const int row = s.by_rows.split(plane);
+    const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
+    const bool inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
+                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input) &&
+                        static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
+    const T* from = input;
+    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride + (x + column);
+    uint32_t* to = tile + line * s.row_pitch;
+    to += STEP_X == 1 ? column : (column % STEP_X) * s.residue_pitch + column / STEP_X;
+    const int existing = inside ? channels : 0;
+    for (int first = 0; first < count; first += BATCH) {
       Narrow low[BATCH] = {}, high[BATCH] = {};
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        int index = first + i * warps;
-        const int row = s.by_rows.split(index);
-        const int plane = s.by_planes.split(index);
-        const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
-        if (first + i * warps < lines && inside_x &&
-            static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
-            static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input)) {
-          const T* from = input + 2 * index * s.in_channel_stride + input_r * s.r.input_stride +
-                          input_y * s.y.input_stride + (x + column);
-          if (2 * index < channels) low[i] = *reinterpret_cast<const Narrow*>(from);
-          if (2 * index + 1 < channels) {
-            high[i] = *reinterpret_cast<const Narrow*>(from + s.in_channel_stride);
-          }
+        const int channel = 2 * (first + i);
+        const T* element = from + channel * s.in_channel_stride;
+        if (channel < existing) low[i] = *reinterpret_cast<const Narrow*>(element);
+        if (channel + 1 < existing) {
+          high[i] = *reinterpret_cast<const Narrow*>(element + s.in_channel_stride);
         }
       }
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        int index = first + i * warps;
-        if (index >= lines) break;
-        const int row = s.by_rows.split(index);
-        const int plane = s.by_planes.split(index);
-        uint32_t* to = tile + index * s.channel_pitch + plane * s.plane_pitch + row * s.row_pitch;
         Words words;
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
           words.word[j] = Pairs<T>::pair(low[i].element[j], high[i].element[j]);
         }
-        uint32_t* const element =
-            STEP_X == 1 ? to + column
-                        : to + (column % STEP_X) * s.residue_pitch + column / STEP_X;
-        *reinterpret_cast<Words*>(element) = words;
+        *reinterpret_cast<Words*>(to + (first + i) * s.channel_pitch) = words;
       }
     }
   }

@@ -36,7 +36,7 @@ struct GatherShape {
   // The staged tile: `chunk` of `words` input words of [planes][rows][residue of X][columns].
   int words;
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
-  Divisor by_rows, by_planes;
+  Divisor by_columns, by_rows;  // staged accesses of a line, lines of a plane
   int chunk, chunks, tile_elements, stage_elements;
   int shared_bytes;
   int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
@@ -152,7 +152,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
   s.by_rows = Divisor(s.rows);
-  s.by_planes = Divisor(s.planes);
+  s.by_columns = Divisor(s.row_pitch / s.load_width);
   s.channel_blocks = Divisor(blocks_c);
   s.phases = Divisor(t.phases);
   s.row_tiles = Divisor(row_tiles);
@@ -184,34 +184,39 @@ __device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int fl
   return block;
 }
 
-// Stages `count` input channels, of which `channels` exist, of a tile whose first element is input position (r, y, x):
-// plane j is row r + j * PLANE_STEP of R, line j is y + j * LINE_STEP of Y, and columns are laid
-// out by their residue modulo STEP_X, so that neighbouring lanes read neighbouring words.
-// A warp stages one line at a time, WIDTH elements per lane (`x` and the input's lines are then
-// multiples of WIDTH, and STEP_X is 1). Positions outside the input and channels from `channels` on are zero.
+// Stages `count` input channels, of which `channels` exist, of a tile whose first element is input
+// position (r, y, x): plane j is row r + j * PLANE_STEP of R, line j is y + j * LINE_STEP of Y, and
+// columns are laid out by their residue modulo STEP_X, so that neighbouring lanes read neighbouring
+// words. A thread takes WIDTH neighbouring columns of a line (`x` and the input's lines are then
+// multiples of WIDTH, and STEP_X is 1), finds its place once and copies it for every channel.
+// Positions outside the input and channels that do not exist are zero.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename Acc, typename T>
 __device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, const T* input,
                                             int count, int channels, int r, int y, int x) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  const int lines = count * s.planes * s.rows;
-  for (int line = warp; line < lines; line += warps) {
-    int index = line;
-    const int row = s.by_rows.split(index);
-    const int plane = s.by_planes.split(index);
+  const int items = s.planes * s.rows * s.by_columns.divisor;
+  for (int item = threadIdx.x; item < items; item += blockDim.x) {
+    int line = item;
+    const int column = s.by_columns.split(line) * WIDTH;
+    int plane = line;
+    const int row = s.by_rows.split(plane);
     const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
-    const bool inside = index < channels &&
-                        static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
-                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input);
-    Acc* to = tile + index * s.channel_pitch + plane * s.plane_pitch + row * s.row_pitch;
-    const T* from = input + index * s.in_channel_stride;
-    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride;
-    for (int column = lane * WIDTH; column < s.row_pitch; column += WARP * WIDTH) {
-      const bool valid =
-          inside && static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
-      Acc* element = STEP_X == 1
-                         ? to + column
-                         : to + (column % STEP_X) * s.residue_pitch + column / STEP_X;
-      stage_vector<WIDTH>(element, valid ? from + (x + column) : input, valid);
+    const bool inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
+                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input) &&
+                        static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
+    const T* from = input;
+    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride + (x + column);
+    Acc* to = tile + line * s.row_pitch;
+    to += STEP_X == 1 ? column : (column % STEP_X) * s.residue_pitch + column / STEP_X;
+    const int existing = inside ? min(count, channels) : 0;
+#pragma unroll 4
+    for (int channel = 0; channel < existing; ++channel) {
+      stage_vector<WIDTH>(to, from, true);
+      from += s.in_channel_stride;
+      to += s.channel_pitch;
+    }
+    for (int channel = existing; channel < count; ++channel) {
+      stage_vector<WIDTH>(to, input, false);
+      to += s.channel_pitch;
     }
   }
 }
