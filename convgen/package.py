@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def render_package(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) ->
     context = {
         "version": __version__,
         "spec": spec,
-        "command": command_line(spec),
+        "command": _lines(command_line(spec)),
         # Names of torch operators are global to a process: two packages may share them only if
         # their kernels are the same.
         "namespace": f"convgen_{spec.name}_{digest}",
@@ -82,6 +83,11 @@ def describe(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) -> dict[
 def class_name(op: str) -> str:
     """Name of torch's module class for an operator: ``conv_transpose3d`` -> ``ConvTranspose3d``."""
     return "".join(word.capitalize() for word in op.split("_"))
+
+
+def _lines(command: str) -> list[str]:
+    """A command, broken where it is too long for a line of the package."""
+    return [command] if len(command) <= 94 else textwrap.wrap(command, 88, break_on_hyphens=False)
 
 
 def _extents(spec: ConvSpec) -> list[str]:

@@ -15,6 +15,18 @@ import convgen
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
+LAYERS: dict[str, dict[str, Any]] = {
+    "conv_transpose3d": {"kernel_size": 3, "stride": 2},
+    "conv_transpose2d": {"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0), "groups": 2},
+    "conv_transpose1d": {"kernel_size": 4, "stride": 3, "output_padding": 2, "dilation": 2},
+    "conv3d": {"kernel_size": (1, 3, 2), "padding": (0, 1, 1)},
+    "conv2d": {"kernel_size": (2, 3), "padding": "same", "dilation": (1, 2), "groups": 2},
+    "conv1d": {"kernel_size": 5, "stride": 3, "padding": 2},
+}
+"""One specification of each operator, which most tests use: compiling takes seconds."""
+
+ALL_DTYPES = ("f32", "f64", "f16", "bf16")
+
 Package = Callable[..., ModuleType]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,17 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Package
+from conftest import LAYERS, Package
 from torch import Tensor, nn
 
-LAYERS: list[tuple[str, dict[str, Any]]] = [
-    ("conv_transpose3d", {"kernel_size": 3, "stride": 2}),
-    ("conv_transpose2d", {"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0), "groups": 2}),
-    ("conv_transpose1d", {"kernel_size": 4, "stride": 3, "output_padding": 2, "dilation": 2}),
-    ("conv3d", {"kernel_size": (1, 3, 2), "padding": (0, 1, 1)}),
-    ("conv2d", {"kernel_size": (2, 3), "padding": "same", "dilation": (1, 2), "groups": 2}),
-    ("conv1d", {"kernel_size": 5, "stride": 3, "padding": 2}),
-]
 EXTENTS = (5, 6, 7)
 
 
@@ -45,9 +38,7 @@ def example(op: str, *, batch: int = 2, channels: int = 4) -> Tensor:
     return torch.randn(batch, channels, *EXTENTS[-int(op[-2]) :])
 
 
-every_layer = pytest.mark.parametrize(
-    ("op", "constants"), LAYERS, ids=[op for op, _ in LAYERS]
-)
+every_layer = pytest.mark.parametrize(("op", "constants"), LAYERS.items(), ids=list(LAYERS))
 
 
 @pytest.fixture
@@ -158,15 +149,12 @@ class TestLayer:
 @pytest.mark.parametrize(
     ("op", "constants"),
     [
-        ("conv3d", {"kernel_size": (1, 3, 2), "padding": (0, 1, 1)}),
-        ("conv2d", {"kernel_size": (2, 3), "padding": "same", "dilation": (1, 2), "groups": 2}),
-        ("conv1d", {"kernel_size": 5, "stride": 3, "padding": 2}),
-        ("conv2d", {"kernel_size": 2, "stride": (3, 2)}),
+        ("conv3d", LAYERS["conv3d"]),
+        ("conv2d", LAYERS["conv2d"]),
+        ("conv1d", LAYERS["conv1d"]),
     ],
 )
-def test_padding_modes(
-    package: Package, op: str, constants: dict[str, Any], mode: str
-) -> None:
+def test_padding_modes(package: Package, op: str, constants: dict[str, Any], mode: str) -> None:
     ours, theirs = layers(package, op, constants, padding_mode=mode)
     assert repr(ours) == repr(theirs)
     for extra in range(4):
@@ -198,11 +186,10 @@ class TestOutputSize:
     @pytest.mark.parametrize("size", [(8, 11, 13), (9, 11, 15), (9, 11)])
     def test_refuses_what_torch_refuses(self, k3s2: ModuleType, size: tuple[int, ...]) -> None:
         x = torch.randn(2, 4, 4, 5, 6)
-        with pytest.raises(ValueError) as expected:
+        with pytest.raises(ValueError, match=r"output.size") as expected:
             nn.ConvTranspose3d(4, 6, 3, stride=2)(x, list(size))
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=re.escape(str(expected.value))):
             k3s2.ConvTranspose3d(4, 6)(x, list(size))
-        assert str(error.value) == str(expected.value)
 
 
 class TestFunction:
@@ -276,7 +263,7 @@ class TestErrors:
     """The exceptions of torch; most with its words."""
 
     X, W, B = torch.randn(1, 4, 3, 3, 3), torch.randn(4, 2, 3, 3, 3), torch.randn(2)
-    WC = torch.randn(2, 4, 3, 3, 3)
+    WC = torch.randn(2, 4, 1, 3, 2)
 
     @pytest.mark.parametrize(
         ("x", "w", "b"),
@@ -291,25 +278,27 @@ class TestErrors:
         ],
     )
     def test_transposed(self, k3s2: ModuleType, x: Tensor, w: Tensor, b: Tensor) -> None:
-        self.compare(
-            lambda: k3s2.conv_transpose3d(x, w, b), lambda: F.conv_transpose3d(x, w, b, 2)
-        )
+        self.compare(lambda: k3s2.conv_transpose3d(x, w, b), lambda: F.conv_transpose3d(x, w, b, 2))
 
     @pytest.mark.parametrize(
         ("x", "w", "b"),
         [
             (X[0, 0], WC, B),
             (X[:, :3], WC, B),
-            (X[..., :1], WC, B),
-            (X[0, ..., :1], WC, B),
             (X.double(), WC, B.double()),
             (X, WC, B.double()),
             (X, WC, torch.randn(3)),
         ],
     )
     def test_convolution(self, package: Package, x: Tensor, w: Tensor, b: Tensor) -> None:
-        module = package("conv3d", kernel_size=3)
-        self.compare(lambda: module.conv3d(x, w, b), lambda: F.conv3d(x, w, b))
+        module = package("conv3d", **LAYERS["conv3d"])
+        self.compare(lambda: module.conv3d(x, w, b), lambda: F.conv3d(x, w, b, padding=(0, 1, 1)))
+
+    @pytest.mark.parametrize("x", [torch.randn(2, 1, 4), torch.randn(1, 4)])
+    def test_kernel_larger_than_the_input(self, package: Package, x: Tensor) -> None:
+        module = package("conv1d", kernel_size=3, dilation=2, dtypes=("f32",))
+        w = torch.randn(1, 1, 3)
+        self.compare(lambda: module.conv1d(x, w), lambda: F.conv1d(x, w, dilation=2))
 
     def compare(self, ours: Any, theirs: Any) -> None:
         with pytest.raises(RuntimeError) as expected:
@@ -322,10 +311,10 @@ class TestErrors:
             assert said == words
 
     def test_negative_extents(self, package: Package) -> None:
-        module = package("conv_transpose3d", kernel_size=2, padding=2)
-        x, w = torch.randn(1, 2, 3, 3, 1), torch.randn(2, 2, 2, 2, 2)
+        module = package("conv_transpose2d", kernel_size=2, padding=2, dtypes=("f32",))
+        x, w = torch.randn(1, 2, 3, 1), torch.randn(2, 2, 2, 2)
         self.compare(
-            lambda: module.conv_transpose3d(x, w), lambda: F.conv_transpose3d(x, w, None, 1, 2)
+            lambda: module.conv_transpose2d(x, w), lambda: F.conv_transpose2d(x, w, None, 1, 2)
         )
 
     def test_another_kernel_size(self, k3s2: ModuleType) -> None:
@@ -335,7 +324,7 @@ class TestErrors:
     def test_dtypes_that_differ(self, k3s2: ModuleType) -> None:
         with pytest.raises(RuntimeError, match="should be the same"):
             k3s2.conv_transpose3d(self.X.double(), self.W, self.B)
-        with pytest.raises(RuntimeError, match="bias type .* should be the same"):
+        with pytest.raises(RuntimeError, match=r"bias type .* should be the same"):
             k3s2.conv_transpose3d(self.X, self.W, self.B.double())
 
     def test_devices_that_differ(self, k3s2: ModuleType) -> None:
@@ -355,7 +344,9 @@ class TestErrors:
             k3s2.conv_transpose3d(x, w)
 
     def test_channels_that_are_fixed(self, package: Package) -> None:
-        module = package("conv2d", kernel_size=3, in_channels=4, out_channels=6, groups=2)
+        module = package(
+            "conv2d", kernel_size=3, in_channels=4, out_channels=6, groups=2, dtypes=("f32",)
+        )
         layer = module.Conv2d()
         assert (layer.in_channels, layer.out_channels) == (4, 6)
         assert layer(torch.randn(1, 4, 5, 5)).shape == (1, 6, 3, 3)
@@ -367,8 +358,8 @@ class TestErrors:
             module.conv2d(torch.randn(1, 8, 5, 5), torch.randn(6, 4, 3, 3))
 
     def test_weights_that_groups_do_not_divide(self, package: Package) -> None:
-        module = package("conv2d", kernel_size=3, in_channels=None, groups=2)
-        x, w = torch.randn(1, 4, 5, 5), torch.randn(5, 2, 3, 3)
+        module = package("conv2d", **LAYERS["conv2d"])
+        x, w = torch.randn(1, 4, 5, 5), torch.randn(5, 2, 2, 3)
         with pytest.raises(RuntimeError, match="Given groups=2, expected weight to be divisible"):
             module.conv2d(x, w)
         with pytest.raises(ValueError, match="out_channels must be divisible by groups"):
@@ -396,9 +387,7 @@ class TestPackage:
         assert torch.equal(reloaded.conv_transpose3d(x, w), k3s2.conv_transpose3d(x, w))
         del sys.modules["conv_transpose3d_k3_s2"]
 
-    def test_missing_library_says_what_to_run(
-        self, k3s2: ModuleType, tmp_path: Path
-    ) -> None:
+    def test_missing_library_says_what_to_run(self, k3s2: ModuleType, tmp_path: Path) -> None:
         import subprocess
 
         from convgen.specialize import export

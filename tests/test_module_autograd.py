@@ -10,43 +10,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Package
+from conftest import LAYERS, Package
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-OPERATORS: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
-    # operator, constants, shape of the input, shape of the weight
-    ("conv_transpose3d", {"kernel_size": 3, "stride": 2}, (2, 2, 2, 1, 2), (2, 1, 3, 3, 3)),
-    ("conv3d", {"kernel_size": (1, 3, 2), "padding": (0, 1, 1)}, (1, 2, 2, 2, 3), (1, 2, 1, 3, 2)),
-    (
-        "conv_transpose2d",
-        {"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0), "groups": 2},
-        (2, 4, 2, 2),
-        (4, 1, 3, 2),
-    ),
-    (
-        "conv2d",
-        {"kernel_size": (2, 3), "padding": "same", "dilation": (1, 2), "groups": 2},
-        (1, 4, 3, 4),
-        (2, 2, 2, 3),
-    ),
-    ("conv1d", {"kernel_size": 5, "stride": 3, "padding": 2}, (2, 2, 7), (3, 2, 5)),
-    (
-        "conv_transpose1d",
-        {"kernel_size": 4, "stride": 3, "output_padding": 2, "dilation": 2},
-        (2, 2, 3),
-        (2, 2, 4),
-    ),
-]
-every_operator = pytest.mark.parametrize(
-    ("op", "constants", "x_shape", "w_shape"), OPERATORS, ids=[row[0] for row in OPERATORS]
-)
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    # operator: shapes of the input and the weight
+    "conv_transpose3d": ((2, 2, 2, 1, 2), (2, 1, 3, 3, 3)),
+    "conv_transpose2d": ((2, 4, 2, 2), (4, 1, 3, 2)),
+    "conv_transpose1d": ((2, 2, 3), (2, 2, 4)),
+    "conv3d": ((1, 2, 2, 2, 3), (1, 2, 1, 3, 2)),
+    "conv2d": ((1, 4, 3, 4), (2, 2, 2, 3)),
+    "conv1d": ((2, 2, 7), (3, 2, 5)),
+}
 
 
-def operands(
-    op: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...], groups: int, device: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def operands(op: str, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    x_shape, w_shape = SHAPES[op]
+    groups = LAYERS[op].get("groups", 1)
     bias = w_shape[1] * groups if op.startswith("conv_transpose") else w_shape[0]
     x, w, b = (
         torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
@@ -60,19 +42,16 @@ def k3s2(package: Package) -> ModuleType:
     return package("conv_transpose3d", kernel_size=3, stride=2)
 
 
-@every_operator
+@pytest.mark.parametrize("op", LAYERS)
 class TestDerivatives:
     def test_gradcheck_and_gradgradcheck(
         self,
         package: Package,
         device: str,
         op: str,
-        constants: dict[str, Any],
-        x_shape: tuple[int, ...],
-        w_shape: tuple[int, ...],
     ) -> None:
-        function = getattr(package(op, device, **constants), op)
-        inputs = operands(op, x_shape, w_shape, constants.get("groups", 1), device)
+        function = getattr(package(op, device, **LAYERS[op]), op)
+        inputs = operands(op, device)
         assert gradcheck(function, inputs)
         assert gradgradcheck(function, inputs)
         assert gradcheck(function, inputs[:2])
@@ -81,21 +60,18 @@ class TestDerivatives:
         self,
         package: Package,
         op: str,
-        constants: dict[str, Any],
-        x_shape: tuple[int, ...],
-        w_shape: tuple[int, ...],
     ) -> None:
-        if "output_padding" in constants:
+        if "output_padding" in LAYERS[op]:
             pytest.skip("torch has no third derivative with output_padding")
-        x, w, b = operands(op, x_shape, w_shape, constants.get("groups", 1), "cpu")
-        options = {name: value for name, value in constants.items() if name != "kernel_size"}
+        x, w, b = operands(op)
+        options = {name: value for name, value in LAYERS[op].items() if name != "kernel_size"}
 
         def third(y: Tensor) -> tuple[Tensor, ...]:
             (first,) = torch.autograd.grad(y.pow(4).sum(), x, create_graph=True)
             (second,) = torch.autograd.grad(first.pow(3).sum(), w, create_graph=True)
             return torch.autograd.grad(second.pow(2).sum(), (x, w, b))
 
-        ours = third(getattr(package(op, **constants), op)(x, w, b))
+        ours = third(getattr(package(op, **LAYERS[op]), op)(x, w, b))
         theirs = third(getattr(F, op)(x, w, b, **options))
         for tensor, expected in zip(ours, theirs, strict=True):
             assert (tensor - expected).norm() <= 1e-12 * expected.norm()
@@ -105,13 +81,9 @@ class TestDerivatives:
         package: Package,
         device: str,
         op: str,
-        constants: dict[str, Any],
-        x_shape: tuple[int, ...],
-        w_shape: tuple[int, ...],
     ) -> None:
-        module = package(op, device, **constants)
-        groups = constants.get("groups", 1)
-        x, w, b = operands(op, x_shape, w_shape, groups, device)
+        module = package(op, device, **LAYERS[op])
+        x, w, b = operands(op, device)
         y = getattr(module, op)(x, w, b).detach().requires_grad_()
         operators = namespace(module)
         coarse, fine = (x, y) if op.startswith("conv_transpose") else (y, x)
@@ -138,7 +110,9 @@ class TestMemory:
 
     def kept(self, output: Tensor) -> list[tuple[int, ...]]:
         assert output.grad_fn is not None
-        return [tuple(tensor.shape) for tensor in output.grad_fn.saved_tensors if tensor is not None]
+        return [
+            tuple(tensor.shape) for tensor in output.grad_fn.saved_tensors if tensor is not None
+        ]
 
     def test_frozen_weight_does_not_keep_the_input(self, k3s2: ModuleType) -> None:
         x, w = torch.randn(1, 2, 3, 3, 3, requires_grad=True), torch.randn(2, 4, 3, 3, 3)
