@@ -1,0 +1,282 @@
+"""wgrad of the ``mma`` engine: which tile of the weights a warp keeps, and how rows are staged.
+
+Times below are clocks of a multiprocessor: ``mma.sync`` issues one product (m16n8k8 in TF32, m16n8k16
+in 16 bits) in 1.5 clocks of all four quarters together, shared memory serves 128 bytes, a wavefront,
+in one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from math import gcd
+from typing import Any
+
+from convgen.dtypes import MODES
+from convgen.engines import KernelPlan
+from convgen.spec import Geometry
+
+HEADERS = {"mma_wgrad.cuh": "cuda/mma/wgrad.cuh"}
+"""Headers of its own: path below ``src/cuda/`` -> template folder path."""
+
+QUAD = 4
+"""Neighbouring positions along W that one lane feeds to a product."""
+
+ROWS, COLUMNS = 16, 8
+PRODUCT_CLOCKS = 1.5
+# Sums, fragments and window of a lane. 168 registers are what 12 warps leave a thread; addresses
+# and the loop take the rest.
+REGISTERS = 142
+# Chunks of 16 positions that 3xTF32 sums in the tensor cores, which truncate when they add, before
+# their sum is added in fp32: 8 products of depth 8, three each.
+FLUSH = 4
+# Staged columns of one window; a longer reach along W is split into blocks of taps.
+MAX_REACH = 96
+# Coarse tiles to compile where the channels are not known: 16, 32 and 48 pad little of any count.
+UNKNOWN_M_TILES = (1, 2, 3)
+MAX_M_TILES, MAX_N_TILES = 4, 8
+MAX_TAPS = 28
+
+
+@dataclass(frozen=True)
+class WgradSchedule:
+    """What a warp keeps in registers, and what the template unrolls.
+
+    ``tiles`` lists the compiled tiles (coarse tiles of 16 channels, fine tiles of 8), each at
+    ``taps_h x taps_w`` taps; a call takes the one that suits its channels. ``flush`` is the number
+    of chunks that are summed in the tensor cores at once, 0 for all.
+    """
+
+    taps_h: int
+    taps_w: int
+    tiles: tuple[tuple[int, int], ...]
+    flush: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a row of the fine tensor lies in shared memory. Lengths are in staged columns or words.
+
+    ``position_columns`` columns belong to one position, ``column_step`` apart in the tensor (and
+    ``tap_columns`` from tap to tap); the columns of a quad take ``quad_pitch`` words. The first
+    column is ``shift`` columns left of the first that is read, so that tiles start at multiples of
+    ``column_align`` elements. A window is ``window_vectors`` loads of ``vector`` words each, each of
+    ``wavefronts``. ``joins``: several blocks of taps along W may share a tile. ``*_residue``: of the
+    channel pitches, mod 32 words.
+    """
+
+    position_columns: int
+    column_step: int
+    tap_columns: int
+    quad_pitch: int
+    shift: int
+    column_align: int
+    window_vectors: int
+    used_vectors: int
+    vector: int
+    wavefronts: int
+    joins: bool
+    coarse_residue: int
+    fine_residue: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A compiled tile and the wavefronts of shared memory that a warp's chunk of it takes."""
+
+    m: int
+    n: int
+    coarse_wavefronts: int
+    fine_wavefronts: int
+
+
+def _wavefronts(vector: int, lane_pitch: int, channel_pitch: int) -> int:
+    """Wavefronts of a warp's loads of ``vector`` words: lane 4 g + t at t, g of the pitches.
+
+    Shared memory serves 32 lanes of one word, 16 of two, or 8 of four at a time.
+    """
+    lanes = 32 // vector
+    total = 0
+    for first in range(0, 32, lanes):
+        banks: dict[int, set[int]] = {}
+        for lane in range(first, first + lanes):
+            at = lane // 4 * channel_pitch + lane % 4 * lane_pitch
+            for word in range(at, at + vector):
+                banks.setdefault(word % 32, set()).add(word)
+        total += max(len(words) for words in banks.values())
+    return total
+
+
+def _pitches(vector: int, lane_pitch: int) -> tuple[int, int, int]:
+    """(least wavefronts, words added to ``lane_pitch``, channel pitch mod 32) of a load."""
+    return min(
+        (_wavefronts(vector, lane_pitch + extra, residue), extra, residue)
+        for extra in (0, vector)
+        for residue in range(0, 32, 4)
+    )
+
+
+def _layout(geometry: Geometry, elements: int, taps: int) -> Layout:
+    """The layout for windows of ``taps`` taps, ``elements`` elements to a word."""
+    kernel, stride = geometry.kernel[2], geometry.stride[2]
+    dilation, padding = geometry.dilation[2], geometry.padding[2]
+    blocks = -(-kernel // taps)
+    # Columns between those that positions and taps share are not staged.
+    step = stride if kernel == 1 else gcd(stride, dilation)
+    tap_columns = 1 if kernel == 1 else dilation // step
+    reach = (taps - 1) * tap_columns + 1
+    # Where neighbouring positions share nothing, neither are those between two reaches.
+    apart = stride // step > reach
+    position_columns = reach if apart else stride // step
+
+    lane_pitch = QUAD * position_columns // elements
+    vector = 4 if lane_pitch % 4 == 0 else 2
+    width = vector * elements
+    wavefronts, extra, residue = _pitches(vector, lane_pitch)
+
+    def vectors(shift: int) -> int:
+        return -(-(shift + (QUAD - 1) * position_columns + reach) // width)
+
+    align, shift = 1, 0
+    if step == 1 and not apart:
+        # The widest copies that cost no further load; pairs of 16-bit elements at any price, for
+        # asynchronous copies have 4 bytes at least.
+        block_step = taps * dilation if blocks > 1 else 0
+        narrowest = elements if block_step % elements == 0 else 1
+        least = vectors(-padding % narrowest)
+        for candidate in (4, 2, 1):
+            start = -padding % candidate
+            if candidate >= narrowest and block_step % candidate == 0 and vectors(start) == least:
+                align, shift = candidate, start
+                break
+    block_columns = taps * tap_columns
+    joins = not apart and block_columns % (QUAD * position_columns if extra else width) == 0
+    used = {
+        (shift + p * position_columns + w * tap_columns) // width
+        for p, w in product(range(QUAD), range(taps))
+    }
+    quad_words = QUAD // elements
+    return Layout(
+        position_columns=position_columns,
+        column_step=step,
+        tap_columns=tap_columns,
+        quad_pitch=lane_pitch + extra,
+        shift=shift,
+        column_align=align,
+        window_vectors=vectors(shift),
+        used_vectors=len(used),
+        vector=vector,
+        wavefronts=wavefronts,
+        joins=joins,
+        coarse_residue=_pitches(quad_words, quad_words)[2],
+        fine_residue=residue,
+    )
+
+
+def _elements(mode: str) -> int:
+    return 4 // MODES[mode].size_bytes
+
+
+def _tile(layout: Layout, elements: int, taps_h: int, m: int, n: int) -> Tile:
+    # A fragment is two rows of a quad: 512 bytes for 32-bit elements.
+    coarse = m * 8 // elements
+    return Tile(m, n, coarse, n * taps_h * layout.used_vectors * layout.wavefronts)
+
+
+def _clocks(mode: str, layout: Layout, taps_h: int, taps_w: int, m: int, n: int) -> float | None:
+    """Time of a chunk of a warp, or None if its registers do not fit."""
+    elements = _elements(mode)
+    split = mode == "tf32x3"
+    tile = _tile(layout, elements, taps_h, m, n)
+    sums = 4 * m * n * taps_h * taps_w
+    fragments = m * 8 // elements
+    window = layout.used_vectors * layout.vector
+    # A window as long as the registers allow; the compiler loads the rest as it goes.
+    if (sums + fragments + min(window, 24)) * (2 if split else 1) > REGISTERS:
+        return None
+    products = m * n * taps_h * taps_w * 2 // elements
+    tensor = PRODUCT_CLOCKS * products * (3 if split else 1)
+    shared = tile.coarse_wavefronts + tile.fine_wavefronts
+    # Rounding or splitting, addresses, the loop; four instructions a clock.
+    operands = fragments + n * taps_h * window
+    issue = (products + operands * (1 if elements == 2 else 2.5) + 40) / 4
+    return max(tensor, 1.1 * shared, issue) + 0.2 * (tensor + shared + issue)
+
+
+def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
+    """The default schedule of a mode (a key of ``convgen.dtypes.MODES``): least time per weight."""
+    coarse = geometry.coarse_channels_per_group
+    fine = geometry.fine_channels_per_group
+    _, kh, kw = geometry.kernel
+    elements = _elements(mode)
+
+    layouts = {}
+    for taps_w in _block_sizes(kw):
+        layout = _layout(geometry, elements, taps_w)
+        if layout.window_vectors * layout.vector * elements <= MAX_REACH or taps_w == 1:
+            layouts[taps_w] = layout
+
+    def cost(taps_h: int, taps_w: int, m: int, n: int) -> float | None:
+        """Time per position, of all taps and known channels (else of 16 x 8 of them)."""
+        clocks = _clocks(mode, layouts[taps_w], taps_h, taps_w, m, n)
+        if clocks is None:
+            return None
+        units = -(-kh // taps_h) * -(-kw // taps_w)
+        units *= -(-coarse // (ROWS * m)) if coarse else 1
+        units *= -(-fine // (COLUMNS * n)) if fine else 1
+        return clocks * units / ((1 if coarse else m) * (1 if fine else n))
+
+    def best(
+        taps: list[tuple[int, int]], m_tiles: tuple[int, ...]
+    ) -> tuple[float, int, int, int, int]:
+        n_tiles = range(1, (MAX_N_TILES if fine else 2) + 1)
+        candidates = []
+        for (taps_h, taps_w), m, n in product(taps, m_tiles, n_tiles):
+            time = cost(taps_h, taps_w, m, n)
+            if time is not None:
+                # Of equals the smaller tile: it leaves more blocks to spread.
+                candidates.append((time, m * n * taps_h * taps_w, -m, n, taps_h, taps_w))
+        time, _, negative_m, n, taps_h, taps_w = min(candidates)
+        return time, -negative_m, n, taps_h, taps_w
+
+    taps = [
+        (taps_h, taps_w)
+        for taps_h, taps_w in product(_block_sizes(kh), layouts)
+        if taps_h * taps_w <= MAX_TAPS
+    ]
+    if coarse:
+        _, m, n, taps_h, taps_w = best(taps, tuple(range(1, MAX_M_TILES + 1)))
+        tiles: tuple[tuple[int, int], ...] = ((m, n),)
+    else:
+        _, _, _, taps_h, taps_w = best(taps, UNKNOWN_M_TILES)
+        tiles = tuple(
+            best([(taps_h, taps_w)], (m,))[1:3]
+            for m in UNKNOWN_M_TILES
+            if cost(taps_h, taps_w, m, 1) is not None
+        )
+    return WgradSchedule(taps_h, taps_w, tiles, FLUSH if mode == "tf32x3" else 0)
+
+
+def _block_sizes(kernel: int) -> list[int]:
+    """Taps per block along an axis: sizes that fill their blocks evenly, and multiples of four."""
+    even = {-(-kernel // blocks) for blocks in range(1, kernel + 1)}
+    return sorted(size for size in even | {4, 8, 12, 16} if size <= min(kernel, MAX_TAPS))
+
+
+def wgrad_context(plan: KernelPlan) -> dict[str, Any]:
+    """What ``cuda/mma/wgrad.cu.j2`` is given."""
+    schedule: WgradSchedule = plan.schedule
+    elements = _elements(plan.dtype)
+    layout = _layout(plan.geometry, elements, schedule.taps_w)
+    element, product_type = {
+        "tf32": ("float", "Tf32Product"),
+        "tf32x3": ("float", "SplitTf32Product"),
+        "f16tc": ("half", "HalfProduct"),
+        "bf16tc": ("bfloat16", "Bfloat16Product"),
+    }[plan.dtype]
+    return {
+        "element": element,
+        "product": product_type,
+        "layout": layout,
+        "tiles": [_tile(layout, elements, schedule.taps_h, m, n) for m, n in schedule.tiles],
+    }
