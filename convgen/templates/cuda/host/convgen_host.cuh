@@ -139,6 +139,22 @@ inline double max(double a, double b) { return fmax(a, b); }
 
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
+// Exact where the exponents of a * b and c lie near each other, as in roundings.
+inline float __fmaf_rz(float a, float b, float c) {
+  const double sum = static_cast<double>(a) * b + c;
+  const float nearest = static_cast<float>(sum);
+  return fabs(static_cast<double>(nearest)) > fabs(sum) && isfinite(sum) ? nextafterf(nearest, 0.0f)
+                                                                         : nearest;
+}
+// Bytes 0 to 3 are x's, 4 to 7 y's; the nibbles of the selector pick four.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = x | uint64_t{y} << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
+  return result;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>((uint64_t{a} * b) >> 32);
 }
