@@ -16,14 +16,29 @@ from convgen.build import BuildError, Library, Progress, build
 from convgen.render import TEMPLATES
 from convgen.toolchain import Commands, CppCompiler, find_cpp
 
-HEADERS = ("convgen_host.cuh", "half.h", "interpreter.h", "tensor_core.h", "types.h")
+HEADERS = (
+    "convgen_host.cuh",
+    "half.h",
+    "interpreter.h",
+    "pipeline.h",
+    "tensor_core.h",
+    "types.h",
+)
 """What a kernel's translation unit sees, of ``templates/cuda/host``."""
 
 _PRELUDE = "src/host/convgen_host.cuh"
 
-_RUNTIME = ("interpreter.cpp", "shared_arrays.cpp", "tensor_core.cpp")
+_RUNTIME = ("interpreter.cpp", "pipeline.cpp", "shared_arrays.cpp", "tensor_core.cpp")
 _RUNTIME_CHECKED = ("checker.cpp", "ubsan.cpp")
-_RUNTIME_HEADERS = ("fiber.h", "half.h", "interpreter.h", "state.h", "tensor_core.h", "types.h")
+_RUNTIME_HEADERS = (
+    "fiber.h",
+    "half.h",
+    "interpreter.h",
+    "pipeline.h",
+    "state.h",
+    "tensor_core.h",
+    "types.h",
+)
 
 # As in kernels for the GPU, a * b + c is one rounding: nvcc contracts by default too. (Below -O2,
 # g++ contracts only with -fexpensive-optimizations; at -O0 never.)

@@ -92,6 +92,7 @@ def compile_sources(mode: str, sources: Mapping[str, str]) -> Path:
         "convgen_abi.h": (TEMPLATES / "common" / "convgen_abi.h").read_text(),
         "device.cuh": (TEMPLATES / "cuda" / "device.cuh").read_text(),
         "mma.cuh": (TEMPLATES / "cuda" / "mma" / "mma.cuh").read_text(),
+        "pipeline.cuh": (TEMPLATES / "cuda" / "pipeline.cuh").read_text(),
     }
     return interpret.library("test", {**headers, **sources}, mode)
 

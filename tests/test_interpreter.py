@@ -186,6 +186,29 @@ def test_a_product_needs_the_whole_warp() -> None:
         library("tensor_core.cu", "plain")("lonely", 32)
 
 
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Random numbers at a multiple of 16 bytes."""
+    numbers: np.ndarray = torch.rand(shape).numpy()
+    assert numbers.ctypes.data % 16 == 0
+    return numbers
+
+
+@pytest.mark.parametrize("mode", IN_PROCESS)
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+def test_a_ring_of_mbarriers_and_bulk_copies(mode: str, chunks: int) -> None:
+    x, y = aligned((chunks, 64)), nans(64)
+    library("pipeline.cu", mode)("ring", x, y, chunks, a1=OUTPUT)
+    expected = x.sum(0)[(np.arange(64) + 1) % 64][np.arange(64) ^ 32]
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", IN_PROCESS)
+def test_a_named_barrier_between_two_warps(mode: str) -> None:
+    y = nans(32)
+    library("pipeline.cu", mode)("handover", y, a0=OUTPUT)
+    np.testing.assert_array_equal(y, np.arange(31, -1, -1))
+
+
 def test_launches_that_cuda_refuses() -> None:
     call = library("warps.cu", "plain")
     with pytest.raises(Fault, match="invalid configuration"):
@@ -302,6 +325,69 @@ def test_a_planted_bug_is_caught(bug: str) -> None:
     assert re.match(
         r"kernel tile_kernel, block \(\d, 0, 0\), thread \(\d+, 0, 0\)", str(caught.value)
     )
+
+
+PLANTED_IN_PIPELINE = {
+    "a wrong phase that has passed": (
+        "mbarrier_wait(&full[stage], round % 2);",
+        "mbarrier_wait(&full[stage], (round + 1) % 2);",
+        r"thread \(0, 0, 0\): reads shared memory that "
+        r"(nobody wrote|an asynchronous copy of thread \(64, 0, 0\) still fills)",
+    ),
+    "a wrong phase of the empty barrier": (
+        "mbarrier_wait(&empty[stage], (round - 1) % 2);",
+        "mbarrier_wait(&empty[stage], round % 2);",
+        r"thread \(64, 0, 0\): (race on shared memory|.* beyond the 1 arrivals of phase 0)",
+    ),
+    "a phase that never comes": (
+        "chunk < chunks; ++chunk) {\n    const int stage = chunk % STAGES, round = chunk / STAGES;\n"
+        "    mbarrier_wait(&full",
+        "chunk <= chunks; ++chunk) {\n    const int stage = chunk % STAGES, round = chunk / STAGES;\n"
+        "    mbarrier_wait(&full",
+        r"deadlock: .*threads 0-63 at mbarrier_wait for parity 1 of the mbarrier at offset 8 of "
+        r"shared array full, in whose phase 1 1 arrivals and 0 bytes are missing",
+    ),
+    "a stage filled before it is empty": (
+        "if (round > 0) mbarrier_wait(&empty[stage], (round - 1) % 2);",
+        "",
+        r"thread \(64, 0, 0\): (race on shared memory|.* beyond the 1 arrivals)",
+    ),
+    "an arrival that is missing": (
+        "    mbarrier_arrive(&empty[stage]);",
+        "    if (threadIdx.x != 3) mbarrier_arrive(&empty[stage]);",
+        r"deadlock: .*phase 0 1 arrivals and 0 bytes are missing",
+    ),
+    "bytes that are not all expected": (
+        "mbarrier_arrive_expect(&full[stage], CHUNK * sizeof(float));",
+        "mbarrier_arrive_expect(&full[stage], CHUNK * sizeof(float) - 16);",
+        r"deadlock: .*0 arrivals and -16 bytes are missing",
+    ),
+    "barriers used before all know of them": (
+        "  __syncthreads();",
+        "  if (threadIdx.x < CONSUMERS) named_barrier_sync(3, CONSUMERS);",
+        r"thread \(64, 0, 0\): (uses the mbarrier|.*memory that is no mbarrier)",
+    ),
+    "a named barrier left out": (
+        "  named_barrier_sync(1, CONSUMERS);",
+        "",
+        r"kernel ring_kernel, .*: (race on shared memory|reads shared memory that nobody wrote)",
+    ),
+    "a bulk copy out of bounds": (
+        "x + chunk * CHUNK, CHUNK * sizeof(float)",
+        "x + (chunk + 1) * CHUNK, CHUNK * sizeof(float)",
+        r"reads out of bounds of a0: 256 bytes at offset 768 of 768 \(pipeline.cu:\d+\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED_IN_PIPELINE)
+def test_a_bug_in_a_pipeline_is_caught(bug: str) -> None:
+    old, new, message = PLANTED_IN_PIPELINE[bug]
+    chunks = 3
+    x, y = aligned((chunks, 64)), nans(64)
+    with pytest.raises(Fault, match=message) as caught:
+        compile_edited("pipeline.cu", old, new)("ring", x, y, chunks, a1=OUTPUT)
+    assert str(caught.value).startswith("kernel ring_kernel, block (0, 0, 0), thread (")
 
 
 # ---- What it compiles -----------------------------------------------------------------------

@@ -28,6 +28,7 @@ namespace {
 
 constexpr size_t GRANULE = 2;  // bytes: the smallest element type
 constexpr uint16_t NOBODY = 0xffff, MANY = 0xfffe;
+constexpr uint32_t NO_ROW = 0xffffffffu;
 constexpr unsigned ALL_BYTES = (1u << GRANULE) - 1;
 
 // What is known of one granule of shared memory.
@@ -36,7 +37,7 @@ struct Shadow {
   uint16_t writer, reader;
   uint8_t written, in_flight;  // a bit per byte
   uint32_t interval;           // of the reads: the block's barrier interval
-  uint32_t readers;            // which row of clocks, where MANY have read
+  uint32_t readers;            // which row of clocks, once MANY have read in this interval
 };
 
 struct SharedRange {
@@ -167,7 +168,8 @@ class Checker {
     std::fill(row_interval_.begin(), row_interval_.end(), 0u);
     used_readers_ = 0;
     shared_[0].low = reinterpret_cast<char*>(worker_.dynamic);
-    const Shadow nothing = {0, 0, NOBODY, NOBODY, 0, 0, 0, 0};
+    const Shadow nothing = {0, 0, NOBODY, NOBODY, 0, 0, 0, NO_ROW};
+    synchronizations_.clear();
     std::fill(shadow_.begin(), shadow_.end(), nothing);
   }
 
@@ -198,6 +200,36 @@ class Checker {
       row_interval_[t] = interval_;
       ++clock_[t];
     }
+  }
+
+  void release(const Fiber& fiber, const void* object) {
+    const size_t t = static_cast<size_t>(fiber.rank);
+    std::vector<uint32_t>& pending = synchronizations_[object].pending;
+    pending.resize(threads_);
+    for (size_t u = 0; u < threads_; ++u) pending[u] = std::max(pending[u], known(t, u));
+    pending[t] = clock_[t]++;
+  }
+
+  void complete(const void* object) {
+    Synchronization& sync = synchronizations_[object];
+    sync.completed.swap(sync.pending);
+    sync.pending.assign(threads_, 0);
+  }
+
+  void acquire(const Fiber& fiber, const void* object) {
+    const size_t t = static_cast<size_t>(fiber.rank);
+    const std::vector<uint32_t>& completed = synchronizations_[object].completed;
+    if (completed.empty()) return;
+    if (row_interval_[t] != interval_) {
+      rows_[t] = base_;
+      row_interval_[t] = interval_;
+    }
+    for (size_t u = 0; u < threads_; ++u) rows_[t][u] = std::max(rows_[t][u], completed[u]);
+  }
+
+  // What t knows of u's clock.
+  uint32_t known(size_t t, size_t u) const {
+    return row_interval_[t] == interval_ ? std::max(base_[u], rows_[t][u]) : base_[u];
   }
 
   bool before(uint16_t u, uint32_t clock, size_t t) const {
@@ -256,6 +288,33 @@ class Checker {
     site_ = nullptr;
   }
 
+  // A write of the issuer's, at a time of its own that only the barrier's phase makes known.
+  void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier) {
+    perform_copy(issuer, copy);
+    release(issuer, barrier);
+  }
+
+  void init_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site) {
+    const std::string at = " (" + text(site) + ")";
+    site_ = &at;
+    access(barrier, sizeof *barrier, true, nullptr);
+    site_ = nullptr;
+    synchronizations_.erase(barrier);
+    (void)fiber;
+  }
+
+  // Whoever uses a barrier must know that it is initialized.
+  void use_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site) {
+    const SharedRange* range = find_shared(reinterpret_cast<char*>(barrier), sizeof *barrier);
+    if (!range) return;
+    visit(*range, reinterpret_cast<char*>(barrier), sizeof *barrier, [&](Shadow& s, unsigned) {
+      if (before(s.writer, s.write_clock, static_cast<size_t>(fiber.rank))) return;
+      report(fiber, "uses the mbarrier at " + shared_place(barrier) + " (" + text(site) +
+                        "), which thread " + text(worker_.fibers[s.writer].thread) +
+                        " initialized without a barrier between", nullptr);
+    });
+  }
+
   void perform_copy(const Fiber& fiber, const AsyncCopy& copy) {
     char* low = static_cast<char*>(copy.to);
     const size_t bytes = static_cast<size_t>(copy.bytes);
@@ -303,23 +362,24 @@ class Checker {
                                                      s.writer, code);
       if (s.interval != interval_) {
         s.interval = interval_;
-        s.reader = t;
-        s.read_clock = now;
-      } else if (s.reader == MANY) {
+        s.reader = NOBODY;
+        s.readers = NO_ROW;
+      }
+      if (s.reader == MANY) {
         readers_[s.readers * threads_ + t] = now;
-      } else if (s.reader == t || before(s.reader, s.read_clock, t)) {
+      } else if (s.reader == NOBODY || before(s.reader, s.read_clock, t)) {
         s.reader = t;
         s.read_clock = now;
       } else {
-        if ((used_readers_ + 1) * threads_ > readers_.size()) {
+        if (s.readers == NO_ROW) s.readers = static_cast<uint32_t>(used_readers_++);
+        if (used_readers_ * threads_ > readers_.size()) {
           readers_.resize((2 * used_readers_ + 64) * threads_);
         }
-        uint32_t* row = &readers_[used_readers_ * threads_];
+        uint32_t* row = &readers_[s.readers * threads_];
         std::fill(row, row + threads_, 0u);
         row[s.reader] = s.read_clock;
         row[t] = now;
         s.reader = MANY;
-        s.readers = static_cast<uint32_t>(used_readers_++);
       }
     });
   }
@@ -349,7 +409,7 @@ class Checker {
           race(fiber, range, low, bytes, verb, "read", s.reader, code);
         }
       }
-      s.interval = 0;
+      s.reader = NOBODY;
       s.writer = t;
       s.write_clock = clock_[t];
       s.written |= static_cast<uint8_t>(mask);
@@ -466,6 +526,11 @@ class Checker {
   uint32_t interval_ = 1;  // between barriers of the whole block
   std::vector<uint32_t> clock_, base_;
   std::vector<std::vector<uint32_t>> rows_;
+  // Of named barriers and mbarriers: what is known to all that arrived in a phase.
+  struct Synchronization {
+    std::vector<uint32_t> pending, completed;
+  };
+  std::map<const void*, Synchronization> synchronizations_;
   std::vector<uint32_t> row_interval_;  // a row counts only in the interval of its barrier
   std::vector<uint32_t> readers_;       // rows of clocks, one per granule with many readers
   size_t used_readers_ = 0;
@@ -491,6 +556,18 @@ void end_launch() {
 void start_block() { checker->start_block(); }
 void barrier() { checker->barrier(); }
 void barrier(const std::vector<Fiber*>& fibers) { checker->barrier(fibers); }
+void release(const Fiber& fiber, const void* object) { checker->release(fiber, object); }
+void complete(const void* object) { checker->complete(object); }
+void acquire(const Fiber& fiber, const void* object) { checker->acquire(fiber, object); }
+void init_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site) {
+  checker->init_barrier(fiber, barrier, site);
+}
+void use_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site) {
+  checker->use_barrier(fiber, barrier, site);
+}
+void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier) {
+  checker->land_copy(issuer, copy, barrier);
+}
 void issue_copy(const Fiber& fiber, const AsyncCopy& copy, const Site& site) {
   checker->issue_copy(fiber, copy, site);
 }

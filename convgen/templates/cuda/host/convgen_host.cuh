@@ -2,8 +2,8 @@
 //
 //   c++ -std=c++17 -x c++ -include convgen_host.cuh ... kernel.cu
 //
-// It takes the place of device.cuh and mma.cuh (defining their guards, it leaves those files empty)
-// and of everything that nvcc knows without an include. What no kernel uses does not exist here and fails
+// It takes the place of device.cuh, mma.cuh and pipeline.cuh (defining their guards, it leaves those
+// files empty) and of everything that nvcc knows without an include. What no kernel uses does not exist here and fails
 // to compile; the commonest such names say so.
 #pragma once
 
@@ -16,6 +16,7 @@
 
 #include "half.h"
 #include "interpreter.h"
+#include "pipeline.h"
 #include "tensor_core.h"
 #include "types.h"
 

@@ -160,6 +160,9 @@ void Worker::run_block() {
   fresh_shared();
   check::start_block();
   arrived_ = ended_ = 0;
+  memset(named, 0, sizeof named);
+  mbarriers.clear();
+  bulk_copies.clear();
   for (Fiber& fiber : fibers) {
     fiber.stack_pointer = fresh_stack(fiber.stack_top, &Worker::enter);
     fiber.state = State::ready;
@@ -175,7 +178,7 @@ void Worker::run_block() {
       resume(fiber);
       if (run.failed) return;
     }
-    if (!progress) return deadlock();
+    if (!progress && !land_bulk_copy()) return deadlock();
   }
 }
 
@@ -274,13 +277,19 @@ void Worker::deadlock() {
     if (fiber.state == State::done || told[i]) continue;
     if (!first) first = &fiber;
     auto alike = [&](const Fiber& f) {
-      return f.state == fiber.state && same(f.site, fiber.site) &&
-             (f.state != State::in_warp || (f.op == fiber.op && f.mask == fiber.mask));
+      if (f.state != fiber.state || !same(f.site, fiber.site)) return false;
+      if (f.state == State::at_barrier) return true;
+      if (f.state == State::in_warp) return f.op == fiber.op && f.mask == fiber.mask;
+      return f.waits_for == fiber.waits_for && f.mask == fiber.mask;
     };
     what += "; " + ranks(fibers, alike) + " at ";
-    what += fiber.state == State::at_barrier
-                ? "__syncthreads"
-                : std::string(op_name(fiber.op)) + " with mask " + hex(fiber.mask);
+    if (fiber.state == State::at_barrier) {
+      what += "__syncthreads";
+    } else if (fiber.state == State::in_warp) {
+      what += std::string(op_name(fiber.op)) + " with mask " + hex(fiber.mask);
+    } else {
+      what += describe_wait(fiber);
+    }
     what += " (" + text(fiber.site) + ")";
     for (size_t j = i; j < fibers.size(); ++j) told[j] = told[j] || alike(fibers[j]);
   }

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -13,7 +15,7 @@
 namespace convgen {
 namespace host {
 
-enum class State : uint8_t { ready, at_barrier, in_warp, done };
+enum class State : uint8_t { ready, at_barrier, at_named, at_mbarrier, in_warp, done };
 
 enum class WarpOp : uint8_t { barrier, shuffle, ballot, multiply };
 
@@ -32,7 +34,8 @@ struct Fiber {
   void* stack_pointer;
   char *stack_low, *stack_top;
   State state;
-  Site site;  // where it waits
+  Site site;        // where it waits
+  void* waits_for;  // a NamedBarrier, or the address of an mbarrier (with its parity in `mask`)
   // The warp collective in which it waits; `value` then receives its result.
   WarpOp op;
   unsigned mask;
@@ -41,6 +44,23 @@ struct Fiber {
   int committed;  // groups of copies
   std::vector<AsyncCopy> copies;
   void* fake_stack;  // AddressSanitizer's
+};
+
+struct NamedBarrier {
+  int threads, arrived;
+};
+
+// An mbarrier; it is told by its address in shared memory.
+struct Mbarrier {
+  int arrivals, pending;  // per phase; of the current phase
+  int64_t bytes;          // expected minus landed
+  unsigned phase;
+};
+
+struct BulkCopy {
+  AsyncCopy copy;
+  uint64_t* barrier;
+  Fiber* issuer;
 };
 
 // What the host threads of one launch share.
@@ -82,6 +102,9 @@ class Worker {
   Fiber* running = nullptr;  // null in the scheduler
   uint3 block{};
   unsigned char* dynamic = nullptr;  // shared memory of run.launch.shared_bytes
+  NamedBarrier named[16];
+  std::map<uint64_t*, Mbarrier> mbarriers;
+  std::deque<BulkCopy> bulk_copies;
 
  private:
   static void enter();  // what a fiber executes
@@ -103,6 +126,15 @@ class Worker {
 };
 
 extern __thread Worker* worker;
+
+// The oldest bulk copy under way; false if there is none.
+bool land_bulk_copy();
+
+// What a thread at a named barrier or an mbarrier waits for.
+std::string describe_wait(const Fiber& fiber);
+
+// "offset 8 of dynamic shared memory".
+std::string shared_place(const void* address);
 
 // mma.sync, for the lanes of a warp (see tensor_core.cpp).
 void multiply_warp(const std::vector<Fiber*>& lanes);
@@ -138,8 +170,16 @@ void start_block();
 // All threads of the block are ordered with each other; or those listed.
 void barrier();
 void barrier(const std::vector<Fiber*>& fibers);
+// Whoever acquires an object knows what was done before the releases of its last completed phase.
+void release(const Fiber& fiber, const void* object);
+void complete(const void* object);
+void acquire(const Fiber& fiber, const void* object);
+void init_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site);
+void use_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site);
+// A copy under way; what has come of it, for its issuer; or for those that wait for its barrier.
 void issue_copy(const Fiber& fiber, const AsyncCopy& copy, const Site& site);
 void perform_copy(const Fiber& fiber, const AsyncCopy& copy);
+void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier);
 constexpr bool ENABLED = true;
 #else
 inline void start_launch(Worker&) {}
@@ -147,8 +187,14 @@ inline void end_launch() {}
 inline void start_block() {}
 inline void barrier() {}
 inline void barrier(const std::vector<Fiber*>&) {}
+inline void release(const Fiber&, const void*) {}
+inline void complete(const void*) {}
+inline void acquire(const Fiber&, const void*) {}
+inline void init_barrier(const Fiber&, uint64_t*, const Site&) {}
+inline void use_barrier(const Fiber&, uint64_t*, const Site&) {}
 inline void issue_copy(const Fiber&, const AsyncCopy&, const Site&) {}
 inline void perform_copy(const Fiber&, const AsyncCopy&) {}
+inline void land_copy(const Fiber&, const AsyncCopy&, const void*) {}
 constexpr bool ENABLED = false;
 #endif
 
