@@ -201,7 +201,7 @@ def _build(
 
 def _run_ninja(package: Path, scratch: Path, report: Progress, lock: int) -> tuple[int, str]:
     """Runs ninja in a package folder; its exit status and output."""
-    command = [find_ninja(), "-j", os.environ.get("CONVGEN_JOBS") or str(_processors())]
+    command = [find_ninja(), "-j", os.environ.get("CONVGEN_JOBS") or str(processors())]
     environment = build_environment() | {
         "NINJA_STATUS": "[%f/%t] ",
         "TMPDIR": str(scratch),
@@ -238,7 +238,7 @@ def _run_ninja(package: Path, scratch: Path, report: Progress, lock: int) -> tup
     return process.returncode, "".join(log)
 
 
-def _processors() -> int:
+def processors() -> int:
     """Processors that this process may use.
 
     Compilers wait for nothing, so the one or two jobs more that ninja would start only make each

@@ -259,6 +259,154 @@ def verify(
     click.echo(f"All errors are within their limits: {', '.join(m.name for m in found)}.")
 
 
+@cli.command("bench", short_help="Time modules beside torch's own.")
+@click.option(
+    "--suite",
+    metavar="NAME|FILE.json",
+    help="Layers to run: kernelbench3d, kernelbench, models, or a file of layers.",
+)
+@click.option(
+    "--layers",
+    "patterns",
+    multiple=True,
+    callback=options.split,
+    metavar="NAMES",
+    help="Only these of the suite, as in 61,hifigan*; repeat it or separate by commas.",
+)
+@options.specification(required=False)
+@click.option(
+    "--shape", type=options.extents(), metavar="N,C,D,H,W", help="Input of the one layer."
+)
+@click.option("--out-channels", type=int, metavar="N", help="Output channels of the one layer.")
+@click.option("--bias", is_flag=True, help="Give the one layer a bias.")
+@click.option(
+    "--dtype",
+    type=click.Choice(tuple(DTYPES)),
+    default="f32",
+    show_default=True,
+    help="Element type.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(BACKENDS),
+    help="Where to run.  [default: a GPU if there is one, else cpu]",
+)
+@click.option(
+    "--tf32/--no-tf32",
+    default=True,
+    show_default=True,
+    help="Torch's switch for rounding fp32 to TF32 on a GPU, which both sides follow.",
+)
+@click.option(
+    "--fixed-channels", is_flag=True, help="Generate modules for the layers' channels alone."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Time for all layers, without compiling.  [default: about 10 s a layer]",
+)
+@click.option(
+    "--overhead", is_flag=True, help="Measure instead what a forward call costs the host."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write all figures as JSON, after every layer.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw a roofline and the speed-ups.",
+)
+def bench_(
+    suite: str | None,
+    patterns: tuple[str, ...],
+    kernel: tuple[int, ...] | None,
+    shape: tuple[int, ...] | None,
+    out_channels: int | None,
+    bias: bool,
+    dtype: str,
+    device: str | None,
+    tf32: bool,
+    fixed_channels: bool,
+    seconds: float | None,
+    overhead: bool,
+    seed: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+    **constants: Any,
+) -> None:
+    """Time layers forward and backward beside torch, as it comes and at its best.
+
+    All results are compared with float64 in the same run: a wrong one has no time. Exit status 1
+    if one of convgen's is wrong, or if a layer did not run.
+
+    \b
+    Examples:
+      convgen bench --suite kernelbench3d --seconds 300 --json out.json --plot out.png
+      convgen bench --suite models --layers hifigan*,3dgan* --dtype f16
+      convgen bench --kernel 3 --stride 2 --padding 1 --shape 2,32,16,32,32 --out-channels 16
+    """
+    from convgen import layers, plots, report
+
+    if (suite is None) == (kernel is None):
+        raise click.UsageError("Give --suite, or one layer by --kernel, --shape, --out-channels.")
+    if kernel is None:
+        assert suite is not None
+        chosen = layers.select(layers.read_suite(suite), patterns or ("*",))
+    elif shape is None or out_channels is None:
+        raise click.UsageError("One layer needs --shape and --out-channels.")
+    else:
+        spec = ConvSpec.make(kernel_size=kernel, **constants)
+        chosen = [layers.Layer(spec.name, spec, shape, out_channels, bias)]
+    if plot_file:
+        plots.matplotlib_figure()  # Rather now than after the work.
+    # These import torch, which takes a second or two.
+    from convgen import bench
+    from convgen.overhead import overheads
+
+    where = bench.device_for(device)
+    if where is None:
+        raise click.UsageError("--device cuda: there is no GPU that torch can use.")
+    with report.plain_warnings(), report.Progress() as progress:
+        modules = bench.compile_layers(chosen, where, dtype, fixed_channels, progress)
+    if overhead:
+        host = overheads(chosen, modules, device=where, dtype=dtype, tf32=tf32)
+        report.host_times(host)
+        if json_file:
+            report.write_json(json_file, host.to_dict())
+        raise click.exceptions.Exit(0 if host.ok else 1)
+    with report.Progress() as progress:
+
+        def finished(result: bench.Report, layer: str) -> None:
+            if json_file:
+                report.write_json(json_file, result.to_dict())
+            progress(result.finished, len(chosen), report.progress_of(result, layer))
+
+        result = bench.bench(
+            chosen,
+            modules,
+            device=where,
+            dtype=dtype,
+            tf32=tf32,
+            seconds=seconds,
+            seed=seed,
+            on_layer=finished,
+        )
+    report.benchmark(result)
+    if json_file:
+        report.write_json(json_file, result.to_dict())
+    if plot_file:
+        plots.plot(result, plot_file)
+    raise click.exceptions.Exit(0 if result.ok else 1)
+
+
 @cli.command("list")
 @_IN
 @_JSON
@@ -382,8 +530,10 @@ def _status(error: Exception) -> int | None:
     """Exit status of convgen's own errors; None for those of others, which are bugs."""
     from convgen.cache import BuildError
     from convgen.catalog import CatalogError
+    from convgen.layers import SuiteError
+    from convgen.plots import PlotError
     from convgen.toolchain import ToolchainError
 
-    if isinstance(error, SpecError | CatalogError):
+    if isinstance(error, SpecError | CatalogError | SuiteError):
         return 2
-    return 1 if isinstance(error, BuildError | ToolchainError) else None
+    return 1 if isinstance(error, BuildError | ToolchainError | PlotError) else None

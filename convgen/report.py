@@ -13,15 +13,19 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from convgen import catalog
+from convgen import cache, catalog
 from convgen.catalog import Generated
 
 if TYPE_CHECKING:
+    from convgen.bench import Report
     from convgen.doctor import Finding
+    from convgen.overhead import HostReport
+    from convgen.timing import Spread
     from convgen.verify import Row
 
 _SHOWN_PHASES = 8
@@ -31,6 +35,11 @@ _SHOWN_PHASES = 8
 def json(value: object) -> None:
     """Prints a value as JSON."""
     click.echo(json_format.dumps(value, indent=2))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as JSON into a file, whole or not at all."""
+    cache.write_atomically(path, json_format.dumps(value, indent=2) + "\n")
 
 
 def written(module: Generated, compiled: bool, seconds: float) -> None:
@@ -121,6 +130,109 @@ def verification(module: Generated, rows: Sequence[Row], show_all: bool) -> None
     columns = ("", "quantity", cases, ">error", ">worst element", ">limit", "")
     click.echo(f"{module.name}: {len(rows)} comparisons with float64")
     _print_table(columns, table, failed)
+
+
+def benchmark(result: Report) -> None:
+    """The header and the table of ``convgen bench``, notes and geometric means below."""
+    click.echo(_machine(result.machine, result.settings))
+    ceilings = result.ceilings
+    click.echo(
+        f"ceilings: {1e-9 * ceilings.flops_per_s:,.0f} GFLOP/s in {ceilings.mode}, "
+        f"{1e-9 * ceilings.bytes_per_s:,.0f} GB/s copied"
+    )
+    for when, clocks in zip(("before", "after"), result.clocks, strict=False):
+        if clocks:
+            click.echo(f"under load {when}: {_clocks(clocks)}")
+    click.echo()
+    columns = [
+        *("layer", "", ">convgen ms", ">torch ms", ">best ms", "of torch with"),
+        *(">x torch", ">x best", ">floor ms", ">reached", ">error"),
+    ]
+    table = [
+        (
+            row.layer if row.direction == "forward" else "",
+            row.direction,
+            _times(row.ours) if row.ours else "WRONG",
+            _times(row.default),
+            _times(row.best),
+            row.best_of_torch or "",
+            _number(row.over_default, ".2f"),
+            _number(row.over_best, ".2f"),
+            f"{row.floor_ms:.3f}",
+            _number(row.reached, ".0%"),
+            f"{row.error:.1e}",
+        )
+        for row in result.rows
+    ]
+    if table:
+        wrong = [index for index, row in enumerate(result.rows) if row.ours is None]
+        _print_table(columns, table, wrong)
+        for name, direction in (("forward", "forward"), ("backward", "backward"), ("both", None)):
+            over = [result.geometric_mean(direction, what) for what in ("best", "default")]
+            click.echo(
+                f"geometric mean, {name}: {_number(over[0], '.2f')} x torch's best, "
+                f"{_number(over[1], '.2f')} x its default"
+            )
+    # A note about both directions is said once.
+    notes = dict.fromkeys((row.layer, note) for row in result.rows for note in row.notes)
+    for layer, note in [*notes, *result.failures.items()]:
+        click.echo(f"{layer}: {note}")
+
+
+def progress_of(result: Report, layer: str) -> str:
+    """One line about a layer that was just timed."""
+    if layer in result.failures:
+        return f"{layer}: {result.failures[layer].splitlines()[0]}"
+    parts = [
+        f"{row.direction} {_times(row.ours) if row.ours else 'WRONG'} ms "
+        f"({_number(row.over_best, '.2f')} x torch's best)"
+        for row in result.rows
+        if row.layer == layer
+    ]
+    return f"{layer}: {', '.join(parts)}"
+
+
+def host_times(result: HostReport) -> None:
+    """The table of ``convgen bench --overhead``."""
+    click.echo(f"{_machine(result.machine, {})}\n")
+    columns = ("layer", "input", ">convgen us", ">torch us", ">difference us")
+    table = [
+        (
+            row.layer,
+            "x".join(map(str, row.input_shape)),
+            f"{1e3 * row.ours.median_ms:.2f} ± {5e2 * row.ours.iqr_ms:.2f}",
+            f"{1e3 * row.torch.median_ms:.2f} ± {5e2 * row.torch.iqr_ms:.2f}",
+            f"{row.extra_us:+.2f}",
+        )
+        for row in result.rows
+    ]
+    if table:
+        _print_table(columns, table)
+    for layer, reason in result.failures.items():
+        click.echo(f"{layer}: {reason}")
+
+
+def _machine(machine: dict[str, Any], settings: dict[str, Any]) -> str:
+    names = ("driver", "CUDA", "cuDNN", "torch", "convgen")
+    versions = [f"{name} {machine[name.lower()]}" for name in names if machine.get(name.lower())]
+    started = [settings["started"]] if "started" in settings else []
+    return ", ".join([machine["name"], *versions, *started])
+
+
+def _clocks(clocks: dict[str, str]) -> str:
+    return (
+        f"SM {clocks['sm_mhz']} of {clocks['most_sm_mhz']} MHz, memory {clocks['memory_mhz']} MHz, "
+        f"{clocks['power_w']} of {clocks['power_limit_w']} W, {clocks['temperature_c']} °C"
+    )
+
+
+def _times(times: Spread | None) -> str:
+    """Median, and half the distance between the quartiles, in ms."""
+    return "" if times is None else f"{times.median_ms:.3f} ± {times.iqr_ms / 2:.3f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _excess(row: Row) -> tuple[bool, float]:

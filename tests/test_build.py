@@ -175,9 +175,9 @@ class TestPublishing:
     ) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5})
         monkeypatch.setattr(Path, "read_text", lambda _: "250000 100000\n")
-        assert building._processors() == 3
+        assert building.processors() == 3
         monkeypatch.setattr(Path, "read_text", lambda _: "max 100000\n")
-        assert building._processors() == 6
+        assert building.processors() == 6
         monkeypatch.undo()
         monkeypatch.setenv("CONVGEN_JOBS", "none")
         with pytest.raises(BuildError, match="invalid -j parameter"):
