@@ -175,8 +175,9 @@ def benchmark(result: Report) -> None:
             )
     # A note about both directions is said once.
     notes = dict.fromkeys((row.layer, note) for row in result.rows for note in row.notes)
-    for layer, note in [*notes, *result.failures.items()]:
+    for layer, note in notes:
         click.echo(f"{layer}: {note}")
+    _failures(result.failures)
 
 
 def progress_of(result: Report, layer: str) -> str:
@@ -208,8 +209,14 @@ def host_times(result: HostReport) -> None:
     ]
     if table:
         _print_table(columns, table)
-    for layer, reason in result.failures.items():
-        click.echo(f"{layer}: {reason}")
+    _failures(result.failures)
+
+
+def _failures(failures: dict[str, str]) -> None:
+    """The first line of each reason, and the last: of a compiler's, that is where its log lies."""
+    for layer, reason in failures.items():
+        first, *others = reason.splitlines()
+        click.echo(f"{layer}: {'; '.join([first, *others[-1:]])}")
 
 
 def _machine(machine: dict[str, Any], settings: dict[str, Any]) -> str:
