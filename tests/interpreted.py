@@ -16,7 +16,8 @@ from torch import Tensor
 
 from convgen import interpret
 from convgen.dtypes import DTYPES, MODES
-from convgen.render import TEMPLATES, render_kernels
+from convgen.engines.mma import ENGINE as MMA
+from convgen.render import TEMPLATES, kernel_context, render_kernels, render_template
 from convgen.spec import ConvSpec
 
 OUTPUT, INPUT, INOUT = 0, 1, 2
@@ -98,11 +99,21 @@ def compile_sources(mode: str, sources: Mapping[str, str]) -> Path:
 
 
 def engine_sources(spec: ConvSpec, dtype: str, contractions: tuple[str, ...]) -> dict[str, str]:
-    """The rendered CUDA sources of some contractions, with their headers, by file name."""
-    files, _ = render_kernels(spec, "cuda", [dtype])
-    sources = {Path(path).name: text for path, text in files.items()}
+    """The rendered CUDA sources of some contractions, with their headers, by file name.
+
+    ``dtype`` is a dtype, or a math mode of the tensor cores' engine.
+    """
     # bgrad lies in wgrad's unit.
     units = {"wgrad" if name == "bgrad" else name for name in contractions}
+    if dtype in MODES:
+        files = {name: (TEMPLATES / path).read_text() for name, path in MMA.headers.items()}
+        for contraction in units:
+            plan = MMA.plan(spec.geometry, contraction, dtype)
+            context = kernel_context(spec, plan) | MMA.context(plan)
+            files[f"{contraction}_{dtype}.cu"] = render_template(MMA.template(contraction), context)
+        return files
+    rendered, _ = render_kernels(spec, "cuda", [dtype])
+    sources = {Path(path).name: text for path, text in rendered.items()}
     return {
         name: text
         for name, text in sources.items()
