@@ -68,7 +68,7 @@ class Reduce {
       terms *= double(coarse_extent[axis]);
     }
     threads = thread_count(call.device, terms);
-    channel_block = coarse_channels == 1 ? 1 : Problem::CHANNEL_BLOCK;
+    channel_block = Problem::Tiles::choose(coarse_channels).channels;
     choose_blocks();
     choose_tasks(terms);
     Workspace workspace;
@@ -76,7 +76,8 @@ class Reduce {
     partial_at = workspace.take(partial_is_output() ? 0 : ranges * weights() * REAL_BYTES);
     fine_at = round_up(resident * coarse_part * coarse_pitch * REAL_BYTES, 64);
     sums_at = fine_at + round_up((Problem::FINE_BLOCK * fine_pitch + V) * REAL_BYTES, 64);
-    thread_bytes = round_up(sums_at + coarse_part * COLUMNS * VECTOR_BYTES, 4096);
+    // Lanes are added up in whole groups of V sums.
+    thread_bytes = round_up(sums_at + (coarse_part * COLUMNS + V) * VECTOR_BYTES, 4096);
     threads_at = workspace.take(thread_bytes * threads);
     total_bytes = workspace.bytes;
   }
@@ -88,10 +89,9 @@ class Reduce {
       memset(call.weight, 0, size_t(weights()) * sizeof(Storage));
       return;
     }
-    if constexpr (Problem::CHANNEL_BLOCK > 1) {
-      if (coarse_channels > 1) return run_tasks<Problem::CHANNEL_BLOCK>(call);
-    }
-    if constexpr (Problem::MAYBE_ONE_COARSE) run_tasks<1>(call);
+    Problem::Tiles::visit(channel_block, [&](auto tile) {
+      run_tasks<decltype(tile)::CHANNELS, decltype(tile)::WIDTH>(call);
+    });
   }
 
  private:
@@ -150,8 +150,8 @@ class Reduce {
     coarse_part = round_up(even_part(coarse_channels, greatest(least(sums_limit, 64), 1)),
                            channel_block);
     coarse_parts = ceil_div(coarse_channels, coarse_part);
-    // Filling coarse scratch must pay: at least 32 multiply-adds for every element.
-    const int64_t fine_least = round_up(ceil_div(32, TAPS), Problem::FINE_BLOCK);
+    // Filling coarse scratch must pay: 128 multiply-adds for every element.
+    const int64_t fine_least = round_up(ceil_div(128, TAPS), Problem::FINE_BLOCK);
     int64_t tasks = groups * coarse_parts;
     fine_part = round_up(
         greatest(fine_least, ceil_div(fine_channels, greatest(1, wanted / tasks))),
@@ -168,7 +168,7 @@ class Reduce {
     resident = greatest(1, least(per_range, resident));
   }
 
-  template <int M>
+  template <int M, int WIDTH>
   void run_tasks(const ConvgenCall& call) const {
     char* const workspace = static_cast<char*>(call.workspace);
     int64_t* const offsets = reinterpret_cast<int64_t*>(workspace + offsets_at);
@@ -193,7 +193,7 @@ class Reduce {
         const int64_t group = task / (coarse_parts * fine_parts) % groups;
         const int64_t a0 = task / fine_parts % coarse_parts * coarse_part;
         const int64_t b0 = task % fine_parts * fine_part;
-        run_task<M>(call, own, offsets, partial + range * weights(), range, group, a0, b0);
+        run_task<M, WIDTH>(call, own, offsets, partial + range * weights(), range, group, a0, b0);
       }
       if (!partial_is_output()) {
         Storage* const weight = static_cast<Storage*>(call.weight);
@@ -215,7 +215,7 @@ class Reduce {
     return index / (blocks[0] * blocks[1] * blocks[2]);
   }
 
-  template <int M>
+  template <int M, int WIDTH>
   void run_task(const ConvgenCall& call, char* own, const int64_t* offsets, Real* partial,
                 int64_t range, int64_t group, int64_t a0, int64_t b0) const {
     Real* const coarse = reinterpret_cast<Real*>(own);
@@ -243,8 +243,8 @@ class Reduce {
             scratch.fill(fine + c * fine_pitch, from + c * fine_volume, fine_extent, q0);
           const Real* block_coarse = coarse + (i - first) * coarse_part * coarse_pitch;
           for (int64_t a = 0; a < a_count; a += M) {
-            const Tile<M> tile = {*this, block_coarse + a * coarse_pitch, fine, offsets,
-                                  sums + a * COLUMNS};
+            const Columns<M, WIDTH> tile = {*this, block_coarse + a * coarse_pitch, fine, offsets,
+                                            sums + a * COLUMNS};
             Problem::unrolled(tile);
           }
         }
@@ -278,24 +278,24 @@ class Reduce {
     }
   }
 
-  void add_lanes(const Vector<Real>* sums, Real* partial, int64_t a_count, int64_t columns,
+  // Adds up the lanes of all sums, in place, and adds them to (or makes them) partial weights.
+  void add_lanes(Vector<Real>* sums, Real* partial, int64_t a_count, int64_t columns,
                  bool add) const {
-    for (int64_t a = 0; a < a_count; ++a, partial += fine_channels * TAPS, sums += COLUMNS)
-      for (int64_t j = 0; j < columns; ++j) {
-        const Real sum = sum_lanes<VECTOR_BYTES>(reinterpret_cast<const Real*>(sums + j));
-        partial[j] = add ? partial[j] + sum : sum;
-      }
+    Real* total = reinterpret_cast<Real*>(sums);
+    for (int64_t i = 0; i < a_count * COLUMNS; i += V) store(total + i, sum_lanes<Real>(sums + i));
+    for (int64_t a = 0; a < a_count; ++a, partial += fine_channels * TAPS, total += COLUMNS)
+      for (int64_t j = 0; j < columns; ++j) partial[j] = add ? partial[j] + total[j] : total[j];
   }
 
   // M coarse channels against the columns of a fine block.
-  template <int M>
-  struct Tile {
+  template <int M, int WIDTH_>
+  struct Columns {
+    static constexpr int WIDTH = WIDTH_;  // columns per register tile, at most
     const Reduce& plan;
     const Real* coarse;
     const Real* fine;
     const int64_t* offset;  // of the columns in `fine`
     Vector<Real>* sums;     // [channel][column]
-    static constexpr bool ONE = M == 1;
 
     // Adds the products of COUNT columns from `first` on.
     template <int COUNT>
@@ -319,16 +319,19 @@ class Reduce {
             for (int j = 0; j < COUNT; ++j) in[j] = load(f[j] + at + i);
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
-              const Vector<Real> value = load(c + m * pitch + i);
+              Vector<Real> value = load(c + m * pitch + i);
+              if (COUNT > 1) keep(value);
 #pragma GCC unroll 16
               for (int j = 0; j < COUNT; ++j) acc[m][j] += value * in[j];
             }
           }
         }
+      Vector<Real>* to = sums + first;
+      keep(to);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-        for (int j = 0; j < COUNT; ++j) sums[m * COLUMNS + first + j] = acc[m][j];
+        for (int j = 0; j < COUNT; ++j) to[m * COLUMNS + j] = acc[m][j];
     }
   };
 };

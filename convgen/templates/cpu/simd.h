@@ -47,6 +47,25 @@ CONVGEN_INLINE void store(Real* to, Vector<Real> value) {
   *reinterpret_cast<typename VectorOf<Real>::Unaligned*>(to) = value;
 }
 
+// Keeps a value in a register: compilers rather load it again as an operand of every
+// multiply-add, and then the load ports are what limits a register tile.
+template <class T>
+CONVGEN_INLINE void keep(T& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  (void)value;
+#endif
+}
+
+// The same for a pointer: addresses derived from it are not kept across this point.
+template <class T>
+CONVGEN_INLINE void keep(T*& value) {
+  asm("" : "+r"(value));
+}
+
 // Elements I... of two vectors end to end.
 template <int... I, class T>
 CONVGEN_INLINE T shuffle(T a, T b) {
@@ -59,26 +78,35 @@ CONVGEN_INLINE T shuffle(T a, T b) {
 #endif
 }
 
-// Every second of the 2 * LANES - 1 elements from `from` on.
+// Two vectors, end to end, to the elements of even index and those of odd index.
 template <class Real, int... I>
-CONVGEN_INLINE Vector<Real> load_even(const Real* from, std::integer_sequence<int, I...>) {
-  constexpr int V = LANES<Real>;
-  // The upper half is loaded one element early, so that nothing beyond the last one is touched.
-  return shuffle<(2 * I < V ? 2 * I : 2 * I + 1)...>(load(from), load(from + V - 1));
+CONVGEN_INLINE void deinterleave(const Real* from, Real* even, Real* odd,
+                                 std::integer_sequence<int, I...>) {
+  const Vector<Real> low = load(from), high = load(from + LANES<Real>);
+  store(even, shuffle<2 * I...>(low, high));
+  store(odd, shuffle<2 * I + 1 ...>(low, high));
 }
 
-// Sum over the BYTES at `from`, by halves: the same order everywhere.
-template <int BYTES, class Real>
-CONVGEN_INLINE Real sum_lanes(const Real* from) {
-  if constexpr (BYTES == sizeof(Real)) {
-    return *from;
-  } else {
-    using Half = typename VectorOf<Real, BYTES / 2>::Unaligned;
-    constexpr int HALF = BYTES / 2 / int(sizeof(Real));
-    const Half sum = *reinterpret_cast<const Half*>(from) +
-                     *reinterpret_cast<const Half*>(from + HALF);
-    return sum_lanes<BYTES / 2>(reinterpret_cast<const Real*>(&sum));
-  }
+template <class Real, int... I>
+CONVGEN_INLINE Vector<Real> add_pairs(Vector<Real> a, Vector<Real> b,
+                                      std::integer_sequence<int, I...>) {
+  return shuffle<2 * I...>(a, b) + shuffle<2 * I + 1 ...>(a, b);
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]: neighbors are added, then pairs of
+// neighbors, and so on.
+template <class Real>
+CONVGEN_INLINE Vector<Real> sum_lanes(const Vector<Real>* rows) {
+  constexpr int V = LANES<Real>;
+  Vector<Real> sums[V];
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) sums[i] = rows[i];
+#pragma GCC unroll 4
+  for (int count = V / 2; count > 0; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+      sums[i] = add_pairs<Real>(sums[2 * i], sums[2 * i + 1], std::make_integer_sequence<int, V>{});
+  return sums[0];
 }
 
 // Elements as they are stored. float and double are their own accumulators.
