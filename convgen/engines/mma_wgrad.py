@@ -1,8 +1,8 @@
 """wgrad of the ``mma`` engine: which tile of the weights a warp keeps, and how rows are staged.
 
-Times below are clocks of a multiprocessor: ``mma.sync`` issues one product (m16n8k8 in TF32, m16n8k16
-in 16 bits) in 1.5 clocks of all four quarters together, shared memory serves 128 bytes, a wavefront,
-in one.
+Times below are clocks of a multiprocessor: ``mma.sync`` issues one product (m16n8k8 in TF32,
+m16n8k16 in 16 bits) in 1.5 clocks of all four quarters together, shared memory serves 128 bytes, a
+wavefront, in one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ QUAD = 4
 
 ROWS, COLUMNS = 16, 8
 PRODUCT_CLOCKS = 1.5
+LEVEL2_BYTES = 28
+"""Per clock, with all multiprocessors at work."""
 # Sums, fragments and window of a lane. 168 registers are what 12 warps leave a thread; addresses
 # and the loop take the rest.
-REGISTERS = 142
+REGISTERS = 146
 # Chunks of 16 positions that 3xTF32 sums in the tensor cores, which truncate when they add, before
 # their sum is added in fp32: 8 products of depth 8, three each.
 FLUSH = 4
@@ -60,9 +62,9 @@ class Layout:
     ``position_columns`` columns belong to one position, ``column_step`` apart in the tensor (and
     ``tap_columns`` from tap to tap); the columns of a quad take ``quad_pitch`` words. The first
     column is ``shift`` columns left of the first that is read, so that tiles start at multiples of
-    ``column_align`` elements. A window is ``window_vectors`` loads of ``vector`` words each, each of
-    ``wavefronts``. ``joins``: several blocks of taps along W may share a tile. ``*_residue``: of the
-    channel pitches, mod 32 words.
+    ``column_align`` elements. A window is ``window_vectors`` loads of ``vector`` words, each of
+    ``wavefronts``; taps read ``used_vectors`` of them. ``joins``: several blocks of taps along W
+    may share a tile. ``*_residue``: of the channel pitches, mod 32 words.
     """
 
     position_columns: int
@@ -78,6 +80,11 @@ class Layout:
     joins: bool
     coarse_residue: int
     fine_residue: int
+
+    @property
+    def position_step(self) -> int:
+        """Columns of the tensor that staged ones cover, from position to position."""
+        return self.position_columns * self.column_step
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def _wavefronts(vector: int, lane_pitch: int, channel_pitch: int) -> int:
 def _pitches(vector: int, lane_pitch: int) -> tuple[int, int, int]:
     """(least wavefronts, words added to ``lane_pitch``, channel pitch mod 32) of a load."""
     return min(
-        (_wavefronts(vector, lane_pitch + extra, residue), extra, residue)
+        (_wavefronts(vector, lane_pitch + extra, 1024 + residue), extra, residue)
         for extra in (0, vector)
         for residue in range(0, 32, 4)
     )
@@ -183,8 +190,30 @@ def _tile(layout: Layout, elements: int, taps_h: int, m: int, n: int) -> Tile:
     return Tile(m, n, coarse, n * taps_h * layout.used_vectors * layout.wavefronts)
 
 
-def _clocks(mode: str, layout: Layout, taps_h: int, taps_w: int, m: int, n: int) -> float | None:
-    """Time of a chunk of a warp, or None if its registers do not fit."""
+def _staging(layout: Layout, elements: int, m: int, n: int, rows: int) -> tuple[float, float]:
+    """What staging a chunk's share of a tile takes, of schedulers and of level 2.
+
+    ``rows`` blocks of rows of taps share it, as many as go with other warps into a thread block.
+    """
+    positions = 16
+    # A third of a tile is its halo.
+    fine = 1.3 * COLUMNS * n * positions * layout.position_columns
+    coarse = ROWS * m * positions
+    sharers = min(rows, 3)
+    # Instructions of four schedulers, per access of a warp; below 4 bytes through registers.
+    access = 7 / 4 * (3 if layout.column_align < elements else 1)
+    issue = (access * fine / layout.column_align + 7 / 4 * coarse / QUAD) / 32
+    level2 = (fine + coarse) * 4 / elements / LEVEL2_BYTES
+    return issue / sharers, level2 / sharers
+
+
+def _clocks(
+    mode: str, layout: Layout, rows: int, taps_h: int, taps_w: int, m: int, n: int
+) -> float | None:
+    """Time of a chunk of a warp, or None if its registers do not fit.
+
+    ``rows`` counts the blocks of ``taps_h`` rows of taps.
+    """
     elements = _elements(mode)
     split = mode == "tf32x3"
     tile = _tile(layout, elements, taps_h, m, n)
@@ -200,7 +229,9 @@ def _clocks(mode: str, layout: Layout, taps_h: int, taps_w: int, m: int, n: int)
     # Rounding or splitting, addresses, the loop; four instructions a clock.
     operands = fragments + n * taps_h * window
     issue = (products + operands * (1 if elements == 2 else 2.5) + 40) / 4
-    return max(tensor, 1.1 * shared, issue) + 0.2 * (tensor + shared + issue)
+    copies, level2 = _staging(layout, elements, m, n, rows)
+    issue += copies
+    return max(tensor, 1.1 * shared, issue, level2) + 0.2 * (tensor + shared + issue + level2)
 
 
 def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
@@ -215,10 +246,14 @@ def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
         layout = _layout(geometry, elements, taps_w)
         if layout.window_vectors * layout.vector * elements <= MAX_REACH or taps_w == 1:
             layouts[taps_w] = layout
+    # Blocks of so few taps that neighbouring positions share nothing stage a row once per block.
+    whole = {w: x for w, x in layouts.items() if w == kw or x.position_step == geometry.stride[2]}
+    layouts = whole or layouts
 
     def cost(taps_h: int, taps_w: int, m: int, n: int) -> float | None:
         """Time per position, of all taps and known channels (else of 16 x 8 of them)."""
-        clocks = _clocks(mode, layouts[taps_w], taps_h, taps_w, m, n)
+        rows = geometry.kernel[0] * -(-kh // taps_h)
+        clocks = _clocks(mode, layouts[taps_w], rows, taps_h, taps_w, m, n)
         if clocks is None:
             return None
         units = -(-kh // taps_h) * -(-kw // taps_w)

@@ -12,7 +12,9 @@ constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 
 constexpr int PRODUCT_WARPS = 12;  // of a block, at most; 168 registers a thread
 constexpr int PRODUCT_STAGES = 2;
+constexpr int ORIGINS_WORDS = 24;  // of shared memory: see ProductOrigins
 constexpr int COPY_CHANNELS = 4;  // channels that a thread copies at one place of a tile
+constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
 constexpr int PRODUCT_MAX_SPLITS = 1024;
 constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256} << 20;  // bytes, unless one split needs more
 
@@ -47,15 +49,17 @@ struct ProductShape {
   int tile_d, tile_h, tile_w, chunks;
   Divisor tiles_w, tiles_h, tiles_d;
   int tiles, splits, tiles_per_split;
+  int tiles_per_store;  // after which a warp adds its sums to its partial results
 
-  // Shared memory, in words: the table of quads, the two tables of places, then the stages, each
+  // Shared memory, in words: the origins of two tiles, the table of quads, the two tables of places,
+  // then the stages, each
   //   coarse [channel][tile_d][tile_h][tile_w], fine [channel][plane][row][column].
   // Staged planes lie plane_step apart in the fine tensor, rows row_step.
   int planes, rows, columns, plane_step, row_step;
   int position_planes, position_rows;  // staged planes and rows from position to position
   int tap_planes, tap_rows;            // and from tap to tap
   int row_words, coarse_pitch, fine_pitch;
-  int fine_table, stages, coarse_words, stage_words;
+  int coarse_table, fine_table, stages, coarse_words, stage_words;
   int rounds, rounds_per_chunk;  // of copies, by all threads
   int shared_bytes;
   ProductCopies coarse, fine;
@@ -153,7 +157,8 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   const int fine_width = row_width(s.fine_w, t.column_align);
   const int64_t coarse_places = cut.tile_d * cut.tile_h * cut.quads * QUAD / coarse_width;
   const int64_t fine_places = d.count * h.count * columns / fine_width;
-  const int64_t fine_table = chunks * CHUNK_QUADS + 2 * coarse_places;
+  const int64_t coarse_table = ORIGINS_WORDS + chunks * CHUNK_QUADS;
+  const int64_t fine_table = coarse_table + 2 * coarse_places;
   const int64_t stages = round_up(fine_table + 2 * fine_places, 4);
   const int64_t words = stages + PRODUCT_STAGES * (coarse_words + fine_words);
   if (words >= 1 << 19) return INDEX_LIMIT;
@@ -166,7 +171,8 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   s.position_rows = static_cast<int>(h.position), s.tap_rows = static_cast<int>(h.tap);
   s.columns = static_cast<int>(columns), s.row_words = static_cast<int>(row_words);
   s.coarse_pitch = static_cast<int>(coarse_pitch), s.fine_pitch = static_cast<int>(fine_pitch);
-  s.fine_table = static_cast<int>(fine_table), s.stages = static_cast<int>(stages);
+  s.coarse_table = static_cast<int>(coarse_table), s.fine_table = static_cast<int>(fine_table);
+  s.stages = static_cast<int>(stages);
   s.coarse_words = static_cast<int>(coarse_words);
   s.stage_words = static_cast<int>(coarse_words + fine_words);
   s.shared_bytes = static_cast<int>(words * 4);
@@ -324,6 +330,8 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   s.rounds = static_cast<int>(ceil_div(s.coarse.total + s.fine.total, s.threads));
   const int64_t chunks = ceil_div(2 * ceil_div(s.chunks, s.parts), 3);
   s.rounds_per_chunk = static_cast<int>(ceil_div(s.rounds, chunks));
+  const int64_t run = ceil_div(s.chunks, s.parts);  // chunks of a warp and tile
+  s.tiles_per_store = static_cast<int>(ceil_div(CHUNKS_PER_STORE, run));
 
   // Splits: the least time in waves of blocks.
   const int64_t slots = best_cost.resident * multiprocessors;
@@ -408,15 +416,16 @@ __device__ __forceinline__ uint2 pack_place(int element, int plane, int row, int
                     static_cast<uint32_t>(column) | static_cast<uint32_t>(row) << 16);
 }
 
-// One tensor as the copies see it: where a tile's part starts.
-template <typename Raw>
-struct ProductSource {
-  const Raw* channel;  // the block's first channel of the tile's sample
-  int64_t channel_stride;
-  int channels;  // of the group, from that one on
-  int d, h, w;   // extents
-  int d0, h0, w0;
-  int plane_step, row_step;
+// Where a tile's part of a tensor starts, as the copies see it.
+struct ProductOrigin {
+  int64_t element;  // of the block's first channel of the tile's sample
+  int d, h, w;      // may be negative: padding
+  int channels;     // of the group, from that one on
+};
+
+// Both tensors' origins of a tile lie in shared memory, and so do those of the tile after it.
+struct ProductOrigins {
+  ProductOrigin coarse, fine;
 };
 
 // COPY_CHANNELS channels at one place: `valid` of them from the tensor, zeros in the others.
@@ -426,8 +435,7 @@ __device__ __forceinline__ void copy_channels(Raw* to, int pitch, const Raw* fro
   if constexpr (ACCESS * sizeof(Raw) >= 4) {
 #pragma unroll
     for (int i = 0; i < COPY_CHANNELS; ++i) {
-      copy_async<ACCESS * sizeof(Raw)>(to + i * pitch, from, i < valid);
-      if (i + 1 < valid) from += channel_stride;
+      copy_async<ACCESS * sizeof(Raw)>(to + i * pitch, from + i * channel_stride, i < valid);
     }
   } else {
     Raw value[COPY_CHANNELS];
@@ -441,33 +449,37 @@ __device__ __forceinline__ void copy_channels(Raw* to, int pitch, const Raw* fro
   }
 }
 
-// Copies the index-th (place, block of channels). COLUMN maps a staged column to the tensor's.
+// Copies the index-th (place, block of channels) of a tile to `to`. The tensor's planes, rows and
+// columns between those of places lie `steps` apart; Column maps a staged column to the tensor's.
 template <class Column, typename Raw>
 __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* table, Raw* to,
-                                           const ProductSource<Raw>& source, int index) {
+                                           const Raw* tensor, const ProductOrigin& origin,
+                                           int64_t channel_stride, int3 extent, int plane_step,
+                                           int row_step, int index) {
   int channel = index;
   const uint2 place = table[c.by_places.split(channel)];
   channel *= COPY_CHANNELS;
-  const int z = source.d0 + static_cast<int>(place.x >> 20) * source.plane_step;
-  const int y = source.h0 + static_cast<int>(place.y >> 16) * source.row_step;
-  const int x = source.w0 + Column::offset(static_cast<int>(place.y & 0xffff));
+  const int z = origin.d + static_cast<int>(place.x >> 20) * plane_step;
+  const int y = origin.h + static_cast<int>(place.y >> 16) * row_step;
+  const int x = origin.w + Column::offset(static_cast<int>(place.y & 0xffff));
   int valid = 0;
-  const Raw* from = source.channel;
-  if (static_cast<unsigned>(z) < static_cast<unsigned>(source.d) &&
-      static_cast<unsigned>(y) < static_cast<unsigned>(source.h) &&
-      static_cast<unsigned>(x) < static_cast<unsigned>(source.w) && channel < source.channels) {
-    valid = source.channels - channel;
-    from += channel * source.channel_stride + ((z * source.h + y) * source.w + x);
+  const Raw* from = tensor;
+  if (static_cast<unsigned>(z) < static_cast<unsigned>(extent.x) &&
+      static_cast<unsigned>(y) < static_cast<unsigned>(extent.y) &&
+      static_cast<unsigned>(x) < static_cast<unsigned>(extent.z)) {
+    valid = origin.channels - channel;
+    from += origin.element + channel * channel_stride + ((z * extent.y + y) * extent.z + x);
   }
   to += (place.x & 0xfffff) + channel * c.pitch;
   // Elements of a place are neighbours in the tensor too, and all of them inside it or none.
+#pragma unroll 1
   for (int i = 0; i < c.width; i += c.access) {
     if constexpr (sizeof(Raw) == 2) {
-      if (c.access == 8) copy_channels<8>(to + i, c.pitch, from + i, source.channel_stride, valid);
+      if (c.access == 8) copy_channels<8>(to + i, c.pitch, from + i, channel_stride, valid);
     }
-    if (c.access == 4) copy_channels<4>(to + i, c.pitch, from + i, source.channel_stride, valid);
-    if (c.access == 2) copy_channels<2>(to + i, c.pitch, from + i, source.channel_stride, valid);
-    if (c.access == 1) copy_channels<1>(to + i, c.pitch, from + i, source.channel_stride, valid);
+    if (c.access == 4) copy_channels<4>(to + i, c.pitch, from + i, channel_stride, valid);
+    if (c.access == 2) copy_channels<2>(to + i, c.pitch, from + i, channel_stride, valid);
+    if (c.access == 1) copy_channels<1>(to + i, c.pitch, from + i, channel_stride, valid);
   }
 }
 
@@ -475,7 +487,8 @@ __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* 
 
 // A lane holds four neighbouring positions (a quad) of a chunk's sixteen: their order within a
 // product's depth is free as long as both operands agree. With g = lane / 4, t = lane % 4, quad t:
-//   32-bit elements: product 0 takes positions 0 and 1 of the quads, product 1 positions 2 and 3
+//   32-bit elements: product 0 takes positions 0 and 2 of the quads, product 1 positions 1 and 3, so
+//     that a tap's second product reads what its right neighbour's first one does
 //   16-bit elements: one product takes all four, as two words of two.
 
 // Nearest TF32 value of x, away from zero between two, as far as the tensor core looks: it ignores
@@ -558,9 +571,9 @@ struct CoarseFragment {
       load_vector<WORDS>(quad, from + half * half_rows);
 #pragma unroll
       for (int i = 0; i < WORDS; ++i) {
-        uint32_t& to = high[i / 2][i % 2 * 2 + half];
-        to = Product::high(quad[i]);
-        if constexpr (Product::SPLIT) low[i / 2][i % 2 * 2 + half] = Product::low(quad[i], to);
+        const int step = i % PRODUCT_STEPS<Product>, at = i / PRODUCT_STEPS<Product> * 2 + half;
+        high[step][at] = Product::high(quad[i]);
+        if constexpr (Product::SPLIT) low[step][at] = Product::low(quad[i], high[step][at]);
       }
     }
   }
@@ -607,11 +620,10 @@ struct FineWindow {
   __device__ __forceinline__ void multiply(float (&d)[M_TILES][4],
                                            const CoarseFragment<Product> (&a)[M_TILES], int step,
                                            int first, int position_columns) const {
-    constexpr int ELEMENTS = Product::ELEMENTS;
     uint32_t b[2], rest[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int column = first + (2 * step + i) * ELEMENTS * position_columns;
+      const int column = first + (step + 2 * i) * position_columns;
       b[i] = operand(high, column, position_columns);
       if constexpr (Product::SPLIT) rest[i] = operand(low, column, position_columns);
     }
@@ -635,6 +647,18 @@ __device__ __forceinline__ void flush(float* sum, float* chain) {
     sum[i] += chain[i];
     chain[i] = 0;
   }
+}
+
+// *to = sum, or += if `begun`; the sum starts again.
+__device__ __forceinline__ void store_sums(float4* to, float (&sum)[4], bool begun) {
+  float4 total = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  if (begun) {
+    const float4 before = *to;
+    total.x += before.x, total.y += before.y, total.z += before.z, total.w += before.w;
+  }
+  *to = total;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] = 0;
 }
 
 // ---- The sum over splits and parts ----------------------------------------------------------
