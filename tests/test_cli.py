@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
+import resource
 import stat
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,17 +53,24 @@ def imported(importtime: str) -> set[str]:
     return {line.rsplit("|", 1)[1].strip() for line in importtime.splitlines() if "|" in line}
 
 
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """Processor time of the processes that ``run`` starts, the least of five runs.
+
+    It is what a clock on the wall shows on an idle machine; this one may be busy with other tests.
+    """
+    least = math.inf
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        least = min(least, spent)
+    return least
+
+
 class TestStart:
-    def test_help_answers_within_a_fifth_of_a_second(self) -> None:
-        command = [sys.executable, "-m", "convgen", "--help"]
-        best = 1.0
-        for _ in range(20):  # the machine may be busy
-            start = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
-            best = min(best, time.perf_counter() - start)
-            if best < 0.2:
-                break
-        assert best < 0.2
+    def test_help_takes_less_than_a_fifth_of_a_second(self, run) -> None:
+        assert cpu_seconds(lambda: run("--help")) < 0.2
 
     def test_help_imports_nothing_heavy(self) -> None:
         command = [sys.executable, "-X", "importtime", "-m", "convgen", "--help"]
@@ -222,14 +231,8 @@ class TestGenerate:
         self, run, cache: Path, tmp_path: Path
     ) -> None:
         assert run(*SMALL).returncode == 0
-        best = 1.0
-        for _ in range(20):  # the machine may be busy
-            start = time.perf_counter()
-            result = run(*SMALL)
-            best = min(best, time.perf_counter() - start)
-            if best < 0.5:
-                break
-        assert best < 0.5
+        assert cpu_seconds(lambda: run(*SMALL)) < 0.5
+        result = run(*SMALL)
         assert "found in the cache" in result.stderr
         traced = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "convgen", *SMALL],
