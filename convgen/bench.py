@@ -34,6 +34,9 @@ from convgen.specialize import generate, load
 from convgen.timing import Spread, clock_for
 from convgen.trial import DIRECTIONS, OURS, Outcome, Trial, first_line
 
+_ROUNDS_SHARE = 0.8
+"""Of a layer's time; the rest is for the checks after the rounds."""
+
 _LAYER_S = 10.0
 """Where no time is given, rounds of a layer end after so long."""
 
@@ -260,7 +263,7 @@ def bench(
             try:
                 # The trial has no name, so that its tensors are gone with it.
                 outcome = Trial(layer, module, clock, device, dtype, tf32, seed + index).run(
-                    now + left
+                    now + _ROUNDS_SHARE * left
                 )
                 report.rows += _rows(layer, dtype, outcome, report.ceilings, device.type == "cpu")
             except RuntimeError as error:
