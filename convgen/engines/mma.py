@@ -15,14 +15,14 @@ from convgen.engines.gather import GatherSchedule, arrange, gather_axes, gather_
 from convgen.engines.mma_wgrad import wgrad_context, wgrad_schedule
 from convgen.spec import Geometry
 
-# 16 x 8 products that a warp keeps in registers, four each: 128 registers of the 255 that blocks of
-# 8 warps leave a thread. More products share each fragment that is loaded, and 8 warps of 32 hide as
-# much as 12 of 24.
-PRODUCTS = 32
+# 16 x 8 products that a warp keeps in registers, four each: 80 registers, beside which the
+# fragments of a column and what tells a warp its place stay under the 168 that blocks of 12 warps
+# leave a thread.
+PRODUCTS = 20
 # 3xTF32 keeps a second set of sums, which leaves the tensor core after every 8 channels.
-PRODUCTS_FLUSHED = 12
+PRODUCTS_FLUSHED = 10
 # Output channels per warp, in blocks of 8, where the count is not known.
-UNKNOWN_BLOCKS = (8, 6, 4, 2)
+UNKNOWN_BLOCKS = (6, 4, 2)
 # Output phases along X that one warp computes; more would leave one block of channels.
 MAX_VARIANTS = 8
 # X taps unrolled in one line; longer kernels loop over their taps.
@@ -54,7 +54,7 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
         else geometry.fine_channels_per_group
     )
     variants = min(len(x.phases), MAX_VARIANTS)
-    rows = max(1, min(4, budget // (6 * variants)))
+    rows = (2 if flushed else 3) if variants == 1 else 2 if variants == 2 and not flushed else 1
     most = budget // (rows * variants)
     if per_group is None:
         blocks = tuple(b for b in UNKNOWN_BLOCKS if b <= most) or (most,)
@@ -102,6 +102,7 @@ class Mma:
         "device.cuh": "cuda/device.cuh",
         "common.cuh": "cuda/simt/common.cuh",
         "gather.cuh": "cuda/simt/gather.cuh",
+        "pipeline.cuh": "cuda/pipeline.cuh",
         "mma.cuh": "cuda/mma/mma.cuh",
         "math.cuh": "cuda/mma/math.cuh",
         "fragments.cuh": "cuda/mma/fragments.cuh",

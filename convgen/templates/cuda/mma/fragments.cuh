@@ -4,11 +4,18 @@
 
 #include "gather.cuh"
 #include "math.cuh"
+#include "pipeline.cuh"
 
 namespace convgen {
 
 constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8, MMA_WORDS = 8;
-constexpr int MMA_MAX_WARPS = 8;  // of a thread block, at up to 255 registers a thread
+
+// A block's first warps multiply, its last ones stage: with one of each on every scheduler, copies
+// and their address arithmetic cost the tensor cores nothing. 12 warps leave a thread 168 registers.
+constexpr int CONSUMER_WARPS = 8, PRODUCER_WARPS = 4;
+
+// Named barriers of the two buffers: producers arrive at FULL, consumers at EMPTY.
+constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = 3;
 
 // Words of packed weights for one slot and MMA_WORDS input words.
 template <class Math, int CHANNELS>
@@ -62,9 +69,9 @@ __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
 // Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels
 // exist. Positions and layout as in stage_lines. A thread has BATCH words on their way at once.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename T>
-__device__ __forceinline__ void stage_pair_lines(const GatherShape& s, uint32_t* tile,
-                                                 const T* input, int count, int channels, int r,
-                                                 int y, int x) {
+__device__ __forceinline__ void stage_pair_lines(const GatherShape& s, const Crew& crew,
+                                                 uint32_t* tile, const T* input, int count,
+                                                 int channels, int r, int y, int x) {
   struct alignas(WIDTH * sizeof(T)) Narrow {
     T element[WIDTH];
   };
@@ -73,7 +80,7 @@ __device__ __forceinline__ void stage_pair_lines(const GatherShape& s, uint32_t*
   };
   constexpr int BATCH = MMA_WORDS / 2;
   const int items = s.planes * s.rows * s.by_columns.divisor;
-  for (int item = threadIdx.x; item < items; item += blockDim.x) {
+  for (int item = crew.thread; item < items; item += crew.threads) {
     int line = item;
     const int column = s.by_columns.split(line) * WIDTH;
     int plane = line;
@@ -113,23 +120,23 @@ __device__ __forceinline__ void stage_pair_lines(const GatherShape& s, uint32_t*
 
 // Stages a tile of words by the widest accesses that the call allows.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Math, typename T>
-__device__ __forceinline__ void stage_words(const GatherShape& s, typename Math::Input* tile,
-                                            const T* input, int count, int channels, int r, int y,
-                                            int x) {
+__device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& crew,
+                                            typename Math::Input* tile, const T* input, int count,
+                                            int channels, int r, int y, int x) {
   if constexpr (Math::CHANNELS == 1) {
-    stage_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, tile, input, count, channels, r, y, x);
+    stage_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, crew, tile, input, count, channels, r, y, x);
   } else {
     if constexpr (STEP_X == 1) {
       if (s.load_width == 4) {
-        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, tile, input, count, channels, r, y, x);
+        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, crew, tile, input, count, channels, r, y, x);
         return;
       }
       if (s.load_width == 2) {
-        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, tile, input, count, channels, r, y, x);
+        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, crew, tile, input, count, channels, r, y, x);
         return;
       }
     }
-    stage_pair_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, tile, input, count, channels, r, y, x);
+    stage_pair_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, crew, tile, input, count, channels, r, y, x);
   }
 }
 
