@@ -4,8 +4,9 @@ Written by convgen 0.1.0; regenerate with
     convgen generate --kernel 3 --stride 2
 
 `ConvTranspose3d` takes the place of torch.nn.ConvTranspose3d, and `conv_transpose3d` that of
-torch.nn.functional.conv_transpose3d. `SPEC` is what is constant; batch, channels and extents are free.
-Gradients of any order, torch.compile, torch.export and autocast work as with torch's own.
+torch.nn.functional.conv_transpose3d. `SPEC` is what is constant;
+batch, channels and extents are free. Gradients of any order, torch.compile, torch.export and autocast
+work as with torch's own.
 """
 
 from __future__ import annotations

@@ -31,11 +31,10 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
 from torch.library import Library, register_fake
 
-from ._runtime import FOLDERS, INTERPRETED, NAME, Launch, check_generated, prepare
+from ._runtime import FOLDERS, NAME, VARIANT, Launch, check_generated, prepare
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_7c052373"
-if INTERPRETED:
-    NAMESPACE += "_interpreted"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_953251a0"
+NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ INTERPRETED = os.environ.get("CONVGEN_INTERPRET", "") not in ("", "0")
 
 if INTERPRETED:
     BACKENDS["cpu"] = BACKENDS["cuda"]
+
+VARIANT = f"_interpreted_{crc32((__name__ + __file__).encode()):08x}" if INTERPRETED else ""
+"""Marks the operators of interpreted kernels: no other copy shares them, sources may be edited."""
 
 FOLDERS = [Path(__file__).parent]
 """Folders with a copy of this package; its kernels are loaded from the first that has them."""

@@ -1,6 +1,6 @@
 // fprop of conv_transpose3d_k3_s2, float64. Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"buffer_bytes": 32768, "chain_terms": 4096, "channel_block": [8, 4], "scratch_bytes": 393216, "unroll": "full", "vectors": [3, 3], "vectors_of_one": 6}
+// Schedule: {"buffer_bytes": 32768, "chain_terms": 4096, "scratch_bytes": 524288, "tiles": [[1, 6], [4, 6], [8, 3]], "tiles_of_16": [[1, 6], [4, 3]], "unroll": "full"}
 
 //
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
@@ -81,22 +81,19 @@ struct Problem {
   using AxisH = ::AxisH;
   using AxisW = ::AxisW;
   static constexpr int GROUPS = ::GROUPS;
-
   static constexpr bool SOURCE_IS_COARSE = false;
-  static constexpr bool MAYBE_ONE_OUTPUT = true;
-  // Register tiles: output channels x vectors of positions, by the number of vector registers.
-  static constexpr int CHANNEL_BLOCK = VECTOR_REGISTERS >= 32 ? 8 : 4;
-  static constexpr int VECTORS = 3;
-  static constexpr int VECTORS_OF_ONE = 6;
-  static constexpr int MAX_VECTORS = VECTORS > VECTORS_OF_ONE ? VECTORS : VECTORS_OF_ONE;
-  static constexpr int64_t SCRATCH_BYTES = 393216;
+  // Register tiles: output channels x vectors of positions.
+  using Tiles = std::conditional_t<VECTOR_REGISTERS >= 32,
+                                   TileList<Tile<1, 6>, Tile<4, 6>, Tile<8, 3>>,
+                                   TileList<Tile<1, 6>, Tile<4, 3>>>;
+
+  static constexpr int64_t SCRATCH_BYTES = 524288;
   static constexpr int64_t BUFFER_BYTES = 32768;
   static constexpr int64_t CHAIN_TERMS = 4096;
 
   // Calls visit with the unrolled taps of a phase.
   template <class Visit>
-  static void unrolled(int64_t phase, Visit visit) {
-    (void)phase;
+  static void unrolled(int64_t, Visit visit) {
     visit(AllTaps{});
   }
 };
@@ -119,7 +116,6 @@ CONVGEN_EXPORT int64_t convgen_fprop_f64_workspace(const ConvgenCall* call) {
 
 CONVGEN_EXPORT int convgen_fprop_f64(const ConvgenCall* call) {
   if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
-
   plan(*call).run(*call, call->fine, call->coarse);
   return CONVGEN_OK;
 }

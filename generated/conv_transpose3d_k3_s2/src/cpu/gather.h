@@ -41,11 +41,13 @@ CONVGEN_INLINE void multiply_add(Vector<Real> (&acc)[M][VECTORS], const Real* x,
   }
 }
 
-// A phase that no tap reaches: its outputs are the bias alone.
-struct NoTaps {
+// The taps of a phase in a loop, for the tiles that are not worth unrolled code.
+struct AnyTaps {
   template <int M, int VECTORS, class Real>
-  static CONVGEN_INLINE void accumulate(Vector<Real> (&)[M][VECTORS], const Real*, const Real*,
-                                        const int64_t*, int64_t) {}
+  static CONVGEN_INLINE void accumulate(Vector<Real> (&acc)[M][VECTORS], const Real* x,
+                                        const Real* weight, const int64_t* offset, int64_t taps) {
+    for (int64_t j = 0; j < taps; ++j) multiply_add(acc, x + offset[j], weight + j * M);
+  }
 };
 
 // The phases of an output row side by side: out[q * PHASES + r] = strips[r * pitch + q].
@@ -76,7 +78,8 @@ class Gather {
 
   int64_t batch, groups;
   int64_t sources, outputs;        // channels of one group: k, m
-  int64_t channel_block;           // M
+  int64_t channel_block;           // of a register tile: M
+  int64_t tile_positions;          // of a register tile
   int64_t channel_blocks;
   int64_t channel_splits = 1;      // tasks that share the channel blocks of a block of positions
   int64_t source_extent[3], output_extent[3];
@@ -106,7 +109,9 @@ class Gather {
       terms *= double(positions[axis]);
     }
     threads = thread_count(call.device, terms);
-    channel_block = outputs == 1 ? 1 : Problem::CHANNEL_BLOCK;
+    const TileSize tile = Problem::Tiles::choose(outputs);
+    channel_block = tile.channels;
+    tile_positions = int64_t(tile.width) * V;
     channel_blocks = ceil_div(outputs, channel_block);
     choose_blocks();
     Workspace workspace;
@@ -114,9 +119,8 @@ class Gather {
     bias_at = workspace.take(groups * channel_blocks * channel_block * REAL_BYTES);
     offsets_at = workspace.take(TAPS * int64_t(sizeof(int64_t)));
     // The last register tile of a run reads and writes up to one tile beyond it.
-    constexpr int64_t SLACK = Problem::MAX_VECTORS * V;
-    const int64_t buffer = AxisW::PHASES * channel_block * buffer_pitch + SLACK;
-    scratch_bytes = round_up((sources * scratch.channel() + SLACK) * REAL_BYTES, 64);
+    const int64_t buffer = AxisW::PHASES * channel_block * buffer_pitch + tile_positions;
+    scratch_bytes = round_up((sources * scratch.channel() + tile_positions) * REAL_BYTES, 64);
     thread_bytes = round_up(scratch_bytes + buffer * REAL_BYTES, 4096);
     threads_at = workspace.take(thread_bytes * threads);
     total_bytes = workspace.bytes;
@@ -125,10 +129,9 @@ class Gather {
   int64_t workspace_bytes() const { return total_bytes; }
 
   void run(const ConvgenCall& call, const void* source, void* output) const {
-    if constexpr (Problem::CHANNEL_BLOCK > 1) {
-      if (outputs > 1) return run_blocks<Problem::CHANNEL_BLOCK>(call, source, output);
-    }
-    if constexpr (Problem::MAYBE_ONE_OUTPUT) run_blocks<1>(call, source, output);
+    Problem::Tiles::visit(channel_block, [&](auto tile) {
+      run_blocks<decltype(tile)::CHANNELS, decltype(tile)::WIDTH>(call, source, output);
+    });
   }
 
  private:
@@ -171,12 +174,10 @@ class Gather {
 
   int64_t block_weights() const { return sources * TAPS * channel_block; }
 
-  int vectors() const { return channel_block == 1 ? Problem::VECTORS_OF_ONE : Problem::VECTORS; }
-
   // Cost of a run of positions in vectors: those of an incomplete tile use the registers badly.
   int64_t tile_cost(int64_t run) const {
     const int64_t count = ceil_div(run, V);
-    return count + count % vectors() / 2;
+    return count + count % (tile_positions / V) / 2;
   }
 
   void lay_out() {
@@ -187,7 +188,7 @@ class Gather {
     scratch.w = AxisLayout<AxisW>::choose(block[2], outputs >= 16 && block[2] < 2 * V ? 4 : 1);
     const int64_t run = (block[1] - 1) * scratch.pitch() + block[2];
     by_rows = block[1] * tile_cost(block[2]) <= tile_cost(run);
-    buffer_pitch = round_up(run + Problem::MAX_VECTORS * V, V);
+    buffer_pitch = round_up(run + tile_positions, V);
   }
 
   bool scratch_fits() {
@@ -203,7 +204,7 @@ class Gather {
   }
 
   void choose_blocks() {
-    const int64_t tile = int64_t(vectors()) * V;
+    const int64_t tile = tile_positions;
     const int64_t run =
         greatest(tile, Problem::BUFFER_BYTES / REAL_BYTES / (channel_block * AxisW::PHASES));
     block[0] = block[1] = 1;
@@ -233,7 +234,7 @@ class Gather {
     lay_out();
   }
 
-  template <int M>
+  template <int M, int VECTORS>
   void run_blocks(const ConvgenCall& call, const void* source, void* output) const {
     char* const workspace = static_cast<char*>(call.workspace);
     Real* const weights = reinterpret_cast<Real*>(workspace + weights_at);
@@ -273,7 +274,7 @@ class Gather {
              b < (split + 1) * channel_blocks / channel_splits; ++b) {
           const int64_t packed = image % groups * channel_blocks + b;
           Storage* to = static_cast<Storage*>(output) + (image * outputs + b * M) * output_volume;
-          compute<M>(x, weights + packed * block_weights(), bias + packed * M, offsets, buffer, to,
+          compute<M, VECTORS>(x, weights + packed * block_weights(), bias + packed * M, offsets, buffer, to,
                      least(M, outputs - b * M), q0);
         }
       }
@@ -306,7 +307,7 @@ class Gather {
   }
 
   // All outputs of a block of positions for M channels, of which `channels` exist.
-  template <int M>
+  template <int M, int VECTORS>
   void compute(const Real* x, const Real* weight, const Real* bias, const int64_t* offsets,
                Real* buffer, Storage* output, int64_t channels, const int64_t* q0) const {
     const int64_t planes = least(block[0], positions[0] - q0[0]);
@@ -322,7 +323,12 @@ class Gather {
         Real* strip = buffer + phase.residue[2] * M * buffer_pitch;
         const Run run = {x + plane * scratch.plane(), weight + phase.first * sources * M, bias,
                          offsets + phase.first, phase.taps, strip, rows};
-        Problem::unrolled(phase.index, [&](auto taps) { compute_phase<decltype(taps), M>(run); });
+        if constexpr (Problem::Tiles::unrolled(M))
+          Problem::unrolled(phase.index, [&](auto taps) {
+            compute_phase<decltype(taps), M, VECTORS>(run);
+          });
+        else
+          compute_phase<AnyTaps, M, VECTORS>(run);
         if (phase.residue[2] != AxisW::PHASES - 1) return;
         for (int64_t m = 0; m < channels; ++m)
           for (int64_t row = 0; row < rows; ++row) {
@@ -345,9 +351,8 @@ class Gather {
     int64_t rows;
   };
 
-  template <class Taps, int M>
+  template <class Taps, int M, int VECTORS>
   CONVGEN_NOINLINE void compute_phase(const Run& run) const {
-    constexpr int VECTORS = M == 1 ? Problem::VECTORS_OF_ONE : Problem::VECTORS;
     const int64_t runs = by_rows ? run.rows : 1;
     const int64_t length = by_rows ? block[2] : (run.rows - 1) * scratch.pitch() + block[2];
     for (int64_t i = 0; i < runs; ++i) {
@@ -355,7 +360,7 @@ class Gather {
       const int64_t end = at + length;
       for (; at + (VECTORS - 1) * V < end; at += VECTORS * V)
         compute_tile<Taps, M, VECTORS>(run, at);
-      for (; at < end; at += V) compute_tile<Taps, M, 1>(run, at);
+      for (; at < end; at += V) compute_tile<AnyTaps, M, 1>(run, at);
     }
   }
 
@@ -374,7 +379,7 @@ class Gather {
           acc[m][v] = (k0 ? Real(0) : run.bias[m]) - Vector<Real>{};
       const int64_t channels = least(chain, sources - k0);
       for (int64_t k = 0; k < channels; ++k) {
-        Taps::template accumulate<M, VECTORS>(acc, x, weight, run.offset, run.taps);
+        Taps::accumulate(acc, x, weight, run.offset, run.taps);
         x += scratch.channel();
         weight += run.taps * M;
       }

@@ -68,7 +68,7 @@ class Reduce {
       terms *= double(coarse_extent[axis]);
     }
     threads = thread_count(call.device, terms);
-    channel_block = coarse_channels == 1 ? 1 : Problem::CHANNEL_BLOCK;
+    channel_block = Problem::Tiles::choose(coarse_channels).channels;
     choose_blocks();
     choose_tasks(terms);
     Workspace workspace;
@@ -89,10 +89,9 @@ class Reduce {
       memset(call.weight, 0, size_t(weights()) * sizeof(Storage));
       return;
     }
-    if constexpr (Problem::CHANNEL_BLOCK > 1) {
-      if (coarse_channels > 1) return run_tasks<Problem::CHANNEL_BLOCK>(call);
-    }
-    if constexpr (Problem::MAYBE_ONE_COARSE) run_tasks<1>(call);
+    Problem::Tiles::visit(channel_block, [&](auto tile) {
+      run_tasks<decltype(tile)::CHANNELS, decltype(tile)::WIDTH>(call);
+    });
   }
 
  private:
@@ -169,7 +168,7 @@ class Reduce {
     resident = greatest(1, least(per_range, resident));
   }
 
-  template <int M>
+  template <int M, int WIDTH>
   void run_tasks(const ConvgenCall& call) const {
     char* const workspace = static_cast<char*>(call.workspace);
     int64_t* const offsets = reinterpret_cast<int64_t*>(workspace + offsets_at);
@@ -194,7 +193,7 @@ class Reduce {
         const int64_t group = task / (coarse_parts * fine_parts) % groups;
         const int64_t a0 = task / fine_parts % coarse_parts * coarse_part;
         const int64_t b0 = task % fine_parts * fine_part;
-        run_task<M>(call, own, offsets, partial + range * weights(), range, group, a0, b0);
+        run_task<M, WIDTH>(call, own, offsets, partial + range * weights(), range, group, a0, b0);
       }
       if (!partial_is_output()) {
         Storage* const weight = static_cast<Storage*>(call.weight);
@@ -216,7 +215,7 @@ class Reduce {
     return index / (blocks[0] * blocks[1] * blocks[2]);
   }
 
-  template <int M>
+  template <int M, int WIDTH>
   void run_task(const ConvgenCall& call, char* own, const int64_t* offsets, Real* partial,
                 int64_t range, int64_t group, int64_t a0, int64_t b0) const {
     Real* const coarse = reinterpret_cast<Real*>(own);
@@ -244,8 +243,8 @@ class Reduce {
             scratch.fill(fine + c * fine_pitch, from + c * fine_volume, fine_extent, q0);
           const Real* block_coarse = coarse + (i - first) * coarse_part * coarse_pitch;
           for (int64_t a = 0; a < a_count; a += M) {
-            const Tile<M> tile = {*this, block_coarse + a * coarse_pitch, fine, offsets,
-                                  sums + a * COLUMNS};
+            const Columns<M, WIDTH> tile = {*this, block_coarse + a * coarse_pitch, fine, offsets,
+                                            sums + a * COLUMNS};
             Problem::unrolled(tile);
           }
         }
@@ -289,14 +288,14 @@ class Reduce {
   }
 
   // M coarse channels against the columns of a fine block.
-  template <int M>
-  struct Tile {
+  template <int M, int WIDTH_>
+  struct Columns {
+    static constexpr int WIDTH = WIDTH_;  // columns per register tile, at most
     const Reduce& plan;
     const Real* coarse;
     const Real* fine;
     const int64_t* offset;  // of the columns in `fine`
     Vector<Real>* sums;     // [channel][column]
-    static constexpr bool ONE = M == 1;
 
     // Adds the products of COUNT columns from `first` on.
     template <int COUNT>

@@ -21,6 +21,39 @@ CONVGEN_EXPORT __attribute__((weak)) const char* convgen_error_string(int code) 
 
 namespace {
 
+// A register tile: CHANNELS x WIDTH sums, each a vector.
+struct TileSize {
+  int channels, width;
+};
+
+template <int CHANNELS_, int WIDTH_>
+struct Tile {
+  static constexpr int CHANNELS = CHANNELS_, WIDTH = WIDTH_;
+};
+
+// The tiles that a kernel is compiled for, by rising number of channels.
+template <class... Tiles>
+struct TileList {
+  static constexpr TileSize SIZES[] = {{Tiles::CHANNELS, Tiles::WIDTH}...};
+
+  // The first tile that holds all channels of a group, else the last.
+  static TileSize choose(int64_t channels) {
+    const TileSize* size = SIZES;
+    while (size->channels < channels && size != SIZES + sizeof...(Tiles) - 1) ++size;
+    return *size;
+  }
+
+  // Whether a tile has unrolled code: the one for one channel and the one for many.
+  static constexpr bool unrolled(int channels) {
+    return channels == 1 || channels == SIZES[sizeof...(Tiles) - 1].channels;
+  }
+
+  template <class Visit>
+  static void visit(int64_t channels, Visit visit) {
+    ((Tiles::CHANNELS == channels ? visit(Tiles{}) : void()), ...);
+  }
+};
+
 // Hands out 64-byte aligned parts of the workspace; counts them where there is none yet.
 struct Workspace {
   int64_t bytes = 0;

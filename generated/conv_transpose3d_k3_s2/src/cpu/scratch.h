@@ -84,55 +84,139 @@ struct AxisLayout {
   }
 };
 
+// Stores one element. Volatile, so that loops over a few elements stay what they are: the vector
+// code or call of memset that compilers make of them takes longer than the row beside them.
+template <class Real>
+CONVGEN_INLINE void put(Real* to, Real value) {
+  *static_cast<volatile Real*>(to) = value;
+}
+
+template <class Real>
+CONVGEN_INLINE void clear(Real* to, int64_t count) {
+  Vector<Real> zeros = {};
+  keep(zeros);
+  for (; count >= LANES<Real>; count -= LANES<Real>, to += LANES<Real>) store(to, zeros);
+#pragma GCC unroll 1
+  for (int64_t j = 0; j < count; ++j) put(to + j, Real(0));
+}
+
 // to[j] = from[j * STRIDE] for j < count.
 template <int STRIDE, class Real, class Storage>
 CONVGEN_INLINE void copy_strided(Real* __restrict to, const Storage* __restrict from,
                                  int64_t count) {
-  constexpr int V = LANES<Real>;
-  if constexpr (std::is_same_v<Real, Storage> && STRIDE <= 2) {
+  if constexpr (std::is_same_v<Real, Storage> && STRIDE == 1) {
+    constexpr int V = LANES<Real>;
     if (count >= V) {
       // Whole vectors, the last one overlapping the one before it.
-      for (int64_t j = 0;; j = least(j + V, count - V)) {
-        if constexpr (STRIDE == 1)
-          store(to + j, load(from + j));
-        else
-          store(to + j, load_even(from + 2 * j, std::make_integer_sequence<int, V>{}));
-        if (j == count - V) return;
-      }
-    }
+      for (int64_t j = 0; j < count - V; j += V) store(to + j, load(from + j));
+      store(to + count - V, load(from + count - V));
+    } else {
 #pragma GCC unroll 1
-    for (int64_t j = 0; j < count; ++j) to[j] = from[j * STRIDE];
+      for (int64_t j = 0; j < count; ++j) put(to + j, from[j]);
+    }
   } else {
     for (int64_t j = 0; j < count; ++j) to[j] = to_real(from[j * STRIDE]);
   }
 }
 
-// Zeros, mostly one or two: volatile, because the call of memset that the compiler would make of the
-// loop takes longer than the row beside it.
-template <class Real>
-CONVGEN_INLINE void clear(Real* to, int64_t count) {
-  if (count >= LANES<Real>) {
-    memset(to, 0, size_t(count) * sizeof(Real));
-  } else {
-    for (int64_t j = 0; j < count; ++j) *static_cast<volatile Real*>(to + j) = 0;
+// even[j] = from[2 * j], odd[j] = from[2 * j + 1] for j < count.
+template <class Real, class Storage>
+CONVGEN_INLINE void copy_pairs(Real* __restrict even, Real* __restrict odd,
+                               const Storage* __restrict from, int64_t count) {
+  constexpr int V = LANES<Real>;
+  if constexpr (std::is_same_v<Real, Storage>) {
+    if (count >= V) {
+      constexpr std::make_integer_sequence<int, V> LANE;
+      for (int64_t j = 0; j < count - V; j += V)
+        deinterleave(from + 2 * j, even + j, odd + j, LANE);
+      const int64_t last = count - V;
+      return deinterleave(from + 2 * last, even + last, odd + last, LANE);
+    }
+  }
+#pragma GCC unroll 1
+  for (int64_t j = 0; j < count; ++j) {
+    put(even + j, to_real(from[2 * j]));
+    put(odd + j, to_real(from[2 * j + 1]));
   }
 }
 
+// The part of a strip that lies inside of the source: positions [begin, end), whose elements are
+// those from `column` on.
+struct Inside {
+  int64_t begin, end, column;
+
+  int64_t count() const { return end - begin; }
+};
+
+// How one source row becomes strips of scratch. Copies are functions of their own: inlined into the
+// loops over rows, they would have too few registers.
+template <int STRIDE>
+struct RowCopy {
+  const Inside* inside;  // of each strip
+  int64_t strips;
+  int64_t length;  // of a strip
+  int64_t pitch;   // from strip to strip
+  int even;        // strip of the even columns, where the other one has the odd ones; or -1
+
+  RowCopy(const Inside* inside, int64_t strips, int64_t length, int64_t pitch)
+      : inside(inside), strips(strips), length(length), pitch(pitch), even(-1) {
+    if (STRIDE == 2 && strips == 2)
+      for (int strip = 0; strip < 2; ++strip)
+        if (inside[1 - strip].column == inside[strip].column + 1) even = strip;
+  }
+
+  template <class Real, class Storage>
+  CONVGEN_NOINLINE void copy(Real* to, const Storage* row) const {
+    if (STRIDE == 2 && even >= 0) return copy_both(to + even * pitch, to + (1 - even) * pitch, row);
+    for (int64_t strip = 0; strip < strips; ++strip, to += pitch) {
+      const Inside in = inside[strip];
+      clear(to, in.begin);
+      copy_strided<STRIDE>(to + in.begin, row + in.column, in.count());
+      clear(to + in.end, length - in.end);
+    }
+  }
+
+  template <class Real>
+  CONVGEN_NOINLINE void clear_all(Real* to) const {
+    for (int64_t strip = 0; strip < strips; ++strip, to += pitch) clear(to, length);
+  }
+
+ private:
+  // Both strips from one load of their elements, but for those that only one of them has.
+  template <class Real, class Storage>
+  CONVGEN_INLINE void copy_both(Real* to_even, Real* to_odd, const Storage* row) const {
+    const Inside a = inside[even], b = inside[1 - even];
+    const int64_t pairs = least(a.count(), b.count());
+    clear(to_even, a.begin);
+    clear(to_odd, b.begin);
+    copy_pairs(to_even + a.begin, to_odd + b.begin, row + a.column, pairs);
+    for (int64_t j = pairs; j < a.count(); ++j)
+      put(to_even + a.begin + j, to_real(row[a.column + 2 * j]));
+    for (int64_t j = pairs; j < b.count(); ++j)
+      put(to_odd + b.begin + j, to_real(row[b.column + 2 * j]));
+    clear(to_even + a.end, length - a.end);
+    clear(to_odd + b.end, length - b.end);
+  }
+};
+
+// How far ahead of the row that is copied source rows are prefetched.
+constexpr int64_t PREFETCH_BYTES = 2048;
+
 // Where a block of one tensor lies in scratch, channel by channel:
 // [strip d][plane][strip h][strip w][row][column].
-constexpr int PREFETCH_BYTES = 4096;
 template <class AxisD, class AxisH, class AxisW>
 struct Scratch {
   AxisLayout<AxisD> d;
   AxisLayout<AxisH> h;
   AxisLayout<AxisW> w;
 
-  int64_t pitch() const { return w.length; }                      // from row to row
+  int64_t pitch() const { return w.length; }  // from row to row
   int64_t strip_w() const { return h.length * w.length; }
   int64_t strip_h() const { return w.strips * strip_w(); }
-  int64_t plane() const { return h.strips * strip_h(); }          // from plane to plane
+  int64_t plane() const { return h.strips * strip_h(); }  // from plane to plane
   int64_t channel() const { return d.size() * plane(); }
 
+  // Of the element that a tap reads for the block's first position.
   int64_t offset(int64_t jd, int64_t jh, int64_t jw) const {
     return (d.strip_of[jd] * d.length + d.shift_of[jd]) * plane() +
            h.strip_of[jh] * strip_h() + h.shift_of[jh] * pitch() +
@@ -144,43 +228,36 @@ struct Scratch {
   template <class Real, class Storage>
   CONVGEN_NOINLINE void fill(Real* to, const Storage* channel, const int64_t* extent,
                              const int64_t* q0) const {
-    constexpr int64_t STRIDE[3] = {AxisD::SOURCE_STRIDE, AxisH::SOURCE_STRIDE,
-                                   AxisW::SOURCE_STRIDE};
+    constexpr int STRIDE = AxisW::SOURCE_STRIDE;
     Inside inside[AxisW::TAPS];
     for (int64_t sw = 0; sw < w.strips; ++sw) {
-      const int64_t x = w.origin[sw] + q0[2] * STRIDE[2];
-      const int64_t begin = least(greatest(ceil_div(-x, STRIDE[2]), 0), w.length);
-      const int64_t end = least(greatest(ceil_div(extent[2] - x, STRIDE[2]), begin), w.length);
-      inside[sw] = {begin, end, end > begin ? x + begin * STRIDE[2] : 0};
+      const int64_t x = w.origin[sw] + q0[2] * STRIDE;
+      const int64_t begin = least(greatest(ceil_div(-x, STRIDE), 0), w.length);
+      const int64_t end = least(greatest(ceil_div(extent[2] - x, STRIDE), begin), w.length);
+      inside[sw] = {begin, end, end > begin ? x + begin * STRIDE : 0};
     }
+    const RowCopy<STRIDE> rows(inside, w.strips, w.length, strip_w());
+    const int64_t row_bytes = extent[2] * int64_t(sizeof(Storage));
     for (int64_t pd = 0; pd < d.length; ++pd)
-      for (int64_t sd = 0; sd < d.strips; ++sd)
+      for (int64_t sd = 0; sd < d.strips; ++sd) {
+        const int64_t z = d.origin[sd] + (q0[0] + pd) * AxisD::SOURCE_STRIDE;
+        const bool in_depth = z >= 0 && z < extent[0];
+        Real* const plane_to = to + (sd * d.length + pd) * plane();
         for (int64_t ph = 0; ph < h.length; ++ph)
           for (int64_t sh = 0; sh < h.strips; ++sh) {
-            const int64_t z = d.origin[sd] + (q0[0] + pd) * STRIDE[0];
-            const int64_t y = h.origin[sh] + (q0[1] + ph) * STRIDE[1];
-            Real* line = to + (sd * d.length + pd) * plane() + sh * strip_h() + ph * pitch();
-            if (z < 0 || z >= extent[0] || y < 0 || y >= extent[1]) {
-              for (int64_t sw = 0; sw < w.strips; ++sw) clear(line + sw * strip_w(), w.length);
+            const int64_t y = h.origin[sh] + (q0[1] + ph) * AxisH::SOURCE_STRIDE;
+            Real* const line = plane_to + sh * strip_h() + ph * pitch();
+            if (!in_depth || y < 0 || y >= extent[1]) {
+              rows.clear_all(line);
               continue;
             }
-            const Storage* row = channel + (z * extent[1] + y) * extent[2];
-            for (int64_t j = 0; j < extent[2]; j += 64 / int64_t(sizeof(Storage)))
-              __builtin_prefetch(row + PREFETCH_BYTES / sizeof(Storage) + j);
-            for (int64_t sw = 0; sw < w.strips; ++sw, line += strip_w()) {
-              const Inside in = inside[sw];
-              clear(line, in.begin);
-              copy_strided<STRIDE[2]>(line + in.begin, row + in.source, in.end - in.begin);
-              clear(line + in.end, w.length - in.end);
-            }
+            const Storage* const row = channel + (z * extent[1] + y) * extent[2];
+            const char* const ahead = reinterpret_cast<const char*>(row) + PREFETCH_BYTES;
+            for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+            rows.copy(line, row);
           }
+      }
   }
-
- private:
-  // Positions of a w-strip that lie inside of the source, and the source column of the first.
-  struct Inside {
-    int64_t begin, end, source;
-  };
 };
 
 }  // namespace

@@ -78,12 +78,13 @@ CONVGEN_INLINE T shuffle(T a, T b) {
 #endif
 }
 
-// Every second of the 2 * LANES - 1 elements from `from` on.
+// Two vectors, end to end, to the elements of even index and those of odd index.
 template <class Real, int... I>
-CONVGEN_INLINE Vector<Real> load_even(const Real* from, std::integer_sequence<int, I...>) {
-  constexpr int V = LANES<Real>;
-  // The upper half is loaded one element early, so that nothing beyond the last one is touched.
-  return shuffle<(2 * I < V ? 2 * I : 2 * I + 1)...>(load(from), load(from + V - 1));
+CONVGEN_INLINE void deinterleave(const Real* from, Real* even, Real* odd,
+                                 std::integer_sequence<int, I...>) {
+  const Vector<Real> low = load(from), high = load(from + LANES<Real>);
+  store(even, shuffle<2 * I...>(low, high));
+  store(odd, shuffle<2 * I + 1 ...>(low, high));
 }
 
 template <class Real, int... I>

@@ -1,6 +1,6 @@
 // wgrad of conv_transpose3d_k3_s2, float64. Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"channel_block": [8, 4], "coarse_bytes": 393216, "coarse_tile_bytes": 20480, "columns": 3, "columns_of_one": 12, "fine_block": 1, "fine_bytes": 131072, "partial_bytes": 67108864, "range_positions": 2048, "sums_bytes": 262144, "task_terms": 4194304, "unroll": "full"}
+// Schedule: {"coarse_bytes": 393216, "coarse_tile_bytes": 20480, "fine_block": 1, "fine_bytes": 196608, "partial_bytes": 67108864, "range_positions": 2048, "sums_bytes": 262144, "task_terms": 4194304, "tiles": [[1, 12], [4, 6], [8, 3]], "tiles_of_16": [[1, 12], [4, 3]], "unroll": "full"}
 
 //
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
@@ -46,37 +46,46 @@ struct Problem {
   using AxisH = ::AxisH;
   using AxisW = ::AxisW;
   static constexpr int GROUPS = ::GROUPS;
+  // Register tiles: coarse channels x columns; a column is a tap of a fine channel.
+  using Tiles = std::conditional_t<VECTOR_REGISTERS >= 32,
+                                   TileList<Tile<1, 12>, Tile<4, 6>, Tile<8, 3>>,
+                                   TileList<Tile<1, 12>, Tile<4, 3>>>;
 
-  static constexpr bool MAYBE_ONE_COARSE = true;
-  // Register tile: coarse channels x columns (below); fine channels whose columns are computed
-  // together.
-  static constexpr int CHANNEL_BLOCK = VECTOR_REGISTERS >= 32 ? 8 : 4;
+  // Fine channels whose columns are computed together.
   static constexpr int FINE_BLOCK = 1;
   static constexpr int64_t COARSE_TILE_BYTES = 20480;
   static constexpr int64_t COARSE_BYTES = 393216;
-  static constexpr int64_t FINE_BYTES = 131072;
+  static constexpr int64_t FINE_BYTES = 196608;
   static constexpr int64_t SUMS_BYTES = 262144;
   static constexpr int64_t PARTIAL_BYTES = 67108864;
   static constexpr int64_t RANGE_POSITIONS = 2048;
   static constexpr int64_t TASK_TERMS = 4194304;
 
-  // All columns of a tile: the taps of each fine channel.
-  template <class Tile>
-  static void unrolled(const Tile& tile) {
-    if constexpr (Tile::ONE) {
-      tile.template correlate<9>(0);  // kernel (0, 0, 0) to (0, 2, 2)
-      tile.template correlate<9>(9);  // kernel (1, 0, 0) to (1, 2, 2)
-      tile.template correlate<9>(18);  // kernel (2, 0, 0) to (2, 2, 2)
-    } else {
-      tile.template correlate<3>(0);  // kernel (0, 0, 0) to (0, 0, 2)
-      tile.template correlate<3>(3);  // kernel (0, 1, 0) to (0, 1, 2)
-      tile.template correlate<3>(6);  // kernel (0, 2, 0) to (0, 2, 2)
-      tile.template correlate<3>(9);  // kernel (1, 0, 0) to (1, 0, 2)
-      tile.template correlate<3>(12);  // kernel (1, 1, 0) to (1, 1, 2)
-      tile.template correlate<3>(15);  // kernel (1, 2, 0) to (1, 2, 2)
-      tile.template correlate<3>(18);  // kernel (2, 0, 0) to (2, 0, 2)
-      tile.template correlate<3>(21);  // kernel (2, 1, 0) to (2, 1, 2)
-      tile.template correlate<3>(24);  // kernel (2, 2, 0) to (2, 2, 2)
+  // All columns of some coarse channels, in register tiles.
+  template <class Columns>
+  static void unrolled(const Columns& columns) {
+    if constexpr (Columns::WIDTH == 3) {
+      columns.template correlate<3>(0);  // kernel (0, 0, 0) to (0, 0, 2)
+      columns.template correlate<3>(3);  // kernel (0, 1, 0) to (0, 1, 2)
+      columns.template correlate<3>(6);  // kernel (0, 2, 0) to (0, 2, 2)
+      columns.template correlate<3>(9);  // kernel (1, 0, 0) to (1, 0, 2)
+      columns.template correlate<3>(12);  // kernel (1, 1, 0) to (1, 1, 2)
+      columns.template correlate<3>(15);  // kernel (1, 2, 0) to (1, 2, 2)
+      columns.template correlate<3>(18);  // kernel (2, 0, 0) to (2, 0, 2)
+      columns.template correlate<3>(21);  // kernel (2, 1, 0) to (2, 1, 2)
+      columns.template correlate<3>(24);  // kernel (2, 2, 0) to (2, 2, 2)
+    }
+    if constexpr (Columns::WIDTH == 6) {
+      columns.template correlate<5>(0);  // kernel (0, 0, 0) to (0, 1, 1)
+      columns.template correlate<5>(5);  // kernel (0, 1, 2) to (1, 0, 0)
+      columns.template correlate<6>(10);  // kernel (1, 0, 1) to (1, 2, 0)
+      columns.template correlate<5>(16);  // kernel (1, 2, 1) to (2, 0, 2)
+      columns.template correlate<6>(21);  // kernel (2, 1, 0) to (2, 2, 2)
+    }
+    if constexpr (Columns::WIDTH == 12) {
+      columns.template correlate<9>(0);  // kernel (0, 0, 0) to (0, 2, 2)
+      columns.template correlate<9>(9);  // kernel (1, 0, 0) to (1, 2, 2)
+      columns.template correlate<9>(18);  // kernel (2, 0, 0) to (2, 2, 2)
     }
   }
 };
@@ -96,7 +105,6 @@ CONVGEN_EXPORT int64_t convgen_wgrad_f64_workspace(const ConvgenCall* call) {
 
 CONVGEN_EXPORT int convgen_wgrad_f64(const ConvgenCall* call) {
   if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
-
   plan(*call).run(*call);
   return CONVGEN_OK;
 }

@@ -28,6 +28,13 @@ __device__ __forceinline__ void narrow(bfloat16& to, float x) { to = __float2bfl
 __device__ __forceinline__ void narrow(float& to, float x) { to = x; }
 __device__ __forceinline__ void narrow(double& to, double x) { to = x; }
 
+// x, of which the compiler forgets where it came from: what is computed from it inside a loop stays
+// there, instead of occupying a register for each of a hundred loop-invariant offsets.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Asynchronous copies, global to shared ------------------------------------------------
 
 // Copies BYTES (4, 8 or 16, both addresses aligned to it), or writes zeros where `valid` is false

@@ -172,7 +172,7 @@ __device__ __forceinline__ void accumulate_d1_h1(const GatherShape& s, const Acc
 }
 
 template <int CHANNELS>
-__global__ void __launch_bounds__(GATHER_MAX_THREADS, 1)
+__global__ void __launch_bounds__(GATHER_MAX_WARPS* WARP, 1)
     dgrad_kernel(const GatherShape s, const T* input, const Acc* packed, const T* bias, T* output) {
   Acc* const shared = dynamic_shared<Acc>();
   const GatherBlock block = locate_block(s, s.lanes * (SCATTERED ? ROWS : 1), SCATTERED ? 1 : ROWS);
@@ -351,6 +351,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels, Gathe
   traits.span_x = 1;
   traits.scattered = SCATTERED;
   traits.taps_per_pass = TAPS_PER_PASS;
+  traits.max_warps = GATHER_MAX_WARPS;
   traits.lanes_per_warp = WARP;
   traits.channels_per_warp = channels;
   traits.packed_per_slot = channels;

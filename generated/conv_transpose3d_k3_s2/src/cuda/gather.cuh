@@ -36,7 +36,7 @@ struct GatherShape {
   // The staged tile: `chunk` of `words` input words of [planes][rows][residue of X][columns].
   int words;
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
-  Divisor by_rows, by_planes;
+  Divisor by_columns, by_rows;  // staged accesses of a line, lines of a plane
   int chunk, chunks, tile_elements, stage_elements;
   int shared_bytes;
   int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
@@ -52,6 +52,7 @@ struct GatherTraits {
   int span_r, span_y, span_x;  // largest minus smallest offset of a pass
   bool scattered;              // a thread's positions are `lanes` apart in the flattened plane
   int taps_per_pass;           // most weight slots that one pass stages
+  int max_warps;               // of a thread block
   int lanes_per_warp;          // positions that a warp's lanes make
   int channels_per_warp;       // output channels of one warp
   int packed_per_slot;         // packed weight words per slot, input word and warp of channels
@@ -61,7 +62,7 @@ struct GatherTraits {
   int pitch_residue = 0;       // of a word's tile, modulo 16 words; 0 if any will do
 };
 
-constexpr int GATHER_MAX_THREADS = 384;
+constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
 constexpr int GATHER_STAGES = 2;
 constexpr int GATHER_MAX_WARPS_C = 6;
 
@@ -71,19 +72,18 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
                       int shared_limit) {
   const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
   // Fewest blocks per output channel, then least idle warps.
-  const int max_warps = GATHER_MAX_THREADS / WARP;
   const int64_t blocks_c = ceil_div(channel_blocks, GATHER_MAX_WARPS_C);
   s.warps_c = static_cast<int>(ceil_div(channel_blocks, blocks_c));
   const int rows = t.rows_per_thread;
   const int64_t flat_rows = t.scattered ? rows : 1;
   const int64_t plane = int64_t{s.y.positions} * s.x.positions;
   const int64_t weights = int64_t{t.taps_per_pass} * t.packed_per_slot * s.warps_c;
-  int warps_p = max_warps / s.warps_c;
+  int warps_p = t.max_warps / s.warps_c;
   while (warps_p > 1 && int64_t{warps_p - 1} * t.lanes_per_warp * flat_rows >= plane) --warps_p;
 
   double best_cost = -1;
   for (; warps_p >= 1; --warps_p) {
-    if (best_cost >= 0 && warps_p * s.warps_c < max_warps / 2) break;  // too few to fill the chip
+    if (best_cost >= 0 && warps_p * s.warps_c < t.max_warps / 2) break;  // too few to fill the chip
     const int64_t lanes = int64_t{warps_p} * t.lanes_per_warp;
     const int64_t flat = lanes * flat_rows;
     for (const int64_t target : {1024, 512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8}) {
@@ -152,7 +152,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
   s.by_rows = Divisor(s.rows);
-  s.by_planes = Divisor(s.planes);
+  s.by_columns = Divisor(s.row_pitch / s.load_width);
   s.channel_blocks = Divisor(blocks_c);
   s.phases = Divisor(t.phases);
   s.row_tiles = Divisor(row_tiles);
@@ -184,34 +184,39 @@ __device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int fl
   return block;
 }
 
-// Stages `count` input channels, of which `channels` exist, of a tile whose first element is input position (r, y, x):
-// plane j is row r + j * PLANE_STEP of R, line j is y + j * LINE_STEP of Y, and columns are laid
-// out by their residue modulo STEP_X, so that neighbouring lanes read neighbouring words.
-// A warp stages one line at a time, WIDTH elements per lane (`x` and the input's lines are then
-// multiples of WIDTH, and STEP_X is 1). Positions outside the input and channels from `channels` on are zero.
+// Stages `count` input channels, of which `channels` exist, of a tile whose first element is input
+// position (r, y, x): plane j is row r + j * PLANE_STEP of R, line j is y + j * LINE_STEP of Y, and
+// columns are laid out by their residue modulo STEP_X, so that neighbouring lanes read neighbouring
+// words. A thread takes WIDTH neighbouring columns of a line (`x` and the input's lines are then
+// multiples of WIDTH, and STEP_X is 1), finds its place once and copies it for every channel.
+// Positions outside the input and channels that do not exist are zero.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename Acc, typename T>
 __device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, const T* input,
                                             int count, int channels, int r, int y, int x) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  const int lines = count * s.planes * s.rows;
-  for (int line = warp; line < lines; line += warps) {
-    int index = line;
-    const int row = s.by_rows.split(index);
-    const int plane = s.by_planes.split(index);
+  const int items = s.planes * s.rows * s.by_columns.divisor;
+  for (int item = threadIdx.x; item < items; item += blockDim.x) {
+    int line = item;
+    const int column = s.by_columns.split(line) * WIDTH;
+    int plane = line;
+    const int row = s.by_rows.split(plane);
     const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
-    const bool inside = index < channels &&
-                        static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
-                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input);
-    Acc* to = tile + index * s.channel_pitch + plane * s.plane_pitch + row * s.row_pitch;
-    const T* from = input + index * s.in_channel_stride;
-    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride;
-    for (int column = lane * WIDTH; column < s.row_pitch; column += WARP * WIDTH) {
-      const bool valid =
-          inside && static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
-      Acc* element = STEP_X == 1
-                         ? to + column
-                         : to + (column % STEP_X) * s.residue_pitch + column / STEP_X;
-      stage_vector<WIDTH>(element, valid ? from + (x + column) : input, valid);
+    const bool inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
+                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input) &&
+                        static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
+    const T* from = input;
+    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride + (x + column);
+    Acc* to = tile + line * s.row_pitch;
+    to += STEP_X == 1 ? column : (column % STEP_X) * s.residue_pitch + column / STEP_X;
+    const int existing = inside ? min(count, channels) : 0;
+#pragma unroll 4
+    for (int channel = 0; channel < existing; ++channel) {
+      stage_vector<WIDTH>(to, from, true);
+      from += s.in_channel_stride;
+      to += s.channel_pitch;
+    }
+    for (int channel = existing; channel < count; ++channel) {
+      stage_vector<WIDTH>(to, input, false);
+      to += s.channel_pitch;
     }
   }
 }

@@ -17,7 +17,7 @@ struct WgradShape {
   // `coarse_block` coarse channels of each, and `tap_blocks` neighbouring blocks of taps. Its
   // threads are `units` = fine_block x tap_blocks lanes by `warps_a` blocks of CHANNELS.
   int groups_per_block, fine_block, coarse_block, tap_blocks, units, warps_a;
-  Divisor by_fine_block, by_group_fine, by_coarse_block;
+  Divisor by_fine_block, by_group_fine;
   Divisor coarse_blocks, fine_blocks, tap_parts, group_blocks;
   int blocks, threads;
 
@@ -30,7 +30,7 @@ struct WgradShape {
   // Shared memory of one stage: coarse [channel][tile_h][tile_w], fine [channel][plane][row][x].
   int coarse_pitch, coarse_elements;
   int planes, rows, columns, fine_pitch, stage_elements;
-  Divisor by_tile_h, by_rows, by_planes;
+  Divisor by_tile_w, by_rows, by_columns;
   int shared_bytes;
   int coarse_width;  // elements per staged access of the coarse tensor
 };
@@ -185,10 +185,9 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
   s.tiles_d = Divisor(s.coarse_d);
   s.by_fine_block = Divisor(s.fine_block);
   s.by_group_fine = Divisor(s.fine_channels);
-  s.by_coarse_block = Divisor(s.coarse_block);
-  s.by_tile_h = Divisor(s.tile_h);
+  s.by_tile_w = Divisor(s.tile_w);
   s.by_rows = Divisor(s.rows);
-  s.by_planes = Divisor(s.planes);
+  s.by_columns = Divisor(s.columns);
 
   int64_t slots = shared_limit / s.shared_bytes;  // blocks that live on a multiprocessor at once
   if (slots > max_warps * WARP / s.threads) slots = max_warps * WARP / s.threads;
@@ -247,31 +246,33 @@ __device__ __forceinline__ WgradTile locate_wgrad_tile(const WgradShape& s, int 
   return tile;
 }
 
-// Stages the coarse positions of a tile, a line per warp at a time, zero outside the tensor; WIDTH
-// elements per lane, of which tile_w and the tensor's lines are multiples.
+// Stages the coarse positions of a tile, zero outside the tensor. A thread takes WIDTH neighbouring
+// positions (of which tile_w and the tensor's lines are multiples) and copies them for every channel.
 template <int WIDTH, typename Acc, typename T>
 __device__ __forceinline__ void stage_coarse_lines(const WgradShape& s, Acc* to, const T* coarse,
                                                    const WgradBlock& block,
                                                    const WgradTile& tile) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  const int lines = s.groups_per_block * s.coarse_block * s.tile_h;
-  for (int line = warp; line < lines; line += warps) {
-    int slot = line;
-    const int row = s.by_tile_h.split(slot);
-    int group = slot;
-    const int channel = block.coarse0 + s.by_coarse_block.split(group);
-    group += block.group0;
-    const int h = tile.h0 + row;
-    const bool inside = group < s.groups && channel < s.coarse_channels && h < s.coarse_h;
-    const T* from = coarse;
-    if (inside) {
-      const int64_t plane = (int64_t{tile.n} * s.groups + group) * s.coarse_channels + channel;
-      from += plane * s.coarse_channel_stride + (tile.d * s.coarse_h + h) * s.coarse_w;
-    }
-    Acc* element = to + slot * s.coarse_pitch + row * s.tile_w;
-    for (int column = lane * WIDTH; column < s.tile_w; column += WARP * WIDTH) {
-      const bool valid = inside && tile.w0 + column < s.coarse_w;
-      stage_vector<WIDTH>(element + column, valid ? from + tile.w0 + column : coarse, valid);
+  const int items = s.tile_h * s.tile_w / WIDTH;
+  const int channels = min(s.coarse_block, s.coarse_channels - block.coarse0);
+  for (int item = threadIdx.x; item < items; item += blockDim.x) {
+    int row = item * WIDTH;
+    const int column = s.by_tile_w.split(row);
+    const int h = tile.h0 + row, w = tile.w0 + column;
+    const bool inside = h < s.coarse_h && w < s.coarse_w;
+    Acc* element = to + item * WIDTH;
+    for (int slot = 0; slot < s.groups_per_block; ++slot) {
+      const int group = block.group0 + slot;
+      const int existing = inside && group < s.groups ? channels : 0;
+      const int64_t plane = (int64_t{tile.n} * s.groups + group) * s.coarse_channels + block.coarse0;
+      const T* from = coarse;
+      if (existing) from += plane * s.coarse_channel_stride + (tile.d * s.coarse_h + h) * s.coarse_w + w;
+#pragma unroll 4
+      for (int channel = 0; channel < s.coarse_block; ++channel) {
+        const bool valid = channel < existing;
+        stage_vector<WIDTH>(element, valid ? from : coarse, valid);
+        from += s.coarse_channel_stride;
+        element += s.coarse_pitch;
+      }
     }
   }
 }
@@ -293,34 +294,41 @@ __device__ __forceinline__ void stage_coarse(const WgradShape& s, Acc* to, const
 }
 
 // Stages what a tile's taps read of the fine tensor: planes are kernel depths (PLANE_STEP input
-// planes apart, from `d`), rows are ROW_STEP apart from `h`, columns consecutive from `w`.
+// planes apart, from `d`), rows are ROW_STEP apart from `h`, columns consecutive from `w`. A thread
+// takes one place and copies it for every channel.
 template <int PLANE_STEP, int ROW_STEP, typename Acc, typename T>
 __device__ __forceinline__ void stage_fine(const WgradShape& s, Acc* to, const T* fine,
                                            const WgradBlock& block, int n, int d, int h, int w) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
   const int first = block.group0 * s.fine_channels + block.fine0;
   // One group's block ends with the group, several groups' with the tensor.
   const int end = s.groups_per_block > 1 ? s.groups * s.fine_channels
                                          : (block.group0 + 1) * s.fine_channels;
-  const int lines = s.fine_block * s.planes * s.rows;
-  for (int line = warp; line < lines; line += warps) {
-    int slot = line;
-    const int row = s.by_rows.split(slot);
-    const int plane = s.by_planes.split(slot);
-    const int at_d = d + plane * PLANE_STEP, at_h = h + row * ROW_STEP;
-    const bool inside = first + slot < end &&
-                        static_cast<unsigned>(at_d) < static_cast<unsigned>(s.fine_d) &&
-                        static_cast<unsigned>(at_h) < static_cast<unsigned>(s.fine_h);
-    const T* from = fine;
-    if (inside) {
-      const int64_t channel = int64_t{n} * s.groups * s.fine_channels + first + slot;
-      from += channel * s.fine_channel_stride + (at_d * s.fine_h + at_h) * s.fine_w;
+  const int channels = min(s.fine_block, end - first);
+  const T* const sample =
+      fine + (int64_t{n} * s.groups * s.fine_channels + first) * s.fine_channel_stride;
+  const int items = s.planes * s.rows * s.columns;
+  for (int item = threadIdx.x; item < items; item += blockDim.x) {
+    int row = item;
+    const int column = s.by_columns.split(row);
+    int plane = row;
+    row = s.by_rows.split(plane);
+    const int at_d = d + plane * PLANE_STEP, at_h = h + row * ROW_STEP, at_w = w + column;
+    const bool inside = static_cast<unsigned>(at_d) < static_cast<unsigned>(s.fine_d) &&
+                        static_cast<unsigned>(at_h) < static_cast<unsigned>(s.fine_h) &&
+                        static_cast<unsigned>(at_w) < static_cast<unsigned>(s.fine_w);
+    const T* from = sample;
+    if (inside) from += (at_d * s.fine_h + at_h) * s.fine_w + at_w;
+    Acc* element = to + item;
+    const int existing = inside ? channels : 0;
+#pragma unroll 4
+    for (int channel = 0; channel < existing; ++channel) {
+      stage_element(element, from, true);
+      from += s.fine_channel_stride;
+      element += s.fine_pitch;
     }
-    Acc* element = to + slot * s.fine_pitch + (plane * s.rows + row) * s.columns;
-    for (int column = lane; column < s.columns; column += WARP) {
-      const bool valid =
-          inside && static_cast<unsigned>(w + column) < static_cast<unsigned>(s.fine_w);
-      stage_element(element + column, valid ? from + (w + column) : fine, valid);
+    for (int channel = existing; channel < s.fine_block; ++channel) {
+      stage_element(element, fine, false);
+      element += s.fine_pitch;
     }
   }
 }
