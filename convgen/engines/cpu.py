@@ -178,8 +178,10 @@ class CpuEngine:
         }
         if isinstance(schedule, ReduceSchedule):
             widths = sorted({width for _, width in schedule.tiles + schedule.tiles_of_16})
-            labels = _column_labels(g, schedule.fine_block) if schedule.unroll == "full" else []
-            context["columns"] = {width: _column_parts(labels, width) for width in widths}
+            full = schedule.unroll == "full"
+            context["columns"] = {
+                width: _column_parts(g, schedule.fine_block, width) for width in widths if full
+            }
         else:
             context["phases"] = phases = _unrolled_phases(axes, schedule.unroll)
             context["by_phase"] = bool(phases) and phases[0].name != "AllTaps"
@@ -263,21 +265,19 @@ def _tap_label(tap: Iterable[Tap]) -> str:
     return f"kernel {kernel} at {_coordinates((d.offset, h.offset, w.offset))}"
 
 
-def _column_labels(g: Geometry, fine_block: int) -> list[str]:
-    taps = [_coordinates(tap) for tap in product(*map(range, g.kernel))]
+def _column_parts(g: Geometry, fine_block: int, width: int) -> list[ColumnPart]:
+    """Columns (taps; for single taps, fine channels) in even parts of at most ``width``."""
     if fine_block == 1:
-        return taps
-    return [f"{tap} of fine channel + {b}" for b in range(fine_block) for tap in taps]
-
-
-def _column_parts(labels: Sequence[str], width: int) -> list[ColumnPart]:
-    """Columns in even parts of at most ``width``."""
+        what, labels = "kernel", [_coordinates(tap) for tap in product(*map(range, g.kernel))]
+    else:
+        assert g.taps == 1
+        what, labels = "fine channels b +", [str(channel) for channel in range(fine_block)]
     parts = -(-len(labels) // width)
-    bounds = [part * len(labels) // max(parts, 1) for part in range(parts + 1)]
+    bounds = [part * len(labels) // parts for part in range(parts + 1)]
     result = []
     for first, end in pairwise(bounds):
         last = f" to {labels[end - 1]}" if end - first > 1 else ""
-        result.append(ColumnPart(first, end - first, f"kernel {labels[first]}{last}"))
+        result.append(ColumnPart(first, end - first, f"{what} {labels[first]}{last}"))
     return result
 
 

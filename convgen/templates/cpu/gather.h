@@ -77,17 +77,17 @@ class Gather {
   static constexpr int64_t TASKS_PER_THREAD = 8;
 
   int64_t batch, groups;
-  int64_t sources, outputs;        // channels of one group: k, m
-  int64_t channel_block;           // of a register tile: M
-  int64_t tile_positions;          // of a register tile
+  int64_t sources, outputs;  // channels of one group: k, m
+  int64_t channel_block;     // of a register tile: M
+  int64_t tile_positions;    // of a register tile
   int64_t channel_blocks;
-  int64_t channel_splits = 1;      // tasks that share the channel blocks of a block of positions
+  int64_t channel_splits = 1;  // tasks that share the channel blocks of a block of positions
   int64_t source_extent[3], output_extent[3];
-  int64_t positions[3];            // q: output extents over phases, rounded up
-  int64_t block[3], blocks[3];     // positions per block, blocks
+  int64_t positions[3];         // q: output extents over phases, rounded up
+  int64_t block[3], blocks[3];  // positions per block, blocks
   Scratch<AxisD, AxisH, AxisW> scratch;
-  bool by_rows;                    // register tiles do not cross rows
-  int64_t buffer_pitch;            // of one w-phase and channel in the row buffer
+  bool by_rows;          // register tiles do not cross rows
+  int64_t buffer_pitch;  // of one w-phase and channel in the row buffer
   int threads;
   int64_t weights_at, bias_at, offsets_at, threads_at;  // in the workspace
   int64_t scratch_bytes, thread_bytes, total_bytes;
@@ -274,8 +274,8 @@ class Gather {
              b < (split + 1) * channel_blocks / channel_splits; ++b) {
           const int64_t packed = image % groups * channel_blocks + b;
           Storage* to = static_cast<Storage*>(output) + (image * outputs + b * M) * output_volume;
-          compute<M, VECTORS>(x, weights + packed * block_weights(), bias + packed * M, offsets, buffer, to,
-                     least(M, outputs - b * M), q0);
+          compute<M, VECTORS>(x, weights + packed * block_weights(), bias + packed * M, offsets,
+                              buffer, to, least(M, outputs - b * M), q0);
         }
       }
     }
@@ -321,12 +321,16 @@ class Gather {
         const int64_t rows = least(block[1], ceil_div(output_extent[1] - oh, AxisH::PHASES));
         if (od >= output_extent[0] || rows <= 0) return;
         Real* strip = buffer + phase.residue[2] * M * buffer_pitch;
-        const Run run = {x + plane * scratch.plane(), weight + phase.first * sources * M, bias,
-                         offsets + phase.first, phase.taps, strip, rows};
+        const Run run = {x + plane * scratch.plane(),
+                         weight + phase.first * sources * M,
+                         bias,
+                         offsets + phase.first,
+                         phase.taps,
+                         strip,
+                         rows};
         if constexpr (Problem::Tiles::unrolled(M))
-          Problem::unrolled(phase.index, [&](auto taps) {
-            compute_phase<decltype(taps), M, VECTORS>(run);
-          });
+          Problem::unrolled(phase.index,
+                            [&](auto taps) { compute_phase<decltype(taps), M, VECTORS>(run); });
         else
           compute_phase<AnyTaps, M, VECTORS>(run);
         if (phase.residue[2] != AxisW::PHASES - 1) return;
@@ -375,8 +379,7 @@ class Gather {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v)
-          acc[m][v] = (k0 ? Real(0) : run.bias[m]) - Vector<Real>{};
+        for (int v = 0; v < VECTORS; ++v) acc[m][v] = (k0 ? Real(0) : run.bias[m]) - Vector<Real>{};
       const int64_t channels = least(chain, sources - k0);
       for (int64_t k = 0; k < channels; ++k) {
         Taps::accumulate(acc, x, weight, run.offset, run.taps);

@@ -44,13 +44,13 @@ class Reduce {
   int64_t coarse_part, coarse_parts;       // a per task (whole register tiles), tasks
   int64_t fine_part, fine_parts;           // b per task (whole FINE_BLOCKs), tasks
   int64_t coarse_extent[3], fine_extent[3];
-  int64_t block[3], blocks[3];             // positions per block, blocks of one image
-  int64_t block_count;                     // of the whole batch
-  int64_t ranges;                          // of blocks, each with partial weights of its own
-  int64_t resident;                        // blocks whose coarse scratch is filled at once
-  Scratch<AxisD, AxisH, AxisW> scratch;    // of a fine channel
-  int64_t segments[2], segment;            // runs of positions in a block (planes, rows), length
-  int64_t coarse_pitch, fine_pitch;        // scratch of one channel of a block
+  int64_t block[3], blocks[3];           // positions per block, blocks of one image
+  int64_t block_count;                   // of the whole batch
+  int64_t ranges;                        // of blocks, each with partial weights of its own
+  int64_t resident;                      // blocks whose coarse scratch is filled at once
+  Scratch<AxisD, AxisH, AxisW> scratch;  // of a fine channel
+  int64_t segments[2], segment;          // runs of positions in a block (planes, rows), length
+  int64_t coarse_pitch, fine_pitch;      // scratch of one channel of a block
   int threads;
   int64_t offsets_at, partial_at, threads_at, fine_at, sums_at, thread_bytes, total_bytes;
 
@@ -60,8 +60,8 @@ class Reduce {
         groups(Problem::GROUPS),
         coarse_channels(call.coarse_channels / Problem::GROUPS),
         fine_channels(call.fine_channels / Problem::GROUPS) {
-    double terms = double(batch) * double(call.coarse_channels) * double(fine_channels) *
-                   double(TAPS);
+    double terms =
+        double(batch) * double(call.coarse_channels) * double(fine_channels) * double(TAPS);
     for (int axis = 0; axis < 3; ++axis) {
       coarse_extent[axis] = call.coarse_extent[axis];
       fine_extent[axis] = call.fine_extent[axis];
@@ -139,23 +139,21 @@ class Reduce {
       }
       lay_out();
     }
-    for (int axis = 0; axis < 3; ++axis)
-      blocks[axis] = ceil_div(coarse_extent[axis], block[axis]);
+    for (int axis = 0; axis < 3; ++axis) blocks[axis] = ceil_div(coarse_extent[axis], block[axis]);
     block_count = batch * blocks[0] * blocks[1] * blocks[2];
   }
 
   void choose_tasks(double terms) {
     const int64_t wanted = int64_t(least(int64_t(terms / Problem::TASK_TERMS), 256)) + 1;
     const int64_t sums_limit = Problem::SUMS_BYTES / (COLUMNS * VECTOR_BYTES);
-    coarse_part = round_up(even_part(coarse_channels, greatest(least(sums_limit, 64), 1)),
-                           channel_block);
+    coarse_part =
+        round_up(even_part(coarse_channels, greatest(least(sums_limit, 64), 1)), channel_block);
     coarse_parts = ceil_div(coarse_channels, coarse_part);
     // Filling coarse scratch must pay: 128 multiply-adds for every element.
     const int64_t fine_least = round_up(ceil_div(128, TAPS), Problem::FINE_BLOCK);
     int64_t tasks = groups * coarse_parts;
-    fine_part = round_up(
-        greatest(fine_least, ceil_div(fine_channels, greatest(1, wanted / tasks))),
-        Problem::FINE_BLOCK);
+    fine_part = round_up(greatest(fine_least, ceil_div(fine_channels, greatest(1, wanted / tasks))),
+                         Problem::FINE_BLOCK);
     fine_parts = ceil_div(fine_channels, fine_part);
     tasks *= fine_parts;
     // A range is long beside the adding up of lanes; partial weights must fit in memory.
@@ -172,9 +170,8 @@ class Reduce {
   void run_tasks(const ConvgenCall& call) const {
     char* const workspace = static_cast<char*>(call.workspace);
     int64_t* const offsets = reinterpret_cast<int64_t*>(workspace + offsets_at);
-    Real* const partial = partial_is_output()
-                              ? reinterpret_cast<Real*>(call.weight)
-                              : reinterpret_cast<Real*>(workspace + partial_at);
+    Real* const partial = partial_is_output() ? reinterpret_cast<Real*>(call.weight)
+                                              : reinterpret_cast<Real*>(workspace + partial_at);
     int64_t* to = offsets;
     for (int64_t b = 0; b < Problem::FINE_BLOCK; ++b)
       for (int jd = 0; jd < AxisD::TAPS; ++jd)

@@ -218,9 +218,8 @@ struct Scratch {
 
   // Of the element that a tap reads for the block's first position.
   int64_t offset(int64_t jd, int64_t jh, int64_t jw) const {
-    return (d.strip_of[jd] * d.length + d.shift_of[jd]) * plane() +
-           h.strip_of[jh] * strip_h() + h.shift_of[jh] * pitch() +
-           w.strip_of[jw] * strip_w() + w.shift_of[jw];
+    return (d.strip_of[jd] * d.length + d.shift_of[jd]) * plane() + h.strip_of[jh] * strip_h() +
+           h.shift_of[jh] * pitch() + w.strip_of[jw] * strip_w() + w.shift_of[jw];
   }
 
   // Copies the block whose first positions are q0 out of one channel (a volume of `extent`). Strips
