@@ -71,11 +71,19 @@ def ceilings(device: torch.device, dtype: str, tf32: bool) -> Ceilings:
     which give an accuracy close to fp32's.
     """
     clock = clock_for(device)
-    rates = {
-        f"{dtype} (TF32)" if dtype == "f32" and tf32 else dtype: _rate(clock, device, dtype, tf32)
-    }
-    if dtype == "f32" and not tf32 and device.type == "cuda":
-        rates["f32 (3 x TF32)"] = _rate(clock, device, dtype, True) / 3
+    on_gpu = device.type == "cuda"
+    if dtype == "f32" and on_gpu:
+        rates = {"f32 (TF32)": _rate(clock, device, dtype, True)}
+        if not tf32:
+            rates = {
+                "f32": _rate(clock, device, dtype, False),
+                "f32 (3 x TF32)": rates["f32 (TF32)"] / 3,
+            }
+    elif dtype == "f16" and not on_gpu:
+        # Torch multiplies f16 on the CPU far below what f32 reaches after a conversion.
+        rates = {"f32, for f16": _rate(clock, device, "f32", False)}
+    else:
+        rates = {dtype: _rate(clock, device, dtype, False)}
     mode = max(rates, key=lambda name: rates[name])
     return Ceilings(rates[mode], _bandwidth(clock, device), mode)
 
