@@ -30,6 +30,14 @@ ALL_DTYPES = ("f32", "f64", "f16", "bf16")
 Package = Callable[..., ModuleType]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for warning in (
+        "ignore:Using padding='same' with even kernel lengths",  # torch's reference says so
+        "ignore:.torch.jit.script_method. is deprecated",  # torch itself uses it
+    ):
+        config.addinivalue_line("filterwarnings", warning)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

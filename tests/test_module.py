@@ -364,6 +364,9 @@ class TestErrors:
             module.conv2d(x, w)
         with pytest.raises(ValueError, match="out_channels must be divisible by groups"):
             module.Conv2d(4, 5)
+        operators = getattr(torch.ops, module.fprop.namespace)
+        with pytest.raises(RuntimeError, match="2 groups do not divide 5 and 4 channels"):
+            operators.wgrad(torch.randn(1, 5, 5, 5), x)
 
 
 class TestPackage:

@@ -91,7 +91,8 @@ class TestText:
             "cuda": ["f32"],
         }
         for entry in described["backends"].values():
-            assert len(entry["kernels"]) == 3 * len(entry["dtypes"])
+            units = [*entry["dtypes"], *entry["math_modes"]]
+            assert len(entry["kernels"]) == 3 * len(units)
 
     def test_is_formatted(self, spec: ConvSpec, tmp_path: Path) -> None:
         ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
