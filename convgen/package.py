@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convgen import __version__
-from convgen.dtypes import DTYPES
-from convgen.engines import KernelPlan
+from convgen.dtypes import DTYPES, MODES
+from convgen.engines import TENSOR_CORE_CHANNELS, KernelPlan
 from convgen.render import command_line, render_template
 from convgen.spec import ConvSpec
 
@@ -41,6 +41,8 @@ def render_package(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) ->
         "namespace": f"convgen_{spec.name}_{digest}",
         "backends": {name: kernels["dtypes"] for name, kernels in description["backends"].items()},
         "dtypes": DTYPES,
+        "math_modes": description["backends"].get("cuda", {}).get("math_modes", []),
+        "tensor_core_channels": TENSOR_CORE_CHANNELS,
         "axes": _AXES[spec.ndim],
         "extents": _extents(spec),
         "class_name": class_name(spec.op),
@@ -64,7 +66,12 @@ def describe(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) -> dict[
         "spec": spec.to_dict(),
         "backends": {
             backend: {
-                "dtypes": list(dict.fromkeys(plan.dtype for plan in kernels)),
+                "dtypes": list(
+                    dict.fromkeys(plan.dtype for plan in kernels if plan.dtype in DTYPES)
+                ),
+                "math_modes": list(
+                    dict.fromkeys(plan.dtype for plan in kernels if plan.dtype in MODES)
+                ),
                 "kernels": [
                     {
                         "contraction": plan.contraction,

@@ -14,7 +14,7 @@ import jinja2
 
 from convgen import __version__
 from convgen.dtypes import DTYPES, MODES
-from convgen.engines import CONTRACTIONS, KernelPlan, engine_for
+from convgen.engines import CONTRACTIONS, SOURCE_SUFFIX, KernelPlan, units
 from convgen.spec import ConvSpec
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,20 +48,18 @@ def render_kernels(
 ) -> tuple[dict[str, str], list[KernelPlan]]:
     """The sources of one backend: ``{path in the package: text}``, and the plans behind them.
 
-    Sources lie at ``src/<backend>/<contraction>_<dtype><suffix>``; each is one translation unit.
+    Sources lie at ``src/<backend>/<contraction>_<dtype or math mode><suffix>``; each is one
+    translation unit.
     """
-    engine = engine_for(backend)
-    files = {
-        f"src/{backend}/{path}": (TEMPLATES / source).read_text()
-        for path, source in engine.headers.items()
-    }
+    files: dict[str, str] = {}
     plans = []
-    for dtype in dtypes:
+    for engine, kind in units(backend, spec.geometry, dtypes):
+        for path, source in engine.headers.items():
+            files[f"src/{backend}/{path}"] = (TEMPLATES / source).read_text()
         for contraction in CONTRACTIONS:
-            plan = engine.plan(spec.geometry, contraction, dtype)
+            plan = engine.plan(spec.geometry, contraction, kind)
             plans.append(plan)
-            path = f"src/{backend}/{contraction}_{dtype}{engine.source_suffix}"
-            files[path] = render_template(
+            files[f"src/{backend}/{contraction}_{kind}{SOURCE_SUFFIX[backend]}"] = render_template(
                 engine.template(contraction), kernel_context(spec, plan) | engine.context(plan)
             )
     return files, plans

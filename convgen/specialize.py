@@ -12,7 +12,7 @@ from types import ModuleType
 from convgen import toolchain
 from convgen.build import Library, Progress, build
 from convgen.dtypes import DTYPES, parse_dtype
-from convgen.engines import BACKENDS, KernelPlan, engine_for
+from convgen.engines import BACKENDS, SOURCE_SUFFIX, KernelPlan
 from convgen.folders import export as export
 from convgen.folders import load as load
 from convgen.spec import ConvSpec, SpecError
@@ -137,7 +137,7 @@ def render(
 
 def _library(backend: str, files: Iterable[str], archs: Sequence[str] | None) -> Library:
     """The library of a backend: its translation units, and the commands that compile them."""
-    suffix = engine_for(backend).source_suffix
+    suffix = SOURCE_SUFFIX[backend]
     sources = sorted(
         path for path in files if path.startswith(f"src/{backend}/") and path.endswith(suffix)
     )

@@ -1,12 +1,12 @@
 """Engines: each turns a contraction of a geometry into the sources of one translation unit.
 
 An engine is one Python file here (its schedule, the legal space with reasons, and what its
-templates are given) and one folder of templates. :func:`engine_for` is the only registry.
+templates are given) and one folder of templates. :func:`units` is the only registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,13 +38,11 @@ class Engine(Protocol):
 
     name: str
     backend: str
-    source_suffix: str
-    """``.cpp`` or ``.cu``."""
     headers: Mapping[str, str]
     """Plain headers: path in the package below ``src/<backend>/`` -> template folder path."""
 
     def plan(self, geometry: Geometry, contraction: str, dtype: str) -> KernelPlan:
-        """The default schedule for a contraction and dtype (a key of ``convgen.dtypes.DTYPES``)."""
+        """The default schedule for a contraction and a dtype or math mode (``convgen.dtypes``)."""
 
     def template(self, contraction: str) -> str:
         """Template of a contraction, relative to ``convgen/templates``."""
@@ -53,14 +51,37 @@ class Engine(Protocol):
         """What the template is given beyond the common context (see ``convgen.render``)."""
 
 
-def engine_for(backend: str) -> Engine:
-    """The engine that serves a backend."""
+SOURCE_SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
+"""Suffix of the translation units of each backend."""
+
+TENSOR_CORE_MODES = {"f32": ("tf32", "tf32x3"), "f16": ("f16tc",), "bf16": ("bf16tc",)}
+"""Math modes (keys of ``convgen.dtypes.MODES``) that CUDA libraries have beside a dtype's unit."""
+
+TENSOR_CORE_CHANNELS = 8
+"""Channels per group, coarse and fine, from which tensor cores pay: the width of their products."""
+
+
+def units(backend: str, geometry: Geometry, dtypes: Iterable[str]) -> list[tuple[Engine, str]]:
+    """The engines that serve dtypes on a backend, each with its dtype or math mode.
+
+    Tensor-core units are left out where the channels are known to be too few for them.
+    """
     if backend == "cpu":
         from convgen.engines import cpu
 
-        return cpu.ENGINE
-    if backend == "cuda":
-        from convgen.engines import simt
+        return [(cpu.ENGINE, dtype) for dtype in dtypes]
+    if backend != "cuda":
+        raise ValueError(f"backend {backend!r} is not known: choose from {', '.join(BACKENDS)}")
+    from convgen.engines import mma, simt
 
-        return simt.ENGINE
-    raise ValueError(f"backend {backend!r} is not known: choose from {', '.join(BACKENDS)}")
+    known = [
+        channels
+        for channels in (geometry.coarse_channels_per_group, geometry.fine_channels_per_group)
+        if channels is not None
+    ]
+    found: list[tuple[Engine, str]] = []
+    for dtype in dtypes:
+        found.append((simt.ENGINE, dtype))
+        if min(known, default=TENSOR_CORE_CHANNELS) >= TENSOR_CORE_CHANNELS:
+            found += [(mma.ENGINE, mode) for mode in TENSOR_CORE_MODES.get(dtype, ())]
+    return found

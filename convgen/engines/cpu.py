@@ -130,7 +130,6 @@ class CpuEngine:
 
     name = "cpu"
     backend = "cpu"
-    source_suffix = ".cpp"
     headers: Mapping[str, str] = {
         "convgen_abi.h": "common/convgen_abi.h",
         "runtime.h": "cpu/runtime.h",

@@ -102,8 +102,8 @@ def gather_axes(geometry: Geometry, contraction: str) -> tuple[Axis, Axis, Axis]
             axes.append(Axis(name, s, (Phase(0, gather_taps(k, p, d)),), d))
         else:
             axes.append(Axis(name, 1, dgrad_phases(k, s, p, d), d // gcd(s, d)))
-    d, h, w = axes
-    return d, h, w
+    axis_d, axis_h, axis_w = axes
+    return axis_d, axis_h, axis_w
 
 
 def _by_offset(x: Axis) -> dict[int, list[tuple[int, int]]]:

@@ -7,7 +7,8 @@ fprop and dgrad share one kernel, a gather (``templates/cuda/mma/gather.cu.j2``)
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 from convgen.dtypes import MODES
 from convgen.engines import KernelPlan
@@ -96,8 +97,7 @@ class Mma:
 
     name = "mma"
     backend = "cuda"
-    source_suffix = ".cu"
-    headers: ClassVar = {
+    headers: Mapping[str, str] = {
         "convgen_abi.h": "common/convgen_abi.h",
         "device.cuh": "cuda/device.cuh",
         "common.cuh": "cuda/simt/common.cuh",
@@ -106,6 +106,9 @@ class Mma:
         "mma.cuh": "cuda/mma/mma.cuh",
         "math.cuh": "cuda/mma/math.cuh",
         "fragments.cuh": "cuda/mma/fragments.cuh",
+        "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
+        "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
+        "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
     }
 
     def plan(self, geometry: Geometry, contraction: str, dtype: str) -> KernelPlan:

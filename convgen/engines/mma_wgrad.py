@@ -8,6 +8,7 @@ wavefront, in one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from math import gcd
 from typing import Any
@@ -15,9 +16,6 @@ from typing import Any
 from convgen.dtypes import MODES
 from convgen.engines import KernelPlan
 from convgen.spec import Geometry
-
-HEADERS = {"mma_wgrad.cuh": "cuda/mma/wgrad.cuh"}
-"""Headers of its own: path below ``src/cuda/`` -> template folder path."""
 
 QUAD = 4
 """Neighbouring positions along W that one lane feeds to a product."""
@@ -27,8 +25,8 @@ PRODUCT_CLOCKS = 1.5
 LEVEL2_BYTES = 28
 """Per clock, with all multiprocessors at work."""
 # Sums, fragments and window of a lane. 168 registers are what 12 warps leave a thread; addresses
-# and the loop take the rest.
-REGISTERS = 146
+# and the loop take the rest. Of operands that are split, not all live at once.
+REGISTERS, REGISTERS_SPLIT = 142, 146
 # Chunks of 16 positions that 3xTF32 sums in the tensor cores, which truncate when they add, before
 # their sum is added in fp32: 8 products of depth 8, three each.
 FLUSH = 4
@@ -114,6 +112,7 @@ def _wavefronts(vector: int, lane_pitch: int, channel_pitch: int) -> int:
     return total
 
 
+@cache
 def _pitches(vector: int, lane_pitch: int) -> tuple[int, int, int]:
     """(least wavefronts, words added to ``lane_pitch``, channel pitch mod 32) of a load."""
     return min(
@@ -220,8 +219,10 @@ def _clocks(
     sums = 4 * m * n * taps_h * taps_w
     fragments = m * 8 // elements
     window = layout.used_vectors * layout.vector
-    # A window as long as the registers allow; the compiler loads the rest as it goes.
-    if (sums + fragments + min(window, 24)) * (2 if split else 1) > REGISTERS:
+    # A window as long as the registers allow; the compiler loads the rest as it goes. In 16 bits
+    # the pairs that taps read are made beside it.
+    registers = sums + fragments + min(window, 24) * elements
+    if registers * (2 if split else 1) > (REGISTERS_SPLIT if split else REGISTERS):
         return None
     products = m * n * taps_h * taps_w * 2 // elements
     tensor = PRODUCT_CLOCKS * products * (3 if split else 1)
@@ -246,9 +247,6 @@ def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
         layout = _layout(geometry, elements, taps_w)
         if layout.window_vectors * layout.vector * elements <= MAX_REACH or taps_w == 1:
             layouts[taps_w] = layout
-    # Blocks of so few taps that neighbouring positions share nothing stage a row once per block.
-    whole = {w: x for w, x in layouts.items() if w == kw or x.position_step == geometry.stride[2]}
-    layouts = whole or layouts
 
     def cost(taps_h: int, taps_w: int, m: int, n: int) -> float | None:
         """Time per position, of all taps and known channels (else of 16 x 8 of them)."""
@@ -256,7 +254,9 @@ def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
         clocks = _clocks(mode, layouts[taps_w], rows, taps_h, taps_w, m, n)
         if clocks is None:
             return None
-        units = -(-kh // taps_h) * -(-kw // taps_w)
+        units: float = -(-kh // taps_h) * -(-kw // taps_w)
+        if taps_w < kw and layouts[taps_w].position_step != geometry.stride[2]:
+            units *= 1.5  # positions share nothing: every block of taps stages the whole row
         units *= -(-coarse // (ROWS * m)) if coarse else 1
         units *= -(-fine // (COLUMNS * n)) if fine else 1
         return clocks * units / ((1 if coarse else m) * (1 if fine else n))

@@ -7,8 +7,9 @@ on the call and are chosen at launch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from convgen.dtypes import DTYPES
 from convgen.engines import KernelPlan
@@ -144,8 +145,7 @@ class Simt:
 
     name = "simt"
     backend = "cuda"
-    source_suffix = ".cu"
-    headers: ClassVar = {
+    headers: Mapping[str, str] = {
         "convgen_abi.h": "common/convgen_abi.h",
         "device.cuh": "cuda/device.cuh",
         "common.cuh": "cuda/simt/common.cuh",
