@@ -22,9 +22,10 @@ from torch import Tensor
 from convgen.dtypes import DTYPES, parse_dtype
 from convgen.spec import ConvSpec
 
-LIMITS = {"f64": 1e-12, "f32": 1e-5, "f16": 2e-3, "bf16": 1e-2}
+LIMITS = {"f64": 1e-12, "f32": 1e-5, "tf32": 1e-3, "f16": 2e-3, "bf16": 1e-2}
 """Largest relative norm of an error. Sums run in fp32 or better, so f16 and bf16 are those of one
-rounding of each result; the reference takes the rounded inputs."""
+rounding of each result; the reference takes the rounded inputs. tf32 rounds each operand to 10
+bits, which the reference does not."""
 
 _WORST = 2
 """A single element may be off by so many limits, measured by its sum of magnitudes."""
@@ -48,7 +49,7 @@ class Row:
     device: str
     """``cpu`` or ``cuda``, or ``cuda interpreted`` for CUDA kernels that ran on the CPU."""
     dtype: str
-    """A key of ``convgen.dtypes.DTYPES``."""
+    """A key of ``convgen.dtypes.DTYPES``; ``tf32`` for f32 where torch's switch allows TF32."""
     shapes: str
     """Shape of the input, and what is special about the case."""
     quantity: str
@@ -134,11 +135,22 @@ def verify(
             f"only {', '.join(generated)}"
         )
     rows: list[Row] = []
-    for dtype in chosen:
+    for kind in _kinds(module, where, chosen):
         generator = torch.Generator().manual_seed(seed)
-        for case in cases(spec, quick):
-            rows += _verify_case(module, spec, case, where, dtype, generator)
+        with allowing_tf32(kind == "tf32"):
+            for case in cases(spec, quick):
+                rows += _verify_case(module, spec, case, where, kind, generator)
     return Report(spec.name, rows)
+
+
+def _kinds(module: ModuleType, device: torch.device, dtypes: Iterable[str]) -> list[str]:
+    """The dtypes, and tf32 beside f32 where the module has tensor-core kernels for it."""
+    modes = getattr(module._runtime, "MATH_MODES", ())
+    on_cuda = device.type == "cuda" or is_interpreted(module)
+    kinds = list(dtypes)
+    if "f32" in kinds and "tf32" in modes and on_cuda:
+        kinds.insert(kinds.index("f32") + 1, "tf32")
+    return kinds
 
 
 def is_interpreted(module: ModuleType) -> bool:
@@ -222,10 +234,11 @@ def _verify_case(
     spec: ConvSpec,
     case: Case,
     device: torch.device,
-    dtype: str,
+    kind: str,
     generator: torch.Generator,
 ) -> list[Row]:
-    inputs = _inputs(spec, case, getattr(torch, DTYPES[dtype].torch_name), generator)
+    dtype = getattr(torch, DTYPES["f32" if kind == "tf32" else kind].torch_name)
+    inputs = _inputs(spec, case, dtype, generator)
     reference = quantities(_reference(spec, case), _double(inputs))
     magnitude = quantities(_reference(spec, case), {k: v.abs() for k, v in _double(inputs).items()})
 
@@ -235,19 +248,19 @@ def _verify_case(
         first = quantities(run, given)
         second = quantities(run, given)
 
-    limit = LIMITS[dtype]
+    limit = LIMITS[kind]
     name_of_device = "cuda interpreted" if is_interpreted(module) else device.type
     rows = []
     for name, expected in reference.items():
         error, worst = _errors(first[name], expected, magnitude[name])
-        rows.append(Row(name_of_device, dtype, str(case), name, error, worst, limit))
+        rows.append(Row(name_of_device, kind, str(case), name, error, worst, limit))
     exact = {
         "same bits twice": all(_same_bits(first[name], second[name]) for name in first),
         "inputs unmodified": all(_same_bits(given[name], inputs[name]) for name in inputs),
     }
     for name, agrees in exact.items():
         error = 0.0 if agrees else math.inf
-        rows.append(Row(name_of_device, dtype, str(case), name, error, error, limit))
+        rows.append(Row(name_of_device, kind, str(case), name, error, error, limit))
     return rows
 
 
@@ -358,6 +371,19 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal shapes and bits (NaN equals itself), wherever the tensors lie."""
     first, second = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b))
     return a.shape == b.shape and torch.equal(first, second)
+
+
+@contextlib.contextmanager
+def allowing_tf32(allowed: bool) -> Iterator[None]:
+    """Sets torch's switch for TF32 in convolutions, which generated modules follow."""
+    cudnn: Any = torch.backends.cudnn
+    switch = cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from convgen.verify import (
     LIMITS,
     Row,
     VerificationError,
+    allowing_tf32,
     cases,
     output_extents,
     poisoned_memory,
@@ -51,7 +52,9 @@ def test_every_operator_passes(package: Package, device: str, op: str) -> None:
     report = verify(module, device=device)
     assert report.ok
     assert report.name == ConvSpec.from_dict(module.SPEC).name
-    assert {row.dtype for row in report.rows} == {"f32", "f64"}
+    assert {row.dtype for row in report.rows} - {"tf32"} == {"f32", "f64"}
+    if device == "cpu":
+        assert "tf32" not in {row.dtype for row in report.rows}
     assert {row.quantity for row in report.rows} == QUANTITIES
     assert {row.device for row in report.rows} == {device}
     spec = ConvSpec.from_dict(module.SPEC)
@@ -194,6 +197,26 @@ class TestErrors:
     def test_device_that_was_not_compiled_for(self, k3s2: ModuleType) -> None:
         with pytest.raises(VerificationError, match="is compiled for cpu, not for cuda"):
             verify(k3s2, device="cuda")
+
+
+@pytest.mark.gpu
+def test_tf32_is_verified_where_it_may_run(package: Package) -> None:
+    module = package("conv_transpose3d", "cuda", kernel_size=3, stride=2)
+    report = verify(module, device="cuda", dtypes=["f32"])
+    assert report.ok
+    errors = {
+        kind: max(row.error for row in report.rows if row.dtype == kind) for kind in ("f32", "tf32")
+    }
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert errors["f32"] < LIMITS["f32"] < errors["tf32"] < LIMITS["tf32"]
+
+
+def test_the_switch_for_tf32_is_put_back() -> None:
+    before = torch.backends.cudnn.conv.fp32_precision
+    for allowed, precision in ((True, "tf32"), (False, "ieee")):
+        with allowing_tf32(allowed):
+            assert torch.backends.cudnn.conv.fp32_precision == precision
+    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_poisoned_memory_is_nan_and_only_inside() -> None:
