@@ -107,7 +107,6 @@ class Mma:
         "math.cuh": "cuda/mma/math.cuh",
         "fragments.cuh": "cuda/mma/fragments.cuh",
         "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
-        "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
         "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
     }
 
