@@ -1,0 +1,268 @@
+"""wgrad on the tensor cores: what is chosen, that it compiles without spills, and its results."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from math import gcd
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreted import Library, Problem, engine_sources, problem, solve, solve_exactly
+
+from convgen import interpret, toolchain
+from convgen.dtypes import MODES
+from convgen.engines.mma_wgrad import _elements, _layout, _wavefronts, wgrad_schedule
+from convgen.spec import ConvSpec, Geometry
+
+LIMITS = {"tf32": 5e-4, "tf32x3": 2e-6, "f16tc": 6e-4, "bf16tc": 5e-3}
+"""On ``||out - ref|| / ||ref||``: 1.7 times what rounding operands (tf32) or the result costs."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment(session_cache: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        yield
+
+
+# ---- Schedules ------------------------------------------------------------------------------
+
+AXIS = st.tuples(st.integers(1, 45), st.integers(1, 60), st.integers(0, 70), st.integers(1, 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    axes=st.tuples(AXIS, AXIS, AXIS),
+    channels=st.tuples(*[st.none() | st.integers(4, 200)] * 2),
+    mode=st.sampled_from(sorted(MODES)),
+)
+def test_windows_hold_what_taps_read(
+    axes: tuple[tuple[int, ...], ...], channels: tuple[int | None, int | None], mode: str
+) -> None:
+    kernel, stride, padding, dilation = zip(*axes, strict=True)
+    geometry = Geometry(kernel, stride, padding, dilation, 1, *channels)
+    schedule = wgrad_schedule(geometry, mode)
+    assert 1 <= schedule.taps_h <= kernel[1]
+    assert 1 <= schedule.taps_w <= kernel[2]
+    assert schedule.tiles
+    elements = _elements(mode)
+    layout = _layout(geometry, elements, schedule.taps_w)
+    columns = layout.window_vectors * layout.vector * elements
+    for position in range(4):
+        for tap in range(schedule.taps_w):
+            column = layout.shift + position * layout.position_columns + tap * layout.tap_columns
+            assert column < columns
+            # The column that is staged there is the one that the tap reads.
+            staged = (column - layout.shift) // layout.position_columns * stride[2]
+            staged += (column - layout.shift) % layout.position_columns * layout.column_step
+            assert staged == position * stride[2] + tap * dilation[2]
+    # Tiles start at positions that are multiples of four, blocks of taps anywhere.
+    start = -padding[2] - layout.shift
+    assert start % layout.column_align == 0 or layout.column_align == 1
+    if kernel[2] > schedule.taps_w:
+        assert schedule.taps_w * dilation[2] % layout.column_align == 0
+
+
+@pytest.mark.parametrize("mode", ["tf32", "f16tc"])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 7, 8, 16])
+def test_loads_of_a_warp_have_no_bank_conflicts(mode: str, stride: int) -> None:
+    """Where lanes may read rows of different channels: any stride, at the pitches chosen."""
+    geometry = Geometry((1, 1, 17), (1, 1, stride), (0, 0, 0), (1, 1, 1), 1, None, None)
+    elements = _elements(mode)
+    layout = _layout(geometry, elements, 17)
+    assert layout.position_columns == stride
+    words = 4 // elements
+    assert _wavefronts(words, words, 992 + layout.coarse_residue) == words
+    least = layout.vector
+    assert _wavefronts(layout.vector, layout.quad_pitch, 992 + layout.fine_residue) == least
+
+
+def test_columns_that_no_tap_reads_are_not_staged() -> None:
+    def layout(kernel: int, stride: int, dilation: int) -> tuple[int, int, int]:
+        geometry = Geometry((1, 1, kernel), (1, 1, stride), (0,) * 3, (1, 1, dilation), 1, 8, 8)
+        found = _layout(geometry, 1, kernel)
+        return found.position_columns, found.column_step, found.tap_columns
+
+    assert layout(1, 2, 1) == (1, 2, 1)
+    assert layout(3, 2, 2) == (1, 2, 1)
+    assert layout(3, 4, 6) == (2, gcd(4, 6), 3)
+    assert layout(2, 9, 1) == (2, 1, 1)
+
+
+# ---- Compilation ----------------------------------------------------------------------------
+
+UP, CONV = "conv_transpose3d", "conv3d"
+COMPILED = [
+    (ConvSpec(UP, 3, in_channels=48, out_channels=48), "tf32"),
+    (ConvSpec(UP, (3, 5, 7), in_channels=32, out_channels=16), "f16tc"),
+    (ConvSpec(UP, 2, 2, in_channels=64, out_channels=32), "bf16tc"),
+    (ConvSpec(UP, 3, 2, 1, 1), "tf32x3"),
+    (ConvSpec(CONV, 3, 1, 1), "tf32"),
+    (ConvSpec("conv_transpose1d", 16, 8, 4), "tf32"),
+]
+
+
+@pytest.mark.parametrize(("spec", "mode"), COMPILED, ids=lambda x: getattr(x, "name", x))
+def test_kernels_compile_without_spills(spec: ConvSpec, mode: str, tmp_path: Path) -> None:
+    compiler = toolchain.find_cuda()
+    for name, text in engine_sources(spec, mode, ("wgrad",)).items():
+        (tmp_path / name).write_text(text)
+    command = [compiler.path, "-ccbin", compiler.host, "-std=c++17", "-O3", "-Xptxas", "-v"]
+    command += ["-arch=sm_80", "-cubin", f"wgrad_{mode}.cu", "-o", "wgrad.cubin"]
+    environment = toolchain.build_environment()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    kernels = toolchain.ptxas_resources(done.stdout + done.stderr)
+    compiled = [kernel for kernel in kernels if "wgrad_kernel" in kernel.kernel]
+    assert len(compiled) == len(wgrad_schedule(spec.geometry, mode).tiles)
+    for kernel in kernels:
+        assert not kernel.spills, kernel
+        assert kernel.registers <= 168
+
+
+# ---- Results --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: ConvSpec
+    modes: tuple[str, ...]
+    calls: tuple[tuple[int, tuple[int, int], tuple[int, ...]], ...]
+    """Batch, channels in and out, input extents."""
+
+    def problems(self, mode: str) -> list[Problem]:
+        base = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[MODES[mode].torch_name]
+        problems = []
+        for index, (batch, channels, extents) in enumerate(self.calls):
+            made = problem(
+                self.spec, "wgrad", base, extents, batch=batch, channels=channels, seed=index
+            )
+            problems.append(replace(made, dtype=mode))
+        return problems
+
+
+ALL = ("tf32", "tf32x3", "f16tc", "bf16tc")
+CASES = [
+    # Several tiles of channels, odd channels, odd rows, two samples.
+    Case(ConvSpec(UP, 3), ALL, ((1, (5, 7), (3, 5, 6)), (2, (20, 9), (2, 4, 18)))),
+    # Copies whose first column lies left of the tensor; 16-byte accesses.
+    Case(ConvSpec(CONV, 3, 1, 1), ("tf32", "bf16tc"), ((2, (16, 40), (3, 7, 24)),)),
+    Case(ConvSpec(UP, 3, 2, 1, 1), ("tf32", "f16tc"), ((2, (5, 7), (3, 5, 6)),)),
+    # Groups; blocks of taps beyond the kernel; columns in steps of two.
+    Case(
+        ConvSpec(UP, (3, 5, 7), 2, (1, 2, 3), 1, 1, 4),
+        ("tf32", "tf32x3", "bf16tc"),
+        ((1, (32, 32), (3, 4, 6)), (2, (16, 20), (2, 3, 9))),
+    ),
+    # A stride that needs padded quads; blocks of taps along W.
+    Case(ConvSpec("conv_transpose1d", 16, 8, 4), ("tf32", "f16tc"), ((2, (20, 9), (33,)),)),
+    Case(
+        ConvSpec("conv1d", 41, 4, 20, groups=4),
+        ("tf32", "bf16tc"),
+        ((1, (16, 32), (200,)), (2, (20, 16), (90,))),
+    ),
+    # Nothing shared between positions.
+    Case(ConvSpec("conv3d", 1, 2), ("tf32", "f16tc"), ((2, (9, 17), (4, 7, 9)),)),
+    Case(ConvSpec("conv1d", 5, 50, 3), ("tf32x3", "bf16tc"), ((1, (4, 6), (530,)),)),
+    # Dilation, alone and with stride.
+    Case(ConvSpec(UP, 3, 2, 1, 0, 2), ("tf32", "bf16tc"), ((1, (16, 24), (3, 5, 7)),)),
+    Case(
+        ConvSpec(CONV, (3, 3, 5), (2, 3, 5), (2, 1, 4), dilation=(3, 2, 2)),
+        ("tf32", "f16tc"),
+        ((1, (8, 20), (13, 14, 40)),),
+    ),
+]
+RUNS = [
+    pytest.param(case, mode, id=f"{case.spec.name}-{mode}") for case in CASES for mode in case.modes
+]
+
+
+@cache
+def library(spec: ConvSpec, mode: str, checks: str) -> Path:
+    sources = engine_sources(spec, mode, ("wgrad",))
+    return interpret.library(f"{spec.name}_{mode}_wgrad", sources, checks)
+
+
+@pytest.mark.parametrize(("case", "mode"), RUNS)
+def test_checked_kernels_agree_with_float64(case: Case, mode: str) -> None:
+    loaded = Library(library(case.spec, mode, "checked"))
+    for made in case.problems(mode):
+        solve(loaded, made)
+        assert made.error() <= LIMITS[mode]
+
+
+@pytest.mark.parametrize("mode", ["tf32", "f16tc"])
+def test_sanitized_kernels_stay_within_exact_tensors(mode: str, tmp_path: Path) -> None:
+    """Under AddressSanitizer and UBSan, with odd rows and padding."""
+    problems = CASES[2].problems(mode)
+    solve_exactly(library(CASES[2].spec, mode, "address"), problems, tmp_path)
+    for made in problems:
+        assert made.error() <= LIMITS[mode]
+
+
+def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 KiB of shared memory per block and one multiprocessor: longer sums, smaller tiles."""
+    monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", str(48 * 1024))
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
+    path = tmp_path / "small.so"  # a copy: the library remembers the limits
+    path.write_bytes(library(CASES[0].spec, "tf32", "checked").read_bytes())
+    loaded = Library(path)
+    (made,) = Case(CASES[0].spec, (), ((2, (33, 17), (4, 5, 10)),)).problems("tf32")
+    solve(loaded, made)
+    assert made.error() <= LIMITS["tf32"]
+
+
+def test_long_sums_in_tf32x3_keep_fp32_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One multiprocessor, so that a warp sums thousands of positions of truncating products."""
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
+    case = Case(ConvSpec(CONV, (1, 1, 3)), (), ((2, (8, 16), (4, 32, 66)),))
+    path = tmp_path / "long.so"
+    path.write_bytes(library(case.spec, "tf32x3", "plain").read_bytes())
+    (made,) = case.problems("tf32x3")
+    solve(Library(path), made)
+    assert made.error() <= LIMITS["tf32x3"]
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000], ids=lambda x: f"{x & 0xFFFFFFFF:#x}")
+def test_every_nan_reaches_the_result(bits: int) -> None:
+    """Also those that adding half a unit in the last place would turn into a zero."""
+    case = CASES[0]
+    (made, _) = case.problems("tf32")
+    for name in ("coarse", "fine"):
+        operands = {key: tensor.clone() for key, tensor in made.operands.items()}
+        operands[name][0, 2, 1, 2, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        poisoned = replace(made, operands=operands)
+        solve(Library(library(case.spec, "tf32", "plain")), poisoned)
+        # Plane 1 of the fine tensor meets the first two kernel depths.
+        hit = poisoned.result[2] if name == "coarse" else poisoned.result[:, 2, :2]
+        assert hit.isnan().all()
+        other = poisoned.result[3] if name == "coarse" else poisoned.result[:, 3]
+        assert other.isfinite().all()
+
+
+def test_no_samples_give_zeros() -> None:
+    case = CASES[0]
+    (_, made) = case.problems("tf32")
+    operands = dict(made.operands)
+    for name in ("coarse", "fine"):
+        operands[name] = operands[name][:0]
+    empty = replace(made, operands=operands, reference=torch.zeros_like(made.reference))
+    solve(Library(library(case.spec, "tf32", "plain")), empty)
+    assert torch.equal(empty.result, torch.zeros_like(empty.result))
+
+
+def test_rendered_source_names_its_unit() -> None:
+    sources = engine_sources(CASES[0].spec, "tf32", ("wgrad",))
+    text = sources["wgrad_tf32.cu"]
+    assert "convgen_wgrad_tf32(const ConvgenCall* call)" in text
+    assert "convgen_bgrad" not in text
+    assert not re.search(r"[ \t]+$|\n\n\n", text, re.MULTILINE)
