@@ -29,12 +29,13 @@ HEADERS = (
 _PRELUDE = "src/host/convgen_host.cuh"
 
 _RUNTIME = ("interpreter.cpp", "pipeline.cpp", "shared_arrays.cpp", "tensor_core.cpp")
-_RUNTIME_CHECKED = ("checker.cpp", "ubsan.cpp")
+_RUNTIME_CHECKED = ("checker.cpp", "places.cpp", "ubsan.cpp")
 _RUNTIME_HEADERS = (
     "fiber.h",
     "half.h",
     "interpreter.h",
     "pipeline.h",
+    "places.h",
     "state.h",
     "tensor_core.h",
     "types.h",

@@ -10,8 +10,6 @@
 // interval happened before. This is the algorithm of FastTrack (Flanagan and Freund, "FastTrack:
 // efficient and precise dynamic race detection", 2009). A barrier of the whole block is remembered
 // once for all threads (base_), one of a few threads in the rows of those (rows_).
-#include <dlfcn.h>
-#include <link.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +17,7 @@
 
 #include <algorithm>
 
+#include "places.h"
 #include "state.h"
 
 namespace convgen {
@@ -66,62 +65,6 @@ struct GlobalRange {
 std::vector<GlobalRange>& global_ranges() {
   static thread_local std::vector<GlobalRange> ranges;
   return ranges;
-}
-
-// The library's own code and constants.
-struct Image {
-  std::vector<std::pair<char*, char*>> parts;
-  char* base = nullptr;
-  bool has(const char* address) const {
-    for (const auto& part : parts) {
-      if (part.first <= address && address < part.second) return true;
-    }
-    return false;
-  }
-};
-
-const Image& image() {
-  static const Image* found = [] {
-    Image* result = new Image;
-    auto visit = [](dl_phdr_info* info, size_t, void* data) {
-      Image candidate;
-      candidate.base = reinterpret_cast<char*>(info->dlpi_addr);
-      for (int i = 0; i < info->dlpi_phnum; ++i) {
-        if (info->dlpi_phdr[i].p_type != PT_LOAD) continue;
-        char* low = candidate.base + info->dlpi_phdr[i].p_vaddr;
-        candidate.parts.push_back({low, low + info->dlpi_phdr[i].p_memsz});
-      }
-      if (!candidate.has(reinterpret_cast<char*>(&image))) return 0;
-      *static_cast<Image*>(data) = candidate;
-      return 1;
-    };
-    dl_iterate_phdr(visit, result);
-    return result;
-  }();
-  return *found;
-}
-
-// "kernel.cu:12, called from kernel.cu:80": asks addr2line, which comes with every linker.
-std::string source_of(const void* code) {
-  Dl_info info;
-  if (!code || !dladdr(code, &info) || !info.dli_fname) return "";
-  const size_t offset = static_cast<size_t>(static_cast<const char*>(code) - image().base) - 1;
-  char command[4096 + 64];
-  snprintf(command, sizeof command, "LC_ALL=C addr2line -i -e '%s' 0x%zx 2>/dev/null",
-           info.dli_fname, offset);
-  FILE* pipe = popen(command, "r");
-  if (!pipe) return "";
-  std::string places;
-  char line[4096];
-  while (fgets(line, sizeof line, pipe)) {
-    char* name = strrchr(line, '/');
-    std::string place = name ? name + 1 : line;
-    place = place.substr(0, place.find_first_of(" \n"));
-    if (place.find('?') != std::string::npos || place.rfind("convgen_host.cuh", 0) == 0) continue;
-    places += (places.empty() ? "" : ", called from ") + place;
-  }
-  pclose(pipe);
-  return places;
 }
 
 std::string bytes_text(size_t bytes) {
@@ -246,7 +189,9 @@ class Checker {
     if (fiber.stack_low <= low && low < fiber.stack_low + Stacks::SIZE) return;
     for (const SharedRange& range : shared_) {
       if (range.low <= low && low < range.low + range.bytes) {
-        if (low + bytes > range.low + range.bytes) return beyond(fiber, range, low, bytes, write, code);
+        if (low + bytes > range.low + range.bytes) {
+          return beyond(fiber, range, low, bytes, write, code);
+        }
         return write ? write_shared(fiber, range, low, bytes, false, code)
                      : read_shared(fiber, range, low, bytes, code);
       }
@@ -256,18 +201,20 @@ class Checker {
         return access_global(fiber, range, low, bytes, write, code);
       }
     }
-    if (!write && (image().has(low) || (host_stack_low_ <= low && low < host_stack_high_))) return;
+    if (!write && (in_library(low) || (host_stack_low_ <= low && low < host_stack_high_))) return;
     // Callers that register no tensors get the checks of shared memory alone.
     const char* dynamic = shared_[0].low;
-    const bool near_shared = dynamic <= low && low < dynamic + shared_[0].bytes + SHARED_MARGIN_BYTES;
+    const bool near_shared =
+        dynamic <= low && low < dynamic + shared_[0].bytes + SHARED_MARGIN_BYTES;
     if (global_ranges().empty() && !near_shared) return;
     unknown(fiber, low, bytes, write, code);
   }
 
   void aligned(const void* address, size_t alignment, bool write, const void* code) {
     if (!worker_.running || reinterpret_cast<uintptr_t>(address) % alignment == 0) return;
-    report(*worker_.running, std::string("unaligned ") + (write ? "write" : "read") + " of " +
-                                 bytes_text(alignment), code);
+    report(*worker_.running,
+           std::string("unaligned ") + (write ? "write" : "read") + " of " + bytes_text(alignment),
+           code);
   }
 
   void issue_copy(const Fiber& fiber, const AsyncCopy& copy, const Site& site) {
@@ -281,9 +228,8 @@ class Checker {
       unknown(fiber, low, bytes, true, nullptr);
     } else {
       write_shared(fiber, *range, low, bytes, false, nullptr);
-      visit(*range, low, bytes, [](Shadow& s, unsigned mask) {
-        s.in_flight |= static_cast<uint8_t>(mask);
-      });
+      visit(*range, low, bytes,
+            [](Shadow& s, unsigned mask) { s.in_flight |= static_cast<uint8_t>(mask); });
     }
     site_ = nullptr;
   }
@@ -309,9 +255,11 @@ class Checker {
     if (!range) return;
     visit(*range, reinterpret_cast<char*>(barrier), sizeof *barrier, [&](Shadow& s, unsigned) {
       if (before(s.writer, s.write_clock, static_cast<size_t>(fiber.rank))) return;
-      report(fiber, "uses the mbarrier at " + shared_place(barrier) + " (" + text(site) +
-                        "), which thread " + text(worker_.fibers[s.writer].thread) +
-                        " initialized without a barrier between", nullptr);
+      report(fiber,
+             "uses the mbarrier at " + shared_place(barrier) + " (" + text(site) +
+                 "), which thread " + text(worker_.fibers[s.writer].thread) +
+                 " initialized without a barrier between",
+             nullptr);
     });
   }
 
@@ -320,9 +268,8 @@ class Checker {
     const size_t bytes = static_cast<size_t>(copy.bytes);
     const SharedRange* range = find_shared(low, bytes);
     if (!range) return;
-    visit(*range, low, bytes, [](Shadow& s, unsigned mask) {
-      s.in_flight &= static_cast<uint8_t>(~mask);
-    });
+    visit(*range, low, bytes,
+          [](Shadow& s, unsigned mask) { s.in_flight &= static_cast<uint8_t>(~mask); });
     write_shared(fiber, *range, low, bytes, true, nullptr);
   }
 
@@ -351,15 +298,17 @@ class Checker {
     const uint32_t now = clock_[t];
     visit(range, low, bytes, [&](Shadow& s, unsigned mask) {
       if (s.in_flight & mask) {
-        report(fiber, "reads shared memory that an asynchronous copy of thread " +
-                          text(worker_.fibers[s.writer].thread) + " still fills: " +
-                          place(range, low, bytes), code);
+        report(fiber,
+               "reads shared memory that an asynchronous copy of thread " +
+                   text(worker_.fibers[s.writer].thread) +
+                   " still fills: " + place(range, low, bytes),
+               code);
       }
       if ((s.written & mask) != mask) {
         report(fiber, "reads shared memory that nobody wrote: " + place(range, low, bytes), code);
       }
-      if (!before(s.writer, s.write_clock, t)) race(fiber, range, low, bytes, "reads", "wrote",
-                                                     s.writer, code);
+      if (!before(s.writer, s.write_clock, t))
+        race(fiber, range, low, bytes, "reads", "wrote", s.writer, code);
       if (s.interval != interval_) {
         s.interval = interval_;
         s.reader = NOBODY;
@@ -390,9 +339,11 @@ class Checker {
     const char* verb = landing ? "has an asynchronous copy that fills" : "writes";
     visit(range, low, bytes, [&](Shadow& s, unsigned mask) {
       if (s.in_flight & mask) {
-        report(fiber, std::string(verb) + " shared memory that an asynchronous copy of thread " +
-                          text(worker_.fibers[s.writer].thread) + " still fills: " +
-                          place(range, low, bytes), code);
+        report(fiber,
+               std::string(verb) + " shared memory that an asynchronous copy of thread " +
+                   text(worker_.fibers[s.writer].thread) +
+                   " still fills: " + place(range, low, bytes),
+               code);
       }
       if (s.writer != NOBODY && !before(s.writer, s.write_clock, t)) {
         race(fiber, range, low, bytes, verb, "wrote", s.writer, code);
@@ -435,10 +386,11 @@ class Checker {
         return block != block_ || !before(other, clock, t);
       };
       auto tell = [&](const char* did, uint64_t block, uint16_t other) {
-        report(fiber, std::string("race on global memory: it ") + (write ? "writes " : "reads ") +
-                          where() + ", which thread " + text(worker_.fibers[other].thread) +
-                          (block == block_ ? "" : " of block " + text(index_of(block))) + " " + did +
-                          " in the same launch" + (block == block_ ? " without a barrier between" : ""),
+        report(fiber,
+               std::string("race on global memory: it ") + (write ? "writes " : "reads ") +
+                   where() + ", which thread " + text(worker_.fibers[other].thread) +
+                   (block == block_ ? "" : " of block " + text(index_of(block))) + " " + did +
+                   " in the same launch" + (block == block_ ? " without a barrier between" : ""),
                code);
       };
       if (conflict(s.write_block, s.writer, s.write_clock)) tell("wrote", s.write_block, s.writer);
@@ -469,15 +421,19 @@ class Checker {
 
   void beyond(const Fiber& fiber, const SharedRange& range, char* low, size_t bytes, bool write,
               const void* code) {
-    report(fiber, std::string(write ? "writes" : "reads") + " beyond the end of " + range.name + ": " +
-                      place(range, low, bytes), code);
+    report(fiber,
+           std::string(write ? "writes" : "reads") + " beyond the end of " + range.name + ": " +
+               place(range, low, bytes),
+           code);
   }
 
   void race(const Fiber& fiber, const SharedRange& range, char* low, size_t bytes, const char* does,
             const char* did, uint16_t other, const void* code) {
-    report(fiber, std::string("race on shared memory: it ") + does + " " + place(range, low, bytes) +
-                      ", which thread " + text(worker_.fibers[other].thread) + " " + did +
-                      " without a barrier between", code);
+    report(fiber,
+           std::string("race on shared memory: it ") + does + " " + place(range, low, bytes) +
+               ", which thread " + text(worker_.fibers[other].thread) + " " + did +
+               " without a barrier between",
+           code);
   }
 
   void unknown(const Fiber& fiber, char* low, size_t bytes, bool write, const void* code) {
@@ -504,19 +460,20 @@ class Checker {
       char buffer[32];
       snprintf(buffer, sizeof buffer, "%p", static_cast<void*>(low));
       what = verb + " " + bytes_text(bytes) + " at " + buffer + ", far from any tensor" +
-             (write && image().has(low) ? " (a global variable or constant)" : "");
+             (write && in_library(low) ? " (a global variable or constant)" : "");
     }
     report(fiber, what, code);
   }
 
   std::string place(const SharedRange& range, const char* low, size_t bytes) const {
-    return bytes_text(bytes) + " at offset " + std::to_string(low - range.low) + " of " + range.name +
-           " (" + bytes_text(range.bytes) + ")";
+    return bytes_text(bytes) + " at offset " + std::to_string(low - range.low) + " of " +
+           range.name + " (" + bytes_text(range.bytes) + ")";
   }
 
   void report(const Fiber& fiber, const std::string& what, const void* code) {
     const std::string source = source_of(code);
-    worker_.fault(fiber, what + (source.empty() ? "" : " (" + source + ")") + (site_ ? *site_ : ""));
+    worker_.fault(fiber,
+                  what + (source.empty() ? "" : " (" + source + ")") + (site_ ? *site_ : ""));
   }
 
   Worker& worker_;
@@ -535,7 +492,7 @@ class Checker {
   std::vector<uint32_t> readers_;       // rows of clocks, one per granule with many readers
   size_t used_readers_ = 0;
   char *host_stack_low_ = nullptr, *host_stack_high_ = nullptr;
-  const std::string* site_ = nullptr;  // of an asynchronous copy being issued
+  const std::string* site_ = nullptr;   // of an asynchronous copy being issued
   static thread_local uint64_t block_;  // counts blocks over all launches
   const uint64_t first_block_ = block_ + 1;
 };
@@ -581,8 +538,10 @@ void perform_copy(const Fiber& fiber, const AsyncCopy& copy) { checker->perform_
 
 using convgen::host::checker;
 
-extern "C" __attribute__((visibility("default"))) void convgen_interpret_register(
-    void* data, int64_t bytes, const char* name, int contents) {
+extern "C" __attribute__((visibility("default"))) void convgen_interpret_register(void* data,
+                                                                                  int64_t bytes,
+                                                                                  const char* name,
+                                                                                  int contents) {
   using namespace convgen::host;
   GlobalRange range;
   range.low = static_cast<char*>(data);
@@ -600,21 +559,21 @@ extern "C" __attribute__((visibility("default"))) void convgen_interpret_forget(
   convgen::host::global_ranges().clear();
 }
 
-#define CONVGEN_ACCESS(kind, size, write)                                              \
-  extern "C" void __tsan_##kind##size(void* address) {                                 \
-    if (!checker) return;                                                              \
-    const void* code = __builtin_return_address(0);                                    \
-    checker->aligned(address, size, write, code);                                      \
-    checker->access(address, size, write, code);                                       \
-  }                                                                                    \
-  extern "C" void __tsan_unaligned_##kind##size(void* address) {                       \
-    if (checker) checker->access(address, size, write, __builtin_return_address(0));   \
-  }                                                                                    \
-  extern "C" void __tsan_volatile_##kind##size(void* address) {                        \
-    if (checker) checker->access(address, size, write, __builtin_return_address(0));   \
+#define CONVGEN_ACCESS(kind, size, write)                                            \
+  extern "C" void __tsan_##kind##size(void* address) {                               \
+    if (!checker) return;                                                            \
+    const void* code = __builtin_return_address(0);                                  \
+    checker->aligned(address, size, write, code);                                    \
+    checker->access(address, size, write, code);                                     \
+  }                                                                                  \
+  extern "C" void __tsan_unaligned_##kind##size(void* address) {                     \
+    if (checker) checker->access(address, size, write, __builtin_return_address(0)); \
+  }                                                                                  \
+  extern "C" void __tsan_volatile_##kind##size(void* address) {                      \
+    if (checker) checker->access(address, size, write, __builtin_return_address(0)); \
   }
-#define CONVGEN_ACCESSES(size)        \
-  CONVGEN_ACCESS(read, size, false)   \
+#define CONVGEN_ACCESSES(size)      \
+  CONVGEN_ACCESS(read, size, false) \
   CONVGEN_ACCESS(write, size, true)
 CONVGEN_ACCESSES(1)
 CONVGEN_ACCESSES(2)
@@ -629,6 +588,21 @@ void __tsan_read_range(void* address, unsigned long bytes) {
 }
 void __tsan_write_range(void* address, unsigned long bytes) {
   if (checker) checker->access(address, bytes, true, __builtin_return_address(0));
+}
+// clang calls these for what the language copies.
+void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+  if (checker && bytes) checker->access(from, bytes, false, __builtin_return_address(0));
+  if (checker && bytes) checker->access(to, bytes, true, __builtin_return_address(0));
+  return memcpy(to, from, bytes);
+}
+void* __tsan_memmove(void* to, const void* from, size_t bytes) {
+  if (checker && bytes) checker->access(from, bytes, false, __builtin_return_address(0));
+  if (checker && bytes) checker->access(to, bytes, true, __builtin_return_address(0));
+  return memmove(to, from, bytes);
+}
+void* __tsan_memset(void* to, int value, size_t bytes) {
+  if (checker && bytes) checker->access(to, bytes, true, __builtin_return_address(0));
+  return memset(to, value, bytes);
 }
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_func_entry(void*) {}

@@ -2,9 +2,9 @@
 //
 //   c++ -std=c++17 -x c++ -include convgen_host.cuh ... kernel.cu
 //
-// It takes the place of device.cuh, mma.cuh and pipeline.cuh (defining their guards, it leaves those
-// files empty) and of everything that nvcc knows without an include. What no kernel uses does not exist here and fails
-// to compile; the commonest such names say so.
+// It takes the place of device.cuh, mma.cuh and pipeline.cuh (defining their guards, it leaves
+// those files empty) and of everything that nvcc knows without an include. What no kernel uses does
+// not exist here and fails to compile; the commonest such names say so.
 #pragma once
 
 #include <math.h>
@@ -123,8 +123,8 @@ inline int __all_sync(unsigned mask, int predicate, CONVGEN_SITE) {
 
 // ---- Arithmetic -----------------------------------------------------------------------------
 
-#define CONVGEN_MINMAX(T)                                  \
-  constexpr T min(T a, T b) { return b < a ? b : a; }      \
+#define CONVGEN_MINMAX(T)                             \
+  constexpr T min(T a, T b) { return b < a ? b : a; } \
   constexpr T max(T a, T b) { return a < b ? b : a; }
 CONVGEN_MINMAX(int)
 CONVGEN_MINMAX(unsigned)
@@ -174,11 +174,11 @@ inline T __ldg(const T* from) {
 
 // ---- What does not exist here ---------------------------------------------------------------
 
-#define CONVGEN_MISSING(name)                                                              \
-  template <typename... Args>                                                              \
-  __attribute__((unavailable(                                                              \
-      "not in the interpreter: add it to convgen/templates/cuda/host/convgen_host.cuh"))) \
-  int name(Args...);
+#define CONVGEN_MISSING(name)                                                                 \
+  template <typename... Args>                                                                 \
+  __attribute__((unavailable(                                                                 \
+      "not in the interpreter: add it to convgen/templates/cuda/host/convgen_host.cuh"))) int \
+  name(Args...);
 CONVGEN_MISSING(__activemask)
 CONVGEN_MISSING(__match_any_sync)
 CONVGEN_MISSING(__match_all_sync)
@@ -259,8 +259,12 @@ template <auto KERNEL, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int, void*, const Args&... args) {
   auto body = [args...] { KERNEL(args...); };
   using Body = decltype(body);
-  host::Launch launch = {__PRETTY_FUNCTION__, grid, block, shared_bytes,
-                         [](const void* self) { (*static_cast<const Body*>(self))(); }, &body};
+  host::Launch launch = {__PRETTY_FUNCTION__,
+                         grid,
+                         block,
+                         shared_bytes,
+                         [](const void* self) { (*static_cast<const Body*>(self))(); },
+                         &body};
   return host::run(launch);
 }
 

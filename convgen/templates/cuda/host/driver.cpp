@@ -89,8 +89,7 @@ int main(int, char** arguments) {
         symbol(library, name + "_workspace"))(&call);
     call.workspace = allocate(workspace_bytes);
     if (workspace_bytes > 0) memset(call.workspace, 0xff, static_cast<size_t>(workspace_bytes));
-    const int code =
-        reinterpret_cast<int (*)(const ConvgenCall*)>(symbol(library, name))(&call);
+    const int code = reinterpret_cast<int (*)(const ConvgenCall*)>(symbol(library, name))(&call);
     if (code) die(name + ": " + error_string(code));
     for (int i = 0; i < 4; ++i) {
       if (bytes[i] > 0) fwrite(*tensors[i], 1, static_cast<size_t>(bytes[i]), response);

@@ -52,7 +52,8 @@ std::string kernel_name(const char* signature) {
 }
 
 // "thread 5" or "threads 0-31, 40".
-std::string ranks(const std::vector<Fiber>& fibers, const std::function<bool(const Fiber&)>& which) {
+std::string ranks(const std::vector<Fiber>& fibers,
+                  const std::function<bool(const Fiber&)>& which) {
   std::string list;
   int count = 0;
   for (size_t i = 0; i < fibers.size(); ++i) {
@@ -239,9 +240,9 @@ void Worker::end_thread() {
   fiber.state = State::done;
   ++ended_;
   if (arrived_ > 0) {
-    fault(fiber, "divergent barrier: it ended while " +
-                     ranks(fibers, [](const Fiber& f) { return f.state == State::at_barrier; }) +
-                     " wait at __syncthreads");
+    fault(fiber, "divergent barrier: it ended while " + ranks(fibers, [](const Fiber& f) {
+                   return f.state == State::at_barrier;
+                 }) + " wait at __syncthreads");
   }
   // Lanes that wait for this one need wait no longer.
   const size_t first = static_cast<size_t>(fiber.rank) / LANES * LANES;
@@ -314,8 +315,9 @@ void Worker::arrive_at_barrier(Site site) {
     if (arrived_ == 0) break;
     if (other.state != State::at_barrier) continue;
     if (!same(other.site, site)) {
-      fault(fiber, "divergent barrier: it waits at __syncthreads (" + text(site) + "), but thread " +
-                       text(other.thread) + " waits at another one (" + text(other.site) + ")");
+      fault(fiber, "divergent barrier: it waits at __syncthreads (" + text(site) +
+                       "), but thread " + text(other.thread) + " waits at another one (" +
+                       text(other.site) + ")");
     }
     break;
   }
@@ -423,8 +425,8 @@ void copy_async(void* to, const void* from, int bytes, bool valid, Site site) {
   for (const void* address : {static_cast<const void*>(to), from}) {
     if ((reinterpret_cast<uintptr_t>(address) & alignment) != 0) {
       worker->fault(fiber, "unaligned " + std::string(address == to ? "destination" : "source") +
-                               " of an asynchronous copy of " + std::to_string(bytes) +
-                               " bytes (" + text(site) + ")");
+                               " of an asynchronous copy of " + std::to_string(bytes) + " bytes (" +
+                               text(site) + ")");
     }
   }
   const AsyncCopy copy = {to, valid ? from : nullptr, bytes, fiber.committed};
@@ -457,9 +459,7 @@ int multiprocessors() {
   return std::max(1, setting("CONVGEN_INTERPRET_MULTIPROCESSORS", MULTIPROCESSORS));
 }
 
-int shared_limit_bytes() {
-  return setting("CONVGEN_INTERPRET_SHARED_BYTES", SHARED_LIMIT_BYTES);
-}
+int shared_limit_bytes() { return setting("CONVGEN_INTERPRET_SHARED_BYTES", SHARED_LIMIT_BYTES); }
 
 cudaError_t run(const Launch& launch) {
   const dim3 grid = launch.grid, block = launch.block;
@@ -473,8 +473,8 @@ cudaError_t run(const Launch& launch) {
   }
   Run run(launch, kernel_name(launch.kernel), uint64_t{grid.x} * grid.y * grid.z);
   const int threads = static_cast<int>(block.x * block.y * block.z);
-  int hosts = setting("CONVGEN_INTERPRET_THREADS",
-                      static_cast<int>(std::thread::hardware_concurrency()));
+  int hosts =
+      setting("CONVGEN_INTERPRET_THREADS", static_cast<int>(std::thread::hardware_concurrency()));
   if (check::ENABLED) hosts = 1;  // the checks follow one block after the other
   auto work = [&] {
     Stacks* stacks = stack_cache().take(threads);
@@ -523,8 +523,9 @@ extern "C" __attribute__((visibility("default"))) const char* convgen_interpret_
 }
 
 #if !defined(CONVGEN_CHECKED)
-extern "C" __attribute__((visibility("default"))) void convgen_interpret_register(
-    void*, int64_t, const char*, int) {}
+extern "C"
+    __attribute__((visibility("default"))) void convgen_interpret_register(void*, int64_t,
+                                                                           const char*, int) {}
 extern "C" __attribute__((visibility("default"))) void convgen_interpret_forget() {}
 #endif
 

@@ -16,9 +16,9 @@ constexpr int NAMED_BARRIERS = 16;
 Mbarrier& find(uint64_t* address, const char* what, Site site) {
   auto found = worker->mbarriers.find(address);
   if (found == worker->mbarriers.end()) {
-    worker->fault(*worker->running, std::string(what) + " (" + text(site) +
-                                        ") on memory that is no mbarrier: " +
-                                        shared_place(address));
+    worker->fault(*worker->running,
+                  std::string(what) + " (" + text(site) +
+                      ") on memory that is no mbarrier: " + shared_place(address));
   }
   check::use_barrier(*worker->running, address, site);
   return found->second;
@@ -51,9 +51,8 @@ void named_barrier(int id, int threads, bool wait, Site site) {
   NamedBarrier& barrier = worker->named[id];
   if (barrier.arrived > 0 && barrier.threads != threads) {
     worker->fault(fiber, std::string(name) + " (" + text(site) + ") expects " +
-                             std::to_string(threads) + " threads at barrier " +
-                             std::to_string(id) + ", others expect " +
-                             std::to_string(barrier.threads));
+                             std::to_string(threads) + " threads at barrier " + std::to_string(id) +
+                             ", others expect " + std::to_string(barrier.threads));
   }
   barrier.threads = threads;
   check::release(fiber, &barrier);
@@ -117,7 +116,9 @@ void bulk_copy(void* to, const void* from, int bytes, uint64_t* address, Site si
   Fiber& fiber = *worker->running;
   find(address, "bulk_copy", site);
   if (bytes <= 0 || (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) |
-                     static_cast<uintptr_t>(bytes)) % 16 != 0) {
+                     static_cast<uintptr_t>(bytes)) %
+                            16 !=
+                        0) {
     worker->fault(fiber, "unaligned bulk copy of " + std::to_string(bytes) + " bytes (" +
                              text(site) + "): size and addresses are multiples of 16");
   }

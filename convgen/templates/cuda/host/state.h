@@ -213,5 +213,5 @@ enum { CONVGEN_INTERPRET_OUTPUT = 0, CONVGEN_INTERPRET_INPUT = 1, CONVGEN_INTERP
 extern "C" void convgen_interpret_register(void* data, int64_t bytes, const char* name,
                                            int contents);
 extern "C" void convgen_interpret_forget();
-extern "C" const char* convgen_interpret_mode();  // "plain", "checked" or "address"
+extern "C" const char* convgen_interpret_mode();   // "plain", "checked" or "address"
 extern "C" const char* convgen_interpret_where();  // kernel, block and thread that runs

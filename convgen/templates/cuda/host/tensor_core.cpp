@@ -42,8 +42,8 @@ float truncated(double x) {
 
 }  // namespace
 
-// With g = lane / 4 and t = lane % 4, a lane holds of A the rows g and g + 8 at words t and t + 4, of
-// B the words t and t + 4 of column g, and of D the columns 2t and 2t + 1 of rows g and g + 8.
+// With g = lane / 4 and t = lane % 4, a lane holds of A the rows g and g + 8 at words t and t + 4,
+// of B the words t and t + 4 of column g, and of D the columns 2t and 2t + 1 of rows g and g + 8.
 void multiply_warp(const std::vector<Fiber*>& lanes) {
   const Fragments* fragments[LANES];
   for (const Fiber* lane : lanes) {

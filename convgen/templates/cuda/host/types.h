@@ -3,28 +3,22 @@
 
 #include <stdint.h>
 
-#define CONVGEN_VECTOR2(name, element, alignment)             \
-  struct __attribute__((aligned(alignment))) name##2 {        \
-    element x, y;                                             \
-  };                                                          \
-  inline name##2 make_##name##2(element x, element y) {       \
-    name##2 v;                                                \
-    v.x = x, v.y = y;                                         \
-    return v;                                                 \
+#define CONVGEN_VECTOR2(name, element, alignment)                       \
+  struct __attribute__((aligned(alignment))) name##2 { element x, y; }; \
+  inline name##2 make_##name##2(element x, element y) {                 \
+    name##2 v;                                                          \
+    v.x = x, v.y = y;                                                   \
+    return v;                                                           \
   }
-#define CONVGEN_VECTOR3(name, element)                              \
-  struct name##3 {                                                  \
-    element x, y, z;                                                \
-  };                                                                \
-  inline name##3 make_##name##3(element x, element y, element z) {  \
-    name##3 v;                                                      \
-    v.x = x, v.y = y, v.z = z;                                      \
-    return v;                                                       \
+#define CONVGEN_VECTOR3(name, element)                             \
+  struct name##3 { element x, y, z; };                             \
+  inline name##3 make_##name##3(element x, element y, element z) { \
+    name##3 v;                                                     \
+    v.x = x, v.y = y, v.z = z;                                     \
+    return v;                                                      \
   }
 #define CONVGEN_VECTOR4(name, element, alignment)                             \
-  struct __attribute__((aligned(alignment))) name##4 {                        \
-    element x, y, z, w;                                                       \
-  };                                                                          \
+  struct __attribute__((aligned(alignment))) name##4 { element x, y, z, w; }; \
   inline name##4 make_##name##4(element x, element y, element z, element w) { \
     name##4 v;                                                                \
     v.x = x, v.y = y, v.z = z, v.w = w;                                       \

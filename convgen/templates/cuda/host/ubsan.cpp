@@ -23,9 +23,8 @@ struct TypeMismatch {
 
 void report(const Place* place, const std::string& what) {
   using namespace convgen::host;
-  const std::string full =
-      "undefined behaviour: " + what + " (" + text(Site{place->file, static_cast<int>(place->line)}) +
-      ")";
+  const Site site = {place->file, static_cast<int>(place->line)};
+  const std::string full = "undefined behaviour: " + what + " (" + text(site) + ")";
   if (worker && worker->running) {
     worker->fault(*worker->running, full);
   } else {
@@ -37,13 +36,9 @@ void report(const Place* place, const std::string& what) {
 
 }  // namespace
 
-#define CONVGEN_HANDLER(name, what, ...)                             \
-  void __ubsan_handle_##name(Place* place, ##__VA_ARGS__) {          \
-    report(place, what);                                             \
-  }                                                                  \
-  void __ubsan_handle_##name##_abort(Place* place, ##__VA_ARGS__) {  \
-    report(place, what);                                             \
-  }
+#define CONVGEN_HANDLER(name, what, ...)                                           \
+  void __ubsan_handle_##name(Place* place, ##__VA_ARGS__) { report(place, what); } \
+  void __ubsan_handle_##name##_abort(Place* place, ##__VA_ARGS__) { report(place, what); }
 
 extern "C" {
 
@@ -61,11 +56,14 @@ CONVGEN_HANDLER(load_invalid_value, "load of a value that its type does not have
 CONVGEN_HANDLER(nonnull_arg, "null where a function forbids it")
 CONVGEN_HANDLER(pointer_overflow, "pointer arithmetic overflows", uintptr_t, uintptr_t)
 CONVGEN_HANDLER(invalid_builtin, "argument that a built-in function forbids")
+CONVGEN_HANDLER(function_type_mismatch, "call of a function as another type", uintptr_t)
+CONVGEN_HANDLER(alignment_assumption, "assumption of an alignment that is not met", uintptr_t,
+                uintptr_t, uintptr_t)
 CONVGEN_HANDLER(float_cast_overflow, "conversion to an integer overflows", uintptr_t)
 
 void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t pointer) {
   const uintptr_t alignment = uintptr_t{1} << data->log_alignment;
-  report(&data->place, pointer == 0            ? "null pointer"
+  report(&data->place, pointer == 0          ? "null pointer"
                        : pointer % alignment ? "unaligned access: address is no multiple of " +
                                                    std::to_string(alignment)
                                              : "access to an object that is too small");
