@@ -17,6 +17,9 @@
 //     add up     lanes of sums -> partial weights of the task's range of blocks
 //   then, behind a barrier, the partial weights of all ranges are added in order.
 //
+// Halo positions are multiplied too, by zeros of coarse: an infinite or NaN element of fine may
+// make NaN of more taps than those that meet it.
+//
 // How positions are cut into ranges depends on the extents alone, so that results have the same
 // bits for any number of threads.
 #pragma once

@@ -124,19 +124,20 @@ template <class Real, class Storage>
 CONVGEN_INLINE void copy_pairs(Real* __restrict even, Real* __restrict odd,
                                const Storage* __restrict from, int64_t count) {
   constexpr int V = LANES<Real>;
-  if constexpr (std::is_same_v<Real, Storage>) {
-    if (count >= V) {
-      constexpr std::make_integer_sequence<int, V> LANE;
-      for (int64_t j = 0; j < count - V; j += V)
-        deinterleave(from + 2 * j, even + j, odd + j, LANE);
-      const int64_t last = count - V;
-      return deinterleave(from + 2 * last, even + last, odd + last, LANE);
-    }
-  }
+  if constexpr (!std::is_same_v<Real, Storage>) {
+    for (int64_t j = 0; j < count; ++j) even[j] = to_real(from[2 * j]);
+    for (int64_t j = 0; j < count; ++j) odd[j] = to_real(from[2 * j + 1]);
+  } else if (count >= V) {
+    constexpr std::make_integer_sequence<int, V> LANE;
+    const int64_t last = count - V;
+    for (int64_t j = 0; j < last; j += V) deinterleave(from + 2 * j, even + j, odd + j, LANE);
+    deinterleave(from + 2 * last, even + last, odd + last, LANE);
+  } else {
 #pragma GCC unroll 1
-  for (int64_t j = 0; j < count; ++j) {
-    put(even + j, to_real(from[2 * j]));
-    put(odd + j, to_real(from[2 * j + 1]));
+    for (int64_t j = 0; j < count; ++j) {
+      put(even + j, from[2 * j]);
+      put(odd + j, from[2 * j + 1]);
+    }
   }
 }
 
@@ -171,8 +172,8 @@ struct RowCopy {
     if (STRIDE == 2 && strips == 2) {
       const int even = inside[0].first < inside[1].first ? 0 : 1;
       if (inside[1 - even].first == inside[even].first + 1)
-        return copy_both(to + even * pitch, to + (1 - even) * pitch, inside[even],
-                         inside[1 - even], from, step, rows, prefetch_bytes);
+        return copy_both(to + even * pitch, to + (1 - even) * pitch, inside[even], inside[1 - even],
+                         from, step, rows, prefetch_bytes);
     }
     for (int64_t row = 0; row < rows; ++row, to += length, from += step) {
       prefetch(from, prefetch_bytes);
