@@ -11,7 +11,8 @@ namespace convgen {
 constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8, MMA_WORDS = 8;
 
 // A block's first warps multiply, its last ones stage: with one of each on every scheduler, copies
-// and their address arithmetic cost the tensor cores nothing. 12 warps leave a thread 168 registers.
+// and their address arithmetic cost the tensor cores nothing. 12 warps leave a thread 168
+// registers.
 constexpr int CONSUMER_WARPS = 8, PRODUCER_WARPS = 4;
 
 // Named barriers of the two buffers: producers arrive at FULL, consumers at EMPTY.
@@ -21,8 +22,15 @@ constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = 3;
 template <class Math, int CHANNELS>
 constexpr int SLOT_WORDS = CHANNELS / MMA_COLUMNS * WARP * Math::PACKED;
 
-// x[j] = the fragment of row j of a column, for the set bits j of USED. `at` are the offsets of this
-// lane's two positions, `quarter` is four input words further.
+// The tile that this block takes in its turn. Neighbouring tiles differ in phase, and phases in work:
+// each turn deals the tiles one block further, so that every block gets some of each.
+__device__ __forceinline__ int tile_of_turn(int turn) {
+  const int blocks = gridDim.x;
+  return turn * blocks + (static_cast<int>(blockIdx.x) + turn) % blocks;
+}
+
+// x[j] = the fragment of row j of a column, for the set bits j of USED. `at` are the offsets of
+// this lane's two positions, `quarter` is four input words further.
 template <class Math, uint64_t USED, int COUNT>
 __device__ __forceinline__ void load_fragments(typename Math::A (&x)[COUNT],
                                                const typename Math::Input* column,
@@ -128,15 +136,18 @@ __device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& cr
   } else {
     if constexpr (STEP_X == 1) {
       if (s.load_width == 4) {
-        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, crew, tile, input, count, channels, r, y, x);
+        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, crew, tile, input, count, channels, r, y,
+                                                      x);
         return;
       }
       if (s.load_width == 2) {
-        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, crew, tile, input, count, channels, r, y, x);
+        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, crew, tile, input, count, channels, r, y,
+                                                      x);
         return;
       }
     }
-    stage_pair_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, crew, tile, input, count, channels, r, y, x);
+    stage_pair_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, crew, tile, input, count, channels, r, y,
+                                                       x);
   }
 }
 

@@ -42,9 +42,9 @@ struct Tf32 {
   }
 };
 
-// fp32 accuracy from TF32 products: x = high + low, and high * high + high * low + low * high misses
-// only low * low, 2^-22 of the product. The tensor core truncates when it adds, so sums leave it
-// after every 8 words (FLUSH) and are added in fp32.
+// fp32 accuracy from TF32 products: x = high + low, and high * high + high * low + low * high
+// misses only low * low, 2^-22 of the product. The tensor core truncates when it adds, so sums
+// leave it after every 8 words (FLUSH) and are added in fp32.
 struct Tf32x3 {
   using Input = float;
   static constexpr int CHANNELS = 1, PACKED = 4;
@@ -112,7 +112,6 @@ struct Pairs {
       mma_bf16(d, a.word, b.word);
     }
   }
-
 };
 
 }  // namespace convgen
