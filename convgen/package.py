@@ -15,7 +15,7 @@ from typing import Any
 
 from convgen import __version__
 from convgen.dtypes import DTYPES, MODES
-from convgen.engines import TENSOR_CORE_CHANNELS, KernelPlan
+from convgen.engines import TENSOR_CORE_WIDTH, KernelPlan
 from convgen.render import command_line, render_template
 from convgen.spec import ConvSpec
 
@@ -42,7 +42,7 @@ def render_package(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) ->
         "backends": {name: kernels["dtypes"] for name, kernels in description["backends"].items()},
         "dtypes": DTYPES,
         "math_modes": description["backends"].get("cuda", {}).get("math_modes", []),
-        "tensor_core_channels": TENSOR_CORE_CHANNELS,
+        "tensor_core_width": TENSOR_CORE_WIDTH,
         "axes": _AXES[spec.ndim],
         "extents": _extents(spec),
         "class_name": class_name(spec.op),

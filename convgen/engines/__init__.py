@@ -57,8 +57,19 @@ SOURCE_SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 TENSOR_CORE_MODES = {"f32": ("tf32", "tf32x3"), "f16": ("f16tc",), "bf16": ("bf16tc",)}
 """Math modes (keys of ``convgen.dtypes.MODES``) that CUDA libraries have beside a dtype's unit."""
 
-TENSOR_CORE_CHANNELS = 8
-"""Channels per group, coarse and fine, from which tensor cores pay: the width of their products."""
+TENSOR_CORE_WIDTH = 8
+"""Channels that a tensor core's product takes at once, of either tensor."""
+
+
+def suits_tensor_cores(coarse_per_group: int, fine_per_group: int) -> bool:
+    """Whether a group's channels fill an eighth of the tensor cores' products.
+
+    With fewer (depthwise layers, say) the simt engine does the same work in less time.
+    """
+    padded = 1
+    for channels in (coarse_per_group, fine_per_group):
+        padded *= -(-channels // TENSOR_CORE_WIDTH) * TENSOR_CORE_WIDTH
+    return 8 * coarse_per_group * fine_per_group >= padded
 
 
 def units(backend: str, geometry: Geometry, dtypes: Iterable[str]) -> list[tuple[Engine, str]]:
@@ -74,14 +85,12 @@ def units(backend: str, geometry: Geometry, dtypes: Iterable[str]) -> list[tuple
         raise ValueError(f"backend {backend!r} is not known: choose from {', '.join(BACKENDS)}")
     from convgen.engines import mma, simt
 
-    known = [
-        channels
-        for channels in (geometry.coarse_channels_per_group, geometry.fine_channels_per_group)
-        if channels is not None
-    ]
+    # A count that is not known may be any: then so may the tensor cores suit.
+    coarse = geometry.coarse_channels_per_group or TENSOR_CORE_WIDTH
+    fine = geometry.fine_channels_per_group or TENSOR_CORE_WIDTH
     found: list[tuple[Engine, str]] = []
     for dtype in dtypes:
         found.append((simt.ENGINE, dtype))
-        if min(known, default=TENSOR_CORE_CHANNELS) >= TENSOR_CORE_CHANNELS:
+        if suits_tensor_cores(coarse, fine):
             found += [(mma.ENGINE, mode) for mode in TENSOR_CORE_MODES.get(dtype, ())]
     return found
