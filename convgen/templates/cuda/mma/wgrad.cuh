@@ -161,11 +161,14 @@ struct Tf32Product {
   }
 };
 
-// x = high + low to 21 bits; the sum of three products misses low * low.
+// x = high + low to 22 bits; the sum of three products misses low * low. The mask is for the
+// subtraction. Where NaN becomes a number, or the largest numbers infinite, low is NaN.
 struct SplitTf32Product : Tf32Product {
   static constexpr bool SPLIT = true;
 
-  __device__ static __forceinline__ uint32_t high(uint32_t bits) { return bits & 0xffffe000u; }
+  __device__ static __forceinline__ uint32_t high(uint32_t bits) {
+    return (bits + 0x1000u) & 0xffffe000u;
+  }
   __device__ static __forceinline__ uint32_t low(uint32_t bits, uint32_t high) {
     return __float_as_uint(__uint_as_float(bits) - __uint_as_float(high));
   }
@@ -207,12 +210,14 @@ __device__ __forceinline__ void load_vector(uint32_t* to, const uint32_t* from) 
   }
 }
 
-// 16 coarse channels of a chunk. `half_rows` is 8 channels further.
+// 16 coarse channels of a chunk. `half_rows` is 8 channels further. A product takes its four words
+// from consecutive registers, loads leave them in others: `zero`, of which the compiler knows
+// nothing, makes it move each 16-bit word once instead of once per product.
 template <class Product>
 struct CoarseFragment {
   uint32_t high[PRODUCT_STEPS<Product>][4], low[PRODUCT_STEPS<Product>][4];
 
-  __device__ __forceinline__ void load(const uint32_t* from, int half_rows) {
+  __device__ __forceinline__ void load(const uint32_t* from, int half_rows, uint32_t zero) {
     constexpr int WORDS = QUAD / Product::ELEMENTS;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -221,7 +226,7 @@ struct CoarseFragment {
 #pragma unroll
       for (int i = 0; i < WORDS; ++i) {
         const int step = i % PRODUCT_STEPS<Product>, at = i / PRODUCT_STEPS<Product> * 2 + half;
-        high[step][at] = Product::high(quad[i]);
+        high[step][at] = Product::ELEMENTS == 1 ? Product::high(quad[i]) : quad[i] | zero;
         if constexpr (Product::SPLIT) low[step][at] = Product::low(quad[i], high[step][at]);
       }
     }

@@ -36,6 +36,7 @@ struct ProductShape {
   int64_t coarse_channel_stride, fine_channel_stride;  // elements
   int coarse_channels, fine_channels;                  // per group
   int groups;
+  uint32_t zero;  // see CoarseFragment
 
   // A block's warps: units (coarse tiles x fine tiles x blocks of taps along W, H and D) times
   // `parts`, which share the chunks of a tile and have a partial result each.
