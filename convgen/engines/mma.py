@@ -22,8 +22,11 @@ from convgen.spec import Geometry
 PRODUCTS = 20
 # 3xTF32 keeps a second set of sums, which leaves the tensor core after every 8 channels.
 PRODUCTS_FLUSHED = 10
+# 16-bit products take half the clocks, and with more sums the compiler spills what it prefetches.
+PRODUCTS_PAIRS = 16
 # Output channels per warp, in blocks of 8, where the count is not known.
 UNKNOWN_BLOCKS = (6, 4, 2)
+UNKNOWN_BLOCKS_FEW = (4, 3, 2)  # where six do not fit
 # Output phases along X that one warp computes; more would leave one block of channels.
 MAX_VARIANTS = 8
 # X taps unrolled in one line; longer kernels loop over their taps.
@@ -48,7 +51,7 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
     axes = gather_axes(geometry, contraction)
     r, y, x = arrange(axes)
     flushed = mode == "tf32x3"
-    budget = PRODUCTS_FLUSHED if flushed else PRODUCTS
+    budget = PRODUCTS_FLUSHED if flushed else PRODUCTS if mode == "tf32" else PRODUCTS_PAIRS
     per_group = (
         geometry.coarse_channels_per_group
         if contraction == "fprop"
@@ -58,11 +61,12 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
     rows = (2 if flushed else 3) if variants == 1 else 2 if variants == 2 and not flushed else 1
     most = budget // (rows * variants)
     if per_group is None:
-        blocks = tuple(b for b in UNKNOWN_BLOCKS if b <= most) or (most,)
+        sizes = UNKNOWN_BLOCKS if most >= max(UNKNOWN_BLOCKS) else UNKNOWN_BLOCKS_FEW
+        blocks = tuple(b for b in sizes if b <= most) or (most,)
     else:
         needed = -(-per_group // 8)
-        sizes = range(1, min(most, needed) + 1)
-        blocks = (min(sizes, key=lambda b: (_block_cost(b, needed), -b)),)
+        choices = range(1, min(most, needed) + 1)
+        blocks = (min(choices, key=lambda b: (_block_cost(b, needed), -b)),)
 
     def fits(style: str) -> bool:
         """Whether a style keeps its code, its registers and its stages small enough."""
