@@ -549,8 +549,7 @@ def test_rendered_sources_are_tidy(case: Problem) -> None:
             where = f"{path}:{number}: {line}"
             assert line == line.rstrip(), where
             assert "\t" not in line, where
-            if not line.startswith("//"):  # the banner holds the whole schedule
-                assert len(line) <= 100, where
+            assert len(line) <= 100, where
         assert text.endswith("\n"), path
         assert "\n\n\n" not in text, path
 
