@@ -114,10 +114,9 @@ def engine_sources(spec: ConvSpec, dtype: str, contractions: tuple[str, ...]) ->
         return files
     rendered, _ = render_kernels(spec, "cuda", [dtype])
     sources = {Path(path).name: text for path, text in rendered.items()}
+    wanted = {f"{unit}_{dtype}.cu" for unit in units}
     return {
-        name: text
-        for name, text in sources.items()
-        if not name.endswith(".cu") or name.split("_")[0] in units
+        name: text for name, text in sources.items() if not name.endswith(".cu") or name in wanted
     }
 
 

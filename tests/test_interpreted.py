@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,19 +36,19 @@ def environment(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def make(tmp_path: Path) -> Make:
     """Writes a package's sources; nothing is compiled, neither nvcc nor a GPU is needed."""
 
-    def write(dtype: str = "f32", backend: str = "cuda", edit: tuple[str, str] = ("", "")) -> Path:
+    def write(dtype: str = "f64", backend: str = "cuda", edit: tuple[str, str] = ("", "")) -> Path:
         folder = tmp_path / "generated" / SPEC.name
         for path, text in render(SPEC, (backend,), (dtype,)).items():
             file = folder / path
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text.replace(*edit, 1) if path.endswith("dgrad_f32.cu") else text)
+            file.write_text(text.replace(*edit, 1) if path.endswith("dgrad_f64.cu") else text)
         return folder
 
     return write
 
 
 def test_cuda_kernels_serve_tensors_of_the_cpu(make: Make) -> None:
-    module = interpreted.load(make("f64"), "plain")
+    module = interpreted.load(make(), "plain")
     x = torch.randn(2, 4, 3, 5, 6, dtype=torch.float64, requires_grad=True)
     layer = module.ConvTranspose3d(4, 5, dtype=torch.float64)
     out = layer(x)
@@ -63,16 +64,20 @@ def test_cuda_kernels_serve_tensors_of_the_cpu(make: Make) -> None:
 
 
 def test_verification_covers_them_and_says_so(make: Make) -> None:
-    report = verify(interpreted.load(make()), quick=True)
+    report = verify(interpreted.load(make("f32")), quick=True)
     assert report.ok
-    assert {(row.device, row.dtype) for row in report.rows} == {("cuda interpreted", "f32")}
+    # f32 goes through three TF32 products where the channels suit the tensor cores.
+    assert {(row.device, row.dtype) for row in report.rows} == {
+        ("cuda interpreted", "f32"),
+        ("cuda interpreted", "tf32"),
+    }
 
 
 def test_a_fault_is_raised_with_kernel_block_and_thread(make: Make) -> None:
     module = interpreted.load(make(edit=("__syncthreads();", "")))
-    layer = module.ConvTranspose3d(40, 5)
-    with pytest.raises(RuntimeError, match=r"dgrad_kernel<8>, block \(0, 0, 0\), thread \(\d+, 0"):
-        layer(torch.randn(1, 40, 3, 5, 6))
+    layer = module.ConvTranspose3d(40, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"dgrad_kernel<\d>, block \(0, 0, 0\), thread \(\d+, 0"):
+        layer(torch.randn(1, 40, 3, 5, 6, dtype=torch.float64))
 
 
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +110,7 @@ def run_script(package: Path, script: str, **environment: str) -> subprocess.Com
 USE = f"""
 import torch
 from {SPEC.name} import ConvTranspose3d
+torch.set_default_dtype(torch.float64)
 print(ConvTranspose3d(40, 5)(torch.randn(1, 40, 3, 5, 6)).isfinite().all().item())
 """
 
@@ -126,7 +132,7 @@ def test_a_fault_can_stop_the_process_for_a_debugger(make: Make) -> None:
     package = make(edit=("__syncthreads();", ""))
     done = run_script(package, USE, CONVGEN_INTERPRET="checked", CONVGEN_INTERPRET_ABORT="1")
     assert done.returncode == -signal.SIGABRT
-    assert "convgen interpreter: kernel dgrad_kernel<8>, block (0, 0, 0), thread" in done.stderr
+    assert re.search(r"convgen interpreter: kernel dgrad_kernel<\d>, block \(0", done.stderr)
 
 
 def test_the_command_line_verifies_interpreted(
@@ -135,7 +141,7 @@ def test_the_command_line_verifies_interpreted(
     package = str(make())
     assert cli.main(["verify", package, "--interpret", "--quick"]) == 0
     printed = capsys.readouterr().out
-    assert "cuda interpreted f32" in printed
+    assert "cuda interpreted f64" in printed
     assert "FAILED" not in printed
     assert cli.main(["verify", package, "--interpret", "--device", "cpu"]) == 2
 
@@ -143,4 +149,4 @@ def test_the_command_line_verifies_interpreted(
 def test_the_command_line_reports_a_fault(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     package = str(make(edit=("__syncthreads();", "")))
     assert cli.main(["verify", package, "--interpret", "--quick"]) == 1
-    assert "kernel dgrad_kernel<8>, block (" in capsys.readouterr().err
+    assert re.search(r"kernel dgrad_kernel<\d>, block \(\d", capsys.readouterr().err)
