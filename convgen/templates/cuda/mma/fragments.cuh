@@ -22,8 +22,8 @@ constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = 3;
 template <class Math, int CHANNELS>
 constexpr int SLOT_WORDS = CHANNELS / MMA_COLUMNS * WARP * Math::PACKED;
 
-// The tile that this block takes in its turn. Neighbouring tiles differ in phase, and phases in work:
-// each turn deals the tiles one block further, so that every block gets some of each.
+// The tile that this block takes in its turn. Neighbouring tiles differ in phase, and phases in
+// work: each turn deals the tiles one block further, so that every block gets some of each.
 __device__ __forceinline__ int tile_of_turn(int turn) {
   const int blocks = gridDim.x;
   return turn * blocks + (static_cast<int>(blockIdx.x) + turn) % blocks;

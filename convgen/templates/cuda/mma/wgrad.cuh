@@ -136,13 +136,14 @@ __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* 
 
 // A lane holds four neighbouring positions (a quad) of a chunk's sixteen: their order within a
 // product's depth is free as long as both operands agree. With g = lane / 4, t = lane % 4, quad t:
-//   32-bit elements: product 0 takes positions 0 and 2 of the quads, product 1 positions 1 and 3, so
+//   32-bit elements: product 0 takes positions 0 and 2 of the quads, product 1 positions 1 and 3,
+//   so
 //     that a tap's second product reads what its right neighbour's first one does
 //   16-bit elements: one product takes all four, as two words of two.
 
 // Nearest TF32 value of x, away from zero between two, as far as the tensor core looks: it ignores
-// the 13 bits below. Half a unit in the last place is 2^-11 of x's power of two; NaNs and infinities
-// stay (two instructions, cvt.rna.tf32.f32 takes three).
+// the 13 bits below. Half a unit in the last place is 2^-11 of x's power of two; NaNs and
+// infinities stay (two instructions, cvt.rna.tf32.f32 takes three).
 __device__ __forceinline__ uint32_t nearest_tf32(uint32_t bits) {
   const float power = __uint_as_float(bits & 0xff800000u);
   return __float_as_uint(__fmaf_rz(power, 0x1p-11f, __uint_as_float(bits)));
@@ -233,8 +234,8 @@ struct CoarseFragment {
   }
 };
 
-// What the taps of one row read at a lane's quad, for 8 fine channels: VECTORS x VECTOR words, which
-// hold neighbouring staged columns.
+// What the taps of one row read at a lane's quad, for 8 fine channels: VECTORS x VECTOR words,
+// which hold neighbouring staged columns.
 template <class Product, int VECTORS, int VECTOR>
 struct FineWindow {
   static constexpr int WORDS = VECTORS * VECTOR;
@@ -319,8 +320,8 @@ __device__ __forceinline__ void store_sums(float4* to, float (&sum)[4], bool beg
 
 constexpr int SUM_ROWS = 8;
 
-// Partial results: [split][part][kind of block][unit][fragment][lane], four sums each; a fragment is
-// 16 coarse x 8 fine channels at one tap, in the order [fine tile][tap h][tap w][coarse tile].
+// Partial results: [split][part][kind of block][unit][fragment][lane], four sums each; a fragment
+// is 16 coarse x 8 fine channels at one tap, in the order [fine tile][tap h][tap w][coarse tile].
 // Adds them in an order fixed by their number and writes weight[coarse][fine][tap].
 template <int M_TILES, int N_TILES, int TAPS_H, int TAPS_W, typename T>
 __global__ void __launch_bounds__(WARP* SUM_ROWS)

@@ -15,7 +15,8 @@ constexpr int ORIGINS_WORDS = 24;  // of shared memory: see ProductOrigins
 constexpr int COPY_CHANNELS = 4;  // channels that a thread copies at one place of a tile
 constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
 constexpr int PRODUCT_MAX_SPLITS = 1024;
-constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256} << 20;  // bytes, unless one split needs more
+constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256}
+                                            << 20;  // bytes, unless one split needs more
 
 // ---- A call, cut into thread blocks ---------------------------------------------------------
 
@@ -51,8 +52,8 @@ struct ProductShape {
   int tiles, splits, tiles_per_split;
   int tiles_per_store;  // after which a warp adds its sums to its partial results
 
-  // Shared memory, in words: the origins of two tiles, the table of quads, the two tables of places,
-  // then the stages, each
+  // Shared memory, in words: the origins of two tiles, the table of quads, the two tables of
+  // places, then the stages, each
   //   coarse [channel][tile_d][tile_h][tile_w], fine [channel][plane][row][column].
   // Staged planes lie plane_step apart in the fine tensor, rows row_step.
   int planes, rows, columns, plane_step, row_step;
@@ -79,7 +80,8 @@ struct ProductTraits {
 };
 
 // Word of a row at which a staged column lies.
-__host__ __device__ constexpr int column_word(int column, int quad_columns, int quad_pitch, int elements) {
+__host__ __device__ constexpr int column_word(int column, int quad_columns, int quad_pitch,
+                                              int elements) {
   return column / quad_columns * quad_pitch + column % quad_columns / elements;
 }
 
@@ -179,8 +181,10 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
-  s.coarse.total = static_cast<int>(coarse_places * cut.m * t.m_tiles * PRODUCT_ROWS / COPY_CHANNELS);
-  s.fine.total = static_cast<int>(fine_places * cut.n * t.n_tiles * PRODUCT_COLUMNS / COPY_CHANNELS);
+  s.coarse.total =
+      static_cast<int>(coarse_places * cut.m * t.m_tiles * PRODUCT_ROWS / COPY_CHANNELS);
+  s.fine.total =
+      static_cast<int>(fine_places * cut.n * t.n_tiles * PRODUCT_COLUMNS / COPY_CHANNELS);
   return words;
 }
 
