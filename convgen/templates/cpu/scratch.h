@@ -223,6 +223,19 @@ struct RowCopy {
   }
 };
 
+// Source data that a later fill will read, fetched into L2 step by step while arithmetic runs. For
+// layers with one channel on either side, which wait for memory more than they compute.
+struct Prefetch {
+  const char* next = nullptr;
+  const char* end = nullptr;
+  int64_t bytes_per_step = 0;
+
+  CONVGEN_INLINE void step() {
+    for (const char* stop = next + least(bytes_per_step, end - next); next < stop; next += 64)
+      __builtin_prefetch(next, 0, 2);
+  }
+};
+
 // Where a block of one tensor lies in scratch, channel by channel:
 // [strip d][plane][strip h][strip w][row][column].
 template <class AxisD, class AxisH, class AxisW>
@@ -241,6 +254,18 @@ struct Scratch {
   int64_t offset(int64_t jd, int64_t jh, int64_t jw) const {
     return (d.strip_of[jd] * d.length + d.shift_of[jd]) * plane() + h.strip_of[jh] * strip_h() +
            h.shift_of[jh] * pitch() + w.strip_of[jw] * strip_w() + w.shift_of[jw];
+  }
+
+  // The source planes of a block whose first positions are q0, to be fetched in `steps`.
+  template <class Storage>
+  Prefetch planes_of(const Storage* channel, const int64_t* extent, const int64_t* q0,
+                     int64_t steps) const {
+    const int64_t first = least(q0[0] * AxisD::SOURCE_STRIDE, extent[0]);
+    const int64_t last = least((q0[0] + d.length) * AxisD::SOURCE_STRIDE, extent[0]);
+    const int64_t plane_bytes = extent[1] * extent[2] * int64_t(sizeof(Storage));
+    const char* const begin = reinterpret_cast<const char*>(channel) + first * plane_bytes;
+    const int64_t bytes = (last - first) * plane_bytes;
+    return {begin, begin + bytes, round_up(ceil_div(bytes, steps), 64)};
   }
 
   // Copies the block whose first positions are q0 out of one channel (a volume of `extent`).
