@@ -31,9 +31,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
 from torch.library import Library, register_fake
 
-from ._runtime import FOLDERS, NAME, VARIANT, Launch, check_generated, prepare
+from ._runtime import FOLDERS, NAME, VARIANT, Launch, check_generated, math_mode, prepare
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_953251a0"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_5872cfd4"
 NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)
@@ -211,6 +211,7 @@ def _kind(first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Any, ...]
         second.device,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
         torch.get_num_threads(),
+        math_mode(first.device, first.dtype),
     )
 
 
@@ -224,7 +225,7 @@ def _remember(
 ) -> _Plan:
     launch = None
     if 0 not in coarse and 0 not in fine:
-        launch = prepare(key[0], operand.device, operand.dtype, coarse, fine)
+        launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1])
     if len(_plans) >= 4096:  # extents that never repeat must not fill the memory
         _plans.clear()
     plan = _plans[key] = (shape, launch)
@@ -372,7 +373,7 @@ def _define(
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
     operator = getattr(_namespace, name).default
-    apply = super(Function, function).apply
+    apply = super(Function, function).apply  # type: ignore[misc]
 
     def fake(*inputs: Any) -> Tensor:
         result: Tensor = inputs[0].new_empty(shape(*inputs))

@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -44,11 +45,16 @@ if INTERPRETED:
 VARIANT = f"_interpreted_{crc32((__name__ + __file__).encode()):08x}" if INTERPRETED else ""
 """Marks the operators of interpreted kernels: no other copy shares them, sources may be edited."""
 
+MATH_MODES = {"tf32", "tf32x3"}
+"""Further CUDA kernels, on tensor cores: see :func:`math_mode`."""
+
 FOLDERS = [Path(__file__).parent]
 """Folders with a copy of this package; its kernels are loaded from the first that has them."""
 
 _POINTERS = struct.Struct("6Q")  # ConvgenCall: coarse, fine, weight, bias, workspace, stream
 _NUMBERS = struct.Struct("10q")  # ConvgenCall: device, batch, channels, extents
+
+_TOO_LARGE = -1  # CONVGEN_TOO_LARGE
 
 _libraries: dict[str, ctypes.CDLL] = {}
 
@@ -76,6 +82,8 @@ class Launch:
     numbers: bytes
     workspace_bytes: int
     library: ctypes.CDLL
+    fallback: Launch | None = None
+    """Takes the calls whose tiles do not fit into the GPU's shared memory."""
 
     def __call__(
         self, coarse: Tensor, fine: Tensor | None, weight: Tensor | None, bias: Tensor | None
@@ -104,6 +112,9 @@ class Launch:
             stream,
         )
         if code := self.function(pointers + self.numbers):
+            if code == _TOO_LARGE and self.fallback is not None:
+                self.fallback(coarse, fine, weight, bias)
+                return
             numbers = _NUMBERS.unpack(self.numbers)
             raise RuntimeError(
                 f"{NAME}: {self.library.convgen_error_string(code).decode()} ({code}) for batch "
@@ -117,8 +128,12 @@ def prepare(
     dtype: torch.dtype,
     coarse_shape: Sequence[int],
     fine_shape: Sequence[int],
+    mode: str | None,
 ) -> Launch:
     """The kernel of a contraction for tensors of these shapes, loading its library if need be.
+
+    ``mode`` is what :func:`math_mode` says: the tensor cores take it where a group's channels fill
+    an eighth of their products, which are 8 channels wide on both sides.
 
     Raises:
         RuntimeError: where there is no such kernel, or its library cannot be loaded.
@@ -133,11 +148,45 @@ def prepare(
         *coarse_shape[2:],
         *fine_shape[2:],
     )
-    symbol = f"convgen_{contraction}_{BACKENDS[device.type][dtype]}"
-    function, workspace = library[symbol], library[symbol + "_workspace"]
-    function.argtypes = workspace.argtypes = [ctypes.c_char_p]
-    workspace.restype = ctypes.c_int64
-    return Launch(function, numbers, workspace(bytes(_POINTERS.size) + numbers), library)
+
+    def launch(kind: str, fallback: Launch | None = None) -> Launch:
+        symbol = f"convgen_{contraction}_{kind}"
+        function, workspace = library[symbol], library[symbol + "_workspace"]
+        function.argtypes = workspace.argtypes = [ctypes.c_char_p]
+        workspace.restype = ctypes.c_int64
+        workspace_bytes = workspace(bytes(_POINTERS.size) + numbers)
+        return Launch(function, numbers, workspace_bytes, library, fallback)
+
+    plain = launch(BACKENDS[device.type][dtype])
+    channels = (coarse_shape[1], fine_shape[1])
+    padded = [-(-count // 8) * 8 for count in channels]
+    suits = 8 * channels[0] * channels[1] >= padded[0] * padded[1]
+    if mode is not None and contraction != "bgrad" and suits:
+        return launch(mode, plain)
+    return plain
+
+
+def math_mode(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The tensor-core kernels that a call takes now: a suffix of symbols, or None for none.
+
+    Tensor cores serve GPUs since compute capability 8.0. For float32 the mode follows PyTorch's own
+    switch, ``torch.backends.cudnn.conv.fp32_precision``: ``tf32`` where it allows TF32 (operands
+    rounded to 10 bits), else ``tf32x3`` (three TF32 products, accurate as float32).
+    """
+    if not _has_tensor_cores(device):
+        return None
+    mode = {torch.float16: "f16tc", torch.bfloat16: "bf16tc"}.get(dtype)
+    if dtype == torch.float32:
+        cudnn: Any = torch.backends.cudnn
+        mode = "tf32" if cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+    return mode if mode in MATH_MODES else None
+
+
+@cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return INTERPRETED
 
 
 def _load(backend: str) -> ctypes.CDLL:

@@ -1,7 +1,8 @@
-// dgrad of conv_transpose3d_k3_s2, float64. Written by convgen 0.1.0; regenerate with
+// dgrad of conv_transpose3d_k3_s2, float64.
+// Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"buffer_bytes": 32768, "chain_terms": 4096, "scratch_bytes": 524288, "tiles": [[1, 6], [4, 6], [8, 3]], "tiles_of_16": [[1, 6], [4, 3]], "unroll": "full"}
-
+// Schedule: {"buffer_bytes": 32768, "chain_terms": 4096, "scratch_bytes": 524288, "tiles": [[1,
+//   6], [4, 6], [8, 3]], "tiles_of_16": [[1, 6], [4, 3]], "unroll": "full"}
 //
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
 // as products and sums).
@@ -142,7 +143,6 @@ struct Problem {
   using Tiles = std::conditional_t<VECTOR_REGISTERS >= 32,
                                    TileList<Tile<1, 6>, Tile<4, 6>, Tile<8, 3>>,
                                    TileList<Tile<1, 6>, Tile<4, 3>>>;
-
   static constexpr int64_t SCRATCH_BYTES = 524288;
   static constexpr int64_t BUFFER_BYTES = 32768;
   static constexpr int64_t CHAIN_TERMS = 4096;

@@ -77,17 +77,17 @@ class Gather {
   static constexpr int64_t TASKS_PER_THREAD = 8;
 
   int64_t batch, groups;
-  int64_t sources, outputs;        // channels of one group: k, m
-  int64_t channel_block;           // of a register tile: M
-  int64_t tile_positions;          // of a register tile
+  int64_t sources, outputs;  // channels of one group: k, m
+  int64_t channel_block;     // of a register tile: M
+  int64_t tile_positions;    // of a register tile
   int64_t channel_blocks;
-  int64_t channel_splits = 1;      // tasks that share the channel blocks of a block of positions
+  int64_t channel_splits = 1;  // tasks that share the channel blocks of a block of positions
   int64_t source_extent[3], output_extent[3];
-  int64_t positions[3];            // q: output extents over phases, rounded up
-  int64_t block[3], blocks[3];     // positions per block, blocks
+  int64_t positions[3];         // q: output extents over phases, rounded up
+  int64_t block[3], blocks[3];  // positions per block, blocks
   Scratch<AxisD, AxisH, AxisW> scratch;
-  bool by_rows;                    // register tiles do not cross rows
-  int64_t buffer_pitch;            // of one w-phase and channel in the row buffer
+  bool by_rows;          // register tiles do not cross rows
+  int64_t buffer_pitch;  // of one w-phase and channel in the row buffer
   int threads;
   int64_t weights_at, bias_at, offsets_at, threads_at;  // in the workspace
   int64_t scratch_bytes, thread_bytes, total_bytes;
@@ -234,14 +234,27 @@ class Gather {
     lay_out();
   }
 
+  // What a task computes: some channel blocks, an image (n * groups + group), first positions.
+  struct Place {
+    int64_t split, image, q0[3];
+  };
+
+  Place place_of(int64_t task) const {
+    const int64_t split = task % channel_splits;
+    const int64_t index = task / channel_splits;
+    return {split,
+            index / (blocks[0] * blocks[1] * blocks[2]),
+            {index / (blocks[1] * blocks[2]) % blocks[0] * block[0],
+             index / blocks[2] % blocks[1] * block[1], index % blocks[2] * block[2]}};
+  }
+
   template <int M, int VECTORS>
   void run_blocks(const ConvgenCall& call, const void* source, void* output) const {
     char* const workspace = static_cast<char*>(call.workspace);
     Real* const weights = reinterpret_cast<Real*>(workspace + weights_at);
     Real* const bias = reinterpret_cast<Real*>(workspace + bias_at);
     int64_t* const offsets = reinterpret_cast<int64_t*>(workspace + offsets_at);
-    const int64_t block_count = blocks[0] * blocks[1] * blocks[2];
-    const int64_t task_count = batch * groups * channel_splits * block_count;
+    const int64_t task_count = batch * groups * channel_splits * blocks[0] * blocks[1] * blocks[2];
     const int64_t source_volume = source_extent[0] * source_extent[1] * source_extent[2];
     const int64_t output_volume = output_extent[0] * output_extent[1] * output_extent[2];
     if (task_count == 0) return;
@@ -261,21 +274,25 @@ class Gather {
                 i % channel_blocks * M);
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < task_count; ++task) {
-        const int64_t split = task % channel_splits;
-        const int64_t place = task / channel_splits % block_count;
-        const int64_t image = task / channel_splits / block_count;  // n * groups + group
-        const int64_t q0[3] = {place / (blocks[1] * blocks[2]) * block[0],
-                               place / blocks[2] % blocks[1] * block[1],
-                               place % blocks[2] * block[2]};
-        const Storage* from = static_cast<const Storage*>(source) + image * sources * source_volume;
+        const Place place = place_of(task);
+        const Storage* const from = static_cast<const Storage*>(source);
         for (int64_t k = 0; k < sources; ++k)
-          scratch.fill(x + k * scratch.channel(), from + k * source_volume, source_extent, q0);
-        for (int64_t b = split * channel_blocks / channel_splits;
-             b < (split + 1) * channel_blocks / channel_splits; ++b) {
-          const int64_t packed = image % groups * channel_blocks + b;
-          Storage* to = static_cast<Storage*>(output) + (image * outputs + b * M) * output_volume;
-          compute<M, VECTORS>(x, weights + packed * block_weights(), bias + packed * M, offsets, buffer, to,
-                     least(M, outputs - b * M), q0);
+          scratch.fill(x + k * scratch.channel(),
+                       from + (place.image * sources + k) * source_volume, source_extent, place.q0);
+        Prefetch later;
+        if (M == 1 && sources == 1 && blocks[1] * blocks[2] == 1 && task + threads < task_count) {
+          const Place next = place_of(task + threads);
+          const int64_t tiles = ceil_div(block[1] * scratch.pitch(), tile_positions);
+          later = scratch.planes_of(from + next.image * source_volume, source_extent, next.q0,
+                                    block[0] * PHASES * tiles);
+        }
+        for (int64_t b = place.split * channel_blocks / channel_splits;
+             b < (place.split + 1) * channel_blocks / channel_splits; ++b) {
+          const int64_t packed = place.image % groups * channel_blocks + b;
+          Storage* const to =
+              static_cast<Storage*>(output) + (place.image * outputs + b * M) * output_volume;
+          compute<M, VECTORS>(x, weights + packed * block_weights(), bias + packed * M, offsets,
+                              buffer, to, least(M, outputs - b * M), place.q0, later);
         }
       }
     }
@@ -309,7 +326,8 @@ class Gather {
   // All outputs of a block of positions for M channels, of which `channels` exist.
   template <int M, int VECTORS>
   void compute(const Real* x, const Real* weight, const Real* bias, const int64_t* offsets,
-               Real* buffer, Storage* output, int64_t channels, const int64_t* q0) const {
+               Real* buffer, Storage* output, int64_t channels, const int64_t* q0,
+               Prefetch& later) const {
     const int64_t planes = least(block[0], positions[0] - q0[0]);
     const int64_t volume = output_extent[0] * output_extent[1] * output_extent[2];
     const int64_t ow = q0[2] * AxisW::PHASES;
@@ -321,12 +339,17 @@ class Gather {
         const int64_t rows = least(block[1], ceil_div(output_extent[1] - oh, AxisH::PHASES));
         if (od >= output_extent[0] || rows <= 0) return;
         Real* strip = buffer + phase.residue[2] * M * buffer_pitch;
-        const Run run = {x + plane * scratch.plane(), weight + phase.first * sources * M, bias,
-                         offsets + phase.first, phase.taps, strip, rows};
+        const Run run = {x + plane * scratch.plane(),
+                         weight + phase.first * sources * M,
+                         bias,
+                         offsets + phase.first,
+                         phase.taps,
+                         strip,
+                         rows,
+                         &later};
         if constexpr (Problem::Tiles::unrolled(M))
-          Problem::unrolled(phase.index, [&](auto taps) {
-            compute_phase<decltype(taps), M, VECTORS>(run);
-          });
+          Problem::unrolled(phase.index,
+                            [&](auto taps) { compute_phase<decltype(taps), M, VECTORS>(run); });
         else
           compute_phase<AnyTaps, M, VECTORS>(run);
         if (phase.residue[2] != AxisW::PHASES - 1) return;
@@ -349,6 +372,7 @@ class Gather {
     int64_t taps;
     Real* strip;  // [m][position], buffer_pitch apart
     int64_t rows;
+    Prefetch* later;
   };
 
   template <class Taps, int M, int VECTORS>
@@ -358,8 +382,10 @@ class Gather {
     for (int64_t i = 0; i < runs; ++i) {
       int64_t at = i * scratch.pitch();
       const int64_t end = at + length;
-      for (; at + (VECTORS - 1) * V < end; at += VECTORS * V)
+      for (; at + (VECTORS - 1) * V < end; at += VECTORS * V) {
+        if (M == 1) run.later->step();
         compute_tile<Taps, M, VECTORS>(run, at);
+      }
       for (; at < end; at += V) compute_tile<AnyTaps, M, 1>(run, at);
     }
   }
@@ -375,8 +401,7 @@ class Gather {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v)
-          acc[m][v] = (k0 ? Real(0) : run.bias[m]) - Vector<Real>{};
+        for (int v = 0; v < VECTORS; ++v) acc[m][v] = (k0 ? Real(0) : run.bias[m]) - Vector<Real>{};
       const int64_t channels = least(chain, sources - k0);
       for (int64_t k = 0; k < channels; ++k) {
         Taps::accumulate(acc, x, weight, run.offset, run.taps);

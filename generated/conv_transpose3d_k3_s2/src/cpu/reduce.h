@@ -17,6 +17,9 @@
 //     add up     lanes of sums -> partial weights of the task's range of blocks
 //   then, behind a barrier, the partial weights of all ranges are added in order.
 //
+// Halo positions are multiplied too, by zeros of coarse: an infinite or NaN element of fine may
+// make NaN of more taps than those that meet it.
+//
 // How positions are cut into ranges depends on the extents alone, so that results have the same
 // bits for any number of threads.
 #pragma once
@@ -44,13 +47,13 @@ class Reduce {
   int64_t coarse_part, coarse_parts;       // a per task (whole register tiles), tasks
   int64_t fine_part, fine_parts;           // b per task (whole FINE_BLOCKs), tasks
   int64_t coarse_extent[3], fine_extent[3];
-  int64_t block[3], blocks[3];             // positions per block, blocks of one image
-  int64_t block_count;                     // of the whole batch
-  int64_t ranges;                          // of blocks, each with partial weights of its own
-  int64_t resident;                        // blocks whose coarse scratch is filled at once
-  Scratch<AxisD, AxisH, AxisW> scratch;    // of a fine channel
-  int64_t segments[2], segment;            // runs of positions in a block (planes, rows), length
-  int64_t coarse_pitch, fine_pitch;        // scratch of one channel of a block
+  int64_t block[3], blocks[3];           // positions per block, blocks of one image
+  int64_t block_count;                   // of the whole batch
+  int64_t ranges;                        // of blocks, each with partial weights of its own
+  int64_t resident;                      // blocks whose coarse scratch is filled at once
+  Scratch<AxisD, AxisH, AxisW> scratch;  // of a fine channel
+  int64_t segments[2], segment;          // runs of positions in a block (planes, rows), length
+  int64_t coarse_pitch, fine_pitch;      // scratch of one channel of a block
   int threads;
   int64_t offsets_at, partial_at, threads_at, fine_at, sums_at, thread_bytes, total_bytes;
 
@@ -60,8 +63,8 @@ class Reduce {
         groups(Problem::GROUPS),
         coarse_channels(call.coarse_channels / Problem::GROUPS),
         fine_channels(call.fine_channels / Problem::GROUPS) {
-    double terms = double(batch) * double(call.coarse_channels) * double(fine_channels) *
-                   double(TAPS);
+    double terms =
+        double(batch) * double(call.coarse_channels) * double(fine_channels) * double(TAPS);
     for (int axis = 0; axis < 3; ++axis) {
       coarse_extent[axis] = call.coarse_extent[axis];
       fine_extent[axis] = call.fine_extent[axis];
@@ -139,23 +142,21 @@ class Reduce {
       }
       lay_out();
     }
-    for (int axis = 0; axis < 3; ++axis)
-      blocks[axis] = ceil_div(coarse_extent[axis], block[axis]);
+    for (int axis = 0; axis < 3; ++axis) blocks[axis] = ceil_div(coarse_extent[axis], block[axis]);
     block_count = batch * blocks[0] * blocks[1] * blocks[2];
   }
 
   void choose_tasks(double terms) {
     const int64_t wanted = int64_t(least(int64_t(terms / Problem::TASK_TERMS), 256)) + 1;
     const int64_t sums_limit = Problem::SUMS_BYTES / (COLUMNS * VECTOR_BYTES);
-    coarse_part = round_up(even_part(coarse_channels, greatest(least(sums_limit, 64), 1)),
-                           channel_block);
+    coarse_part =
+        round_up(even_part(coarse_channels, greatest(least(sums_limit, 64), 1)), channel_block);
     coarse_parts = ceil_div(coarse_channels, coarse_part);
     // Filling coarse scratch must pay: 128 multiply-adds for every element.
     const int64_t fine_least = round_up(ceil_div(128, TAPS), Problem::FINE_BLOCK);
     int64_t tasks = groups * coarse_parts;
-    fine_part = round_up(
-        greatest(fine_least, ceil_div(fine_channels, greatest(1, wanted / tasks))),
-        Problem::FINE_BLOCK);
+    fine_part = round_up(greatest(fine_least, ceil_div(fine_channels, greatest(1, wanted / tasks))),
+                         Problem::FINE_BLOCK);
     fine_parts = ceil_div(fine_channels, fine_part);
     tasks *= fine_parts;
     // A range is long beside the adding up of lanes; partial weights must fit in memory.
@@ -172,9 +173,8 @@ class Reduce {
   void run_tasks(const ConvgenCall& call) const {
     char* const workspace = static_cast<char*>(call.workspace);
     int64_t* const offsets = reinterpret_cast<int64_t*>(workspace + offsets_at);
-    Real* const partial = partial_is_output()
-                              ? reinterpret_cast<Real*>(call.weight)
-                              : reinterpret_cast<Real*>(workspace + partial_at);
+    Real* const partial = partial_is_output() ? reinterpret_cast<Real*>(call.weight)
+                                              : reinterpret_cast<Real*>(workspace + partial_at);
     int64_t* to = offsets;
     for (int64_t b = 0; b < Problem::FINE_BLOCK; ++b)
       for (int jd = 0; jd < AxisD::TAPS; ++jd)
@@ -188,13 +188,9 @@ class Reduce {
       // What lies beyond the fine block meets zeros of coarse, but must be finite.
       memset(own + fine_at, 0, size_t(sums_at - fine_at));
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < task_count; ++task) {
-        const int64_t range = task / (groups * coarse_parts * fine_parts);
-        const int64_t group = task / (coarse_parts * fine_parts) % groups;
-        const int64_t a0 = task / fine_parts % coarse_parts * coarse_part;
-        const int64_t b0 = task % fine_parts * fine_part;
-        run_task<M, WIDTH>(call, own, offsets, partial + range * weights(), range, group, a0, b0);
-      }
+      for (int64_t task = 0; task < task_count; ++task)
+        run_task<M, WIDTH>(call, own, offsets, partial, task_at(task),
+                           task_at(least(task + threads, task_count - 1)));
       if (!partial_is_output()) {
         Storage* const weight = static_cast<Storage*>(call.weight);
 #pragma omp for schedule(static)
@@ -207,6 +203,37 @@ class Reduce {
     }
   }
 
+  // A task: its range of blocks, group and first channels.
+  struct Task {
+    int64_t range, group, a0, b0;
+  };
+
+  Task task_at(int64_t index) const {
+    return {index / (groups * coarse_parts * fine_parts),
+            index / (coarse_parts * fine_parts) % groups,
+            index / fine_parts % coarse_parts * coarse_part, index % fine_parts * fine_part};
+  }
+
+  int64_t first_block(const Task& task) const { return task.range * ceil_div(block_count, ranges); }
+
+  // A fine channel's volume in the image of a block, and the block's first position.
+  const Storage* fine_of(const ConvgenCall& call, int64_t group, int64_t b, int64_t index,
+                         int64_t* q0) const {
+    const int64_t channel = (place(index, q0) * groups + group) * fine_channels + b;
+    return static_cast<const Storage*>(call.fine) +
+           channel * fine_extent[0] * fine_extent[1] * fine_extent[2];
+  }
+
+  // What the fill after that of block i for channel b reads; `next` is the thread's next task.
+  Prefetch after(const ConvgenCall& call, const Task& task, const Task& next, int64_t b, int64_t i,
+                 int64_t last, int64_t steps) const {
+    int64_t q0[3];
+    const bool more = i + 1 < last;
+    const Storage* const channel = more ? fine_of(call, task.group, b, i + 1, q0)
+                                        : fine_of(call, next.group, next.b0, first_block(next), q0);
+    return scratch.planes_of(channel, fine_extent, q0, steps);
+  }
+
   // Image and first position of a block.
   int64_t place(int64_t index, int64_t* q0) const {
     q0[0] = index / (blocks[1] * blocks[2]) % blocks[0] * block[0];
@@ -217,39 +244,43 @@ class Reduce {
 
   template <int M, int WIDTH>
   void run_task(const ConvgenCall& call, char* own, const int64_t* offsets, Real* partial,
-                int64_t range, int64_t group, int64_t a0, int64_t b0) const {
+                const Task& task, const Task& next) const {
     Real* const coarse = reinterpret_cast<Real*>(own);
     Real* const fine = reinterpret_cast<Real*>(own + fine_at);
     Vector<Real>* const sums = reinterpret_cast<Vector<Real>*>(own + sums_at);
-    const int64_t per_range = ceil_div(block_count, ranges);
-    const int64_t last_block = least((range + 1) * per_range, block_count);
+    const int64_t group = task.group, a0 = task.a0;
+    const int64_t begin = first_block(task);
+    const int64_t last_block = least(begin + ceil_div(block_count, ranges), block_count);
     const int64_t a_count = least(coarse_part, coarse_channels - a0);
-    const int64_t b_end = least(b0 + fine_part, fine_channels);
+    const int64_t b_end = least(task.b0 + fine_part, fine_channels);
     const int64_t fine_volume = fine_extent[0] * fine_extent[1] * fine_extent[2];
-    for (int64_t first = range * per_range; first < last_block; first += resident) {
+    const int64_t steps = ceil_div(COLUMNS, WIDTH) * segments[0] * segments[1] * (segment / V);
+    partial += task.range * weights();
+    for (int64_t first = begin; first < last_block; first += resident) {
       const int64_t last = least(first + resident, last_block);
       for (int64_t i = first; i < last; ++i)
         fill_coarse<M>(coarse + (i - first) * coarse_part * coarse_pitch, call, i, group, a0,
                        a_count);
-      for (int64_t b = b0; b < b_end; b += Problem::FINE_BLOCK) {
+      for (int64_t b = task.b0; b < b_end; b += Problem::FINE_BLOCK) {
         const int64_t b_count = least(Problem::FINE_BLOCK, b_end - b);
         memset(sums, 0, size_t(coarse_part * COLUMNS * VECTOR_BYTES));
         for (int64_t i = first; i < last; ++i) {
           int64_t q0[3];
-          const int64_t n = place(i, q0);
-          const Storage* from = static_cast<const Storage*>(call.fine) +
-                                ((n * groups + group) * fine_channels + b) * fine_volume;
+          const Storage* const from = fine_of(call, group, b, i, q0);
           for (int64_t c = 0; c < b_count; ++c)
             scratch.fill(fine + c * fine_pitch, from + c * fine_volume, fine_extent, q0);
+          Prefetch later;
+          if (M == 1 && blocks[1] * blocks[2] == 1)
+            later = after(call, task, next, b, i, last, steps);
           const Real* block_coarse = coarse + (i - first) * coarse_part * coarse_pitch;
           for (int64_t a = 0; a < a_count; a += M) {
-            const Columns<M, WIDTH> tile = {*this, block_coarse + a * coarse_pitch, fine, offsets,
-                                            sums + a * COLUMNS};
+            const Columns<M, WIDTH> tile = {
+                *this, block_coarse + a * coarse_pitch, fine, offsets, sums + a * COLUMNS, &later};
             Problem::unrolled(tile);
           }
         }
         add_lanes(sums, partial + ((group * coarse_channels + a0) * fine_channels + b) * TAPS,
-                  a_count, b_count * TAPS, first > range * per_range);
+                  a_count, b_count * TAPS, first > begin);
       }
     }
   }
@@ -296,6 +327,7 @@ class Reduce {
     const Real* fine;
     const int64_t* offset;  // of the columns in `fine`
     Vector<Real>* sums;     // [channel][column]
+    Prefetch* later;
 
     // Adds the products of COUNT columns from `first` on.
     template <int COUNT>
@@ -308,12 +340,14 @@ class Reduce {
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
         for (int j = 0; j < COUNT; ++j) acc[m][j] = sums[m * COLUMNS + first + j];
+      Prefetch prefetch = *later;
       const Real* c = coarse;
       const int64_t pitch = plan.coarse_pitch, segment = plan.segment;
       for (int64_t plane = 0; plane < plan.segments[0]; ++plane)
         for (int64_t row = 0; row < plan.segments[1]; ++row, c += segment) {
           const int64_t at = plane * plan.scratch.plane() + row * plan.scratch.pitch();
           for (int64_t i = 0; i < segment; i += V) {
+            if (M == 1) prefetch.step();
             Vector<Real> in[COUNT];
 #pragma GCC unroll 16
             for (int j = 0; j < COUNT; ++j) in[j] = load(f[j] + at + i);
@@ -326,6 +360,7 @@ class Reduce {
             }
           }
         }
+      *later = prefetch;
       Vector<Real>* to = sums + first;
       keep(to);
 #pragma GCC unroll 16

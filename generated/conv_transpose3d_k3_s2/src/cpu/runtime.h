@@ -72,9 +72,9 @@ inline int thread_count(int64_t wanted, double terms) {
   return terms < SERIAL_TERMS ? 1 : int(greatest(1, least(wanted, 1024)));
 }
 
-// Large outputs mostly lie on pages that are not mapped yet, and mapping 4 KB at a time takes longer
-// than a memory-bound kernel. Asks for huge pages where only the output lies; a hint, so that it may
-// fail.
+// Large outputs mostly lie on pages that are not mapped yet, and mapping 4 KB at a time takes
+// longer than a memory-bound kernel. Asks for huge pages where only the output lies; a hint, so
+// that it may fail.
 inline void advise_output(void* output, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t HUGE_PAGE = uintptr_t(2) << 20;

@@ -124,83 +124,117 @@ template <class Real, class Storage>
 CONVGEN_INLINE void copy_pairs(Real* __restrict even, Real* __restrict odd,
                                const Storage* __restrict from, int64_t count) {
   constexpr int V = LANES<Real>;
-  if constexpr (std::is_same_v<Real, Storage>) {
-    if (count >= V) {
-      constexpr std::make_integer_sequence<int, V> LANE;
-      for (int64_t j = 0; j < count - V; j += V)
-        deinterleave(from + 2 * j, even + j, odd + j, LANE);
-      const int64_t last = count - V;
-      return deinterleave(from + 2 * last, even + last, odd + last, LANE);
-    }
-  }
+  if constexpr (!std::is_same_v<Real, Storage>) {
+    for (int64_t j = 0; j < count; ++j) even[j] = to_real(from[2 * j]);
+    for (int64_t j = 0; j < count; ++j) odd[j] = to_real(from[2 * j + 1]);
+  } else if (count >= V) {
+    constexpr std::make_integer_sequence<int, V> LANE;
+    const int64_t last = count - V;
+    for (int64_t j = 0; j < last; j += V) deinterleave(from + 2 * j, even + j, odd + j, LANE);
+    deinterleave(from + 2 * last, even + last, odd + last, LANE);
+  } else {
 #pragma GCC unroll 1
-  for (int64_t j = 0; j < count; ++j) {
-    put(even + j, to_real(from[2 * j]));
-    put(odd + j, to_real(from[2 * j + 1]));
+    for (int64_t j = 0; j < count; ++j) {
+      put(even + j, from[2 * j]);
+      put(odd + j, from[2 * j + 1]);
+    }
   }
 }
 
 // The part of a strip that lies inside of the source: positions [begin, end), whose elements are
-// those from `column` on.
+// those from `first` on.
 struct Inside {
-  int64_t begin, end, column;
+  int64_t begin, end, first;
 
   int64_t count() const { return end - begin; }
 };
 
-// How one source row becomes strips of scratch. Copies are functions of their own: inlined into the
-// loops over rows, they would have too few registers.
+// For a strip of `length` positions that begins at source element `origin`, outside or not.
+template <int STRIDE>
+inline Inside inside_of(int64_t origin, int64_t extent, int64_t length) {
+  const int64_t begin = least(greatest(ceil_div(-origin, STRIDE), 0), length);
+  const int64_t end = least(greatest(ceil_div(extent - origin, STRIDE), begin), length);
+  return {begin, end, end > begin ? origin + begin * STRIDE : 0};
+}
+
+// How source rows become strips of scratch along w.
 template <int STRIDE>
 struct RowCopy {
   const Inside* inside;  // of each strip
   int64_t strips;
-  int64_t length;  // of a strip
+  int64_t length;  // of a strip, and from row to row
   int64_t pitch;   // from strip to strip
-  int even;        // strip of the even columns, where the other one has the odd ones; or -1
 
-  RowCopy(const Inside* inside, int64_t strips, int64_t length, int64_t pitch)
-      : inside(inside), strips(strips), length(length), pitch(pitch), even(-1) {
-    if (STRIDE == 2 && strips == 2)
-      for (int strip = 0; strip < 2; ++strip)
-        if (inside[1 - strip].column == inside[strip].column + 1) even = strip;
-  }
-
+  // Copies `rows` rows that are `step` elements apart. Prefetches so many bytes for each of them.
   template <class Real, class Storage>
-  CONVGEN_NOINLINE void copy(Real* to, const Storage* row) const {
-    if (STRIDE == 2 && even >= 0) return copy_both(to + even * pitch, to + (1 - even) * pitch, row);
-    for (int64_t strip = 0; strip < strips; ++strip, to += pitch) {
-      const Inside in = inside[strip];
-      clear(to, in.begin);
-      copy_strided<STRIDE>(to + in.begin, row + in.column, in.count());
-      clear(to + in.end, length - in.end);
+  CONVGEN_NOINLINE void copy(Real* to, const Storage* from, int64_t step, int64_t rows,
+                             int64_t prefetch_bytes) const {
+    if (STRIDE == 2 && strips == 2) {
+      const int even = inside[0].first < inside[1].first ? 0 : 1;
+      if (inside[1 - even].first == inside[even].first + 1)
+        return copy_both(to + even * pitch, to + (1 - even) * pitch, inside[even], inside[1 - even],
+                         from, step, rows, prefetch_bytes);
+    }
+    for (int64_t row = 0; row < rows; ++row, to += length, from += step) {
+      prefetch(from, prefetch_bytes);
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        const Inside in = inside[strip];
+        Real* const line = to + strip * pitch;
+        clear(line, in.begin);
+        copy_strided<STRIDE>(line + in.begin, from + in.first, in.count());
+        clear(line + in.end, length - in.end);
+      }
     }
   }
 
   template <class Real>
-  CONVGEN_NOINLINE void clear_all(Real* to) const {
-    for (int64_t strip = 0; strip < strips; ++strip, to += pitch) clear(to, length);
+  void clear_rows(Real* to, int64_t rows) const {
+    for (int64_t strip = 0; strip < strips; ++strip) clear(to + strip * pitch, rows * length);
   }
 
  private:
-  // Both strips from one load of their elements, but for those that only one of them has.
+  // Into L2: L1 can wait for fewer lines at a time than memory needs to be busy.
+  template <class Storage>
+  static CONVGEN_INLINE void prefetch(const Storage* row, int64_t bytes) {
+    constexpr int64_t AHEAD = 4096;
+    const char* const ahead = reinterpret_cast<const char*>(row) + AHEAD;
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+  }
+
+  // Strips of even and odd columns: both from one load, but for columns that only one of them has.
   template <class Real, class Storage>
-  CONVGEN_INLINE void copy_both(Real* to_even, Real* to_odd, const Storage* row) const {
-    const Inside a = inside[even], b = inside[1 - even];
-    const int64_t pairs = least(a.count(), b.count());
-    clear(to_even, a.begin);
-    clear(to_odd, b.begin);
-    copy_pairs(to_even + a.begin, to_odd + b.begin, row + a.column, pairs);
-    for (int64_t j = pairs; j < a.count(); ++j)
-      put(to_even + a.begin + j, to_real(row[a.column + 2 * j]));
-    for (int64_t j = pairs; j < b.count(); ++j)
-      put(to_odd + b.begin + j, to_real(row[b.column + 2 * j]));
-    clear(to_even + a.end, length - a.end);
-    clear(to_odd + b.end, length - b.end);
+  CONVGEN_INLINE void copy_both(Real* to_even, Real* to_odd, Inside even, Inside odd,
+                                const Storage* from, int64_t step, int64_t rows,
+                                int64_t prefetch_bytes) const {
+    const int64_t pairs = least(even.count(), odd.count());
+    const int64_t next = length;
+    for (int64_t row = 0; row < rows; ++row, to_even += next, to_odd += next, from += step) {
+      prefetch(from, prefetch_bytes);
+      clear(to_even, even.begin);
+      clear(to_odd, odd.begin);
+      copy_pairs(to_even + even.begin, to_odd + odd.begin, from + even.first, pairs);
+      for (int64_t j = pairs; j < even.count(); ++j)
+        put(to_even + even.begin + j, to_real(from[even.first + 2 * j]));
+      for (int64_t j = pairs; j < odd.count(); ++j)
+        put(to_odd + odd.begin + j, to_real(from[odd.first + 2 * j]));
+      clear(to_even + even.end, next - even.end);
+      clear(to_odd + odd.end, next - odd.end);
+    }
   }
 };
 
-// How far ahead of the row that is copied source rows are prefetched.
-constexpr int64_t PREFETCH_BYTES = 2048;
+// Source data that a later fill will read, fetched into L2 step by step while arithmetic runs. For
+// layers with one channel on either side, which wait for memory more than they compute.
+struct Prefetch {
+  const char* next = nullptr;
+  const char* end = nullptr;
+  int64_t bytes_per_step = 0;
+
+  CONVGEN_INLINE void step() {
+    for (const char* stop = next + least(bytes_per_step, end - next); next < stop; next += 64)
+      __builtin_prefetch(next, 0, 2);
+  }
+};
 
 // Where a block of one tensor lies in scratch, channel by channel:
 // [strip d][plane][strip h][strip w][row][column].
@@ -218,44 +252,51 @@ struct Scratch {
 
   // Of the element that a tap reads for the block's first position.
   int64_t offset(int64_t jd, int64_t jh, int64_t jw) const {
-    return (d.strip_of[jd] * d.length + d.shift_of[jd]) * plane() +
-           h.strip_of[jh] * strip_h() + h.shift_of[jh] * pitch() +
-           w.strip_of[jw] * strip_w() + w.shift_of[jw];
+    return (d.strip_of[jd] * d.length + d.shift_of[jd]) * plane() + h.strip_of[jh] * strip_h() +
+           h.shift_of[jh] * pitch() + w.strip_of[jw] * strip_w() + w.shift_of[jw];
   }
 
-  // Copies the block whose first positions are q0 out of one channel (a volume of `extent`). Strips
-  // change fastest, so that source rows are read in the order in which they lie in memory.
+  // The source planes of a block whose first positions are q0, to be fetched in `steps`.
+  template <class Storage>
+  Prefetch planes_of(const Storage* channel, const int64_t* extent, const int64_t* q0,
+                     int64_t steps) const {
+    const int64_t first = least(q0[0] * AxisD::SOURCE_STRIDE, extent[0]);
+    const int64_t last = least((q0[0] + d.length) * AxisD::SOURCE_STRIDE, extent[0]);
+    const int64_t plane_bytes = extent[1] * extent[2] * int64_t(sizeof(Storage));
+    const char* const begin = reinterpret_cast<const char*>(channel) + first * plane_bytes;
+    const int64_t bytes = (last - first) * plane_bytes;
+    return {begin, begin + bytes, round_up(ceil_div(bytes, steps), 64)};
+  }
+
+  // Copies the block whose first positions are q0 out of one channel (a volume of `extent`).
   template <class Real, class Storage>
   CONVGEN_NOINLINE void fill(Real* to, const Storage* channel, const int64_t* extent,
                              const int64_t* q0) const {
-    constexpr int STRIDE = AxisW::SOURCE_STRIDE;
-    Inside inside[AxisW::TAPS];
-    for (int64_t sw = 0; sw < w.strips; ++sw) {
-      const int64_t x = w.origin[sw] + q0[2] * STRIDE;
-      const int64_t begin = least(greatest(ceil_div(-x, STRIDE), 0), w.length);
-      const int64_t end = least(greatest(ceil_div(extent[2] - x, STRIDE), begin), w.length);
-      inside[sw] = {begin, end, end > begin ? x + begin * STRIDE : 0};
-    }
-    const RowCopy<STRIDE> rows(inside, w.strips, w.length, strip_w());
-    const int64_t row_bytes = extent[2] * int64_t(sizeof(Storage));
+    constexpr int STRIDE_H = AxisH::SOURCE_STRIDE, STRIDE_W = AxisW::SOURCE_STRIDE;
+    Inside columns[AxisW::TAPS];
+    for (int64_t sw = 0; sw < w.strips; ++sw)
+      columns[sw] = inside_of<STRIDE_W>(w.origin[sw] + q0[2] * STRIDE_W, extent[2], w.length);
+    const RowCopy<STRIDE_W> rows = {columns, w.strips, w.length, strip_w()};
+    const int64_t step = STRIDE_H * extent[2];
+    // Planes in the order in which they lie in memory.
     for (int64_t pd = 0; pd < d.length; ++pd)
       for (int64_t sd = 0; sd < d.strips; ++sd) {
         const int64_t z = d.origin[sd] + (q0[0] + pd) * AxisD::SOURCE_STRIDE;
-        const bool in_depth = z >= 0 && z < extent[0];
-        Real* const plane_to = to + (sd * d.length + pd) * plane();
-        for (int64_t ph = 0; ph < h.length; ++ph)
-          for (int64_t sh = 0; sh < h.strips; ++sh) {
-            const int64_t y = h.origin[sh] + (q0[1] + ph) * AxisH::SOURCE_STRIDE;
-            Real* const line = plane_to + sh * strip_h() + ph * pitch();
-            if (!in_depth || y < 0 || y >= extent[1]) {
-              rows.clear_all(line);
-              continue;
-            }
-            const Storage* const row = channel + (z * extent[1] + y) * extent[2];
-            const char* const ahead = reinterpret_cast<const char*>(row) + PREFETCH_BYTES;
-            for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
-            rows.copy(line, row);
-          }
+        Real* strip_to = to + (sd * d.length + pd) * plane();
+        if (z < 0 || z >= extent[0]) {
+          clear(strip_to, plane());
+          continue;
+        }
+        for (int64_t sh = 0; sh < h.strips; ++sh, strip_to += strip_h()) {
+          const Inside in =
+              inside_of<STRIDE_H>(h.origin[sh] + q0[1] * STRIDE_H, extent[1], h.length);
+          const Storage* const from = channel + (z * extent[1] + in.first) * extent[2];
+          // The first strip prefetches what lies between its rows, too.
+          const int64_t prefetch_bytes = sh == 0 ? step * int64_t(sizeof(Storage)) : 0;
+          rows.clear_rows(strip_to, in.begin);
+          rows.copy(strip_to + in.begin * pitch(), from, step, in.count(), prefetch_bytes);
+          rows.clear_rows(strip_to + in.end * pitch(), h.length - in.end);
+        }
       }
   }
 };

@@ -1,7 +1,10 @@
-// wgrad of conv_transpose3d_k3_s2, float32. Written by convgen 0.1.0; regenerate with
+// wgrad of conv_transpose3d_k3_s2, float32.
+// Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"coarse_bytes": 393216, "coarse_tile_bytes": 20480, "fine_block": 1, "fine_bytes": 196608, "partial_bytes": 67108864, "range_positions": 2048, "sums_bytes": 262144, "task_terms": 4194304, "tiles": [[1, 12], [4, 6], [8, 3]], "tiles_of_16": [[1, 12], [4, 3]], "unroll": "full"}
-
+// Schedule: {"coarse_bytes": 393216, "coarse_tile_bytes": 20480, "fine_block": 1, "fine_bytes":
+//   196608, "partial_bytes": 67108864, "range_positions": 2048, "sums_bytes": 262144,
+//   "task_terms": 4194304, "tiles": [[1, 12], [4, 6], [8, 3]], "tiles_of_16": [[1, 12],
+//   [4, 3]], "unroll": "full"}
 //
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
 // as products and sums).
@@ -21,22 +24,18 @@
 
 namespace {
 
-// Taps along each axis: {kernel element, source offset}, by phase. Phase r holds the entries from
-// FIRST[r] up to FIRST[r + 1].
+// Taps along each axis: {kernel element, source offset}.
 struct AxisD {
-  static constexpr int SOURCE_STRIDE = STRIDE_D, PHASES = 1, TAPS = KERNEL_D;
+  static constexpr int SOURCE_STRIDE = STRIDE_D, TAPS = KERNEL_D;
   static constexpr AxisTap TAP[TAPS] = {{0, 0}, {1, 1}, {2, 2}};
-  static constexpr int FIRST[PHASES + 1] = {0, 3};
 };
 struct AxisH {
-  static constexpr int SOURCE_STRIDE = STRIDE_H, PHASES = 1, TAPS = KERNEL_H;
+  static constexpr int SOURCE_STRIDE = STRIDE_H, TAPS = KERNEL_H;
   static constexpr AxisTap TAP[TAPS] = {{0, 0}, {1, 1}, {2, 2}};
-  static constexpr int FIRST[PHASES + 1] = {0, 3};
 };
 struct AxisW {
-  static constexpr int SOURCE_STRIDE = STRIDE_W, PHASES = 1, TAPS = KERNEL_W;
+  static constexpr int SOURCE_STRIDE = STRIDE_W, TAPS = KERNEL_W;
   static constexpr AxisTap TAP[TAPS] = {{0, 0}, {1, 1}, {2, 2}};
-  static constexpr int FIRST[PHASES + 1] = {0, 3};
 };
 
 struct Problem {
@@ -50,7 +49,6 @@ struct Problem {
   using Tiles = std::conditional_t<VECTOR_REGISTERS >= 32,
                                    TileList<Tile<1, 12>, Tile<4, 6>, Tile<8, 3>>,
                                    TileList<Tile<1, 12>, Tile<4, 3>>>;
-
   // Fine channels whose columns are computed together.
   static constexpr int FINE_BLOCK = 1;
   static constexpr int64_t COARSE_TILE_BYTES = 20480;

@@ -76,12 +76,22 @@ __device__ __forceinline__ void stage_vector(Acc* to, const T* from, bool valid)
   }
 }
 
-// `count` accumulators (already packed as such), by all threads of the block. 16-byte copies
-// where ALIGNED says that both sides and the count allow them.
+// Which threads of a block do a piece of work together: by default all of them.
+struct Crew {
+  int thread, threads;
+};
+
+__device__ __forceinline__ Crew whole_block() {
+  return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+}
+
+// `count` accumulators (already packed as such). 16-byte copies where ALIGNED says that both sides
+// and the count allow them.
 template <bool ALIGNED, typename Acc>
-__device__ __forceinline__ void stage_packed(Acc* to, const Acc* from, int count) {
+__device__ __forceinline__ void stage_packed(const Crew& crew, Acc* to, const Acc* from,
+                                             int count) {
   constexpr int WIDTH = ALIGNED ? 16 / sizeof(Acc) : 1;
-  for (int i = threadIdx.x * WIDTH; i < count; i += blockDim.x * WIDTH) {
+  for (int i = crew.thread * WIDTH; i < count; i += crew.threads * WIDTH) {
     copy_async<WIDTH * sizeof(Acc)>(to + i, from + i, true);
   }
 }

@@ -1,18 +1,23 @@
-// dgrad of conv_transpose3d_k3_s2, float32. Written by convgen 0.1.0; regenerate with
+// dgrad of conv_transpose3d_k3_s2, float32.
+// Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
 // Schedule: {"channels": [8], "row_axis": "d", "rows": 4, "unroll": "taps", "variants": 2}
 //
-//   fine[n, b, o] = bias[b] + sum over a, t of coarse[n, a, (o + PADDING - t * DILATION) / STRIDE] * weight[a, b, t]
-//   over the taps t for which the division is exact. Outputs o = q * STRIDE + r of one phase r share their taps,
-//   each at a constant offset from q: a dense gather of the coarse grid, without divisions or wasted products.
+//   fine[n, b, o] = bias[b] +
+//       sum over a, t of coarse[n, a, (o + PADDING - t * DILATION) / STRIDE] * weight[a, b, t]
+//   over the taps t for which the division is exact. Outputs o = q * STRIDE + r of one phase r
+//   share their taps, each at a constant offset from q: a dense gather of the coarse grid, without
+//   divisions or wasted products.
 //
-// A thread block computes `lanes` positions of the flattened (h, w) plane x ROWS positions along d
-// x VARIANTS neighbouring phases along w x `warps_c` blocks of CHANNELS fine channels. Lanes run along
-// the plane, so that loads from shared memory and stores to global memory are coalesced; a thread keeps
-// VARIANTS x ROWS x CHANNELS sums in registers. For each chunk of coarse channels the block stages in
-// shared memory (two buffers, asynchronous copies)
-//   the tile:    [channel][d][h][residue of w mod STEP_X][w / STEP_X], with its halo, zero outside
-//   the weights: [block of CHANNELS][channel][tap][CHANNELS], packed beforehand by dgrad_pack_kernel.
+// A thread block computes `lanes` positions of the flattened (h, w) plane
+// x ROWS positions along d x VARIANTS neighbouring phases along w
+// x `warps_c` blocks of CHANNELS fine channels. Lanes run along the plane, so that loads from
+// shared memory and stores to global memory are coalesced; a thread keeps VARIANTS x ROWS x
+// CHANNELS sums in registers. For each chunk of coarse channels the block stages in shared memory
+// (two buffers, asynchronous copies)
+//   the tile:    [channel][d][h][residue of w mod STEP_X][w / STEP_X],
+//                with its halo, zero outside
+//   the weights: [block of CHANNELS][channel][tap][CHANNELS], packed by dgrad_pack_kernel.
 
 #include "gather.cuh"
 
@@ -35,7 +40,7 @@ using Acc = float;  // sums, and everything in shared memory
 [[maybe_unused]] constexpr int FINE_CHANNELS = 0;
 
 // Axes of the tile: R = d, Y = h, X = w.
-constexpr int STEP_R = 1, STEP_Y = 1, STEP_X = 1;  // input positions per position
+constexpr int STEP_R = 1, STEP_Y = 1, STEP_X = 1;  // inputs per position
 constexpr int PHASES_R = 2, PHASES_Y = 2, PHASES_X = 2;
 constexpr int ROWS = 4;  // positions per thread, consecutive along R
 constexpr int VARIANTS = 2;  // phases of X per thread
@@ -54,16 +59,19 @@ __device__ const int COUNT_Y[] = {2, 1};
 
 // Packed weights: the kernel element of each slot; the first slot of each region (what one pass
 // reads); the first region of each phase.
-constexpr int SLOTS = 27, REGIONS = 4, TAPS_PER_PASS = 12;
-__device__ const int SLOT_TAP[] = {26, 8, 24, 25, 6, 7, 20, 2, 18, 19, 0, 1, 23, 5, 21, 22, 3, 4, 17, 15, 16, 11, 9, 10, 
-14, 12, 13};
+constexpr int SLOTS = 27, REGIONS = 4;
+constexpr int TAPS_PER_PASS = 12;
+__device__ const int SLOT_TAP[] = {
+    26, 8, 24, 25, 6, 7, 20, 2, 18, 19, 0, 1, 23, 5, 21, 22, 3, 4, 17, 15, 16, 11, 9, 10, 14, 12,
+    13};
 __device__ const int REGION_FIRST[] = {0, 12, 18, 24, 27};
 __device__ const int PHASE_REGION[] = {0, 1, 2, 3};
 
 // Every tap of d phase 0, h phase 0, for one input channel.
 template <int CHANNELS>
-__device__ __forceinline__ void accumulate_d0_h0(const GatherShape& s, const Acc* tile, const Acc* weight,
-                                           Acc (&acc)[VARIANTS][ROWS][CHANNELS]) {
+__device__ __forceinline__ void accumulate_d0_h0(
+    const GatherShape& s, const Acc* tile, const Acc* weight,
+    Acc (&acc)[VARIANTS][ROWS][CHANNELS]) {
   {  // h -1, w -1
     Acc x[5];
     const Acc* column = tile;
@@ -100,8 +108,9 @@ __device__ __forceinline__ void accumulate_d0_h0(const GatherShape& s, const Acc
 
 // Every tap of d phase 0, h phase 1, for one input channel.
 template <int CHANNELS>
-__device__ __forceinline__ void accumulate_d0_h1(const GatherShape& s, const Acc* tile, const Acc* weight,
-                                           Acc (&acc)[VARIANTS][ROWS][CHANNELS]) {
+__device__ __forceinline__ void accumulate_d0_h1(
+    const GatherShape& s, const Acc* tile, const Acc* weight,
+    Acc (&acc)[VARIANTS][ROWS][CHANNELS]) {
   {  // h +0, w -1
     Acc x[5];
     const Acc* column = tile;
@@ -122,8 +131,9 @@ __device__ __forceinline__ void accumulate_d0_h1(const GatherShape& s, const Acc
 
 // Every tap of d phase 1, h phase 0, for one input channel.
 template <int CHANNELS>
-__device__ __forceinline__ void accumulate_d1_h0(const GatherShape& s, const Acc* tile, const Acc* weight,
-                                           Acc (&acc)[VARIANTS][ROWS][CHANNELS]) {
+__device__ __forceinline__ void accumulate_d1_h0(
+    const GatherShape& s, const Acc* tile, const Acc* weight,
+    Acc (&acc)[VARIANTS][ROWS][CHANNELS]) {
   {  // h -1, w -1
     Acc x[4];
     const Acc* column = tile;
@@ -154,8 +164,9 @@ __device__ __forceinline__ void accumulate_d1_h0(const GatherShape& s, const Acc
 
 // Every tap of d phase 1, h phase 1, for one input channel.
 template <int CHANNELS>
-__device__ __forceinline__ void accumulate_d1_h1(const GatherShape& s, const Acc* tile, const Acc* weight,
-                                           Acc (&acc)[VARIANTS][ROWS][CHANNELS]) {
+__device__ __forceinline__ void accumulate_d1_h1(
+    const GatherShape& s, const Acc* tile, const Acc* weight,
+    Acc (&acc)[VARIANTS][ROWS][CHANNELS]) {
   {  // h +0, w -1
     Acc x[4];
     const Acc* column = tile;
@@ -172,10 +183,12 @@ __device__ __forceinline__ void accumulate_d1_h1(const GatherShape& s, const Acc
 }
 
 template <int CHANNELS>
-__global__ void __launch_bounds__(GATHER_MAX_WARPS* WARP, 1)
-    dgrad_kernel(const GatherShape s, const T* input, const Acc* packed, const T* bias, T* output) {
+__global__ void __launch_bounds__(GATHER_MAX_WARPS * WARP, 1)
+    dgrad_kernel(const GatherShape s, const T* input, const Acc* packed, const T* bias,
+                 T* output) {
   Acc* const shared = dynamic_shared<Acc>();
-  const GatherBlock block = locate_block(s, s.lanes * (SCATTERED ? ROWS : 1), SCATTERED ? 1 : ROWS);
+  const GatherBlock block =
+      locate_block(s, blockIdx.x, s.lanes * (SCATTERED ? ROWS : 1), SCATTERED ? 1 : ROWS);
   const int group_x = block.phase % GROUPS_X;
   const int phase_y = block.phase / GROUPS_X % PHASES_Y;
   const int phase_r = block.phase / (GROUPS_X * PHASES_Y);
@@ -205,8 +218,9 @@ __global__ void __launch_bounds__(GATHER_MAX_WARPS* WARP, 1)
   }
 
   const int passes = COUNT_R[phase_r] * COUNT_Y[phase_y] > 0 ? 1 : 0;
-const T* const channels =
-      input + (int64_t{block.batch} * s.groups.divisor + block.group) * s.in_channels * s.in_channel_stride;
+  const T* const channels =
+      input + (int64_t{block.batch} * s.groups.divisor + block.group) * s.in_channels *
+                  s.in_channel_stride;
   const Acc* const group_packed =
       packed + int64_t{block.group} * blocks_c * SLOTS * s.in_channels * CHANNELS;
 
@@ -217,20 +231,22 @@ const T* const channels =
     const int r = block.r0 * STEP_R + FIRST_R[phase_r];
     const int y = y0 * STEP_Y + FIRST_Y[phase_y];
     const int x = block.x0 * STEP_X + FIRST_X - shift;
-Acc* const tile = shared + buffer * s.stage_elements;
-    stage_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, tile, channels + first_channel * s.in_channel_stride, count,
-                                              count, r, y, x);
+    Acc* const tile = shared + buffer * s.stage_elements;
+    stage_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, whole_block(), tile,
+                                              channels + first_channel * s.in_channel_stride,
+                                              count, count, r, y, x);
     const int region = PHASE_REGION[block.phase] + pass;
     const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
     for (int w = 0; w < s.warps_c; ++w) {
       const int from_block = block.channel_block * s.warps_c + w;
       if (from_block >= blocks_c) break;
-      const Acc* from =
-          group_packed +
-          ((int64_t{from_block} * SLOTS + REGION_FIRST[region]) * s.in_channels + first_channel * region_taps) *
-              CHANNELS;
+      const Acc* from = group_packed +
+                        ((int64_t{from_block} * SLOTS + REGION_FIRST[region]) * s.in_channels +
+                         first_channel * region_taps) *
+                            CHANNELS;
       stage_packed<CHANNELS * sizeof(Acc) % 16 == 0>(
-          tile + s.tile_elements + w * s.chunk * TAPS_PER_PASS * CHANNELS, from, count * region_taps * CHANNELS);
+          whole_block(), tile + s.tile_elements + w * s.chunk * TAPS_PER_PASS * CHANNELS, from,
+          count * region_taps * CHANNELS);
     }
   };
 
@@ -280,15 +296,17 @@ Acc* const tile = shared + buffer * s.stage_elements;
   // Epilogue: bias, and the outputs of this thread's phases.
   const int first_out = block_c * CHANNELS;
   T* const out_channels =
-      output + ((int64_t{block.batch} * s.groups.divisor + block.group) * s.out_channels + first_out) *
-                   s.out_channel_stride;
+      output +
+      ((int64_t{block.batch} * s.groups.divisor + block.group) * s.out_channels + first_out) *
+          s.out_channel_stride;
 #pragma unroll
   for (int m = 0; m < ROWS; ++m) {
     const int flat = block.flat0 + lane;
     const int at_r = (block.r0 + m) * PHASES_R + phase_r;
     const int at_y = position_y * PHASES_Y + phase_y;
     const int at_x = (block.x0 + position_x) * PHASES_X + group_x * VARIANTS;
-    if (flat >= strip_positions || at_r >= s.r.output || at_y >= s.y.output || at_x >= s.x.output) continue;
+    if (flat >= strip_positions) continue;
+    if (at_r >= s.r.output || at_y >= s.y.output || at_x >= s.x.output) continue;
     const int valid = min(s.x.output - at_x, PHASES_X - group_x * VARIANTS);
     T* const to = out_channels + at_r * s.r.output_stride + at_y * s.y.output_stride + at_x;
 #pragma unroll
@@ -304,12 +322,13 @@ Acc* const tile = shared + buffer * s.stage_elements;
 }
 
 template <int CHANNELS>
-__global__ void dgrad_pack_kernel(Acc* packed, const T* weight, int in_channels, int out_channels,
-                                  int64_t elements) {
+__global__ void dgrad_pack_kernel(Acc* packed, const T* weight, int in_channels,
+                                  int out_channels, int64_t elements) {
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (index >= elements) return;
-  pack_weight<CHANNELS, false>(packed, weight, SLOT_TAP, REGION_FIRST, REGIONS, TAPS, SLOTS, in_channels,
-                               out_channels, index);
+  constexpr bool OUTPUT_IS_COARSE = false;
+  pack_weight<CHANNELS, OUTPUT_IS_COARSE>(packed, weight, SLOT_TAP, REGION_FIRST, REGIONS, TAPS,
+                                          SLOTS, in_channels, out_channels, index);
 }
 
 // Output channels per thread for a call: the compiled size that pads its groups least.
@@ -318,7 +337,8 @@ int channels_per_thread(int64_t out_channels) {
 }
 
 int64_t packed_elements(const ConvgenCall& call) {
-  const int64_t in_channels = call.coarse_channels / GROUPS, out_channels = call.fine_channels / GROUPS;
+  const int64_t in_channels = call.coarse_channels / GROUPS;
+  const int64_t out_channels = call.fine_channels / GROUPS;
   const int64_t channels = channels_per_thread(out_channels);
   return GROUPS * round_up(out_channels, channels) * in_channels * SLOTS;
 }
@@ -327,10 +347,16 @@ int64_t packed_elements(const ConvgenCall& call) {
 int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels, GatherShape& s) {
   const int64_t* in = call.coarse_extent;
   const int64_t* out = call.fine_extent;
-  const int64_t in_stride[3] = {in[1] * in[2], in[2], 1}, out_stride[3] = {out[1] * out[2], out[2], 1};
+  const int64_t in_stride[3] = {in[1] * in[2], in[2], 1};
+  const int64_t out_stride[3] = {out[1] * out[2], out[2], 1};
   auto axis = [&](int i, int phases) {
-    return GatherAxis{static_cast<int>(in[i]), static_cast<int>(out[i]), static_cast<int>(ceil_div(out[i], phases)),
-                      static_cast<int>(in_stride[i]), static_cast<int>(out_stride[i])};
+    GatherAxis a;
+    a.input = static_cast<int>(in[i]);
+    a.output = static_cast<int>(out[i]);
+    a.positions = static_cast<int>(ceil_div(out[i], phases));
+    a.input_stride = static_cast<int>(in_stride[i]);
+    a.output_stride = static_cast<int>(out_stride[i]);
+    return a;
   };
   s.r = axis(0, PHASES_R);
   s.y = axis(1, PHASES_Y);
@@ -359,12 +385,13 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels, Gathe
   traits.words = s.in_channels;
   traits.chunk_step = 1;
   traits.max_chunk = 8;
-return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
+  return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
 }
 
 template <int CHANNELS>
 int run(const ConvgenCall& call, const DeviceLimits& limits) {
-  const int load_width = STEP_X == 1 ? access_width<T, Acc>(call.coarse, call.coarse_extent[2]) : 1;
+  const int64_t line = call.coarse_extent[2];
+  const int load_width = STEP_X == 1 ? access_width<T, Acc>(call.coarse, line) : 1;
   thread_local ShapeCache<GatherShape> cache;
   bool known;
   GatherShape& s = cache.find(call, load_width, known);
@@ -375,22 +402,22 @@ int run(const ConvgenCall& call, const DeviceLimits& limits) {
       return error;
     }
   }
-  s.vector_store = PHASES_X % VARIANTS == 0 && s.x.output % VARIANTS == 0 &&
-                   reinterpret_cast<uintptr_t>(call.fine) % (sizeof(T) * VARIANTS) == 0;
-
+  const bool aligned = reinterpret_cast<uintptr_t>(call.fine) % (sizeof(T) * VARIANTS) == 0;
+  s.vector_store =
+      aligned && PHASES_X % VARIANTS == 0 && s.x.output % VARIANTS == 0;
   const int device = static_cast<int>(call.device);
   Acc* const packed = static_cast<Acc*>(call.workspace);
   const int64_t elements = packed_elements(call);
   constexpr int PACK_THREADS = 256;
   if (const int error = launch<dgrad_pack_kernel<CHANNELS>>(
-          dim3(ceil_div(elements, PACK_THREADS)), dim3(PACK_THREADS), 0, device, call.stream, packed,
-          static_cast<const T*>(call.weight), s.in_channels, s.out_channels, elements)) {
+          dim3(ceil_div(elements, PACK_THREADS)), dim3(PACK_THREADS), 0, device, call.stream,
+          packed, static_cast<const T*>(call.weight), s.in_channels, s.out_channels, elements)) {
     return error;
   }
-  return launch<dgrad_kernel<CHANNELS>>(dim3(s.blocks), dim3(s.threads), s.shared_bytes, device,
-                                       call.stream, s, static_cast<const T*>(call.coarse),
-                                       static_cast<const Acc*>(packed), static_cast<const T*>(call.bias),
-                                       static_cast<T*>(call.fine));
+  return launch<dgrad_kernel<CHANNELS>>(
+      dim3(s.blocks), dim3(s.threads), s.shared_bytes, device, call.stream, s,
+      static_cast<const T*>(call.coarse), static_cast<const Acc*>(packed),
+      static_cast<const T*>(call.bias), static_cast<T*>(call.fine));
 }
 
 }  // namespace
@@ -409,7 +436,7 @@ CONVGEN_EXPORT int convgen_dgrad_f32(const ConvgenCall* call) {
   if (scope.error() != cudaSuccess) return scope.error();
   DeviceLimits limits;
   if (const cudaError_t error = device_limits(static_cast<int>(call->device), limits)) return error;
-switch (channels_per_thread(call->fine_channels / GROUPS)) {
+  switch (channels_per_thread(call->fine_channels / GROUPS)) {
     default:
       return run<8>(*call, limits);
   }

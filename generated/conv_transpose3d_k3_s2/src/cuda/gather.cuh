@@ -52,7 +52,8 @@ struct GatherTraits {
   int span_r, span_y, span_x;  // largest minus smallest offset of a pass
   bool scattered;              // a thread's positions are `lanes` apart in the flattened plane
   int taps_per_pass;           // most weight slots that one pass stages
-  int max_warps;               // of a thread block
+  int max_warps;               // of a thread block, those that compute
+  int extra_threads = 0;       // of a thread block beside them
   int lanes_per_warp;          // positions that a warp's lanes make
   int channels_per_warp;       // output channels of one warp
   int packed_per_slot;         // packed weight words per slot, input word and warp of channels
@@ -129,7 +130,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
     }
   }
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
-  s.threads = s.lanes / t.lanes_per_warp * WARP * s.warps_c;
+  s.threads = s.lanes / t.lanes_per_warp * WARP * s.warps_c + t.extra_threads;
 
   // Input words per stage: as many as fit into half of the shared memory (two blocks could then
   // live on a multiprocessor), and no more than there are.
@@ -162,7 +163,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   return s.blocks <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
 }
 
-// Where a thread block works.
+// Where a thread block works: block `index` of s.blocks.
 struct GatherBlock {
   int channel_block, phase, group, batch;
   int r0;         // first position along R
@@ -170,10 +171,9 @@ struct GatherBlock {
   int flat0;      // first flattened position within the strip
 };
 
-__device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int flat_per_block,
-                                                    int rows_per_block) {
+__device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int index,
+                                                    int flat_per_block, int rows_per_block) {
   GatherBlock block;
-  int index = blockIdx.x;
   block.channel_block = s.channel_blocks.split(index);
   block.phase = s.phases.split(index);
   block.r0 = s.row_tiles.split(index) * rows_per_block;
@@ -191,22 +191,10 @@ __device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int fl
 // multiples of WIDTH, and STEP_X is 1), finds its place once and copies it for every channel.
 // Positions outside the input and channels that do not exist are zero.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename Acc, typename T>
-__device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, const T* input,
-                                            int count, int channels, int r, int y, int x) {
-  const int items = s.planes * s.rows * s.by_columns.divisor;
-  for (int item = threadIdx.x; item < items; item += blockDim.x) {
-    int line = item;
-    const int column = s.by_columns.split(line) * WIDTH;
-    int plane = line;
-    const int row = s.by_rows.split(plane);
-    const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
-    const bool inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
-                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input) &&
-                        static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
-    const T* from = input;
-    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride + (x + column);
-    Acc* to = tile + line * s.row_pitch;
-    to += STEP_X == 1 ? column : (column % STEP_X) * s.residue_pitch + column / STEP_X;
+__device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& crew, Acc* tile,
+                                            const T* input, int count, int channels, int r, int y,
+                                            int x) {
+  auto stage_place = [&](Acc* to, const T* from, bool inside) {
     const int existing = inside ? min(count, channels) : 0;
 #pragma unroll 4
     for (int channel = 0; channel < existing; ++channel) {
@@ -218,26 +206,63 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, Acc* tile, con
       stage_vector<WIDTH>(to, input, false);
       to += s.channel_pitch;
     }
+  };
+  auto line_inside = [&](int line, const T*& from) {
+    int plane = line;
+    const int row = s.by_rows.split(plane);
+    const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
+    const bool inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
+                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input);
+    from = input;
+    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride;
+    return inside;
+  };
+  if constexpr (WIDTH > 1) {
+    // Short lines of wide accesses: threads are dealt places, not lines.
+    const int items = s.planes * s.rows * s.by_columns.divisor;
+    for (int item = crew.thread; item < items; item += crew.threads) {
+      int line = item;
+      const int column = s.by_columns.split(line) * WIDTH;
+      const T* from;
+      const bool inside = line_inside(line, from) &&
+                          static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
+      stage_place(tile + line * s.row_pitch + column, inside ? from + (x + column) : input, inside);
+    }
+  } else {
+    // Long lines: a line per warp at a time.
+    const int lines = s.planes * s.rows, lane = crew.thread % WARP;
+    for (int line = crew.thread / WARP; line < lines; line += crew.threads / WARP) {
+      const T* from;
+      const bool line_is_inside = line_inside(line, from);
+      for (int column = lane; column < s.row_pitch; column += WARP) {
+        const bool inside = line_is_inside &&
+                            static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
+        Acc* to = tile + line * s.row_pitch;
+        to += STEP_X == 1 ? column : (column % STEP_X) * s.residue_pitch + column / STEP_X;
+        stage_place(to, inside ? from + (x + column) : input, inside);
+      }
+    }
   }
 }
 
 // Stages a tile by the widest accesses that the call allows.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename Acc, typename T>
-__device__ __forceinline__ void stage_tile(const GatherShape& s, Acc* tile, const T* input,
-                                           int count, int channels, int r, int y, int x) {
+__device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& crew, Acc* tile,
+                                           const T* input, int count, int channels, int r, int y,
+                                           int x) {
   if constexpr (STEP_X == 1) {
     if constexpr (sizeof(Acc) == 4) {
       if (s.load_width == 4) {
-        stage_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, tile, input, count, channels, r, y, x);
+        stage_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, crew, tile, input, count, channels, r, y, x);
         return;
       }
     }
     if (s.load_width == 2) {
-      stage_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, tile, input, count, channels, r, y, x);
+      stage_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, crew, tile, input, count, channels, r, y, x);
       return;
     }
   }
-  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, tile, input, count, channels, r, y, x);
+  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, crew, tile, input, count, channels, r, y, x);
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.

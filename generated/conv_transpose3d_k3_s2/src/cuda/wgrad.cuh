@@ -88,7 +88,7 @@ inline int cut_wgrad(WgradShape& s, const WgradTraits& t, int channels, int accu
     const double padded = double(ceil_div(s.coarse_w, tile_w)) * tile_w;
     for (int64_t warps_a = 1; warps_a <= max_warps && warps_a <= blocks_a; ++warps_a) {
       const int64_t coarse_parts = ceil_div(blocks_a, warps_a);
-      if (ceil_div(blocks_a, coarse_parts) != warps_a) continue;  // uneven: a smaller one is as good
+      if (ceil_div(blocks_a, coarse_parts) != warps_a) continue;  // a smaller one is as good
       for (int64_t warps_u = 1; warps_u * warps_a <= max_warps; ++warps_u) {
         const int64_t lanes = warps_u * WARP;
         for (int64_t taps = 1; taps <= tap_total && taps <= lanes; ++taps) {
@@ -247,7 +247,7 @@ __device__ __forceinline__ WgradTile locate_wgrad_tile(const WgradShape& s, int 
 }
 
 // Stages the coarse positions of a tile, zero outside the tensor. A thread takes WIDTH neighbouring
-// positions (of which tile_w and the tensor's lines are multiples) and copies them for every channel.
+// positions (tile_w and the tensor's lines are multiples of it) and copies them for every channel.
 template <int WIDTH, typename Acc, typename T>
 __device__ __forceinline__ void stage_coarse_lines(const WgradShape& s, Acc* to, const T* coarse,
                                                    const WgradBlock& block,
@@ -263,9 +263,12 @@ __device__ __forceinline__ void stage_coarse_lines(const WgradShape& s, Acc* to,
     for (int slot = 0; slot < s.groups_per_block; ++slot) {
       const int group = block.group0 + slot;
       const int existing = inside && group < s.groups ? channels : 0;
-      const int64_t plane = (int64_t{tile.n} * s.groups + group) * s.coarse_channels + block.coarse0;
+      const int64_t plane =
+          (int64_t{tile.n} * s.groups + group) * s.coarse_channels + block.coarse0;
       const T* from = coarse;
-      if (existing) from += plane * s.coarse_channel_stride + (tile.d * s.coarse_h + h) * s.coarse_w + w;
+      if (existing) {
+        from += plane * s.coarse_channel_stride + (tile.d * s.coarse_h + h) * s.coarse_w + w;
+      }
 #pragma unroll 4
       for (int channel = 0; channel < s.coarse_block; ++channel) {
         const bool valid = channel < existing;
@@ -360,7 +363,7 @@ constexpr int REDUCE_LANES = 32, REDUCE_ROWS = 8;
 
 // to[e] = sum over splits of partial[split][e], in an order fixed by the number of splits.
 template <typename T, typename Acc>
-__global__ void __launch_bounds__(REDUCE_LANES* REDUCE_ROWS)
+__global__ void __launch_bounds__(REDUCE_LANES * REDUCE_ROWS)
     reduce_kernel(T* to, const Acc* partial, int64_t elements, int splits) {
   __shared__ Acc rows[REDUCE_ROWS][REDUCE_LANES];
   const int lane = threadIdx.x % REDUCE_LANES, row = threadIdx.x / REDUCE_LANES;

@@ -1,17 +1,21 @@
-// wgrad of conv_transpose3d_k3_s2, float32. Written by convgen 0.1.0; regenerate with
+// wgrad of conv_transpose3d_k3_s2, float32.
+// Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
 // Schedule: {"channels": [8], "positions": 4, "taps_h": 3, "taps_w": 3}
 //
-//   weight[a, b, t] = sum over n, i of coarse[n, a, i] * fine[n, b, i * STRIDE - PADDING + t * DILATION]
+//   weight[a, b, t] =
+//       sum over n, i of coarse[n, a, i] * fine[n, b, i * STRIDE - PADDING + t * DILATION]
 //
-// A matrix product with a long sum over positions. A thread keeps TAPS_H x TAPS_W taps x CHANNELS coarse
-// channels of one fine channel in registers; the lanes of a warp are different fine channels (and blocks of
-// taps), so that all of them read the same coarse values. Positions are walked in tiles of tile_h x tile_w;
-// for each the block stages in shared memory (two buffers, asynchronous copies)
+// A matrix product with a long sum over positions. A thread keeps TAPS_H x TAPS_W taps x CHANNELS
+// coarse channels of one fine channel in registers; the lanes of a warp are different fine channels
+// (and blocks of taps), so that all of them read the same coarse values. Positions are walked in
+// tiles of tile_h x tile_w; for each the block stages in shared memory (two buffers, asynchronous
+// copies)
 //   coarse: [channel][tile_h][tile_w], zero beyond the tensor: those positions add nothing
-//   fine:   [channel][kernel depth][row][column], with the halo that the taps reach; the channel pitch is odd.
-// The tiles are dealt to `splits` thread blocks, whose partial sums lie in the workspace and are added in a
-// fixed order by reduce_kernel: the result is the same to the bit in every run.
+//   fine:   [channel][kernel depth][row][column], with the halo that the taps reach; the channel
+//           pitch is odd.
+// The tiles are dealt to `splits` thread blocks, whose partial sums lie in the workspace and are
+// added in a fixed order by reduce_kernel: the result is the same to the bit in every run.
 
 #include "wgrad.cuh"
 
@@ -37,8 +41,8 @@ constexpr int TAPS_H = 3, TAPS_W = 3;  // taps of one thread
 constexpr int TAP_BLOCKS_H = 1, TAP_BLOCKS_W = 1;
 constexpr int TAP_BLOCKS = KERNEL_D * TAP_BLOCKS_H * TAP_BLOCKS_W;
 constexpr int POSITIONS = 4;  // neighbouring positions of W per step
-// What one step of TAPS_W taps at POSITIONS positions loads of a row: every WINDOW_PITCH-th column, those
-// of WINDOW_USED.
+// What one step of TAPS_W taps at POSITIONS positions loads of a row: every WINDOW_PITCH-th column,
+// those of WINDOW_USED.
 constexpr int WINDOW = 9, WINDOW_PITCH = 1;
 constexpr uint64_t WINDOW_USED = 0x1ff;
 
@@ -96,8 +100,8 @@ __global__ void __launch_bounds__(WGRAD_MAX_THREADS, 1)
   const int tap_d = tap_block / (TAP_BLOCKS_W * TAP_BLOCKS_H);
   const int first_d = block.tap0 / (TAP_BLOCKS_W * TAP_BLOCKS_H);  // depth of the tile's plane 0
   const int coarse_offset = (group_slot * s.coarse_block + warp_a * CHANNELS) * s.coarse_pitch;
-  const int fine_offset = fine_slot * s.fine_pitch + ((tap_d - first_d) * s.rows + tap_h) * s.columns +
-                          tap_w * DILATION_W;
+  const int fine_offset = fine_slot * s.fine_pitch +
+                          ((tap_d - first_d) * s.rows + tap_h) * s.columns + tap_w * DILATION_W;
 
   Acc acc[TAPS_H * TAPS_W][CHANNELS];
 #pragma unroll
@@ -114,7 +118,8 @@ __global__ void __launch_bounds__(WGRAD_MAX_THREADS, 1)
     // such a tile has one row of positions.
     stage_fine<DILATION_D, DILATION_H>(s, to + s.coarse_elements, fine, block, tile.n,
                                        tile.d * STRIDE_D - PADDING_D + first_d * DILATION_D,
-                                       tile.h0 * STRIDE_H - PADDING_H, tile.w0 * STRIDE_W - PADDING_W);
+                                       tile.h0 * STRIDE_H - PADDING_H,
+                                       tile.w0 * STRIDE_W - PADDING_W);
   };
 
   // Two buffers: the next tile is on its way while this one is multiplied.
@@ -129,8 +134,9 @@ __global__ void __launch_bounds__(WGRAD_MAX_THREADS, 1)
     copy_wait<1>();
     __syncthreads();
     if (active) {
-      const Acc* const coarse_tile = shared + buffer * s.stage_elements + coarse_offset;
-      const Acc* const fine_tile = shared + buffer * s.stage_elements + s.coarse_elements + fine_offset;
+      const Acc* const staged = shared + buffer * s.stage_elements;
+      const Acc* const coarse_tile = staged + coarse_offset;
+      const Acc* const fine_tile = staged + s.coarse_elements + fine_offset;
       for (int h = 0; h < s.tile_h; ++h) {
         const Acc* coarse_row = coarse_tile + h * s.tile_w;
         const Acc* fine_row = fine_tile + h * STRIDE_H * s.columns;
@@ -146,8 +152,8 @@ __global__ void __launch_bounds__(WGRAD_MAX_THREADS, 1)
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
     if (coarse_channel + c >= s.coarse_channels) break;
-    const int64_t row = ((int64_t{block.split} * s.groups + group) * s.coarse_channels + coarse_channel + c) *
-                            s.fine_channels + fine_channel;
+    const int64_t group_row = (int64_t{block.split} * s.groups + group) * s.coarse_channels;
+    const int64_t row = (group_row + coarse_channel + c) * s.fine_channels + fine_channel;
 #pragma unroll
     for (int t = 0; t < TAPS_H * TAPS_W; ++t) {
       const int h = tap_h + t / TAPS_W, w = tap_w + t % TAPS_W;
@@ -173,7 +179,8 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, WgradShape& s) {
     WgradShape cut;
     cut.coarse_d = static_cast<int>(c[0]), cut.coarse_h = static_cast<int>(c[1]);
     cut.coarse_w = static_cast<int>(c[2]);
-    cut.fine_d = static_cast<int>(f[0]), cut.fine_h = static_cast<int>(f[1]), cut.fine_w = static_cast<int>(f[2]);
+    cut.fine_d = static_cast<int>(f[0]), cut.fine_h = static_cast<int>(f[1]);
+    cut.fine_w = static_cast<int>(f[2]);
     cut.coarse_channel_stride = c[0] * c[1] * c[2];
     cut.fine_channel_stride = f[0] * f[1] * f[2];
     cut.groups = GROUPS;
@@ -186,8 +193,9 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, WgradShape& s) {
     traits.taps_h = TAPS_H, traits.taps_w = TAPS_W;
     traits.tap_blocks_h = TAP_BLOCKS_H, traits.tap_blocks_w = TAP_BLOCKS_W;
     traits.positions = POSITIONS;
-    if (const int error = cut_wgrad(cut, traits, channels_per_thread(cut.coarse_channels), sizeof(Acc), call.batch,
-                                    limits.multiprocessors, limits.shared_bytes)) {
+    if (const int error = cut_wgrad(cut, traits, channels_per_thread(cut.coarse_channels),
+                                    sizeof(Acc), call.batch, limits.multiprocessors,
+                                    limits.shared_bytes)) {
       cache.forget(cached);
       return error;
     }
@@ -208,8 +216,8 @@ int run(const ConvgenCall& call, const WgradShape& s) {
     return error;
   }
   const int64_t elements = call.coarse_channels * int64_t{s.fine_channels} * TAPS;
-  return reduce_splits(static_cast<T*>(call.weight), static_cast<const Acc*>(partial), elements, s.splits,
-                       device, call.stream);
+  return reduce_splits(static_cast<T*>(call.weight), static_cast<const Acc*>(partial), elements,
+                       s.splits, device, call.stream);
 }
 
 }  // namespace
@@ -244,4 +252,6 @@ CONVGEN_EXPORT int64_t convgen_bgrad_f32_workspace(const ConvgenCall* call) {
   return call->batch * bias_parts(*call) * call->coarse_channels * sizeof(Acc);
 }
 
-CONVGEN_EXPORT int convgen_bgrad_f32(const ConvgenCall* call) { return bias_gradient<T, Acc>(*call); }
+CONVGEN_EXPORT int convgen_bgrad_f32(const ConvgenCall* call) {
+  return bias_gradient<T, Acc>(*call);
+}

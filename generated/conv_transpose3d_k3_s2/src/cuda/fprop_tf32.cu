@@ -1,0 +1,494 @@
+// fprop of conv_transpose3d_k3_s2, float32.
+// Written by convgen 0.1.0; regenerate with
+//   convgen generate --kernel 3 --stride 2
+// Schedule: {"channels": [48, 32, 16], "row_axis": "d", "rows": 3, "unroll": "plane", "variants":
+//   1}
+//
+//   coarse[n, a, i] = bias[a] +
+//       sum over b, t of fine[n, b, i * STRIDE - PADDING + t * DILATION] * weight[a, b, t]
+//
+// On the tensor cores: positions are the rows (16) of a product, coarse channels its columns (8),
+// fine channels its depth. A warp computes 16 positions of the flattened (h, w) plane
+// x ROWS positions along d x VARIANTS neighbouring phases along w x CHANNELS coarse
+// channels in registers; a fragment of the input, loaded once, serves every tap and row that reads
+// it. A thread block is `lanes` / 16 x `warps_c` such warps, which multiply, and PRODUCER_WARPS
+// warps, which stage for each chunk of fine channels in shared memory (two buffers; named
+// barriers tell when one is full or empty)
+//   the tile:    [word of channels][d][h][residue of w mod STEP_X][w / STEP_X],
+//                with its halo; the pitch of a word is 8 or 24 mod 32, so that the lanes of a
+//                fragment read different banks
+//   the weights: fragments, packed beforehand by fprop_pack_kernel.
+
+#include "fragments.cuh"
+
+namespace {
+
+using namespace convgen;
+
+using T = float;  // elements in memory
+using Math = Tf32<Rounding::NEAREST_AWAY>;
+using Word = Math::Input;
+
+// The specification, in three dimensions (D, H, W); o = i * STRIDE - PADDING + t * DILATION.
+[[maybe_unused]] constexpr int KERNEL_D = 3, KERNEL_H = 3, KERNEL_W = 3;
+[[maybe_unused]] constexpr int STRIDE_D = 2, STRIDE_H = 2, STRIDE_W = 2;
+[[maybe_unused]] constexpr int PADDING_D = 0, PADDING_H = 0, PADDING_W = 0;
+[[maybe_unused]] constexpr int DILATION_D = 1, DILATION_H = 1, DILATION_W = 1;
+[[maybe_unused]] constexpr int GROUPS = 1;
+[[maybe_unused]] constexpr int TAPS = KERNEL_D * KERNEL_H * KERNEL_W;
+// Channel counts fixed at generation time; 0 where they are run-time values.
+[[maybe_unused]] constexpr int COARSE_CHANNELS = 0;
+[[maybe_unused]] constexpr int FINE_CHANNELS = 0;
+
+// Axes of the tile: R = d, Y = h, X = w.
+constexpr int STEP_R = 2, STEP_Y = 2, STEP_X = 2;  // inputs per position
+constexpr int PHASES_R = 1, PHASES_Y = 1, PHASES_X = 1;
+constexpr int ROWS = 3;  // positions per thread, consecutive along R
+constexpr int VARIANTS = 1;  // phases of X per thread
+constexpr int GROUPS_X = 1;  // thread blocks that share the phases of X
+constexpr bool SCATTERED = false;
+// A tile serves one tap along R: only the planes that it reads, with their neighbouring lines.
+constexpr int PLANE_STEP = STEP_R, LINE_STEP = 1, ROW_STEP = 1, LANE_STEP_Y = STEP_Y;
+// Neighbouring taps of a phase read this far apart.
+constexpr int DELTA_R = 1;
+// Smallest offset of all taps along X.
+constexpr int FIRST_X = 0;
+
+// Smallest offset and number of taps of each phase along R and Y.
+__device__ const int FIRST_R[] = {0};
+__device__ const int FIRST_Y[] = {0};
+__device__ const int COUNT_R[] = {3};
+__device__ const int COUNT_Y[] = {3};
+
+// Packed weights: the kernel element of each slot; the first slot of each region (what one pass
+// reads); the first region of each phase.
+constexpr int SLOTS = 27, REGIONS = 3;
+constexpr int TAPS_PER_PASS = 9;
+__device__ const int SLOT_TAP[] = {
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
+    26};
+__device__ const int REGION_FIRST[] = {0, 9, 18, 27};
+__device__ const int PHASE_REGION[] = {0};
+
+// The taps of one kernel index along R, for 8 input words.
+template <int CHANNELS>
+__device__ __forceinline__ void accumulate(
+    const GatherShape& s, const Word* tile, const uint32_t* weight, const int (&position)[2],
+    float (&acc)[VARIANTS][ROWS][CHANNELS / MMA_COLUMNS][4]) {
+  constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
+  [[maybe_unused]] const int row_pitch = opaque(s.row_pitch), plane_pitch = opaque(s.plane_pitch);
+  const int quarter = opaque(4 * s.channel_pitch);  // half the words of a product
+  {  // h +0, w +0
+    Math::A x[3];
+    const Word* column = tile + opaque(0);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (d, 0, 0)
+  }
+  {  // h +0, w +1
+    Math::A x[3];
+    const Word* column = tile + opaque(0 + 1 * s.residue_pitch);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (d, 0, 1)
+  }
+  {  // h +0, w +2
+    Math::A x[3];
+    const Word* column = tile + opaque(1);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 2 * SLOT);  // tap (d, 0, 2)
+  }
+  {  // h +1, w +0
+    Math::A x[3];
+    const Word* column = tile + opaque(0 + 1 * row_pitch);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (d, 1, 0)
+  }
+  {  // h +1, w +1
+    Math::A x[3];
+    const Word* column = tile + opaque(0 + 1 * row_pitch + 1 * s.residue_pitch);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (d, 1, 1)
+  }
+  {  // h +1, w +2
+    Math::A x[3];
+    const Word* column = tile + opaque(1 + 1 * row_pitch);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 5 * SLOT);  // tap (d, 1, 2)
+  }
+  {  // h +2, w +0
+    Math::A x[3];
+    const Word* column = tile + opaque(0 + 2 * row_pitch);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (d, 2, 0)
+  }
+  {  // h +2, w +1
+    Math::A x[3];
+    const Word* column = tile + opaque(0 + 2 * row_pitch + 1 * s.residue_pitch);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (d, 2, 1)
+  }
+  {  // h +2, w +2
+    Math::A x[3];
+    const Word* column = tile + opaque(1 + 2 * row_pitch);
+    load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 8 * SLOT);  // tap (d, 2, 2)
+  }
+}
+
+// What both roles know of the tile that they work on.
+struct Work {
+  GatherBlock block;
+  int group_x, phase_y, phase_r;
+  int strip_positions;  // in the strip of columns
+  int y0;               // first line of the tile
+  int shift;            // columns of the tile before its window
+  int passes;
+};
+
+__device__ __forceinline__ Work locate_work(const GatherShape& s, int index) {
+  const GatherBlock block =
+      locate_block(s, index, s.lanes * (SCATTERED ? ROWS : 1), SCATTERED ? 1 : ROWS);
+  const int group_x = block.phase % GROUPS_X;
+  const int phase_y = block.phase / GROUPS_X % PHASES_Y;
+  const int phase_r = block.phase / (GROUPS_X * PHASES_Y);
+  const int strip_positions = s.strip_width * s.y.positions;
+  const int y0 = s.by_strip_width.divide(block.flat0);
+  // The tile starts at a multiple of the access width, `shift` columns before its window.
+  const int shift = (block.x0 * STEP_X + FIRST_X) & (s.load_width - 1);
+  const int passes = COUNT_Y[phase_y] > 0 ? COUNT_R[phase_r] : 0;
+  return {block, group_x, phase_y, phase_r, strip_positions, y0, shift, passes};
+}
+
+template <int CHANNELS>
+__global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
+    fprop_kernel(const GatherShape s, const T* input, const uint32_t* packed, const T* bias,
+                 T* output) {
+  constexpr int BLOCKS_N = CHANNELS / MMA_COLUMNS;
+  uint32_t* const shared = dynamic_shared<uint32_t>();
+  const int blocks_c = (s.out_channels + CHANNELS - 1) / CHANNELS;
+  const int warp_weights = s.chunk / MMA_WORDS * TAPS_PER_PASS * SLOT_WORDS<Math, CHANNELS>;
+  const int consumers = blockDim.x - PRODUCER_WARPS * WARP;
+  int step = 0;  // counts passes over all tiles of this block; buffers alternate
+
+  if (static_cast<int>(threadIdx.x) >= consumers) {
+    // Producers: the tile and the weights of every pass over every chunk, one pass ahead, across
+    // tiles.
+    const Crew crew = {static_cast<int>(threadIdx.x) - consumers, PRODUCER_WARPS * WARP};
+    const int steps = s.words / MMA_WORDS;
+    for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
+      const int index = tile_of_turn(turn);
+      if (index >= s.blocks) continue;
+      const Work work = locate_work(s, index);
+      const GatherBlock& block = work.block;
+      const int phase_r = work.phase_r, phase_y = work.phase_y, passes = work.passes;
+      const int y0 = work.y0;
+      const int shift = work.shift;
+      const T* const channels =
+          input + (int64_t{block.batch} * s.groups.divisor + block.group) * s.in_channels *
+                      s.in_channel_stride;
+      const uint32_t* const group_packed =
+          packed + int64_t{block.group} * blocks_c * SLOTS * steps * SLOT_WORDS<Math, CHANNELS>;
+      for (int chunk = 0; chunk < s.chunks; ++chunk) {
+        const int first_word = chunk * s.chunk, first_channel = first_word * Math::CHANNELS;
+        const int count = min(s.chunk, s.words - first_word);
+        for (int pass = 0; pass < passes; ++pass, ++step) {
+          const int buffer = step % 2;
+          if (step >= 2) named_barrier_sync(BARRIER_EMPTY + buffer, blockDim.x);
+          const int r = block.r0 * STEP_R + FIRST_R[phase_r] + pass * DELTA_R;
+          const int y = y0 * STEP_Y + FIRST_Y[phase_y];
+          const int x = block.x0 * STEP_X + FIRST_X - shift;
+          uint32_t* const tile = shared + buffer * s.stage_elements;
+          stage_words<PLANE_STEP, LINE_STEP, STEP_X, Math>(
+              s, crew, reinterpret_cast<Word*>(tile),
+              channels + first_channel * s.in_channel_stride, count,
+              s.in_channels - first_channel, r, y, x);
+          const int region = PHASE_REGION[block.phase] + pass;
+          const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
+          for (int w = 0; w < s.warps_c; ++w) {
+            const int from_block = block.channel_block * s.warps_c + w;
+            if (from_block >= blocks_c) break;
+            const uint32_t* from =
+                group_packed + ((int64_t{from_block} * SLOTS + REGION_FIRST[region]) * steps +
+                                first_word / MMA_WORDS * region_taps) *
+                                   SLOT_WORDS<Math, CHANNELS>;
+            stage_packed<true>(crew, tile + s.tile_elements + w * warp_weights, from,
+                               count / MMA_WORDS * region_taps * SLOT_WORDS<Math, CHANNELS>);
+          }
+          copy_commit();
+          copy_wait<0>();
+          named_barrier_arrive(BARRIER_FULL + buffer, blockDim.x);
+        }
+      }
+    }
+    // Meet the consumers' last arrivals, so that every one is answered.
+    for (int last = max(step - 2, 0); last < step; ++last) {
+      named_barrier_sync(BARRIER_EMPTY + last % 2, blockDim.x);
+    }
+    return;
+  }
+
+  // Consumers.
+  const int lane = threadIdx.x % WARP;
+  const int warp_c = threadIdx.x / WARP % s.warps_c;
+  // This lane's first row of a product; its second is 8 positions further.
+  const int lane_position = threadIdx.x / WARP / s.warps_c * MMA_ROWS + lane / 4;
+  for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
+    const int index = tile_of_turn(turn);
+    if (index >= s.blocks) continue;
+    const Work work = locate_work(s, index);
+    const GatherBlock& block = work.block;
+    const int block_c = block.channel_block * s.warps_c + warp_c;
+
+    // Where this lane's positions lie in the tile. Lanes beyond the strip repeat its last position,
+    // and store nothing.
+    auto locate = [&](int flat) {
+      int y = min(flat, work.strip_positions - 1);
+      const int x = s.by_strip_width.split(y);
+      return (y - work.y0) * LANE_STEP_Y * s.row_pitch + work.shift + x;
+    };
+    const int position[2] = {locate(block.flat0 + lane_position),
+                             locate(block.flat0 + lane_position + 8)};
+
+    float acc[VARIANTS][ROWS][BLOCKS_N][4] = {};
+    for (int chunk = 0; chunk < s.chunks; ++chunk) {
+      for (int pass = 0; pass < work.passes; ++pass, ++step) {
+        const int buffer = step % 2;
+        named_barrier_sync(BARRIER_FULL + buffer, blockDim.x);
+        if (block_c < blocks_c) {
+          const int region = PHASE_REGION[block.phase] + pass;
+          const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
+          const int count = min(s.chunk, s.words - chunk * s.chunk);
+          const uint32_t* const staged = shared + buffer * s.stage_elements;
+          const Word* tile = reinterpret_cast<const Word*>(staged) + lane % 4 * s.channel_pitch;
+          const uint32_t* weight =
+              staged + s.tile_elements + warp_c * warp_weights + lane * Math::PACKED;
+          for (int word = 0; word < count; word += MMA_WORDS) {
+            auto accumulate_words = [&](float (&sums)[VARIANTS][ROWS][BLOCKS_N][4]) {
+              accumulate<CHANNELS>(s, tile, weight, position, sums);
+            };
+            if constexpr (Math::FLUSH) {
+              float part[VARIANTS][ROWS][BLOCKS_N][4] = {};
+              accumulate_words(part);
+#pragma unroll
+              for (int i = 0; i < VARIANTS * ROWS * BLOCKS_N * 4; ++i) {
+                const int n = i / 4 % BLOCKS_N;
+                const int m = i / 4 / BLOCKS_N % ROWS, v = i / 4 / BLOCKS_N / ROWS;
+                acc[v][m][n][i % 4] += part[v][m][n][i % 4];
+              }
+            } else {
+              accumulate_words(acc);
+            }
+            tile += MMA_WORDS * s.channel_pitch;
+            weight += region_taps * SLOT_WORDS<Math, CHANNELS>;
+          }
+        }
+        named_barrier_arrive(BARRIER_EMPTY + buffer, blockDim.x);
+      }
+    }
+
+    // Epilogue: bias, and the outputs of this lane's two positions and two channels per product.
+    // Where they lie is found anew, rather than kept in registers through the loops above.
+    const Work at = locate_work(s, opaque(index));
+    const int first_out = (at.block.channel_block * s.warps_c + warp_c) * CHANNELS + lane % 4 * 2;
+    T* const out_channels =
+        output + ((int64_t{at.block.batch} * s.groups.divisor + at.block.group) * s.out_channels +
+                  first_out) *
+                     s.out_channel_stride;
+#pragma unroll
+    for (int m = 0; m < ROWS; ++m) {
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const int flat = at.block.flat0 + lane_position + half_row * 8;
+        int position_y = flat;
+        const int position_x = s.by_strip_width.split(position_y);
+        const int at_r = (at.block.r0 + m) * PHASES_R + at.phase_r;
+        const int at_y = position_y * PHASES_Y + at.phase_y;
+        const int at_x = (at.block.x0 + position_x) * PHASES_X + at.group_x * VARIANTS;
+        if (flat >= at.strip_positions) continue;
+        if (at_r >= s.r.output || at_y >= s.y.output || at_x >= s.x.output) continue;
+        const int valid = min(s.x.output - at_x, PHASES_X - at.group_x * VARIANTS);
+        T* const to = out_channels + at_r * s.r.output_stride + at_y * s.y.output_stride + at_x;
+#pragma unroll
+        for (int n = 0; n < BLOCKS_N; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int out = first_out + n * MMA_COLUMNS + c;
+            if (out >= s.out_channels) continue;
+            const float offset =
+                bias ? widen(bias[at.block.group * s.out_channels + out]) : 0.0f;
+            float value[VARIANTS];
+#pragma unroll
+            for (int v = 0; v < VARIANTS; ++v) {
+              value[v] = acc[v][m][n][half_row * 2 + c] + offset;
+            }
+            store_outputs<VARIANTS>(to + (n * MMA_COLUMNS + c) * s.out_channel_stride, value, valid,
+                                    s.vector_store);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int CHANNELS>
+__global__ void fprop_pack_kernel(uint32_t* packed, const T* weight, int steps, int in_channels,
+                                  int out_channels, int64_t words) {
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (index >= words) return;
+  constexpr bool OUTPUT_IS_COARSE = true;
+  pack_fragments<Math, CHANNELS, OUTPUT_IS_COARSE>(packed, weight, SLOT_TAP, REGION_FIRST, REGIONS,
+                                                   TAPS, SLOTS, steps, in_channels, out_channels,
+                                                   index);
+}
+
+// Words of 8 input words' products that a call's reduction over channels has.
+int64_t product_steps(const ConvgenCall& call) {
+  return ceil_div(call.fine_channels / GROUPS, MMA_WORDS * Math::CHANNELS);
+}
+
+int64_t packed_words(const ConvgenCall& call, int64_t channels) {
+  const int64_t out_blocks = ceil_div(call.coarse_channels / GROUPS, channels);
+  return GROUPS * out_blocks * channels / MMA_COLUMNS * SLOTS * product_steps(call) * WARP *
+         Math::PACKED;
+}
+
+// Cuts a call into tiles.
+int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels, GatherShape& s) {
+  const int64_t* in = call.fine_extent;
+  const int64_t* out = call.coarse_extent;
+  const int64_t in_stride[3] = {in[1] * in[2], in[2], 1};
+  const int64_t out_stride[3] = {out[1] * out[2], out[2], 1};
+  auto axis = [&](int i, int phases) {
+    GatherAxis a;
+    a.input = static_cast<int>(in[i]);
+    a.output = static_cast<int>(out[i]);
+    a.positions = static_cast<int>(ceil_div(out[i], phases));
+    a.input_stride = static_cast<int>(in_stride[i]);
+    a.output_stride = static_cast<int>(out_stride[i]);
+    return a;
+  };
+  s.r = axis(0, PHASES_R);
+  s.y = axis(1, PHASES_Y);
+  s.x = axis(2, PHASES_X);
+  s.in_channels = static_cast<int>(call.fine_channels / GROUPS);
+  s.out_channels = static_cast<int>(call.coarse_channels / GROUPS);
+  s.in_channel_stride = in[0] * in[1] * in[2];
+  s.out_channel_stride = out[0] * out[1] * out[2];
+
+  GatherTraits traits;
+  traits.rows_per_thread = ROWS;
+  traits.phases = PHASES_R * PHASES_Y * GROUPS_X;
+  traits.step_r = ROW_STEP;
+  traits.step_y = LANE_STEP_Y;
+  traits.step_x = STEP_X;
+  traits.span_r = 0;
+  traits.span_y = 2;
+  traits.span_x = 2;
+  traits.scattered = SCATTERED;
+  traits.taps_per_pass = TAPS_PER_PASS;
+  traits.max_warps = CONSUMER_WARPS;
+  traits.extra_threads = PRODUCER_WARPS * WARP;
+  traits.lanes_per_warp = MMA_ROWS;
+  traits.channels_per_warp = channels;
+  traits.packed_per_slot = channels / MMA_COLUMNS * WARP * Math::PACKED / MMA_WORDS;
+  traits.word_bytes = sizeof(Word);
+  traits.words = static_cast<int>(product_steps(call) * MMA_WORDS);
+  traits.chunk_step = MMA_WORDS;
+  traits.max_chunk = 4 * MMA_WORDS;
+  traits.pitch_residue = 8;  // modulo 16: 8 or 24 modulo the 32 banks
+  return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
+}
+
+template <int CHANNELS>
+int run(const ConvgenCall& call, const GatherShape& s, int multiprocessors) {
+  const int device = static_cast<int>(call.device);
+  uint32_t* const packed = static_cast<uint32_t*>(call.workspace);
+  const int64_t words = packed_words(call, CHANNELS);
+  constexpr int PACK_THREADS = 256;
+  if (const int error = launch<fprop_pack_kernel<CHANNELS>>(
+          dim3(ceil_div(words, PACK_THREADS)), dim3(PACK_THREADS), 0, device, call.stream, packed,
+          static_cast<const T*>(call.weight), s.words / MMA_WORDS, s.in_channels, s.out_channels,
+          words)) {
+    return error;
+  }
+  // Blocks stay and take tile after tile: the next one's copies overlap this one's stores.
+  const int64_t grid = s.blocks < multiprocessors ? s.blocks : multiprocessors;
+  return launch<fprop_kernel<CHANNELS>>(
+      dim3(grid), dim3(s.threads), s.shared_bytes, device, call.stream, s,
+      static_cast<const T*>(call.fine), static_cast<const uint32_t*>(packed),
+      static_cast<const T*>(call.bias), static_cast<T*>(call.coarse));
+}
+
+// The compiled channels per warp, and the tiles that go with them.
+struct Choice {
+  int channels;
+  GatherShape shape;
+};
+
+// Time of a call's output channels in warps of `channels`: few channels share each fragment.
+int64_t channels_cost(int64_t out_channels, int channels) {
+  return round_up(out_channels, channels) * (channels <= 8 ? 25 : channels <= 16 ? 17 : 15);
+}
+
+// Of the compiled sizes, the best whose tiles fit into shared memory.
+int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) {
+  const int64_t line = call.fine_extent[2];
+  const int load_width = STEP_X == 1 ? access_width<T, float>(call.fine, line) : 1;
+  thread_local ShapeCache<Choice> cache;
+  bool known;
+  Choice& cached = cache.find(call, load_width, known);
+  if (!known) {
+    int64_t best_cost = -1;
+    for (const int channels : {48, 32, 16}) {
+      const int64_t cost = channels_cost(call.coarse_channels / GROUPS, channels);
+      Choice candidate;
+      candidate.channels = channels;
+      candidate.shape.load_width = load_width;
+      if (best_cost >= 0 && cost >= best_cost) continue;
+      if (cut(call, limits, channels, candidate.shape)) continue;
+      best_cost = cost;
+      cached = candidate;
+    }
+    if (best_cost < 0) {
+      cache.forget(cached);
+      return CONVGEN_TOO_LARGE;
+    }
+  }
+  choice = cached;
+  const bool aligned = reinterpret_cast<uintptr_t>(call.coarse) % (sizeof(T) * VARIANTS) == 0;
+  choice.shape.vector_store =
+      aligned && PHASES_X % VARIANTS == 0 && choice.shape.x.output % VARIANTS == 0;
+  return CONVGEN_OK;
+}
+
+}  // namespace
+
+CONVGEN_EXPORT int64_t convgen_fprop_tf32_workspace(const ConvgenCall* call) {
+  // Enough for whichever size a call will choose.
+  int64_t most = 0;
+  most = packed_words(*call, 48) > most ? packed_words(*call, 48) : most;
+  most = packed_words(*call, 32) > most ? packed_words(*call, 32) : most;
+  most = packed_words(*call, 16) > most ? packed_words(*call, 16) : most;
+  return most * sizeof(uint32_t);
+}
+
+CONVGEN_EXPORT int convgen_fprop_tf32(const ConvgenCall* call) {
+  if ((COARSE_CHANNELS && call->coarse_channels != COARSE_CHANNELS) ||
+      (FINE_CHANNELS && call->fine_channels != FINE_CHANNELS)) {
+    return CONVGEN_BAD_CHANNELS;
+  }
+  if (!volumes_fit(*call)) return CONVGEN_TOO_LARGE;
+  const DeviceScope scope(static_cast<int>(call->device));
+  if (scope.error() != cudaSuccess) return scope.error();
+  DeviceLimits limits;
+  if (const cudaError_t error = device_limits(static_cast<int>(call->device), limits)) return error;
+  Choice choice;
+  if (const int error = choose(*call, limits, choice)) return error;
+  switch (choice.channels) {
+    case 48:
+      return run<48>(*call, choice.shape, limits.multiprocessors);
+    case 32:
+      return run<32>(*call, choice.shape, limits.multiprocessors);
+    default:
+      return run<16>(*call, choice.shape, limits.multiprocessors);
+  }
+}

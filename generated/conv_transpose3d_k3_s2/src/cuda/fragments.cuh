@@ -1,0 +1,198 @@
+// Fragments of the mma engine's gathers: positions are the rows of the tensor core's products,
+// output channels their columns, input words their depth.
+#pragma once
+
+#include "gather.cuh"
+#include "math.cuh"
+#include "pipeline.cuh"
+
+namespace convgen {
+
+constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8, MMA_WORDS = 8;
+
+// A block's first warps multiply, its last ones stage: with one of each on every scheduler, copies
+// and their address arithmetic cost the tensor cores nothing. 12 warps leave a thread 168
+// registers.
+constexpr int CONSUMER_WARPS = 8, PRODUCER_WARPS = 4;
+
+// Named barriers of the two buffers: producers arrive at FULL, consumers at EMPTY.
+constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = 3;
+
+// Words of packed weights for one slot and MMA_WORDS input words.
+template <class Math, int CHANNELS>
+constexpr int SLOT_WORDS = CHANNELS / MMA_COLUMNS * WARP * Math::PACKED;
+
+// The tile that this block takes in its turn. Neighbouring tiles differ in phase, and phases in
+// work: each turn deals the tiles one block further, so that every block gets some of each.
+__device__ __forceinline__ int tile_of_turn(int turn) {
+  const int blocks = gridDim.x;
+  return turn * blocks + (static_cast<int>(blockIdx.x) + turn) % blocks;
+}
+
+// x[j] = the fragment of row j of a column, for the set bits j of USED. `at` are the offsets of
+// this lane's two positions, `quarter` is four input words further.
+template <class Math, uint64_t USED, int COUNT>
+__device__ __forceinline__ void load_fragments(typename Math::A (&x)[COUNT],
+                                               const typename Math::Input* column,
+                                               const int (&at)[2], int pitch, int quarter) {
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    if ((USED >> j) & 1) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Math::set(x[j], i, column[at[i % 2] + i / 2 * quarter + j * pitch]);
+      }
+    }
+  }
+}
+
+// x[m] = the fragment of this warp's m-th positions, where they are scattered over the plane.
+template <class Math, int COUNT>
+__device__ __forceinline__ void load_scattered_fragments(typename Math::A (&x)[COUNT],
+                                                         const typename Math::Input* column,
+                                                         const int (&at)[COUNT][2], int quarter) {
+#pragma unroll
+  for (int m = 0; m < COUNT; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Math::set(x[m], i, column[at[m][i % 2] + i / 2 * quarter]);
+    }
+  }
+}
+
+// One tap: acc[m][n] += x[FIRST + m * STEP] * weight[n], 16 positions x 8 channels each.
+template <class Math, int FIRST, int STEP, int ROWS, int BLOCKS_N, int COUNT>
+__device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
+                                             const typename Math::A (&x)[COUNT],
+                                             const uint32_t* weight) {
+#pragma unroll
+  for (int n = 0; n < BLOCKS_N; ++n) {
+    typename Math::B b;
+    Math::load(b, weight + n * WARP * Math::PACKED);
+#pragma unroll
+    for (int m = 0; m < ROWS; ++m) Math::multiply(acc[m][n], x[FIRST + m * STEP], b);
+  }
+}
+
+// Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels
+// exist. Positions and layout as in stage_lines. A thread has BATCH words on their way at once.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename T>
+__device__ __forceinline__ void stage_pair_lines(const GatherShape& s, const Crew& crew,
+                                                 uint32_t* tile, const T* input, int count,
+                                                 int channels, int r, int y, int x) {
+  struct alignas(WIDTH * sizeof(T)) Narrow {
+    T element[WIDTH];
+  };
+  struct alignas(WIDTH * sizeof(uint32_t)) Words {
+    uint32_t word[WIDTH];
+  };
+  constexpr int BATCH = MMA_WORDS / 2;
+  const int items = s.planes * s.rows * s.by_columns.divisor;
+  for (int item = crew.thread; item < items; item += crew.threads) {
+    int line = item;
+    const int column = s.by_columns.split(line) * WIDTH;
+    int plane = line;
+    const int row = s.by_rows.split(plane);
+    const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
+    const bool inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
+                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input) &&
+                        static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
+    const T* from = input;
+    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride + (x + column);
+    uint32_t* to = tile + line * s.row_pitch;
+    to += STEP_X == 1 ? column : (column % STEP_X) * s.residue_pitch + column / STEP_X;
+    const int existing = inside ? channels : 0;
+    for (int first = 0; first < count; first += BATCH) {
+      Narrow low[BATCH] = {}, high[BATCH] = {};
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int channel = 2 * (first + i);
+        const T* element = from + channel * s.in_channel_stride;
+        if (channel < existing) low[i] = *reinterpret_cast<const Narrow*>(element);
+        if (channel + 1 < existing) {
+          high[i] = *reinterpret_cast<const Narrow*>(element + s.in_channel_stride);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        Words words;
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+          words.word[j] = Pairs<T>::pair(low[i].element[j], high[i].element[j]);
+        }
+        *reinterpret_cast<Words*>(to + (first + i) * s.channel_pitch) = words;
+      }
+    }
+  }
+}
+
+// Stages a tile of words by the widest accesses that the call allows.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Math, typename T>
+__device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& crew,
+                                            typename Math::Input* tile, const T* input, int count,
+                                            int channels, int r, int y, int x) {
+  if constexpr (Math::CHANNELS == 1) {
+    stage_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, crew, tile, input, count, channels, r, y, x);
+  } else {
+    if constexpr (STEP_X == 1) {
+      if (s.load_width == 4) {
+        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, crew, tile, input, count, channels, r, y,
+                                                      x);
+        return;
+      }
+      if (s.load_width == 2) {
+        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, crew, tile, input, count, channels, r, y,
+                                                      x);
+        return;
+      }
+    }
+    stage_pair_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, crew, tile, input, count, channels, r, y,
+                                                       x);
+  }
+}
+
+// Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
+// [8 input words][slot of the region][8 outputs][lane][Math::PACKED], the words that the lanes of a
+// product hold; zero beyond the channels. Regions and slots as in pack_weight.
+template <class Math, int CHANNELS, bool OUTPUT_IS_COARSE, typename T>
+__device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight,
+                                               const int* slot_tap, const int* region_first,
+                                               int regions, int taps, int slots, int steps,
+                                               int in_channels, int out_channels, int64_t index) {
+  const int blocks = (out_channels + CHANNELS - 1) / CHANNELS;
+  const int64_t slot_elements = int64_t{steps} * SLOT_WORDS<Math, CHANNELS>;
+  // `index` counts packed words: undo the layout from the outside in.
+  const int64_t outer = index / (slots * slot_elements);
+  int64_t rest = index % (slots * slot_elements);
+  const int group = static_cast<int>(outer / blocks);
+  const int block = static_cast<int>(outer % blocks);
+  const int region = find_region(region_first, regions, slot_elements, rest);
+  rest -= region_first[region] * slot_elements;
+  const int region_slots = region_first[region + 1] - region_first[region];
+  const int i = static_cast<int>(rest % Math::PACKED);
+  rest /= Math::PACKED;
+  const int lane = static_cast<int>(rest % WARP);
+  rest /= WARP;
+  const int n = static_cast<int>(rest % (CHANNELS / MMA_COLUMNS));
+  rest /= CHANNELS / MMA_COLUMNS;
+  const int slot = region_first[region] + static_cast<int>(rest % region_slots);
+  const int step = static_cast<int>(rest / region_slots);
+  const int word = step * MMA_WORDS + lane % 4 + 4 * (i % 2);
+  const int out = block * CHANNELS + n * MMA_COLUMNS + lane / 4;
+  const int tap = slot_tap[slot];
+  T value[2] = {};
+#pragma unroll
+  for (int c = 0; c < Math::CHANNELS; ++c) {
+    const int in = word * Math::CHANNELS + c;
+    if (out < out_channels && in < in_channels && tap >= 0) {
+      const int64_t coarse = int64_t{group} * (OUTPUT_IS_COARSE ? out_channels : in_channels) +
+                             (OUTPUT_IS_COARSE ? out : in);
+      const int64_t fine = OUTPUT_IS_COARSE ? in : out;
+      const int64_t fine_channels = OUTPUT_IS_COARSE ? in_channels : out_channels;
+      value[c] = weight[(coarse * fine_channels + fine) * taps + tap];
+    }
+  }
+  packed[index] = Math::pack(i, value[0], value[1]);
+}
+
+}  // namespace convgen

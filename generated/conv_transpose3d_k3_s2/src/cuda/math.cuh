@@ -1,0 +1,117 @@
+// The math modes of the mma engine's gathers: what a word of an operand is, how it is made from
+// the tensors' elements, and one 16 x 8 product of a word's worth of channels.
+//
+//   Input      what the staged tile holds: a float, or a pair of 16-bit channels
+//   CHANNELS   input channels per word
+//   PACKED     weight words per lane and 16 x 8 product
+//   FLUSH      whether sums leave the tensor core after every 8 words (see Tf32x3)
+#pragma once
+
+#include <type_traits>
+
+#include "mma.cuh"
+
+namespace convgen {
+
+template <Rounding ROUNDING>
+struct Tf32 {
+  using Input = float;
+  static constexpr int CHANNELS = 1, PACKED = 2;
+  static constexpr bool FLUSH = false;
+
+  struct A {
+    uint32_t word[4];
+  };
+  struct B {
+    uint32_t word[2];
+  };
+
+  __device__ static __forceinline__ void set(A& a, int i, float x) {
+    a.word[i] = round_tf32<ROUNDING>(x);
+  }
+  // Packed word `i` of a lane; word i % 2 of B, from channel `low`.
+  __device__ static __forceinline__ uint32_t pack(int, float low, float) {
+    return round_tf32<ROUNDING>(low);
+  }
+  __device__ static __forceinline__ void load(B& b, const uint32_t* packed) {
+    const uint2 words = *reinterpret_cast<const uint2*>(packed);
+    b.word[0] = words.x, b.word[1] = words.y;
+  }
+  __device__ static __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
+    mma_tf32(d, a.word, b.word);
+  }
+};
+
+// fp32 accuracy from TF32 products: x = high + low, and high * high + high * low + low * high
+// misses only low * low, 2^-22 of the product. The tensor core truncates when it adds, so sums
+// leave it after every 8 words (FLUSH) and are added in fp32.
+struct Tf32x3 {
+  using Input = float;
+  static constexpr int CHANNELS = 1, PACKED = 4;
+  static constexpr bool FLUSH = true;
+
+  struct A {
+    uint32_t high[4], low[4];
+  };
+  struct B {
+    uint32_t high[2], low[2];
+  };
+
+  __device__ static __forceinline__ uint32_t rest(float x, uint32_t high) {
+    return round_tf32<Rounding::NEAREST_AWAY>(x - __uint_as_float(high));
+  }
+  __device__ static __forceinline__ void set(A& a, int i, float x) {
+    a.high[i] = round_tf32<Rounding::NEAREST_AWAY>(x);
+    a.low[i] = rest(x, a.high[i]);
+  }
+  __device__ static __forceinline__ uint32_t pack(int i, float low, float) {
+    const uint32_t high = round_tf32<Rounding::NEAREST_AWAY>(low);
+    return i < 2 ? high : rest(low, high);
+  }
+  __device__ static __forceinline__ void load(B& b, const uint32_t* packed) {
+    const uint4 words = *reinterpret_cast<const uint4*>(packed);
+    b.high[0] = words.x, b.high[1] = words.y, b.low[0] = words.z, b.low[1] = words.w;
+  }
+  __device__ static __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
+    mma_tf32(d, a.low, b.high);  // small terms first
+    mma_tf32(d, a.high, b.low);
+    mma_tf32(d, a.high, b.high);
+  }
+};
+
+// Pairs of 16-bit channels, products accumulated in fp32.
+template <typename T>
+struct Pairs {
+  using Input = uint32_t;
+  static constexpr int CHANNELS = 2, PACKED = 2;
+  static constexpr bool FLUSH = false;
+
+  struct A {
+    uint32_t word[4];
+  };
+  struct B {
+    uint32_t word[2];
+  };
+
+  __device__ static __forceinline__ uint32_t pair(T low, T high) {
+    struct alignas(4) Both {
+      T low, high;
+    } both = {low, high};
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
+  __device__ static __forceinline__ void set(A& a, int i, uint32_t x) { a.word[i] = x; }
+  __device__ static __forceinline__ uint32_t pack(int, T low, T high) { return pair(low, high); }
+  __device__ static __forceinline__ void load(B& b, const uint32_t* packed) {
+    const uint2 words = *reinterpret_cast<const uint2*>(packed);
+    b.word[0] = words.x, b.word[1] = words.y;
+  }
+  __device__ static __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
+    if constexpr (std::is_same_v<T, half>) {
+      mma_f16(d, a.word, b.word);
+    } else {
+      mma_bf16(d, a.word, b.word);
+    }
+  }
+};
+
+}  // namespace convgen

@@ -1,0 +1,378 @@
+// The part of the mma engine's wgrad that does not depend on the specification.
+#pragma once
+
+#include "mma.cuh"
+#include "mma_wgrad_cut.cuh"
+
+namespace convgen {
+
+// ---- Where a thread block works -------------------------------------------------------------
+
+struct ProductBlock {
+  int coarse0, fine0, group;     // first channels, within the group
+  int tap_d, tap_h, tap_w;       // first taps
+  int kind, split;
+};
+
+template <int M_TILES, int N_TILES, int TAPS_H, int TAPS_W>
+__device__ __forceinline__ ProductBlock locate_products(const ProductShape& s, int index) {
+  ProductBlock block;
+  block.split = index / s.blocks;
+  index -= block.split * s.blocks;
+  block.kind = index;
+  block.coarse0 = s.blocks_m.split(index) * s.units_m * M_TILES * PRODUCT_ROWS;
+  block.fine0 = s.blocks_n.split(index) * s.units_n * N_TILES * PRODUCT_COLUMNS;
+  block.tap_w = s.blocks_w.split(index) * s.units_w * TAPS_W;
+  block.tap_h = s.blocks_h.split(index) * s.units_h * TAPS_H;
+  block.tap_d = s.blocks_d.split(index) * s.units_d;
+  block.group = index;
+  return block;
+}
+
+// A unit of a block: which of its tiles of channels and blocks of taps.
+struct ProductUnit {
+  int m, n, w, h, d;
+};
+
+__device__ __forceinline__ ProductUnit locate_unit(const ProductShape& s, int unit) {
+  ProductUnit u;
+  u.m = unit % s.units_m, unit /= s.units_m;
+  u.n = unit % s.units_n, unit /= s.units_n;
+  u.w = unit % s.units_w, unit /= s.units_w;
+  u.h = unit % s.units_h;
+  u.d = unit / s.units_h;
+  return u;
+}
+
+struct ProductTile {
+  int n, d0, h0, w0;
+};
+
+__device__ __forceinline__ ProductTile locate_product_tile(const ProductShape& s, int index) {
+  ProductTile tile;
+  tile.w0 = s.tiles_w.split(index) * s.tile_w;
+  tile.h0 = s.tiles_h.split(index) * s.tile_h;
+  tile.d0 = s.tiles_d.split(index) * s.tile_d;
+  tile.n = index;
+  return tile;
+}
+
+// ---- Staging --------------------------------------------------------------------------------
+
+// A place of a tile: element of the channel in shared memory, and where it is in the tensor.
+__device__ __forceinline__ uint2 pack_place(int element, int plane, int row, int column) {
+  return make_uint2(static_cast<uint32_t>(element) | static_cast<uint32_t>(plane) << 20,
+                    static_cast<uint32_t>(column) | static_cast<uint32_t>(row) << 16);
+}
+
+// Where a tile's part of a tensor starts, as the copies see it.
+struct ProductOrigin {
+  int64_t element;  // of the block's first channel of the tile's sample
+  int d, h, w;      // may be negative: padding
+  int channels;     // of the group, from that one on
+};
+
+// Both tensors' origins of a tile lie in shared memory, and so do those of the tile after it.
+struct ProductOrigins {
+  ProductOrigin coarse, fine;
+};
+
+// COPY_CHANNELS channels at one place: `valid` of them from the tensor, zeros in the others.
+template <int ACCESS, typename Raw>
+__device__ __forceinline__ void copy_channels(Raw* to, int pitch, const Raw* from,
+                                              int64_t channel_stride, int valid) {
+  if constexpr (ACCESS * sizeof(Raw) >= 4) {
+#pragma unroll
+    for (int i = 0; i < COPY_CHANNELS; ++i) {
+      copy_async<ACCESS * sizeof(Raw)>(to + i * pitch, from + i * channel_stride, i < valid);
+    }
+  } else {
+    Raw value[COPY_CHANNELS];
+#pragma unroll
+    for (int i = 0; i < COPY_CHANNELS; ++i) {
+      value[i] = 0;
+      if (i < valid) value[i] = from[i * channel_stride];
+    }
+#pragma unroll
+    for (int i = 0; i < COPY_CHANNELS; ++i) to[i * pitch] = value[i];
+  }
+}
+
+// Copies the index-th (place, block of channels) of a tile to `to`. The tensor's planes, rows and
+// columns between those of places lie `steps` apart; Column maps a staged column to the tensor's.
+template <class Column, typename Raw>
+__device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* table, Raw* to,
+                                           const Raw* tensor, const ProductOrigin& origin,
+                                           int64_t channel_stride, int3 extent, int plane_step,
+                                           int row_step, int index) {
+  int channel = index;
+  const uint2 place = table[c.by_places.split(channel)];
+  channel *= COPY_CHANNELS;
+  const int z = origin.d + static_cast<int>(place.x >> 20) * plane_step;
+  const int y = origin.h + static_cast<int>(place.y >> 16) * row_step;
+  const int x = origin.w + Column::offset(static_cast<int>(place.y & 0xffff));
+  int valid = 0;
+  const Raw* from = tensor;
+  if (static_cast<unsigned>(z) < static_cast<unsigned>(extent.x) &&
+      static_cast<unsigned>(y) < static_cast<unsigned>(extent.y) &&
+      static_cast<unsigned>(x) < static_cast<unsigned>(extent.z)) {
+    valid = origin.channels - channel;
+    from += origin.element + channel * channel_stride + ((z * extent.y + y) * extent.z + x);
+  }
+  to += (place.x & 0xfffff) + channel * c.pitch;
+  // Elements of a place are neighbours in the tensor too, and all of them inside it or none.
+#pragma unroll 1
+  for (int i = 0; i < c.width; i += c.access) {
+    if constexpr (sizeof(Raw) == 2) {
+      if (c.access == 8) copy_channels<8>(to + i, c.pitch, from + i, channel_stride, valid);
+    }
+    if (c.access == 4) copy_channels<4>(to + i, c.pitch, from + i, channel_stride, valid);
+    if (c.access == 2) copy_channels<2>(to + i, c.pitch, from + i, channel_stride, valid);
+    if (c.access == 1) copy_channels<1>(to + i, c.pitch, from + i, channel_stride, valid);
+  }
+}
+
+// ---- Operands of products -------------------------------------------------------------------
+
+// A lane holds four neighbouring positions (a quad) of a chunk's sixteen: their order within a
+// product's depth is free as long as both operands agree. With g = lane / 4, t = lane % 4, quad t:
+//   32-bit elements: product 0 takes positions 0 and 2 of the quads, product 1 positions 1 and 3,
+//   so
+//     that a tap's second product reads what its right neighbour's first one does
+//   16-bit elements: one product takes all four, as two words of two.
+
+// Nearest TF32 value of x, away from zero between two, as far as the tensor core looks: it ignores
+// the 13 bits below. Half a unit in the last place is 2^-11 of x's power of two; NaNs and
+// infinities stay (two instructions, cvt.rna.tf32.f32 takes three).
+__device__ __forceinline__ uint32_t nearest_tf32(uint32_t bits) {
+  const float power = __uint_as_float(bits & 0xff800000u);
+  return __float_as_uint(__fmaf_rz(power, 0x1p-11f, __uint_as_float(bits)));
+}
+
+struct Tf32Product {
+  using Raw = uint32_t;
+  static constexpr int ELEMENTS = 1;
+  static constexpr bool SPLIT = false;
+
+  __device__ static __forceinline__ uint32_t high(uint32_t bits) { return nearest_tf32(bits); }
+  __device__ static __forceinline__ uint32_t low(uint32_t, uint32_t) { return 0; }
+  __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
+    mma_tf32(d, a, b);
+  }
+};
+
+// x = high + low to 22 bits; the sum of three products misses low * low. The mask is for the
+// subtraction. Where NaN becomes a number, or the largest numbers infinite, low is NaN.
+struct SplitTf32Product : Tf32Product {
+  static constexpr bool SPLIT = true;
+
+  __device__ static __forceinline__ uint32_t high(uint32_t bits) {
+    return (bits + 0x1000u) & 0xffffe000u;
+  }
+  __device__ static __forceinline__ uint32_t low(uint32_t bits, uint32_t high) {
+    return __float_as_uint(__uint_as_float(bits) - __uint_as_float(high));
+  }
+};
+
+struct HalfProduct {
+  using Raw = uint16_t;
+  static constexpr int ELEMENTS = 2;
+  static constexpr bool SPLIT = false;
+
+  __device__ static __forceinline__ uint32_t high(uint32_t bits) { return bits; }
+  __device__ static __forceinline__ uint32_t low(uint32_t, uint32_t) { return 0; }
+  __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
+    mma_f16(d, a, b);
+  }
+};
+
+struct Bfloat16Product : HalfProduct {
+  __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
+    mma_bf16(d, a, b);
+  }
+};
+
+template <class Product>
+constexpr int PRODUCT_STEPS = 2 / Product::ELEMENTS;  // products per chunk
+
+// WORDS words (2 or 4, aligned) of shared memory.
+template <int WORDS>
+__device__ __forceinline__ void load_vector(uint32_t* to, const uint32_t* from) {
+  if constexpr (WORDS == 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+    static_assert(WORDS == 2, "a vector of shared memory");
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    to[0] = v.x, to[1] = v.y;
+  }
+}
+
+// 16 coarse channels of a chunk. `half_rows` is 8 channels further. A product takes its four words
+// from consecutive registers, loads leave them in others: `zero`, of which the compiler knows
+// nothing, makes it move each 16-bit word once instead of once per product.
+template <class Product>
+struct CoarseFragment {
+  uint32_t high[PRODUCT_STEPS<Product>][4], low[PRODUCT_STEPS<Product>][4];
+
+  __device__ __forceinline__ void load(const uint32_t* from, int half_rows, uint32_t zero) {
+    constexpr int WORDS = QUAD / Product::ELEMENTS;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t quad[WORDS];
+      load_vector<WORDS>(quad, from + half * half_rows);
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) {
+        const int step = i % PRODUCT_STEPS<Product>, at = i / PRODUCT_STEPS<Product> * 2 + half;
+        high[step][at] = Product::ELEMENTS == 1 ? Product::high(quad[i]) : quad[i] | zero;
+        if constexpr (Product::SPLIT) low[step][at] = Product::low(quad[i], high[step][at]);
+      }
+    }
+  }
+};
+
+// What the taps of one row read at a lane's quad, for 8 fine channels: VECTORS x VECTOR words,
+// which hold neighbouring staged columns.
+template <class Product, int VECTORS, int VECTOR>
+struct FineWindow {
+  static constexpr int WORDS = VECTORS * VECTOR;
+  uint32_t high[WORDS], low[WORDS];
+
+  template <int QUAD_COLUMNS, int QUAD_PITCH>
+  __device__ __forceinline__ void load(const uint32_t* from) {
+    constexpr int ELEMENTS = Product::ELEMENTS;
+    uint32_t word[WORDS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      load_vector<VECTOR>(word + v * VECTOR, from + column_word(v * VECTOR * ELEMENTS, QUAD_COLUMNS,
+                                                                QUAD_PITCH, ELEMENTS));
+    }
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      high[i] = Product::high(word[i]);
+      if constexpr (Product::SPLIT) low[i] = Product::low(word[i], high[i]);
+    }
+  }
+
+  // Word of an operand whose first position reads column `first` and whose next one is `step` on.
+  __device__ static __forceinline__ uint32_t operand(const uint32_t (&words)[WORDS], int first,
+                                                     int step) {
+    if constexpr (Product::ELEMENTS == 1) {
+      return words[first];
+    } else {
+      const int second = first + step;
+      if (first % 2 == 0 && step == 1) return words[first / 2];
+      return __byte_perm(words[first / 2], words[second / 2],
+                         (first % 2 ? 0x32 : 0x10) | (second % 2 ? 0x7600 : 0x5400));
+    }
+  }
+
+  // d[m] += a[m] * (the tap whose first position reads column `first`), for one product's depth.
+  template <int M_TILES>
+  __device__ __forceinline__ void multiply(float (&d)[M_TILES][4],
+                                           const CoarseFragment<Product> (&a)[M_TILES], int step,
+                                           int first, int position_columns) const {
+    uint32_t b[2], rest[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = first + (step + 2 * i) * position_columns;
+      b[i] = operand(high, column, position_columns);
+      if constexpr (Product::SPLIT) rest[i] = operand(low, column, position_columns);
+    }
+    if constexpr (Product::SPLIT) {
+      // Small terms first.
+#pragma unroll
+      for (int m = 0; m < M_TILES; ++m) Product::multiply(d[m], a[m].low[step], b);
+#pragma unroll
+      for (int m = 0; m < M_TILES; ++m) Product::multiply(d[m], a[m].high[step], rest);
+    }
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) Product::multiply(d[m], a[m].high[step], b);
+  }
+};
+
+// sum += chain, and the chain starts again.
+template <int COUNT>
+__device__ __forceinline__ void flush(float* sum, float* chain) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    sum[i] += chain[i];
+    chain[i] = 0;
+  }
+}
+
+// *to = sum, or += if `begun`; the sum starts again.
+__device__ __forceinline__ void store_sums(float4* to, float (&sum)[4], bool begun) {
+  float4 total = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  if (begun) {
+    const float4 before = *to;
+    total.x += before.x, total.y += before.y, total.z += before.z, total.w += before.w;
+  }
+  *to = total;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] = 0;
+}
+
+// ---- The sum over splits and parts ----------------------------------------------------------
+
+constexpr int SUM_ROWS = 8;
+
+// Partial results: [split][part][kind of block][unit][fragment][lane], four sums each; a fragment
+// is 16 coarse x 8 fine channels at one tap, in the order [fine tile][tap h][tap w][coarse tile].
+// Adds them in an order fixed by their number and writes weight[coarse][fine][tap].
+template <int M_TILES, int N_TILES, int TAPS_H, int TAPS_W, typename T>
+__global__ void __launch_bounds__(WARP* SUM_ROWS)
+    sum_products_kernel(const ProductShape s, int kernel_d, int kernel_h, int kernel_w, T* weight,
+                        const float4* partial, int slices) {
+  __shared__ float4 rows[SUM_ROWS][WARP];
+  constexpr int FRAGMENTS = M_TILES * N_TILES * TAPS_H * TAPS_W;
+  const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP;
+  const int64_t slice_stride = int64_t{gridDim.x} * WARP;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  const float4* from = partial + int64_t{blockIdx.x} * WARP + lane;
+#pragma unroll 4
+  for (int slice = row; slice < slices; slice += SUM_ROWS) {
+    const float4 part = from[slice * slice_stride];
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+  rows[row][lane] = sum;
+  __syncthreads();
+  if (row != 0) return;
+#pragma unroll
+  for (int i = 1; i < SUM_ROWS; ++i) {
+    const float4 part = rows[i][lane];
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+
+  int fragment = blockIdx.x % FRAGMENTS;
+  const int unit_index = blockIdx.x / FRAGMENTS;
+  const ProductUnit unit = locate_unit(s, unit_index % s.units);
+  const ProductBlock block =
+      locate_products<M_TILES, N_TILES, TAPS_H, TAPS_W>(s, unit_index / s.units);
+  const int m = fragment % M_TILES;
+  fragment /= M_TILES;
+  const int w = block.tap_w + unit.w * TAPS_W + fragment % TAPS_W;
+  fragment /= TAPS_W;
+  const int h = block.tap_h + unit.h * TAPS_H + fragment % TAPS_H;
+  const int n = fragment / TAPS_H;
+  const int d = block.tap_d + unit.d;
+  if (d >= kernel_d || h >= kernel_h || w >= kernel_w) return;
+  const int a = block.coarse0 + (unit.m * M_TILES + m) * PRODUCT_ROWS + lane / 4;
+  const int b = block.fine0 + (unit.n * N_TILES + n) * PRODUCT_COLUMNS + lane % 4 * 2;
+  const int64_t taps = int64_t{kernel_d} * kernel_h * kernel_w;
+  const int64_t tap = (int64_t{d} * kernel_h + h) * kernel_w + w;
+  const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int coarse = a + i / 2 * 8, fine = b + i % 2;
+    if (coarse < s.coarse_channels && fine < s.fine_channels) {
+      const int64_t channel = int64_t{block.group} * s.coarse_channels + coarse;
+      narrow(weight[(channel * s.fine_channels + fine) * taps + tap], values[i]);
+    }
+  }
+}
+
+}  // namespace convgen

@@ -1,0 +1,364 @@
+// How the mma engine cuts a call of wgrad into thread blocks and tiles, on the host.
+#pragma once
+
+#include "common.cuh"
+
+namespace convgen {
+
+constexpr int QUAD = 4;        // neighbouring positions along W that one lane feeds to a product
+constexpr int CHUNK_QUADS = 4;  // quads of one chunk: one for each lane of a row of a product
+constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
+
+constexpr int PRODUCT_WARPS = 12;  // of a block, at most; 168 registers a thread
+constexpr int PRODUCT_STAGES = 2;
+constexpr int ORIGINS_WORDS = 24;  // of shared memory: see ProductOrigins
+constexpr int COPY_CHANNELS = 4;  // channels that a thread copies at one place of a tile
+constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
+constexpr int PRODUCT_MAX_SPLITS = 1024;
+constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256}
+                                            << 20;  // bytes, unless one split needs more
+
+// ---- A call, cut into thread blocks ---------------------------------------------------------
+
+// How one tensor's part of a tile is copied: `width` neighbouring elements at each of some places
+// (a table in shared memory lists them), COPY_CHANNELS channels at a time.
+struct ProductCopies {
+  int places;
+  Divisor by_places;
+  int total;  // places x blocks of channels
+  int width;  // elements at a place, by the tensor's extents
+  int access;  // elements per access, by the tensor's address too: divides `width`
+  int pitch;  // elements between channels in shared memory
+};
+
+struct ProductShape {
+  int coarse_d, coarse_h, coarse_w;
+  int fine_d, fine_h, fine_w;
+  int64_t coarse_channel_stride, fine_channel_stride;  // elements
+  int coarse_channels, fine_channels;                  // per group
+  int groups;
+  uint32_t zero;  // see CoarseFragment
+
+  // A block's warps: units (coarse tiles x fine tiles x blocks of taps along W, H and D) times
+  // `parts`, which share the chunks of a tile and have a partial result each.
+  int units_m, units_n, units_w, units_h, units_d, units, parts;
+  Divisor blocks_m, blocks_n, blocks_w, blocks_h, blocks_d;
+  int blocks, threads;
+
+  // Positions are walked in tiles of tile_d x tile_h x tile_w within one sample, dealt to `splits`
+  // blocks in contiguous runs.
+  int tile_d, tile_h, tile_w, chunks;
+  Divisor tiles_w, tiles_h, tiles_d;
+  int tiles, splits, tiles_per_split;
+  int tiles_per_store;  // after which a warp adds its sums to its partial results
+
+  // Shared memory, in words: the origins of two tiles, the table of quads, the two tables of
+  // places, then the stages, each
+  //   coarse [channel][tile_d][tile_h][tile_w], fine [channel][plane][row][column].
+  // Staged planes lie plane_step apart in the fine tensor, rows row_step.
+  int planes, rows, columns, plane_step, row_step;
+  int position_planes, position_rows;  // staged planes and rows from position to position
+  int tap_planes, tap_rows;            // and from tap to tap
+  int row_words, coarse_pitch, fine_pitch;
+  int coarse_table, fine_table, stages, coarse_words, stage_words;
+  int rounds, rounds_per_chunk;  // of copies, by all threads
+  int shared_bytes;
+  ProductCopies coarse, fine;
+};
+
+// What the specification and the schedule say; lengths along W in staged columns (see the kernel).
+struct ProductTraits {
+  int kernel_d, kernel_h;
+  int stride_d, stride_h, stride_w, dilation_d, dilation_h;
+  int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
+  int m_tiles, n_tiles, products;  // products per chunk and warp
+  int element_bytes;
+  int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
+  bool joins_w;  // whether a block may own several blocks of taps along W
+  int coarse_residue, fine_residue;      // of the channel pitches, mod 32 words
+  int coarse_wavefronts, fine_wavefronts;  // of shared memory, per chunk and warp
+};
+
+// Word of a row at which a staged column lies.
+__host__ __device__ constexpr int column_word(int column, int quad_columns, int quad_pitch,
+                                              int elements) {
+  return column / quad_columns * quad_pitch + column % quad_columns / elements;
+}
+
+constexpr int64_t greatest_divisor(int64_t a, int64_t b) {
+  return b == 0 ? a : greatest_divisor(b, a % b);
+}
+
+// What a run of `positions` positions and `taps` taps touches along D or H: `count` planes or rows,
+// `step` apart.
+struct ProductSpan {
+  int64_t count, step, position, tap;
+
+  ProductSpan(int64_t positions, int64_t taps, int64_t stride, int64_t dilation)
+      : step(positions == 1 ? dilation : taps == 1 ? stride : greatest_divisor(stride, dilation)),
+        position(stride / step),
+        tap(dilation / step) {
+    count = (positions - 1) * position + (taps - 1) * tap + 1;
+  }
+};
+
+// Widest access to rows of `row` elements (4, 2 or 1 of them, at most 16 bytes).
+inline int row_width(int64_t row, int most) {
+  int width = most;
+  while (width > 1 && row % width != 0) width /= 2;
+  return width;
+}
+
+// Widest access within `width` elements that an address allows.
+template <typename T>
+int access_within(const void* address, int width) {
+  while (width > 1 && reinterpret_cast<uintptr_t>(address) % (width * sizeof(T)) != 0) width /= 2;
+  return width;
+}
+
+// How one cut is expected to do, in clocks of a multiprocessor.
+struct ProductCost {
+  double tile;   // one tile of all blocks on a multiprocessor
+  double total;  // the whole call
+  int64_t resident;  // blocks on a multiprocessor
+};
+
+// The numbers of a cut that its cost depends on.
+struct ProductCut {
+  int64_t m, n, w, h, d, parts;         // units and parts
+  int64_t tile_d, tile_h, quads;        // positions
+};
+
+constexpr double PRODUCT_CLOCKS = 1.5;     // of a multiprocessor with all four quarters at work
+constexpr double LEVEL2_BYTES = 28;        // per clock and multiprocessor
+constexpr double TILE_CLOCKS = 300;        // barrier, first loads, last products
+
+// Shared memory of a cut, in words; fills in what depends on the tile alone.
+inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
+  const int elements = 4 / t.element_bytes;
+  const ProductSpan d(cut.tile_d, cut.d, t.stride_d, t.dilation_d);
+  const ProductSpan h(cut.tile_h, cut.h * t.taps_h, t.stride_h, t.dilation_h);
+  const int64_t columns = (cut.quads - 1) * t.quad_columns +
+                          (cut.w - 1) * t.taps_w * t.tap_columns + t.window_columns;
+  // A copy's table packs these, and computes with 32 bits.
+  if (d.count >= 1 << 12 || h.count >= 1 << 16 || columns >= 1 << 16) return INDEX_LIMIT;
+  if (d.count * d.step >= 1 << 30 || h.count * h.step >= 1 << 30) return INDEX_LIMIT;
+  const int64_t last = columns - elements;
+  const int64_t row_words =
+      column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
+  const int64_t chunks = ceil_div(cut.tile_d * cut.tile_h * cut.quads, CHUNK_QUADS);
+  auto pitch = [](int64_t words, int residue) {
+    return words + ((residue - words) % WARP + WARP) % WARP;
+  };
+  const int64_t coarse_pitch = pitch(chunks * CHUNK_QUADS * QUAD / elements, t.coarse_residue);
+  const int64_t fine_pitch = pitch(d.count * h.count * row_words, t.fine_residue);
+  const int64_t coarse_words = cut.m * t.m_tiles * PRODUCT_ROWS * coarse_pitch;
+  const int64_t fine_words = cut.n * t.n_tiles * PRODUCT_COLUMNS * fine_pitch;
+  const int coarse_width =
+      row_width(s.coarse_w, cut.quads % 2 == 0 ? 16 / t.element_bytes : QUAD);
+  const int fine_width = row_width(s.fine_w, t.column_align);
+  const int64_t coarse_places = cut.tile_d * cut.tile_h * cut.quads * QUAD / coarse_width;
+  const int64_t fine_places = d.count * h.count * columns / fine_width;
+  const int64_t coarse_table = ORIGINS_WORDS + chunks * CHUNK_QUADS;
+  const int64_t fine_table = coarse_table + 2 * coarse_places;
+  const int64_t stages = round_up(fine_table + 2 * fine_places, 4);
+  const int64_t words = stages + PRODUCT_STAGES * (coarse_words + fine_words);
+  if (words >= 1 << 19) return INDEX_LIMIT;
+
+  s.tile_d = static_cast<int>(cut.tile_d), s.tile_h = static_cast<int>(cut.tile_h);
+  s.tile_w = static_cast<int>(cut.quads * QUAD), s.chunks = static_cast<int>(chunks);
+  s.planes = static_cast<int>(d.count), s.plane_step = static_cast<int>(d.step);
+  s.position_planes = static_cast<int>(d.position), s.tap_planes = static_cast<int>(d.tap);
+  s.rows = static_cast<int>(h.count), s.row_step = static_cast<int>(h.step);
+  s.position_rows = static_cast<int>(h.position), s.tap_rows = static_cast<int>(h.tap);
+  s.columns = static_cast<int>(columns), s.row_words = static_cast<int>(row_words);
+  s.coarse_pitch = static_cast<int>(coarse_pitch), s.fine_pitch = static_cast<int>(fine_pitch);
+  s.coarse_table = static_cast<int>(coarse_table), s.fine_table = static_cast<int>(fine_table);
+  s.stages = static_cast<int>(stages);
+  s.coarse_words = static_cast<int>(coarse_words);
+  s.stage_words = static_cast<int>(coarse_words + fine_words);
+  s.shared_bytes = static_cast<int>(words * 4);
+  s.coarse.width = coarse_width, s.fine.width = fine_width;
+  s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
+  s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
+  s.coarse.total =
+      static_cast<int>(coarse_places * cut.m * t.m_tiles * PRODUCT_ROWS / COPY_CHANNELS);
+  s.fine.total =
+      static_cast<int>(fine_places * cut.n * t.n_tiles * PRODUCT_COLUMNS / COPY_CHANNELS);
+  return words;
+}
+
+inline int64_t count_blocks(const ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
+  return ceil_div(ceil_div(s.coarse_channels, t.m_tiles * PRODUCT_ROWS), cut.m) *
+         ceil_div(ceil_div(s.fine_channels, t.n_tiles * PRODUCT_COLUMNS), cut.n) *
+         ceil_div(t.tap_blocks_w, cut.w) * ceil_div(t.tap_blocks_h, cut.h) *
+         ceil_div(t.kernel_d, cut.d) * s.groups;
+}
+
+inline int64_t count_tiles(const ProductShape& s, const ProductCut& cut, int64_t batch) {
+  return ceil_div(s.coarse_w, cut.quads * QUAD) * ceil_div(s.coarse_h, cut.tile_h) *
+         ceil_div(s.coarse_d, cut.tile_d) * batch;
+}
+
+// Clocks that summing one split's (or part's) partial results adds.
+inline double reduction_clocks(const ProductTraits& t, int64_t blocks, const ProductCut& cut,
+                               int multiprocessors) {
+  const double units = double(cut.m) * cut.n * cut.w * cut.h * cut.d;
+  const double bytes = 512.0 * t.m_tiles * t.n_tiles * t.taps_h * t.taps_w * units * blocks;
+  return 2 * bytes / (LEVEL2_BYTES * multiprocessors);
+}
+
+// Expected time of a cut that lay_out() has laid out in `words` words.
+inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const ProductCut& cut,
+                           int64_t words, int64_t batch, int multiprocessors, int shared_limit) {
+  const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d, warps = units * cut.parts;
+  ProductCost cost;
+  cost.resident = PRODUCT_WARPS / warps;
+  // A block's own 1 KiB; the limit of one block is the multiprocessor's less that.
+  const int64_t fit = (int64_t{shared_limit} + 1024) / (words * 4 + 1024);
+  if (cost.resident > fit) cost.resident = fit;
+  if (cost.resident < 1) cost.resident = 1;
+  const double resident = double(cost.resident);
+  const double chunks = double(ceil_div(s.chunks, cut.parts));
+  const double products = double(ceil_div(cost.resident * warps, 4)) * 4 * chunks * t.products *
+                          PRODUCT_CLOCKS;
+  const double copies = double(s.coarse.total) + s.fine.total;  // of COPY_CHANNELS accesses
+  const double shared = resident * (warps * chunks * (t.coarse_wavefronts + t.fine_wavefronts) +
+                                    s.stage_words / 32.0 + copies * COPY_CHANNELS / 32.0);
+  // About 20 instructions to find a place, 4 to copy one channel, four schedulers.
+  const double issue = resident * (copies / 32 * (20 + 4 * COPY_CHANNELS) / 4 +
+                                   warps * chunks * t.products * 3.4 / 4);
+  const double level2 = resident * s.stage_words * 4 / LEVEL2_BYTES;
+  double most = products > shared ? products : shared;
+  if (issue > most) most = issue;
+  if (level2 > most) most = level2;
+  // Few warps hide little of each other's waiting.
+  const double idle = resident * warps < 8 ? 8 / (resident * warps) : 1;
+  cost.tile = most * idle + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
+  const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
+  const double slots = resident * multiprocessors;
+  double waves = double(blocks) * tiles / slots;
+  if (waves < 1) waves = 1;
+  double splits = slots / blocks;
+  if (splits > tiles) splits = double(tiles);
+  if (splits < 1) splits = 1;
+  cost.total = waves * cost.tile +
+               splits * cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
+  return cost;
+}
+
+// Chooses who computes what: of all cuts that fit, the one expected to be fastest.
+inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, int multiprocessors,
+                        int shared_limit, double& expected) {
+  const int64_t tiles_m = ceil_div(s.coarse_channels, t.m_tiles * PRODUCT_ROWS);
+  const int64_t tiles_n = ceil_div(s.fine_channels, t.n_tiles * PRODUCT_COLUMNS);
+  // A count that leaves the last block emptier than a smaller one would is not tried.
+  auto even = [](int64_t total, int64_t count) {
+    return count <= total && ceil_div(total, ceil_div(total, count)) == count;
+  };
+  ProductCut best = {};
+  ProductCost best_cost = {0, -1, 0};
+  ProductShape trial = s;
+
+  ProductCut cut;
+  auto consider = [&] {
+    const int64_t words = lay_out(trial, t, cut);
+    if (words * 4 > shared_limit) return false;
+    const ProductCost cost = cost_of(trial, t, cut, words, batch, multiprocessors, shared_limit);
+    if (best_cost.total < 0 || cost.total < best_cost.total) best_cost = cost, best = cut;
+    return true;
+  };
+  auto consider_tiles = [&] {
+    const int64_t row_quads = ceil_div(s.coarse_w, QUAD);
+    // Lines of 128 positions, or 64, or 32 and so on; even ones.
+    int64_t last = 0;
+    for (int64_t most = 32; last != 1 && most >= 4; most /= 2) {
+      cut.quads = ceil_div(row_quads, ceil_div(row_quads, most));
+      if (cut.quads == last) continue;
+      last = cut.quads;
+      for (cut.tile_h = 1; cut.tile_h <= s.coarse_h; cut.tile_h += cut.tile_h < 4 ? 1 : 2) {
+        cut.tile_d = 1;
+        if (cut.tile_h * cut.quads > 128 || !consider()) break;
+        // Several planes where they share what they stage, or where one is little work.
+        if (cut.d == 1 && cut.tile_h < s.coarse_h) continue;
+        for (cut.tile_d = 2; cut.tile_d <= s.coarse_d && cut.tile_d <= 4; ++cut.tile_d) {
+          if (cut.tile_d * cut.tile_h * cut.quads > 128 || !consider()) break;
+        }
+      }
+    }
+  };
+  for (cut.m = 1; cut.m <= PRODUCT_WARPS; ++cut.m) {
+    if (!even(tiles_m, cut.m)) continue;
+    for (cut.n = 1; cut.m * cut.n <= PRODUCT_WARPS; ++cut.n) {
+      if (!even(tiles_n, cut.n)) continue;
+      for (cut.w = 1; cut.m * cut.n * cut.w <= PRODUCT_WARPS; ++cut.w) {
+        if (!even(t.tap_blocks_w, cut.w) || (cut.w > 1 && !t.joins_w)) continue;
+        for (cut.h = 1; cut.m * cut.n * cut.w * cut.h <= PRODUCT_WARPS; ++cut.h) {
+          if (!even(t.tap_blocks_h, cut.h)) continue;
+          for (cut.d = 1; cut.m * cut.n * cut.w * cut.h * cut.d <= PRODUCT_WARPS; ++cut.d) {
+            if (!even(t.kernel_d, cut.d)) continue;
+            const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d;
+            // Whole quarters of the multiprocessor, or as many warps as there can be.
+            for (cut.parts = 1; cut.parts * units <= PRODUCT_WARPS; ++cut.parts) {
+              const bool most = (cut.parts + 1) * units > PRODUCT_WARPS;
+              if (cut.parts * units % 4 == 0 || most) consider_tiles();
+            }
+          }
+        }
+      }
+    }
+  }
+  if (best_cost.total < 0) return CONVGEN_TOO_LARGE;
+  expected = best_cost.total;
+
+  cut = best;
+  lay_out(s, t, cut);
+  s.units_m = static_cast<int>(cut.m), s.units_n = static_cast<int>(cut.n);
+  s.units_w = static_cast<int>(cut.w), s.units_h = static_cast<int>(cut.h);
+  s.units_d = static_cast<int>(cut.d), s.parts = static_cast<int>(cut.parts);
+  s.units = s.units_m * s.units_n * s.units_w * s.units_h * s.units_d;
+  s.threads = s.units * s.parts * WARP;
+  s.blocks_m = Divisor(ceil_div(tiles_m, cut.m));
+  s.blocks_n = Divisor(ceil_div(tiles_n, cut.n));
+  s.blocks_w = Divisor(ceil_div(t.tap_blocks_w, cut.w));
+  s.blocks_h = Divisor(ceil_div(t.tap_blocks_h, cut.h));
+  s.blocks_d = Divisor(ceil_div(t.kernel_d, cut.d));
+  const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
+  if (tiles > INDEX_LIMIT || blocks > INDEX_LIMIT) return CONVGEN_TOO_LARGE;
+  s.blocks = static_cast<int>(blocks), s.tiles = static_cast<int>(tiles);
+  s.tiles_w = Divisor(ceil_div(s.coarse_w, s.tile_w));
+  s.tiles_h = Divisor(ceil_div(s.coarse_h, s.tile_h));
+  s.tiles_d = Divisor(ceil_div(s.coarse_d, s.tile_d));
+  s.coarse.by_places = Divisor(s.coarse.places), s.fine.by_places = Divisor(s.fine.places);
+  // All copies of the next tile are on their way by two thirds of this one.
+  s.rounds = static_cast<int>(ceil_div(s.coarse.total + s.fine.total, s.threads));
+  const int64_t chunks = ceil_div(2 * ceil_div(s.chunks, s.parts), 3);
+  s.rounds_per_chunk = static_cast<int>(ceil_div(s.rounds, chunks));
+  const int64_t run = ceil_div(s.chunks, s.parts);  // chunks of a warp and tile
+  s.tiles_per_store = static_cast<int>(ceil_div(CHUNKS_PER_STORE, run));
+
+  // Splits: the least time in waves of blocks.
+  const int64_t slots = best_cost.resident * multiprocessors;
+  const double reduction = cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
+  const int64_t split_bytes =
+      int64_t{512} * t.m_tiles * t.n_tiles * t.taps_h * t.taps_w * s.units * blocks * s.parts;
+  int64_t most = PRODUCT_WORKSPACE_LIMIT / split_bytes;
+  if (most > PRODUCT_MAX_SPLITS) most = PRODUCT_MAX_SPLITS;
+  if (most > tiles) most = tiles;
+  if (most > 4 * slots / blocks + 1) most = 4 * slots / blocks + 1;
+  if (most < 1) most = 1;
+  double best_time = -1;
+  s.splits = 1;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const double run = double(ceil_div(tiles, splits)) * best_cost.tile + 2 * TILE_CLOCKS;
+    const double time = double(ceil_div(splits * blocks, slots)) * run + splits * reduction;
+    if (best_time >= 0 && time >= best_time) continue;
+    best_time = time;
+    s.splits = static_cast<int>(splits);
+  }
+  s.tiles_per_split = static_cast<int>(ceil_div(tiles, s.splits));
+  if (tiles > 0) s.splits = static_cast<int>(ceil_div(tiles, s.tiles_per_split));
+  return blocks * s.splits <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
+}
+
+}  // namespace convgen

@@ -1,0 +1,408 @@
+// wgrad of conv_transpose3d_k3_s2, float32.
+// Written by convgen 0.1.0; regenerate with
+//   convgen generate --kernel 3 --stride 2
+// Schedule: {"flush": 0, "taps_h": 3, "taps_w": 3, "tiles": [[1, 2], [2, 1]]}
+//
+//   weight[a, b, t] = sum over n, i of coarse[n, a, i] * fine[n, b, i * STRIDE - PADDING + t *
+//   DILATION]
+//
+// On the tensor cores: coarse channels are the rows (16) of a product, fine channels its columns
+// (8), positions its depth. A warp keeps M_TILES x N_TILES such tiles of channels at TAPS_H x
+// TAPS_W taps in registers; its fragments of the coarse tensor serve all of these. It takes 16
+// positions (a chunk) at a time: the four lanes that share a channel each load a quad of
+// neighbouring positions, and of the fine tensor the window of a row that the taps at these
+// positions read; a tap along W is then a choice of registers. Quads may lie in different rows of a
+// tile: a table in shared memory gives the window's offset.
+//
+// A thread block is `units` such warps (tiles of channels and blocks of taps) times `parts`, which
+// share the chunks. For each tile of tile_d x tile_h x tile_w positions it stages in shared memory
+// (two buffers, asynchronous copies between the products of the tile before)
+//   coarse: [channel][tile_d][tile_h][tile_w], zero beyond the tensor: those positions add nothing
+//   fine:   [channel][plane][row][column], with the halo that the block's taps reach
+// with channel pitches that put the lanes of a load into different banks. The tiles are dealt to
+// `splits` blocks, whose partial sums lie in the workspace and are added in a fixed order: the
+// result is the same to the bit in every run.
+
+#include "mma_wgrad.cuh"
+
+namespace {
+
+using namespace convgen;
+
+using T = float;  // elements in memory
+using Product = Tf32Product;
+using Raw = Product::Raw;
+
+// The specification, in three dimensions (D, H, W); o = i * STRIDE - PADDING + t * DILATION.
+[[maybe_unused]] constexpr int KERNEL_D = 3, KERNEL_H = 3, KERNEL_W = 3;
+[[maybe_unused]] constexpr int STRIDE_D = 2, STRIDE_H = 2, STRIDE_W = 2;
+[[maybe_unused]] constexpr int PADDING_D = 0, PADDING_H = 0, PADDING_W = 0;
+[[maybe_unused]] constexpr int DILATION_D = 1, DILATION_H = 1, DILATION_W = 1;
+[[maybe_unused]] constexpr int GROUPS = 1;
+[[maybe_unused]] constexpr int TAPS = KERNEL_D * KERNEL_H * KERNEL_W;
+// Channel counts fixed at generation time; 0 where they are run-time values.
+[[maybe_unused]] constexpr int COARSE_CHANNELS = 0;
+[[maybe_unused]] constexpr int FINE_CHANNELS = 0;
+
+constexpr int TAPS_H = 3, TAPS_W = 3;  // taps of one warp
+constexpr int TAP_BLOCKS_H = 1, TAP_BLOCKS_W = 1;
+// Staged columns: POSITION_COLUMNS for each position, COLUMN_STEP apart in the fine tensor. A
+// quad's columns lie in QUAD_PITCH words. Column 0 is SHIFT left of the first that is read, so that
+// copies are aligned.
+constexpr int POSITION_COLUMNS = 2, COLUMN_STEP = 1, TAP_COLUMNS = 1;
+constexpr int QUAD_COLUMNS = QUAD * POSITION_COLUMNS, QUAD_PITCH = 8;
+constexpr int SHIFT = 0, COLUMN_ALIGN = 4;
+// A window is WINDOW_VECTORS loads of VECTOR words.
+constexpr int WINDOW_VECTORS = 3, VECTOR = 4;
+constexpr int WINDOW_COLUMNS = WINDOW_VECTORS * VECTOR * Product::ELEMENTS;
+
+struct CoarseColumn {
+  __device__ static __forceinline__ int offset(int column) { return column; }
+};
+
+struct FineColumn {
+  __device__ static __forceinline__ int offset(int column) {
+    return column * COLUMN_STEP;
+  }
+};
+
+template <int M_TILES, int N_TILES>
+using Sums = float[N_TILES][TAPS_H][TAPS_W][M_TILES][4];
+
+// One chunk. `coarse` and `fine` are this lane's quad and its window of the first row of taps;
+// `half_rows` is 8 coarse channels, `columns` 8 fine ones, `tap_row` one row of taps.
+template <int M_TILES, int N_TILES>
+__device__ __forceinline__ void accumulate(const uint32_t* coarse, int half_rows,
+                                           const uint32_t* fine, int columns, int tap_row,
+                                           uint32_t zero, Sums<M_TILES, N_TILES>& sum) {
+  CoarseFragment<Product> a[M_TILES];
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m) a[m].load(coarse + 2 * m * half_rows, half_rows, zero);
+#pragma unroll
+  for (int n = 0; n < N_TILES; ++n) {
+    {  // row of taps h0 + 0
+      FineWindow<Product, WINDOW_VECTORS, VECTOR> x;
+      x.load<QUAD_COLUMNS, QUAD_PITCH>(fine + n * columns);
+#pragma unroll
+      for (int step = 0; step < PRODUCT_STEPS<Product>; ++step) {
+        // tap (h0 + 0, w0 + 0)
+        x.multiply(sum[n][0][0], a, step, SHIFT + 0 * TAP_COLUMNS, POSITION_COLUMNS);
+        // tap (h0 + 0, w0 + 1)
+        x.multiply(sum[n][0][1], a, step, SHIFT + 1 * TAP_COLUMNS, POSITION_COLUMNS);
+        // tap (h0 + 0, w0 + 2)
+        x.multiply(sum[n][0][2], a, step, SHIFT + 2 * TAP_COLUMNS, POSITION_COLUMNS);
+      }
+    }
+    {  // row of taps h0 + 1
+      FineWindow<Product, WINDOW_VECTORS, VECTOR> x;
+      x.load<QUAD_COLUMNS, QUAD_PITCH>(fine + n * columns + tap_row);
+#pragma unroll
+      for (int step = 0; step < PRODUCT_STEPS<Product>; ++step) {
+        // tap (h0 + 1, w0 + 0)
+        x.multiply(sum[n][1][0], a, step, SHIFT + 0 * TAP_COLUMNS, POSITION_COLUMNS);
+        // tap (h0 + 1, w0 + 1)
+        x.multiply(sum[n][1][1], a, step, SHIFT + 1 * TAP_COLUMNS, POSITION_COLUMNS);
+        // tap (h0 + 1, w0 + 2)
+        x.multiply(sum[n][1][2], a, step, SHIFT + 2 * TAP_COLUMNS, POSITION_COLUMNS);
+      }
+    }
+    {  // row of taps h0 + 2
+      FineWindow<Product, WINDOW_VECTORS, VECTOR> x;
+      x.load<QUAD_COLUMNS, QUAD_PITCH>(fine + n * columns + 2 * tap_row);
+#pragma unroll
+      for (int step = 0; step < PRODUCT_STEPS<Product>; ++step) {
+        // tap (h0 + 2, w0 + 0)
+        x.multiply(sum[n][2][0], a, step, SHIFT + 0 * TAP_COLUMNS, POSITION_COLUMNS);
+        // tap (h0 + 2, w0 + 1)
+        x.multiply(sum[n][2][1], a, step, SHIFT + 1 * TAP_COLUMNS, POSITION_COLUMNS);
+        // tap (h0 + 2, w0 + 2)
+        x.multiply(sum[n][2][2], a, step, SHIFT + 2 * TAP_COLUMNS, POSITION_COLUMNS);
+      }
+    }
+  }
+}
+
+template <int M_TILES, int N_TILES>
+__global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
+    wgrad_kernel(const ProductShape s, const T* coarse, const T* fine, float4* partial) {
+  constexpr int ELEMENTS = Product::ELEMENTS;
+  uint32_t* const shared = dynamic_shared<uint32_t>();
+  ProductOrigins* const origins = reinterpret_cast<ProductOrigins*>(shared);  // of tiles, by parity
+  uint32_t* const windows = shared + ORIGINS_WORDS;                           // by quad of a tile
+  uint2* const coarse_table = reinterpret_cast<uint2*>(shared + s.coarse_table);
+  uint2* const fine_table = reinterpret_cast<uint2*>(shared + s.fine_table);
+  uint32_t* const stages = shared + s.stages;
+
+  const ProductBlock block = locate_products<M_TILES, N_TILES, TAPS_H, TAPS_W>(s, blockIdx.x);
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const int part = warp / s.units;
+  const ProductUnit unit = locate_unit(s, warp % s.units);
+  const bool active = block.coarse0 + unit.m * M_TILES * PRODUCT_ROWS < s.coarse_channels &&
+                      block.fine0 + unit.n * N_TILES * PRODUCT_COLUMNS < s.fine_channels &&
+                      block.tap_d + unit.d < KERNEL_D && block.tap_h + unit.h * TAPS_H < KERNEL_H &&
+                      block.tap_w + unit.w * TAPS_W < KERNEL_W;
+
+  // The tables, and zeros behind the last quad of each coarse channel.
+  const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
+  for (int i = threadIdx.x; i < s.chunks * CHUNK_QUADS; i += blockDim.x) {
+    const int row = i / row_quads, plane = row / s.tile_h;
+    const int at =
+        (plane * s.position_planes * s.rows + (row - plane * s.tile_h) * s.position_rows) *
+            s.row_words +
+        (i - row * row_quads) * QUAD_PITCH;
+    windows[i] = i < quads ? at : 0;
+  }
+  for (int i = threadIdx.x; i < s.coarse.places; i += blockDim.x) {
+    const int per_row = s.tile_w / s.coarse.width;
+    const int row = i / per_row, plane = row / s.tile_h;
+    coarse_table[i] = pack_place(i * s.coarse.width, plane, row - plane * s.tile_h,
+                                 (i - row * per_row) * s.coarse.width);
+  }
+  for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
+    const int per_row = s.columns / s.fine.width;
+    const int row = i / per_row, plane = row / s.rows;
+    const int column = (i - row * per_row) * s.fine.width;
+    const int element =
+        (row * s.row_words + column / QUAD_COLUMNS * QUAD_PITCH) * ELEMENTS + column % QUAD_COLUMNS;
+    fine_table[i] = pack_place(element, plane, row - plane * s.rows, column);
+  }
+  const int first_words = quads * QUAD / ELEMENTS,
+            all_words = s.chunks * CHUNK_QUADS * QUAD / ELEMENTS;
+  const int zeros = all_words - first_words;
+  for (int i = threadIdx.x; i < zeros * s.units_m * M_TILES * PRODUCT_ROWS; i += blockDim.x) {
+    uint32_t* const word = stages + i / zeros * s.coarse_pitch + first_words + i % zeros;
+    word[0] = word[s.stage_words] = 0;
+  }
+
+  // One thread says where tiles start. It finds its block anew, which then takes no registers in
+  // the loop.
+  const int first = block.split * s.tiles_per_split;
+  const int end = min(first + s.tiles_per_split, s.tiles);
+  auto aim = [&](int index) {
+    const ProductBlock block =
+        locate_products<M_TILES, N_TILES, TAPS_H, TAPS_W>(s, opaque(blockIdx.x));
+    const ProductTile tile = locate_product_tile(s, index);
+    const int64_t group = int64_t{tile.n} * s.groups + block.group;
+    ProductOrigins& o = origins[index & 1];
+    o.coarse.element = (group * s.coarse_channels + block.coarse0) * s.coarse_channel_stride;
+    o.fine.element = (group * s.fine_channels + block.fine0) * s.fine_channel_stride;
+    o.coarse.d = tile.d0, o.coarse.h = tile.h0, o.coarse.w = tile.w0;
+    o.fine.d = tile.d0 * STRIDE_D - PADDING_D + block.tap_d * DILATION_D;
+    o.fine.h = tile.h0 * STRIDE_H - PADDING_H + block.tap_h * DILATION_H;
+    o.fine.w = tile.w0 * STRIDE_W - PADDING_W + block.tap_w * DILATION_W - SHIFT;
+    o.coarse.channels = s.coarse_channels - block.coarse0,
+    o.fine.channels = s.fine_channels - block.fine0;
+  };
+  if (threadIdx.x == 0) {
+    aim(first);
+    if (first + 1 < end) aim(first + 1);
+  }
+  __syncthreads();
+
+  // One round of copies of a tile by all threads.
+  auto stage = [&](int tile, int buffer, int round) {
+    static_assert(sizeof(ProductOrigins) * 2 == ORIGINS_WORDS * 4, "the room for them");
+    Raw* const to = reinterpret_cast<Raw*>(stages + buffer * s.stage_words);
+    const int index = round * blockDim.x + threadIdx.x;
+    if (index < s.coarse.total) {
+      copy_place<CoarseColumn>(s.coarse, coarse_table, to, reinterpret_cast<const Raw*>(coarse),
+                               origins[tile & 1].coarse, s.coarse_channel_stride,
+                               make_int3(s.coarse_d, s.coarse_h, s.coarse_w), 1, 1, index);
+    } else if (index < s.coarse.total + s.fine.total) {
+      copy_place<FineColumn>(s.fine, fine_table, to + s.coarse_words * ELEMENTS,
+                             reinterpret_cast<const Raw*>(fine), origins[tile & 1].fine,
+                             s.fine_channel_stride, make_int3(s.fine_d, s.fine_h, s.fine_w),
+                             s.plane_step, s.row_step, index - s.coarse.total);
+    }
+  };
+
+  // This lane's channels in a stage: g and g + 8 of each coarse tile, g of each fine tile; its quad
+  // of a chunk is t.
+  const int g = lane / 4, t = lane % 4;
+  const int coarse_offset =
+      (unit.m * M_TILES * PRODUCT_ROWS + g) * s.coarse_pitch + t * QUAD / ELEMENTS;
+  const int tap_row = s.tap_rows * s.row_words;
+  const int fine_offset =
+      s.coarse_words + (unit.n * N_TILES * PRODUCT_COLUMNS + g) * s.fine_pitch +
+      unit.d * s.tap_planes * s.rows * s.row_words + unit.h * TAPS_H * tap_row +
+      column_word(unit.w * TAPS_W * TAP_COLUMNS, QUAD_COLUMNS, QUAD_PITCH, ELEMENTS);
+
+  Sums<M_TILES, N_TILES> sum = {};
+
+  int until_store = s.tiles_per_store;
+
+  for (int round = 0; round < s.rounds; ++round) stage(first, 0, round);
+  copy_commit();
+  for (int index = first; index < end; ++index) {
+    const int buffer = (index - first) & 1;
+    copy_wait<0>();
+    __syncthreads();  // the tile has arrived, and nobody reads the other buffer or this tile's
+                      // origin any more
+    if (threadIdx.x == 0 && index + 2 < end) aim(index + 2);
+    const int rounds = index + 1 < end ? s.rounds : 0;
+    int round = 0;
+    const uint32_t* const coarse_tile = stages + buffer * s.stage_words + coarse_offset;
+    const uint32_t* const fine_tile = stages + buffer * s.stage_words + fine_offset;
+    for (int chunk = part; chunk < s.chunks; chunk += s.parts) {
+      // The next tile's copies are dealt to this one's chunks, beside whose products they go
+      // unnoticed.
+      for (int i = 0; i < s.rounds_per_chunk && round < rounds; ++i, ++round)
+        stage(index + 1, buffer ^ 1, round);
+      if (active) {
+        accumulate<M_TILES, N_TILES>(
+            coarse_tile + chunk * (CHUNK_QUADS * QUAD / ELEMENTS), opaque(8 * s.coarse_pitch),
+            fine_tile + windows[chunk * CHUNK_QUADS + t], opaque(PRODUCT_COLUMNS * s.fine_pitch),
+            opaque(tap_row), s.zero, sum);
+      }
+    }
+    for (; round < rounds; ++round) stage(index + 1, buffer ^ 1, round);
+    copy_commit();
+
+    // The sums leave the registers now and then, and at the end: tensor cores truncate when they
+    // add, and the loss grows with the length of a run.
+    if (--until_store > 0 && index + 1 < end) continue;
+    // Every warp stores its sums, also one beyond the channels or taps: they are zero, and nobody
+    // reads them.
+    const int self = opaque(threadIdx.x / WARP), kind = opaque(blockIdx.x) % s.blocks;
+    const int64_t slice = int64_t{opaque(blockIdx.x) / s.blocks} * s.parts + self / s.units;
+    float4* to = partial + ((slice * s.blocks + kind) * s.units + self % s.units) *
+                               (M_TILES * N_TILES * TAPS_H * TAPS_W * WARP) + lane;
+    const bool begun = index >= first + s.tiles_per_store;
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+      for (int tap = 0; tap < TAPS_H * TAPS_W; ++tap) {
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m, to += WARP) {
+          float(&tile)[4] = sum[n][tap / TAPS_W][tap % TAPS_W][m];
+          store_sums(to, tile, begun);
+        }
+      }
+    }
+    until_store = s.tiles_per_store;
+  }
+}
+
+template <int M_TILES, int N_TILES>
+ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
+  ProductTraits t;
+  t.kernel_d = KERNEL_D, t.kernel_h = KERNEL_H;
+  t.stride_d = STRIDE_D, t.stride_h = STRIDE_H, t.stride_w = STRIDE_W;
+  t.dilation_d = DILATION_D, t.dilation_h = DILATION_H;
+  t.taps_h = TAPS_H, t.taps_w = TAPS_W, t.tap_blocks_h = TAP_BLOCKS_H,
+  t.tap_blocks_w = TAP_BLOCKS_W;
+  t.m_tiles = M_TILES, t.n_tiles = N_TILES;
+  t.products =
+      M_TILES * N_TILES * TAPS_H * TAPS_W * PRODUCT_STEPS<Product> * (Product::SPLIT ? 3 : 1);
+  t.element_bytes = sizeof(T);
+  t.quad_columns = QUAD_COLUMNS, t.quad_pitch = QUAD_PITCH, t.window_columns = WINDOW_COLUMNS;
+  t.tap_columns = TAP_COLUMNS, t.column_align = COLUMN_ALIGN;
+  t.joins_w = false;
+  t.coarse_residue = 16, t.fine_residue = 4;
+  t.coarse_wavefronts = coarse_wavefronts, t.fine_wavefronts = fine_wavefronts;
+  return t;
+}
+
+// A call's cut, and which of the compiled tiles it uses.
+struct Plan {
+  ProductShape shape;
+  int tile;
+};
+
+int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
+  thread_local ShapeCache<Plan> cache;
+  bool known;
+  Plan& cached = cache.find(call, 0, known);
+  if (!known) {
+    const int64_t* c = call.coarse_extent;
+    const int64_t* f = call.fine_extent;
+    ProductShape blank;
+    blank.coarse_d = static_cast<int>(c[0]), blank.coarse_h = static_cast<int>(c[1]);
+    blank.coarse_w = static_cast<int>(c[2]);
+    blank.fine_d = static_cast<int>(f[0]), blank.fine_h = static_cast<int>(f[1]),
+    blank.fine_w = static_cast<int>(f[2]);
+    blank.coarse_channel_stride = c[0] * c[1] * c[2];
+    blank.fine_channel_stride = f[0] * f[1] * f[2];
+    blank.groups = GROUPS, blank.zero = 0;
+    blank.coarse_channels = static_cast<int>(call.coarse_channels / GROUPS);
+    blank.fine_channels = static_cast<int>(call.fine_channels / GROUPS);
+    const ProductTraits tiles[] = {
+        traits<1, 2>(8, 72),
+        traits<2, 1>(16, 36),
+    };
+    double least = -1;
+    int error = CONVGEN_TOO_LARGE;
+    for (int i = 0; i < 2; ++i) {
+      ProductShape cut = blank;
+      double expected;
+      const int refused = cut_products(cut, tiles[i], call.batch, limits.multiprocessors,
+                                       limits.shared_bytes, expected);
+      if (refused || (least >= 0 && expected >= least)) continue;
+      error = CONVGEN_OK;
+      least = expected;
+      cached.shape = cut, cached.tile = i;
+    }
+    if (error) {
+      cache.forget(cached);
+      return error;
+    }
+  }
+  p = cached;
+  return CONVGEN_OK;
+}
+
+template <int M_TILES, int N_TILES>
+int run(const ConvgenCall& call, const ProductShape& s) {
+  const int device = static_cast<int>(call.device);
+  float4* const partial = static_cast<float4*>(call.workspace);
+  // Without positions, the sum over no splits is zero.
+  const int slices = s.tiles > 0 ? s.splits * s.parts : 0;
+  if (slices > 0) {
+    if (const int error = launch<wgrad_kernel<M_TILES, N_TILES>>(
+            dim3(s.blocks * s.splits), dim3(s.threads), s.shared_bytes, device, call.stream, s,
+            static_cast<const T*>(call.coarse), static_cast<const T*>(call.fine), partial)) {
+      return error;
+    }
+  }
+  const int fragments = s.blocks * s.units * (M_TILES * N_TILES * TAPS_H * TAPS_W);
+  return launch<sum_products_kernel<M_TILES, N_TILES, TAPS_H, TAPS_W, T>>(
+      dim3(fragments), dim3(WARP * SUM_ROWS), 0, device, call.stream, s, KERNEL_D, KERNEL_H,
+      KERNEL_W, static_cast<T*>(call.weight), static_cast<const float4*>(partial), slices);
+}
+
+}  // namespace
+
+CONVGEN_EXPORT int64_t convgen_wgrad_tf32_workspace(const ConvgenCall* call) {
+  constexpr int FRAGMENTS[] = {18, 18};
+  DeviceLimits limits;
+  Plan p;
+  if (!volumes_fit(*call) || device_limits(static_cast<int>(call->device), limits) != cudaSuccess)
+    return 0;
+  if (plan(*call, limits, p) != CONVGEN_OK) return 0;  // the call itself reports the error
+  const ProductShape& s = p.shape;
+  return int64_t{s.splits} * s.parts * s.blocks * s.units * FRAGMENTS[p.tile] * WARP *
+         sizeof(float4);
+}
+
+CONVGEN_EXPORT int convgen_wgrad_tf32(const ConvgenCall* call) {
+  if ((COARSE_CHANNELS && call->coarse_channels != COARSE_CHANNELS) ||
+      (FINE_CHANNELS && call->fine_channels != FINE_CHANNELS)) {
+    return CONVGEN_BAD_CHANNELS;
+  }
+  if (!volumes_fit(*call)) return CONVGEN_TOO_LARGE;
+  const DeviceScope scope(static_cast<int>(call->device));
+  if (scope.error() != cudaSuccess) return scope.error();
+  DeviceLimits limits;
+  if (const cudaError_t error = device_limits(static_cast<int>(call->device), limits)) return error;
+  Plan p;
+  if (const int error = plan(*call, limits, p)) return error;
+  ProductShape& s = p.shape;
+  s.coarse.access = access_within<T>(call->coarse, s.coarse.width);
+  s.fine.access = access_within<T>(call->fine, s.fine.width);
+  switch (p.tile) {
+    case 0:
+      return run<1, 2>(*call, s);
+    default:
+      return run<2, 1>(*call, s);
+  }
+}
