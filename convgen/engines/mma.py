@@ -22,8 +22,9 @@ from convgen.spec import Geometry
 PRODUCTS = 20
 # 3xTF32 keeps a second set of sums, which leaves the tensor core after every 8 channels.
 PRODUCTS_FLUSHED = 10
-# 16-bit products take half the clocks, and with more sums the compiler spills what it prefetches.
-PRODUCTS_PAIRS = 16
+# Where the compiler prefetches more, and would spill what it keeps meanwhile: 16-bit products take
+# half the clocks; large columns of a strided window lie far apart.
+PRODUCTS_FEW, PRODUCTS_FLUSHED_FEW = 16, 6
 # Output channels per warp, in blocks of 8, where the count is not known.
 UNKNOWN_BLOCKS = (6, 4, 2)
 UNKNOWN_BLOCKS_FEW = (4, 3, 2)  # where six do not fit
@@ -31,8 +32,11 @@ UNKNOWN_BLOCKS_FEW = (4, 3, 2)  # where six do not fit
 MAX_VARIANTS = 8
 # X taps unrolled in one line; longer kernels loop over their taps.
 LINE_LIMIT = 32
-# Registers for the fragments of one column (4 per row, 8 in 3xTF32).
+# Registers for the fragments of one column (4 per row, 8 in 3xTF32); with all sums; and with these
+# where the window of a tile is strided.
 MAX_COLUMN_REGISTERS = 48
+MAX_TILE_REGISTERS = 112
+MAX_STRIDED_TILE_REGISTERS = 96
 # Multiply instructions of an unrolled pass, over all phases: 16 bytes each, with about as many
 # loads beside them, in an instruction cache of 128 KiB.
 UNROLL_LIMIT = 2600
@@ -51,7 +55,7 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
     axes = gather_axes(geometry, contraction)
     r, y, x = arrange(axes)
     flushed = mode == "tf32x3"
-    budget = PRODUCTS_FLUSHED if flushed else PRODUCTS if mode == "tf32" else PRODUCTS_PAIRS
+    budget = PRODUCTS_FLUSHED if flushed else PRODUCTS if mode == "tf32" else PRODUCTS_FEW
     per_group = (
         geometry.coarse_channels_per_group
         if contraction == "fprop"
@@ -59,14 +63,23 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
     )
     variants = min(len(x.phases), MAX_VARIANTS)
     rows = (2 if flushed else 3) if variants == 1 else 2 if variants == 2 and not flushed else 1
-    most = budget // (rows * variants)
-    if per_group is None:
-        sizes = UNKNOWN_BLOCKS if most >= max(UNKNOWN_BLOCKS) else UNKNOWN_BLOCKS_FEW
-        blocks = tuple(b for b in sizes if b <= most) or (most,)
-    else:
+
+    def channel_blocks(products: int) -> tuple[int, ...]:
+        """The blocks of 8 channels per warp to compile, with at most so many products."""
+        most = products // (rows * variants)
+        if per_group is None:
+            sizes = UNKNOWN_BLOCKS if most >= max(UNKNOWN_BLOCKS) else UNKNOWN_BLOCKS_FEW
+            return tuple(b for b in sizes if b <= most) or (most,)
         needed = -(-per_group // 8)
         choices = range(1, min(most, needed) + 1)
-        blocks = (min(choices, key=lambda b: (_block_cost(b, needed), -b)),)
+        return (min(choices, key=lambda b: (_block_cost(b, needed), -b)),)
+
+    blocks = channel_blocks(budget)
+    per_fragment = 8 if flushed else 4
+
+    def tile_registers(planes: int) -> int:
+        """Registers of all sums, and of a column of so many rows."""
+        return (rows * variants * max(blocks) + planes) * per_fragment
 
     def fits(style: str) -> bool:
         """Whether a style keeps its code, its registers and its stages small enough."""
@@ -75,7 +88,9 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
         if code * (3 if flushed else 1) > UNROLL_LIMIT:
             return False
         planes = (rows - 1) * (r.step if style == "taps" else 1) + span_r + 1
-        if planes * (8 if flushed else 4) > MAX_COLUMN_REGISTERS:
+        if planes * per_fragment > MAX_COLUMN_REGISTERS:
+            return False
+        if tile_registers(planes) > MAX_TILE_REGISTERS:
             return False
         # 64 positions in a strip 32 wide: up to three lines.
         lines = 2 * y.step + max(y.spans) + 1
@@ -92,6 +107,9 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
         style = "line"
     else:
         style = next((s for s in ("taps", "plane") if fits(s)), "line")
+    window = (rows - 1) * r.step + max(r.spans) + 1
+    if style == "taps" and x.step > 1 and tile_registers(window) > MAX_STRIDED_TILE_REGISTERS:
+        blocks = channel_blocks(PRODUCTS_FLUSHED_FEW if flushed else PRODUCTS_FEW)
     row_axis = "scattered" if scattered else r.name
     return GatherSchedule(style, row_axis, rows, variants, tuple(8 * b for b in blocks))
 
