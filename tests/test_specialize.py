@@ -155,7 +155,7 @@ class TestGenerate:
         assert key(dtypes=None) == expected
         assert key(dtypes="f32") == key(dtypes=["f32"])
 
-    def test_one_translation_unit_per_contraction_and_dtype(self, fake_toolchain: None) -> None:
+    def test_one_translation_unit_per_contraction_and_mode(self, fake_toolchain: None) -> None:
         cpu, cuda = request(backends=("cuda", "cpu"), dtypes=None).libraries
         assert cpu.path == "lib/cpu.so"
         assert cpu.sources == tuple(
@@ -165,7 +165,9 @@ class TestGenerate:
         )
         assert cuda.path == "lib/cuda.so"
         assert cuda.sources == tuple(
-            f"src/cuda/{contraction}_f32.cu" for contraction in ("dgrad", "fprop", "wgrad")
+            f"src/cuda/{contraction}_{mode}.cu"
+            for contraction in ("dgrad", "fprop", "wgrad")
+            for mode in ("f32", "tf32", "tf32x3")
         )
 
     def test_auto_is_cpu_and_cuda_where_a_gpu_is_present_or_named(
