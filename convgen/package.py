@@ -21,24 +21,27 @@ from convgen.spec import ConvSpec
 
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
+_DIGEST = "@DIGEST@"
+"""Stands for the digest of a package until all of its files are known."""
 
-def render_package(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) -> dict[str, str]:
+
+def render_package(
+    spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]], kernels: Mapping[str, str]
+) -> dict[str, str]:
     """The Python side of a package: ``{path in the package: text}``.
 
-    ``plans`` gives the kernels of each backend, as :func:`convgen.render.render_kernels` returns
-    them. The files are ``__init__.py``, ``_operators.py``, ``_runtime.py``, ``py.typed`` and
-    ``spec.json``, a function of the arguments and of convgen's version alone.
+    ``plans`` gives the kernels of each backend and ``kernels`` the text of their files, as
+    :func:`convgen.render.render_kernels` returns them. The files are ``__init__.py``,
+    ``_operators.py``, ``_runtime.py``, ``py.typed`` and ``spec.json``, a function of the arguments
+    and of convgen's version alone.
     """
     description = describe(spec, plans)
     text = json.dumps(description, indent=2) + "\n"
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     context = {
         "version": __version__,
         "spec": spec,
         "command": _lines(command_line(spec)),
-        # Names of torch operators are global to a process: two packages may share them only if
-        # their kernels are the same.
-        "namespace": f"convgen_{spec.name}_{digest}",
+        "namespace": f"convgen_{spec.name}_{_DIGEST}",
         "backends": {name: kernels["dtypes"] for name, kernels in description["backends"].items()},
         "dtypes": DTYPES,
         "math_modes": description["backends"].get("cuda", {}).get("math_modes", []),
@@ -48,13 +51,18 @@ def render_package(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) ->
         "class_name": class_name(spec.op),
     }
     context |= _output_padding(spec) if spec.transposed else _padding(spec)
-    return {
+    files = {
         "__init__.py": render_template("module/__init__.py.j2", context),
         "_operators.py": render_template("module/_operators.py.j2", context),
         "_runtime.py": render_template("module/_runtime.py.j2", context),
         "py.typed": "",
         "spec.json": text,
     }
+    # Names of torch operators are global to a process: two packages may share them only if they
+    # are the same.
+    everything = json.dumps({**kernels, **files}, sort_keys=True)
+    digest = hashlib.sha256(everything.encode()).hexdigest()[:8]
+    return {path: text.replace(_DIGEST, digest) for path, text in files.items()}
 
 
 def describe(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def render(
     for backend in backends:
         sources, plans[backend] = render_kernels(spec, backend, chosen or DEFAULT_DTYPES[backend])
         files |= sources
-    return files | render_package(spec, plans)
+    return files | render_package(spec, plans, files)
 
 
 def _library(backend: str, files: Iterable[str], archs: Sequence[str] | None) -> Library:

@@ -31,7 +31,13 @@ LIMIT = {"f32": 1e-5, "f64": 1e-12, "f16": 2e-3, "bf16": 1e-2}
 FLAGS = ["-std=c++17", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror"]
 CXX = os.environ.get("CXX", "g++")
 GUARD = 256
-OUTPUT = {"fprop": "coarse", "dgrad": "fine", "wgrad": "weight", "bgrad": "bias"}
+OUTPUT = {
+    "fprop": ("coarse",),
+    "dgrad": ("fine",),
+    "wgrad": ("weight",),
+    "bgrad": ("bias",),
+    "wbgrad": ("weight", "bias"),
+}
 
 
 class ConvgenCall(ctypes.Structure):
@@ -135,7 +141,8 @@ class Library:
         start = -workspace.data_ptr() % 256
         call.workspace = workspace.data_ptr() + start
         tensors = {"coarse": coarse, "fine": fine, "weight": weight, "bias": bias}
-        inputs = [t for name, t in tensors.items() if t is not None and name != OUTPUT[contraction]]
+        outputs = OUTPUT[contraction]
+        inputs = [t for name, t in tensors.items() if t is not None and name not in outputs]
         before = [t.clone() for t in inputs]
         code = self.functions[f"convgen_{contraction}_{dtype}"](ctypes.byref(call))
         assert bool((workspace[start + bytes_needed :] == 255).all()), "wrote beyond the workspace"
@@ -231,24 +238,32 @@ def compute(
         "gx": Guarded(tuple(t.x.shape), TORCH[dtype]),
         "gw": Guarded(tuple(t.weight.shape), TORCH[dtype]),
         "gb": Guarded(tuple(t.bias.shape), TORCH[dtype]),
+        # Both at once.
+        "gw of wbgrad": Guarded(tuple(t.weight.shape), TORCH[dtype]),
+        "gb of wbgrad": Guarded(tuple(t.bias.shape), TORCH[dtype]),
     }
-    y, gx, gw, gb = (outputs[name].inner for name in ("y", "gx", "gw", "gb"))
+    y, gx, gw, gb, gw2, gb2 = (output.inner for output in outputs.values())
     value = t.bias if bias else None
     if spec.transposed:
         library.run("dgrad", dtype, threads, coarse=t.x, fine=y, weight=t.weight, bias=value)
         library.run("fprop", dtype, threads, coarse=gx, fine=t.grad, weight=t.weight)
         library.run("wgrad", dtype, threads, coarse=t.x, fine=t.grad, weight=gw)
+        library.run("wbgrad", dtype, threads, coarse=t.x, fine=t.grad, weight=gw2, bias=gb2)
     else:
         library.run("fprop", dtype, threads, coarse=y, fine=t.x, weight=t.weight, bias=value)
         library.run("dgrad", dtype, threads, coarse=t.grad, fine=gx, weight=t.weight)
         library.run("wgrad", dtype, threads, coarse=t.grad, fine=t.x, weight=gw)
+        library.run("wbgrad", dtype, threads, coarse=t.grad, fine=t.x, weight=gw2, bias=gb2)
     library.run("bgrad", dtype, threads, coarse=t.grad, bias=gb)
-    return {name: output.take().clone() for name, output in outputs.items()}
+    results = {name: output.take().clone() for name, output in outputs.items()}
+    assert torch.equal(results["gw"], results.pop("gw of wbgrad"))
+    return results
 
 
 def check(results: dict[str, torch.Tensor], tensors: Tensors, dtype: str) -> None:
     for name, value in results.items():
-        expected, bound = tensors.results[name], tensors.bounds[name]
+        quantity = name.removesuffix(" of wbgrad")
+        expected, bound = tensors.results[quantity], tensors.bounds[quantity]
         assert not bool(value.isnan().any()), f"{name}: not every element was written"
         error = (value.double() - expected).abs()
         norm = float(expected.norm())
@@ -465,7 +480,7 @@ def test_memory_accesses_and_arithmetic_are_clean_under_sanitizers(tmp_path: Pat
         if case.spec.transposed:
             coarse, fine = fine, coarse
         sizes = [
-            *coarse.shape[:2], fine.shape[1], tensors.weight.numel(),
+            int(case.spec.transposed), *coarse.shape[:2], fine.shape[1], tensors.weight.numel(),
             *[1] * (5 - coarse.dim()), *coarse.shape[2:],
             *[1] * (5 - fine.dim()), *fine.shape[2:],
         ]  # fmt: skip
@@ -483,7 +498,7 @@ import ctypes
 import sys
 
 library, *sizes = sys.argv[1:]
-batch, coarse_channels, fine_channels, weights, *extents = map(int, sizes)
+transposed, batch, coarse_channels, fine_channels, weights, *extents = map(int, sizes)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 
@@ -509,8 +524,9 @@ def volume(e):
 coarse = buffer(batch * coarse_channels * volume(extents[:3]))
 fine = buffer(batch * fine_channels * volume(extents[3:]))
 functions = ctypes.CDLL(library)
-for contraction in ("fprop", "dgrad", "wgrad", "bgrad"):
-    bias = buffer(fine_channels if contraction == "dgrad" else coarse_channels)
+for contraction in ("fprop", "dgrad", "wgrad", "bgrad", "wbgrad"):
+    of_fine = contraction == "dgrad" or contraction == "wbgrad" and transposed
+    bias = buffer(fine_channels if of_fine else coarse_channels)
     call = Call(coarse, fine, buffer(weights), bias, None, None, 2, batch, coarse_channels,
                 fine_channels, (ctypes.c_int64 * 3)(*extents[:3]),
                 (ctypes.c_int64 * 3)(*extents[3:]))

@@ -96,6 +96,7 @@ class TestDerivatives:
             (operators.dgrad, (coarse, w.detach(), None, fine.shape[2:])),
             (operators.wgrad, (coarse, fine)),
             (operators.bgrad, (coarse,)),
+            (operators.wbgrad, (coarse, fine)),
         ):
             torch.library.opcheck(operator.default, arguments)
 

@@ -32,8 +32,21 @@ every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def render(spec: ConvSpec, *backends: str) -> dict[str, str]:
     dtypes = {"cpu": ("f32", "f64"), "cuda": ("f32",)}
     chosen = backends or ("cpu", "cuda")
-    plans = {backend: render_kernels(spec, backend, dtypes[backend])[1] for backend in chosen}
-    return render_package(spec, plans)
+    plans, kernels = {}, {}
+    for backend in chosen:
+        files, plans[backend] = render_kernels(spec, backend, dtypes[backend])
+        kernels |= files
+    return render_package(spec, plans, kernels)
+
+
+def test_operators_are_shared_only_by_the_same_kernels() -> None:
+    def namespace(**kernels: str) -> str:
+        plans = {"cpu": render_kernels(SPECS[0], "cpu", ["f32"])[1]}
+        operators = render_package(SPECS[0], plans, kernels)["_operators.py"]
+        return next(line for line in operators.splitlines() if line.startswith("NAMESPACE = "))
+
+    assert namespace(a="1") == namespace(a="1")
+    assert namespace(a="1") != namespace(a="2")
 
 
 @every_spec

@@ -9,12 +9,13 @@ Three tensors meet in a convolution, each element where o = i * stride - padding
     fine    (N, B, *o)            its output
     weight  (A, B / groups, *t)
 
-Each operator computes one of them from the others; `size` is the extents of the result:
+The operators compute each of them from the others; `size` is the extents of the result:
 
     fprop(fine, weight, bias, size) -> coarse
     dgrad(coarse, weight, bias, size) -> fine
     wgrad(coarse, fine) -> weight
     bgrad(grad) -> bias, the sum over all but the channels
+    wbgrad(coarse, fine) -> weight, bias: wgrad, and bgrad of fine
 
 The derivatives of each are made of the others, so that derivatives of any order exist.
 """
@@ -31,9 +32,18 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
 from torch.library import Library, register_fake
 
-from ._runtime import FOLDERS, NAME, VARIANT, Launch, check_generated, math_mode, prepare
+from ._runtime import (
+    FOLDERS,
+    INTERPRETED,
+    NAME,
+    VARIANT,
+    Launch,
+    check_generated,
+    math_mode,
+    prepare,
+)
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_5872cfd4"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_f5a5a4c5"
 NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)
@@ -77,6 +87,10 @@ def wgrad_shape(coarse: Tensor, fine: Tensor) -> tuple[int, ...]:
 def bgrad_shape(grad: Tensor) -> tuple[int, ...]:
     _check_kind(grad=grad)
     return (grad.shape[1],)
+
+
+def wbgrad_shape(coarse: Tensor, fine: Tensor) -> tuple[tuple[int, ...], ...]:
+    return wgrad_shape(coarse, fine), (fine.shape[1],)
 
 
 def _check_operands(operand: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -200,6 +214,21 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
     return bias
 
 
+def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+    if coarse.device.type != "cpu" or INTERPRETED:
+        return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
+    key = ("wbgrad", *_kind(coarse, fine, None))
+    if (plan := _plans.get(key)) is None:
+        shape = wgrad_shape(coarse, fine)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+    shape, launch = plan
+    weight, bias = coarse.new_empty(shape), coarse.new_empty(fine.shape[1])
+    if launch is None:
+        return weight.zero_(), bgrad_kernel(fine)
+    launch(coarse.contiguous(), fine.contiguous(), weight, bias)
+    return weight, bias
+
+
 def _kind(first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     """All that a plan depends on but the contraction and the extents of the result."""
     return (
@@ -286,6 +315,9 @@ class Dgrad(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coarse, weight = ctx.saved_tensors
         needs_coarse, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if needs_weight and needs_bias:
+            grad_coarse = fprop(grad, weight, None, ctx.extents) if needs_coarse else None
+            return grad_coarse, *wbgrad(coarse, grad), None, None
         return (
             fprop(grad, weight, None, ctx.extents) if needs_coarse else None,
             wgrad(coarse, grad) if needs_weight else None,
@@ -326,6 +358,29 @@ class Bgrad(Function):
         return grad.view(-1, 1, 1, 1).expand(ctx.shape), None
 
 
+class Wbgrad(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, coarse: Tensor, fine: Tensor, keyset: DispatchKeySet
+    ) -> tuple[Tensor, Tensor]:
+        needs_coarse, needs_fine = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(coarse if needs_fine else None, fine if needs_coarse else None)
+        ctx.extents = coarse.shape[2:], fine.shape[2:]
+        return forward(wbgrad, wbgrad_kernel, keyset, coarse, fine)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+        # The bias gradient's own gradient goes to all that it sums: a bias once more.
+        coarse, fine = ctx.saved_tensors
+        needs_coarse, needs_fine = ctx.needs_input_grad[:2]
+        coarse_extents, fine_extents = ctx.extents
+        return (
+            fprop(fine, grad, None, coarse_extents) if needs_coarse else None,
+            dgrad(coarse, grad, grad_bias, fine_extents) if needs_fine else None,
+            None,
+        )
+
+
 # Registration. torch.library.register_autograd would do, but its operators fail under torch.func
 # and take twice as long to call.
 
@@ -340,19 +395,16 @@ _PLAIN = {
 
 
 def below_autograd(
-    operator: Any, kernel: Callable[..., Tensor], keyset: DispatchKeySet, *inputs: Any
-) -> Tensor:
+    operator: Any, kernel: Callable[..., Any], keyset: DispatchKeySet, *inputs: Any
+) -> Any:
     """Goes on below the Autograd key, or straight to the kernel if nothing else is there."""
     if keyset.raw_repr() in _PLAIN:
         return kernel(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-        return result
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
-def forward(
-    operator: Any, kernel: Callable[..., Tensor], keyset: DispatchKeySet, *inputs: Any
-) -> Tensor:
+def forward(operator: Any, kernel: Callable[..., Any], keyset: DispatchKeySet, *inputs: Any) -> Any:
     """`below_autograd` in the forward of a Function, where torch has switched gradients off.
 
     Outer levels of torch.func (the outer one of two gradients) need them on.
@@ -366,8 +418,8 @@ def forward(
 def _define(
     library: Library,
     schema: str,
-    shape: Callable[..., tuple[int, ...]],
-    kernel: Callable[..., Tensor],
+    shape: Callable[..., tuple[Any, ...]],
+    kernel: Callable[..., Any],
     function: type[Function],
 ) -> None:
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -375,9 +427,11 @@ def _define(
     operator = getattr(_namespace, name).default
     apply = super(Function, function).apply  # type: ignore[misc]
 
-    def fake(*inputs: Any) -> Tensor:
-        result: Tensor = inputs[0].new_empty(shape(*inputs))
-        return result
+    def fake(*inputs: Any) -> Any:
+        result = shape(*inputs)
+        if isinstance(result[0], tuple):
+            return tuple(inputs[0].new_empty(each) for each in result)
+        return inputs[0].new_empty(result)
 
     def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
@@ -402,6 +456,8 @@ def _register() -> Library:
     pair = "Tensor coarse, Tensor fine) -> Tensor"
     _define(library, f"wgrad({pair}", wgrad_shape, wgrad_kernel, Wgrad)
     _define(library, "bgrad(Tensor grad) -> Tensor", bgrad_shape, bgrad_kernel, Bgrad)
+    pair = "Tensor coarse, Tensor fine) -> (Tensor, Tensor)"
+    _define(library, f"wbgrad({pair}", wbgrad_shape, wbgrad_kernel, Wbgrad)
     return library
 
 
@@ -418,3 +474,4 @@ fprop: Callable[..., Tensor] = _namespace.fprop.default
 dgrad: Callable[..., Tensor] = _namespace.dgrad.default
 wgrad: Callable[..., Tensor] = _namespace.wgrad.default
 bgrad: Callable[..., Tensor] = _namespace.bgrad.default
+wbgrad: Callable[..., tuple[Tensor, Tensor]] = _namespace.wbgrad.default

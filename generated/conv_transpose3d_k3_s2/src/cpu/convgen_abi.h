@@ -16,6 +16,9 @@
 //   wgrad   weight[a, b/groups, t] =         sum_{n, i} coarse[n, a, i] * fine[n, b, o]
 //   bgrad   bias[a]              = sum_{n, i} coarse[n, a, i]     (the tensor is given as coarse)
 //
+// The CPU's library has wbgrad, too: wgrad, and in the same pass the bias gradient, which sums
+// coarse for a convolution and fine for a transposed one.
+//
 // All tensors are contiguous, (N, C, D, H, W) and (A, B / groups, KD, KH, KW); every element of
 // the output is written. Extents of one- and two-dimensional operators have leading ones.
 #pragma once

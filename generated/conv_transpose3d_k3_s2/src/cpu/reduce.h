@@ -17,6 +17,8 @@
 //     add up     lanes of sums -> partial weights of the task's range of blocks
 //   then, behind a barrier, the partial weights of all ranges are added in order.
 //
+// The bias gradient, where it is wanted too, sums what the fills have just brought into the caches.
+//
 // Halo positions are multiplied too, by zeros of coarse: an infinite or NaN element of fine may
 // make NaN of more taps than those that meet it.
 //
@@ -28,6 +30,20 @@
 #include "scratch.h"
 
 namespace {
+
+// The sum of consecutive elements: in lanes, then in double.
+template <class Real, class Storage>
+CONVGEN_NOINLINE double sum_of(const Storage* from, int64_t count) {
+  constexpr int WIDTH = 4 * LANES<Real>;
+  alignas(VECTOR_BYTES) Real lanes[WIDTH] = {};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH)
+    for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] += to_real(from[i + lane]);
+  double total = 0;
+  for (const Real lane : lanes) total += double(lane);
+  for (; i < count; ++i) total += double(to_real(from[i]));
+  return total;
+}
 
 template <class Problem>
 class Reduce {
@@ -55,14 +71,16 @@ class Reduce {
   int64_t segments[2], segment;          // runs of positions in a block (planes, rows), length
   int64_t coarse_pitch, fine_pitch;      // scratch of one channel of a block
   int threads;
-  int64_t offsets_at, partial_at, threads_at, fine_at, sums_at, thread_bytes, total_bytes;
+  bool bias;  // the bias gradient is wanted, too
+  int64_t offsets_at, partial_at, bias_at, threads_at, fine_at, sums_at, thread_bytes, total_bytes;
 
  public:
-  explicit Reduce(const ConvgenCall& call)
+  Reduce(const ConvgenCall& call, bool with_bias)
       : batch(call.batch),
         groups(Problem::GROUPS),
         coarse_channels(call.coarse_channels / Problem::GROUPS),
-        fine_channels(call.fine_channels / Problem::GROUPS) {
+        fine_channels(call.fine_channels / Problem::GROUPS),
+        bias(with_bias) {
     double terms =
         double(batch) * double(call.coarse_channels) * double(fine_channels) * double(TAPS);
     for (int axis = 0; axis < 3; ++axis) {
@@ -77,6 +95,7 @@ class Reduce {
     Workspace workspace;
     offsets_at = workspace.take(COLUMNS * int64_t(sizeof(int64_t)));
     partial_at = workspace.take(partial_is_output() ? 0 : ranges * weights() * REAL_BYTES);
+    bias_at = workspace.take(bias ? block_count * biases() * int64_t(sizeof(double)) : 0);
     fine_at = round_up(resident * coarse_part * coarse_pitch * REAL_BYTES, 64);
     sums_at = fine_at + round_up((Problem::FINE_BLOCK * fine_pitch + V) * REAL_BYTES, 64);
     // Lanes are added up in whole groups of V sums.
@@ -90,6 +109,7 @@ class Reduce {
   void run(const ConvgenCall& call) const {
     if (block_count == 0) {
       memset(call.weight, 0, size_t(weights()) * sizeof(Storage));
+      if (bias) memset(call.bias, 0, size_t(biases()) * sizeof(Storage));
       return;
     }
     Problem::Tiles::visit(channel_block, [&](auto tile) {
@@ -98,6 +118,10 @@ class Reduce {
   }
 
  private:
+  int64_t biases() const {
+    return groups * (Problem::RESULT_IS_FINE ? fine_channels : coarse_channels);
+  }
+
   int64_t weights() const { return groups * coarse_channels * fine_channels * TAPS; }
 
   // One range of blocks in the tensor's own type needs no partial weights.
@@ -187,10 +211,14 @@ class Reduce {
       char* const own = workspace + threads_at + omp_get_thread_num() * thread_bytes;
       // What lies beyond the fine block meets zeros of coarse, but must be finite.
       memset(own + fine_at, 0, size_t(sums_at - fine_at));
+      // From the last task to the first: the gradient of the input, which is computed before, has
+      // left the end of the tensors in the cache that the cores share.
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < task_count; ++task)
+      for (int64_t after = 0; after < task_count; ++after) {
+        const int64_t task = task_count - 1 - after;
         run_task<M, WIDTH>(call, own, offsets, partial, task_at(task),
-                           task_at(least(task + threads, task_count - 1)));
+                           task_at(greatest(task - threads, 0)));
+      }
       if (!partial_is_output()) {
         Storage* const weight = static_cast<Storage*>(call.weight);
 #pragma omp for schedule(static)
@@ -200,7 +228,44 @@ class Reduce {
           from_real(sum, weight[i]);
         }
       }
+      if (bias) {
+        const double* const sums = reinterpret_cast<const double*>(workspace + bias_at);
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < biases(); ++c) {
+          double sum = 0;
+          for (int64_t index = 0; index < block_count; ++index) sum += sums[index * biases() + c];
+          from_real(Real(sum), static_cast<Storage*>(call.bias)[c]);
+        }
+      }
     }
+  }
+
+  // Sums the elements of a channel that belong to a block, for the bias gradient: STRIDE of them
+  // per position and axis, and what is left over beside the last one.
+  template <bool FINE>
+  void sum_block(const ConvgenCall& call, const Storage* from, int64_t index,
+                 int64_t channel) const {
+    constexpr int64_t STRIDE[3] = {FINE ? AxisD::SOURCE_STRIDE : 1, FINE ? AxisH::SOURCE_STRIDE : 1,
+                                   FINE ? AxisW::SOURCE_STRIDE : 1};
+    const int64_t* const extent = FINE ? fine_extent : coarse_extent;
+    int64_t q0[3], first[3], count[3];
+    place(index, q0);
+    for (int axis = 0; axis < 3; ++axis) {
+      const bool last = q0[axis] + block[axis] >= coarse_extent[axis];
+      first[axis] = least(q0[axis] * STRIDE[axis], extent[axis]);
+      count[axis] =
+          least(last ? extent[axis] : (q0[axis] + block[axis]) * STRIDE[axis], extent[axis]) -
+          first[axis];
+    }
+    const bool whole_rows = count[2] == extent[2];
+    const int64_t run = whole_rows ? count[1] * count[2] : count[2];
+    double sum = 0;
+    for (int64_t plane = 0; plane < count[0]; ++plane)
+      for (int64_t row = 0; row < (whole_rows ? 1 : count[1]); ++row)
+        sum += sum_of<Real>(
+            from + ((first[0] + plane) * extent[1] + first[1] + row) * extent[2] + first[2], run);
+    double* const sums = reinterpret_cast<double*>(static_cast<char*>(call.workspace) + bias_at);
+    sums[index * biases() + channel] = sum;
   }
 
   // A task: its range of blocks, group and first channels.
@@ -260,7 +325,7 @@ class Reduce {
       const int64_t last = least(first + resident, last_block);
       for (int64_t i = first; i < last; ++i)
         fill_coarse<M>(coarse + (i - first) * coarse_part * coarse_pitch, call, i, group, a0,
-                       a_count);
+                       a_count, !Problem::RESULT_IS_FINE && bias && task.b0 == 0);
       for (int64_t b = task.b0; b < b_end; b += Problem::FINE_BLOCK) {
         const int64_t b_count = least(Problem::FINE_BLOCK, b_end - b);
         memset(sums, 0, size_t(coarse_part * COLUMNS * VECTOR_BYTES));
@@ -269,6 +334,9 @@ class Reduce {
           const Storage* const from = fine_of(call, group, b, i, q0);
           for (int64_t c = 0; c < b_count; ++c)
             scratch.fill(fine + c * fine_pitch, from + c * fine_volume, fine_extent, q0);
+          if (Problem::RESULT_IS_FINE && bias && a0 == 0)
+            for (int64_t c = 0; c < b_count; ++c)
+              sum_block<true>(call, from + c * fine_volume, i, group * fine_channels + b + c);
           Prefetch later;
           if (M == 1 && blocks[1] * blocks[2] == 1)
             later = after(call, task, next, b, i, last, steps);
@@ -288,7 +356,7 @@ class Reduce {
   // Coarse positions of one block for a task's channels, in whole vectors; zeros elsewhere.
   template <int M>
   void fill_coarse(Real* to, const ConvgenCall& call, int64_t index, int64_t group, int64_t a0,
-                   int64_t a_count) const {
+                   int64_t a_count, bool summed) const {
     int64_t q0[3];
     const int64_t n = place(index, q0);
     const int64_t* extent = coarse_extent;
@@ -299,6 +367,10 @@ class Reduce {
     memset(to, 0, size_t(round_up(a_count, M) * coarse_pitch * REAL_BYTES));
     for (int64_t a = 0; a < a_count; ++a, to += coarse_pitch) {
       const int64_t channel = (n * groups + group) * coarse_channels + a0 + a;
+      if (summed)
+        sum_block<false>(call, static_cast<const Storage*>(call.coarse) +
+                                   channel * extent[0] * extent[1] * extent[2],
+                         index, group * coarse_channels + a0 + a);
       for (int64_t plane = 0; plane < planes; ++plane)
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t line = (channel * extent[0] + q0[0] + plane) * extent[1] + q0[1] + row;
@@ -399,7 +471,8 @@ class BiasGradient {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < batch * channels * pieces; ++i) {
         const int64_t first = i % pieces * PIECE;
-        partial[i] = sum(values + i / pieces * volume + first, least(PIECE, volume - first));
+        partial[i] =
+            sum_of<Real>(values + i / pieces * volume + first, least(PIECE, volume - first));
       }
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < channels; ++c) {
@@ -409,19 +482,6 @@ class BiasGradient {
         from_real(Real(total), bias[c]);
       }
     }
-  }
-
- private:
-  static double sum(const Storage* from, int64_t count) {
-    constexpr int WIDTH = 4 * LANES<Real>;
-    alignas(VECTOR_BYTES) Real lanes[WIDTH] = {};
-    int64_t i = 0;
-    for (; i + WIDTH <= count; i += WIDTH)
-      for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] += to_real(from[i + lane]);
-    double total = 0;
-    for (const Real lane : lanes) total += double(lane);
-    for (; i < count; ++i) total += double(to_real(from[i]));
-    return total;
   }
 };
 

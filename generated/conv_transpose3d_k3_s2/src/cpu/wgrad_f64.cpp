@@ -45,6 +45,8 @@ struct Problem {
   using AxisH = ::AxisH;
   using AxisW = ::AxisW;
   static constexpr int GROUPS = ::GROUPS;
+  // The convolution's result is the fine tensor: the bias gradient is its sum, else coarse's.
+  static constexpr bool RESULT_IS_FINE = true;
   // Register tiles: coarse channels x columns; a column is a tap of a fine channel.
   using Tiles = std::conditional_t<VECTOR_REGISTERS >= 32,
                                    TileList<Tile<1, 12>, Tile<4, 6>, Tile<8, 3>>,
@@ -88,7 +90,9 @@ struct Problem {
   }
 };
 
-Reduce<Problem> plan(const ConvgenCall& call) { return Reduce<Problem>(call); }
+Reduce<Problem> plan(const ConvgenCall& call, bool bias = false) {
+  return Reduce<Problem>(call, bias);
+}
 
 bool channels_valid(const ConvgenCall& call) {
   return channels_match(call.coarse_channels, COARSE_CHANNELS, GROUPS) &&
@@ -104,6 +108,16 @@ CONVGEN_EXPORT int64_t convgen_wgrad_f64_workspace(const ConvgenCall* call) {
 CONVGEN_EXPORT int convgen_wgrad_f64(const ConvgenCall* call) {
   if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
   plan(*call).run(*call);
+  return CONVGEN_OK;
+}
+
+CONVGEN_EXPORT int64_t convgen_wbgrad_f64_workspace(const ConvgenCall* call) {
+  return channels_valid(*call) ? plan(*call, true).workspace_bytes() : 0;
+}
+
+CONVGEN_EXPORT int convgen_wbgrad_f64(const ConvgenCall* call) {
+  if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
+  plan(*call, true).run(*call);
   return CONVGEN_OK;
 }
 
