@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import jinja2
 
 from convgen import __version__
 from convgen.dtypes import DTYPES, MODES
-from convgen.engines import CONTRACTIONS, SOURCE_SUFFIX, KernelPlan, units
+from convgen.engines import CONTRACTIONS, SOURCE_SUFFIX, Engine, KernelPlan, units
 from convgen.spec import ConvSpec
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -43,8 +43,12 @@ def render_template(name: str, context: dict[str, Any]) -> str:
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
+Schedules = Mapping[tuple[str, str], Any]
+"""Schedules other than the engines' defaults, by contraction and dtype or math mode."""
+
+
 def render_kernels(
-    spec: ConvSpec, backend: str, dtypes: Iterable[str]
+    spec: ConvSpec, backend: str, dtypes: Iterable[str], schedules: Schedules | None = None
 ) -> tuple[dict[str, str], list[KernelPlan]]:
     """The sources of one backend: ``{path in the package: text}``, and the plans behind them.
 
@@ -54,15 +58,29 @@ def render_kernels(
     files: dict[str, str] = {}
     plans = []
     for engine, kind in units(backend, spec.geometry, dtypes):
-        for path, source in engine.headers.items():
-            files[f"src/{backend}/{path}"] = (TEMPLATES / source).read_text()
+        files |= headers(engine)
         for contraction in CONTRACTIONS:
             plan = engine.plan(spec.geometry, contraction, kind)
+            if schedule := (schedules or {}).get((contraction, kind)):
+                plan = dataclasses.replace(plan, schedule=schedule)
             plans.append(plan)
-            files[f"src/{backend}/{contraction}_{kind}{SOURCE_SUFFIX[backend]}"] = render_template(
-                engine.template(contraction), kernel_context(spec, plan) | engine.context(plan)
-            )
+            path = f"src/{backend}/{contraction}_{kind}{SOURCE_SUFFIX[backend]}"
+            files[path] = render_unit(spec, engine, plan)
     return files, plans
+
+
+def headers(engine: Engine) -> dict[str, str]:
+    """The plain headers that an engine's units include, by their paths in a package."""
+    return {
+        f"src/{engine.backend}/{path}": (TEMPLATES / source).read_text()
+        for path, source in engine.headers.items()
+    }
+
+
+def render_unit(spec: ConvSpec, engine: Engine, plan: KernelPlan) -> str:
+    """The source of one translation unit."""
+    context = kernel_context(spec, plan) | engine.context(plan)
+    return render_template(engine.template(plan.contraction), context)
 
 
 def kernel_context(spec: ConvSpec, plan: KernelPlan) -> dict[str, Any]:

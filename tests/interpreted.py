@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import struct
 import subprocess
 from collections.abc import Mapping
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from convgen import interpret
 from convgen.dtypes import DTYPES, MODES
+from convgen.engines import Engine
 from convgen.engines.mma import ENGINE as MMA
-from convgen.render import TEMPLATES, kernel_context, render_kernels, render_template
+from convgen.engines.simt import ENGINE as SIMT
+from convgen.render import TEMPLATES, Schedules, headers, render_unit
 from convgen.spec import ConvSpec
 
 OUTPUT, INPUT, INOUT = 0, 1, 2
@@ -98,26 +101,26 @@ def compile_sources(mode: str, sources: Mapping[str, str]) -> Path:
     return interpret.library("test", {**headers, **sources}, mode)
 
 
-def engine_sources(spec: ConvSpec, dtype: str, contractions: tuple[str, ...]) -> dict[str, str]:
+def engine_sources(
+    spec: ConvSpec,
+    dtype: str,
+    contractions: tuple[str, ...],
+    schedules: Schedules | None = None,
+) -> dict[str, str]:
     """The rendered CUDA sources of some contractions, with their headers, by file name.
 
-    ``dtype`` is a dtype, or a math mode of the tensor cores' engine.
+    ``dtype`` is a dtype, or a math mode of the tensor cores' engine; ``schedules`` are other than
+    its defaults.
     """
+    engine: Engine = MMA if dtype in MODES else SIMT
+    files = {Path(path).name: text for path, text in headers(engine).items()}
     # bgrad lies in wgrad's unit.
-    units = {"wgrad" if name == "bgrad" else name for name in contractions}
-    if dtype in MODES:
-        files = {name: (TEMPLATES / path).read_text() for name, path in MMA.headers.items()}
-        for contraction in units:
-            plan = MMA.plan(spec.geometry, contraction, dtype)
-            context = kernel_context(spec, plan) | MMA.context(plan)
-            files[f"{contraction}_{dtype}.cu"] = render_template(MMA.template(contraction), context)
-        return files
-    rendered, _ = render_kernels(spec, "cuda", [dtype])
-    sources = {Path(path).name: text for path, text in rendered.items()}
-    wanted = {f"{unit}_{dtype}.cu" for unit in units}
-    return {
-        name: text for name, text in sources.items() if not name.endswith(".cu") or name in wanted
-    }
+    for contraction in {"wgrad" if name == "bgrad" else name for name in contractions}:
+        plan = engine.plan(spec.geometry, contraction, dtype)
+        if schedule := (schedules or {}).get((contraction, dtype)):
+            plan = dataclasses.replace(plan, schedule=schedule)
+        files[f"{contraction}_{dtype}.cu"] = render_unit(spec, engine, plan)
+    return files
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +26,10 @@ from interpreted import (
 )
 
 from convgen import interpret
-from convgen.dtypes import DTYPES
+from convgen.dtypes import DTYPES, MODES
+from convgen.engines import Engine
+from convgen.engines.mma import ENGINE as MMA
+from convgen.engines.simt import ENGINE as SIMT
 from convgen.render import render_kernels
 from convgen.spec import ConvSpec
 
@@ -188,6 +191,40 @@ def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for given in case.problems():
         solve(loaded, given)
         given.check()
+
+
+# Ways of unrolling that no default takes there: (style, rows, channels).
+OTHER_SCHEDULES = [
+    (Case(spec(CONV, (3, 5, 5)), "f32", ((1, (5, 9), (5, 7, 12)),)), "slab", 4, 8),
+    (Case(spec(UP, 3, 2, 1, 1), "f32", ((2, (4, 5), (3, 4, 9)),)), "slab", 2, 4),
+    (Case(spec(UP, (3, 5, 5)), "tf32", ((1, (9, 20), (7, 4, 12)),)), "slab", 4, 16),
+    (Case(spec(CONV, (3, 3, 5), (2, 2, 1), 1), "tf32x3", ((1, (9, 7), (6, 7, 11)),)), "slab", 2, 8),
+    (Case(spec(UP, (4, 3, 3), 2, 1, 1), "f16tc", ((1, (17, 9), (3, 4, 6)),)), "slab", 2, 8),
+    (Case(spec(CONV, 3, 1, 1), "bf16tc", ((1, (18, 20), (8, 4, 9)),)), "taps", 6, 16),
+    (Case(spec(UP, 3, 1, 1), "tf32", ((1, (8, 30), (7, 5, 9)),)), "taps", 6, 24),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "style", "rows", "channels"), OTHER_SCHEDULES, ids=lambda value: str(value)
+)
+def test_other_schedules_agree_with_float64(
+    case: Case, style: str, rows: int, channels: int
+) -> None:
+    """What ``convgen tune`` may choose."""
+    engine: Engine = MMA if case.dtype in MODES else SIMT
+    schedules = {}
+    for contraction in ("fprop", "dgrad"):
+        default = engine.plan(case.spec.geometry, contraction, case.dtype).schedule
+        schedules[contraction, case.dtype] = replace(
+            default, unroll=style, rows=rows, channels=(channels,)
+        )
+    sources = engine_sources(case.spec, case.dtype, ("fprop", "dgrad"), schedules)
+    loaded = Library(interpret.library(f"{case.library}_{style}{rows}", sources, "checked"))
+    for given in case.problems():
+        if given.contraction in ("fprop", "dgrad"):
+            solve(loaded, given)
+            given.check()
 
 
 def test_every_style_of_kernel_is_run() -> None:

@@ -6,11 +6,15 @@ templates are given) and one folder of templates. :func:`units` is the only regi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from convgen.spec import Geometry
+
+if TYPE_CHECKING:
+    from convgen.engines.cost import Gpu, Prediction, Problem
 
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 """The three derivatives of the trilinear form; wgrad's unit also holds the bias gradient."""
@@ -33,6 +37,14 @@ class KernelPlan:
     schedule: Any
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that an engine considered, and why it cannot have it: empty if it can."""
+
+    schedule: Any
+    refusal: str
+
+
 class Engine(Protocol):
     """What the pipeline asks of an engine."""
 
@@ -49,6 +61,38 @@ class Engine(Protocol):
 
     def context(self, plan: KernelPlan) -> dict[str, Any]:
         """What the template is given beyond the common context (see ``convgen.render``)."""
+
+    def space(self, geometry: Geometry, contraction: str, dtype: str) -> list[Candidate]:
+        """All schedules that ``convgen tune`` may consider, legal ones and refused ones."""
+
+    def refusal(self, plan: KernelPlan) -> str:
+        """Why a plan's schedule is not legal; empty if it is. Any schedule may be asked for."""
+
+    def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
+        """What a call is expected to take; ``gpu`` means nothing to engines of the CPU."""
+
+    def read_schedule(self, contraction: str, fields: Mapping[str, Any]) -> Any:
+        """A schedule from its fields, as JSON has them.
+
+        Raises:
+            TypeError: if they are not the fields of a schedule of this contraction.
+        """
+
+
+def schedule_from(kind: type, fields: Mapping[str, Any]) -> Any:
+    """A schedule (a dataclass) from its fields, as JSON has them: lists are tuples.
+
+    Raises:
+        TypeError: if they are not its fields.
+    """
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    names = {field.name for field in dataclasses.fields(kind)}
+    if names != set(fields):
+        raise TypeError(f"{kind.__name__} has the fields {sorted(names)}, not {sorted(fields)}")
+    return kind(**{name: tuples(value) for name, value in fields.items()})
 
 
 SOURCE_SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}

@@ -7,14 +7,16 @@ hold no assumption about the host's instruction set: it is known when they are c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from math import prod
 from typing import Any
 
 from convgen.dtypes import DTYPES
-from convgen.engines import KernelPlan
+from convgen.engines import Candidate, KernelPlan, schedule_from
+from convgen.engines.cost import Gpu, Prediction, Problem
 from convgen.spec import Geometry
 from convgen.taps import Phase, Tap, dgrad_phases, gather_taps
 
@@ -32,6 +34,9 @@ MAX_UNROLLED_PHASES = 16
 
 MAX_INNER_TAPS = 32
 """Taps along w that are still unrolled where the whole kernel is too large."""
+
+CORE_GHZ, CORES, MEMORY_BYTES_PER_S = 3.0, 2, 3.5e10
+"""Of the processor that predictions are for; only their order counts."""
 
 Tiles = tuple[tuple[int, int], ...]
 
@@ -162,6 +167,82 @@ class CpuEngine:
             )
         return KernelPlan(geometry, contraction, dtype, self.name, schedule)
 
+    def space(self, geometry: Geometry, contraction: str, dtype: str) -> list[Candidate]:
+        default = self.plan(geometry, contraction, dtype).schedule
+        lists = dict.fromkeys([default.tiles, *_tile_lists(default.tiles)])
+        schedules: list[Any]
+        if contraction == "wgrad":
+            schedules = [
+                replace(default, tiles=tiles, coarse_tile_bytes=kilobytes << 10)
+                for tiles, kilobytes in product(lists, (12, 20, 28))
+            ]
+        else:
+            schedules = [
+                replace(default, tiles=tiles, scratch_bytes=l2 << 10, buffer_bytes=l1 << 10)
+                for tiles, l2, l1 in product(lists, (256, 512), (16, 32, 64))
+            ]
+        plans = [
+            KernelPlan(geometry, contraction, dtype, self.name, schedule)
+            for schedule in dict.fromkeys([default, *schedules])
+        ]
+        return [Candidate(plan.schedule, self.refusal(plan)) for plan in plans]
+
+    def refusal(self, plan: KernelPlan) -> str:
+        for registers, tiles in ((32, plan.schedule.tiles), (16, plan.schedule.tiles_of_16)):
+            for height, width in tiles:
+                # Sums, operands, and a broadcast value.
+                needed = height * width + width + 1
+                if needed > registers:
+                    return (
+                        f"a tile of {height} x {width} sums takes {needed} of {registers} registers"
+                    )
+            if list(tiles) != sorted(tiles):
+                return "tiles are listed by rising number of channels"
+        if plan.schedule.unroll not in ("full", self._unroll(plan)):
+            return f"so many taps are unrolled as {self._unroll(plan)!r}"
+        return ""
+
+    def _unroll(self, plan: KernelPlan) -> str:
+        default = self.plan(plan.geometry, plan.contraction, plan.dtype).schedule
+        unroll: str = default.unroll
+        return unroll
+
+    def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
+        """Clocks of one core's vector units, at one multiply-add and one load each per clock."""
+        geometry, schedule = plan.geometry, plan.schedule
+        fprop_like = plan.contraction != "dgrad"
+        rows = problem.coarse_channels if fprop_like else problem.fine_channels
+        rows //= geometry.groups
+        height, width = next(
+            (tile for tile in schedule.tiles if tile[0] >= rows), schedule.tiles[-1]
+        )
+        # A register tile: `height` broadcasts (they come with the multiply-add) and `width` loads.
+        arithmetic, loads = float(height * width), width + height / 2
+        clocks = max(arithmetic, loads) + 0.2 * min(arithmetic, loads)
+        if schedule.unroll != "full":
+            clocks += 0.1 * arithmetic
+        products = problem.batch * math.prod(problem.coarse_extent) * geometry.taps
+        products *= -(-rows // height) * height
+        products *= geometry.groups
+        products *= problem.fine_channels if fprop_like else problem.coarse_channels
+        products //= geometry.groups
+        lanes = 64 // DTYPES[DTYPES[plan.dtype].accumulator].size_bytes
+        ms = products / (height * width) * clocks / lanes / CORE_GHZ / CORES * 1e-6
+        floor = (
+            problem.batch
+            * (
+                problem.coarse_channels * math.prod(problem.coarse_extent)
+                + problem.fine_channels * math.prod(problem.fine_extent)
+            )
+            * DTYPES[plan.dtype].size_bytes
+            / MEMORY_BYTES_PER_S
+            * 1e3
+        )
+        return Prediction(ms, "arithmetic") if ms > floor else Prediction(floor, "memory")
+
+    def read_schedule(self, contraction: str, fields: Mapping[str, Any]) -> Any:
+        return schedule_from(ReduceSchedule if contraction == "wgrad" else GatherSchedule, fields)
+
     def template(self, contraction: str) -> str:
         return f"cpu/{contraction}.cpp.j2"
 
@@ -185,6 +266,15 @@ class CpuEngine:
             context["phases"] = phases = _unrolled_phases(axes, schedule.unroll)
             context["by_phase"] = bool(phases) and phases[0].name != "AllTaps"
         return context
+
+
+def _tile_lists(tiles: Tiles) -> list[Tiles]:
+    """The same list with other sizes of its largest tile, and of the one before it."""
+    *rest, (height, _) = tiles
+    if height == 1:
+        return [(*rest, (1, width)) for width in (4, 6, 8, 12)]
+    others = [(height, 28 // (height + 1)), (6, 4), (8, 3), (4, 6), (12, 2), (14, 1)]
+    return [(*rest, tile) for tile in others if not rest or tile[0] > rest[-1][0]]
 
 
 def _tiles(channels: int | None, *, most: int, sums: int, widest: int, of_one: int) -> Tiles:

@@ -18,6 +18,9 @@ from convgen.taps import Phase, Tap, dgrad_phases, gather_taps, offset_range
 
 AXES = "dhw"
 
+STYLES = ("taps", "slab", "plane", "line", "none")
+"""Ways of unrolling: see :class:`GatherSchedule`."""
+
 RUN_TIME = Tap(-1, 0)
 """Stands for the one tap along an axis that a pass chooses at run time."""
 
@@ -210,8 +213,9 @@ class GatherSchedule:
     """fprop and dgrad: what one thread computes and what the template unrolls.
 
     ``unroll`` says what one staged tile serves and what is unrolled: ``taps`` (every tap of a
-    phase), ``plane`` (the taps of one kernel index along R), ``line`` (the taps along W of one
-    (d, h)) or ``none`` (one tap of each phase of W; loops over all others). ``row_axis`` is the
+    phase), ``slab`` (the taps along R and W of one kernel index along the third axis), ``plane``
+    (the taps of one kernel index along R), ``line`` (the taps along W of one (d, h)) or ``none``
+    (one tap of each phase of W; loops over all others). ``row_axis`` is the
     axis of a thread's ``rows`` register rows, or ``scattered`` where no kernel window runs along D
     or H: rows are then positions far apart. ``variants`` phases of W are computed by one thread.
     ``channels`` lists the compiled output-channel blocks.
@@ -222,6 +226,16 @@ class GatherSchedule:
     rows: int
     variants: int
     channels: tuple[int, ...]
+
+    @property
+    def window_r(self) -> bool:
+        """Whether a tile holds the window of all taps along R."""
+        return self.unroll in ("taps", "slab")
+
+    @property
+    def window_y(self) -> bool:
+        """Whether a tile holds the window of all taps along Y."""
+        return self.unroll in ("taps", "plane")
 
 
 def gather_context(
@@ -243,7 +257,7 @@ def gather_context(
         region_first.append(len(slot_tap))
 
     def add_unit(name: str, label: str, taps_r: tuple[Tap, ...], taps_y: tuple[Tap, ...]) -> None:
-        row_step = r.step if style == "taps" else 1
+        row_step = r.step if schedule.window_r else 1
         columns = unroll(r, y, x, taps_r, taps_y, schedule.rows, row_step)
         units.setdefault(name, Unit(name, label, columns))
 
@@ -255,6 +269,14 @@ def gather_context(
             label = "" if single else f"{r.name} phase {phase_r}, {y.name} phase {phase_y}"
             add_unit(name, label, rp.taps, yp.taps)
             add_region(slot_order(r, y, x, rp.taps, yp.taps, number))
+        elif style == "slab":
+            phase_region.append(len(region_first) - 1)
+            single = len(r.phases) == 1
+            name = "" if single else f"_{r.name}{phase_r}"
+            label = "" if single else f"{r.name} phase {phase_r}"
+            add_unit(name, label, rp.taps, (RUN_TIME,))
+            for tap_y in yp.taps:
+                add_region(slot_order(r, y, x, rp.taps, (tap_y,), number))
         elif style == "plane":
             phase_region.append(len(region_first) - 1)
             single = len(y.phases) == 1
@@ -301,12 +323,20 @@ def gather_context(
         "phase_region": phase_region,
         "passes_x": [max(len(p.taps) for p in group) for group in groups],
         "group_firsts": group_firsts,
-        "span_r": max(r.spans) if style == "taps" else 0,
-        "span_y": max(y.spans) if style in ("taps", "plane") else 0,
+        "span_r": max(r.spans) if schedule.window_r else 0,
+        "span_y": max(y.spans) if schedule.window_y else 0,
         "span_x": span_x,
         "first_x": first_offset(x),
         "taps_per_pass": max(after - before for before, after in pairwise(region_first)),
         "output_is_coarse": contraction == "fprop",
         "input": "fine" if contraction == "fprop" else "coarse",
         "output": "coarse" if contraction == "fprop" else "fine",
+        # What an unrolled unit covers, and what chooses among several.
+        "unit_scope": {
+            "taps": "Every tap",
+            "slab": f"The taps along {r.name} and {x.name} of one along {y.name}",
+            "plane": f"The taps of one along {r.name}",
+            "line": f"The taps along {x.name} of one ({r.name}, {y.name})",
+        }.get(style),
+        "unit_phase": {"taps": "block.phase", "slab": "phase_r"}.get(style, "phase_y"),
     }

@@ -8,12 +8,37 @@ fprop and dgrad share one kernel, a gather (``templates/cuda/mma/gather.cu.j2``)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from itertools import product
 from typing import Any
 
 from convgen.dtypes import MODES
-from convgen.engines import KernelPlan
-from convgen.engines.gather import GatherSchedule, arrange, gather_axes, gather_context
-from convgen.engines.mma_wgrad import wgrad_context, wgrad_schedule
+from convgen.engines import Candidate, KernelPlan, schedule_from
+from convgen.engines.cost import (
+    H200,
+    Gpu,
+    Prediction,
+    Problem,
+    Warp,
+    gather_prediction,
+    typical_problems,
+)
+from convgen.engines.gather import (
+    STYLES,
+    GatherSchedule,
+    arrange,
+    gather_axes,
+    gather_context,
+)
+from convgen.engines.mma_wgrad import (
+    WgradSchedule,
+    wgrad_context,
+    wgrad_prediction,
+    wgrad_refusal,
+    wgrad_schedule,
+    wgrad_space,
+)
 from convgen.spec import Geometry
 
 # 16 x 8 products that a warp keeps in registers, four each: 80 registers, beside which the
@@ -28,6 +53,8 @@ PRODUCTS_FEW, PRODUCTS_FLUSHED_FEW = 16, 6
 # Output channels per warp, in blocks of 8, where the count is not known.
 UNKNOWN_BLOCKS = (6, 4, 2)
 UNKNOWN_BLOCKS_FEW = (4, 3, 2)  # where six do not fit
+# Sizes that a tuned schedule may compile instead.
+UNKNOWN_CHOICES = (UNKNOWN_BLOCKS, UNKNOWN_BLOCKS_FEW, (6, 3), (4, 2), (3, 2, 1), (2, 1), (8, 4))
 # Output phases along X that one warp computes; more would leave one block of channels.
 MAX_VARIANTS = 8
 # X taps unrolled in one line; longer kernels loop over their taps.
@@ -37,6 +64,11 @@ LINE_LIMIT = 32
 MAX_COLUMN_REGISTERS = 48
 MAX_TILE_REGISTERS = 112
 MAX_STRIDED_TILE_REGISTERS = 96
+# With so many registers for sums and a column, hardly any of 430 kernels spilled on sm_90; with
+# more, most did. Schedules other than the defaults keep to it, by mode.
+SPILL_FREE_REGISTERS = {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84}
+# What the model chooses must be faster than the rule's by more than the model may be wrong.
+MODEL_MARGIN = 0.85
 # Multiply instructions of an unrolled pass, over all phases: 16 bytes each, with about as many
 # loads beside them, in an instruction cache of 128 KiB.
 UNROLL_LIMIT = 2600
@@ -51,16 +83,126 @@ def _block_cost(blocks: int, out_blocks: int) -> float:
     return padded * {1: 2.5, 2: 1.7, 3: 1.6}.get(blocks, 1.5)
 
 
+def _budget(mode: str) -> int:
+    """Products that a warp may keep."""
+    if mode == "tf32x3":
+        return PRODUCTS_FLUSHED
+    return PRODUCTS if mode == "tf32" else PRODUCTS_FEW
+
+
+def _few(mode: str) -> int:
+    """Products that a warp may keep beside what lies far apart."""
+    return PRODUCTS_FLUSHED_FEW if mode == "tf32x3" else PRODUCTS_FEW
+
+
+def _fragment_registers(mode: str) -> int:
+    """Registers of a fragment of the input, or of a product's sums with what flushes them."""
+    return 8 if mode == "tf32x3" else 4
+
+
+def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
+    """Why a gather cannot have a schedule; empty if it can."""
+    r, y, x = arrange(gather_axes(geometry, contraction))
+    style, rows, variants = schedule.unroll, schedule.rows, schedule.variants
+    blocks = max(schedule.channels) // 8
+    scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
+    if style == "none":
+        if len(x.phases) <= MAX_VARIANTS and max(x.counts) <= LINE_LIMIT:
+            return "a loop over the taps along W is for those that cannot be unrolled"
+    elif len(x.phases) > MAX_VARIANTS:
+        return f"{len(x.phases)} phases along W leave no register rows"
+    elif max(x.counts) > LINE_LIMIT:
+        return f"{max(x.counts)} taps along W are too many to unroll"
+    if scattered and style in ("taps", "slab", "plane"):
+        return "no window runs along D or H: all taps lie on one line"
+    products = rows * variants * blocks
+    if products > _budget(mode):
+        return f"{products} products of a warp spill; {_budget(mode)} fit in its registers"
+    taps_r, span_r = (sum(r.counts), max(r.spans)) if schedule.window_r else (1, 0)
+    taps_y, span_y = (sum(y.counts), max(y.spans)) if schedule.window_y else (1, 0)
+    planes = (rows - 1) * (r.step if schedule.window_r else 1) + span_r + 1
+    if style in ("line", "none"):
+        return ""
+    code = taps_r * taps_y * sum(x.counts) * rows * blocks
+    if code * (3 if mode == "tf32x3" else 1) > UNROLL_LIMIT:
+        return f"{code} products of an unrolled pass do not fit in the instruction cache"
+    column = planes * _fragment_registers(mode)
+    if column > MAX_COLUMN_REGISTERS:
+        return f"a column takes {column} registers of at most {MAX_COLUMN_REGISTERS}"
+    tile = (products + planes) * _fragment_registers(mode)
+    if tile > MAX_TILE_REGISTERS:
+        return f"sums and a column take {tile} registers of at most {MAX_TILE_REGISTERS}"
+    # 64 positions in a strip 32 wide: up to three lines.
+    lines = 2 * (y.step if schedule.window_y else 1) + span_y + 1
+    columns = 31 * x.step + max(x.spans) + 4
+    most = (max(r.counts) if schedule.window_r else 1) * (max(y.counts) if schedule.window_y else 1)
+    weights = most * sum(x.counts) * blocks * 8
+    weights *= 2 if mode == "tf32x3" else 1
+    stages = 2 * 8 * 4 * (planes * lines * columns + weights)
+    if stages > STAGES_LIMIT_BYTES:
+        return f"two stages take {stages} bytes of shared memory; {STAGES_LIMIT_BYTES} are there"
+    if schedule.window_r and x.step > 1 and tile > MAX_STRIDED_TILE_REGISTERS:
+        few = _few(mode)
+        if products > few:
+            return f"beside columns of a strided window {products} products spill; {few} fit"
+    return ""
+
+
+def _spills(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
+    """Why a schedule is likely to spill; empty if it is not."""
+    r, _, _ = arrange(gather_axes(geometry, contraction))
+    planes = schedule.rows
+    if schedule.window_r:
+        planes = (schedule.rows - 1) * r.step + max(r.spans) + 1
+    products = schedule.rows * schedule.variants * max(schedule.channels) // 8
+    registers = (products + planes) * _fragment_registers(mode)
+    if registers <= SPILL_FREE_REGISTERS[mode]:
+        return ""
+    return f"sums and a column take {registers} registers, and spill"
+
+
+def _output_channels(geometry: Geometry, contraction: str) -> int | None:
+    if contraction == "fprop":
+        return geometry.coarse_channels_per_group
+    return geometry.fine_channels_per_group
+
+
+@cache
 def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherSchedule:
-    axes = gather_axes(geometry, contraction)
-    r, y, x = arrange(axes)
+    """The default schedule: the rule's, or where channels are known and no whole window fits, the
+    model's.
+
+    Unknown channels need a list of sizes that suits most of them, which the model does not judge.
+    """
+    ruled = _ruled_schedule(geometry, contraction, mode)
+    per_group = _output_channels(geometry, contraction)
+    if per_group is None or ruled.unroll not in ("plane", "line") or ruled.row_axis == "scattered":
+        return ruled
+    sizes = [(8 * blocks,) for blocks in range(1, min(4, -(-per_group // 8)) + 1)]
+    problems = typical_problems(geometry)
+
+    def time(schedule: GatherSchedule) -> float:
+        plan = KernelPlan(geometry, contraction, mode, Mma.name, schedule)
+        return sum(ENGINE.predict(plan, problem, H200).ms for problem in problems)
+
+    most = MODEL_MARGIN * time(ruled)
+    best = ruled
+    for style, rows, channels in product(("taps", "slab"), (2, 3, 4, 6), sizes):
+        other = replace(ruled, unroll=style, rows=rows, channels=channels)
+        if _refusal(geometry, contraction, mode, other) or _spills(
+            geometry, contraction, mode, other
+        ):
+            continue
+        if (expected := time(other)) < most:
+            most, best = expected, other
+    return best
+
+
+def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherSchedule:
+    """As many rows and channels as fit, and the largest pass that they allow."""
+    r, _, x = arrange(gather_axes(geometry, contraction))
     flushed = mode == "tf32x3"
-    budget = PRODUCTS_FLUSHED if flushed else PRODUCTS if mode == "tf32" else PRODUCTS_FEW
-    per_group = (
-        geometry.coarse_channels_per_group
-        if contraction == "fprop"
-        else geometry.fine_channels_per_group
-    )
+    per_group = _output_channels(geometry, contraction)
     variants = min(len(x.phases), MAX_VARIANTS)
     rows = (2 if flushed else 3) if variants == 1 else 2 if variants == 2 and not flushed else 1
 
@@ -74,44 +216,33 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
         choices = range(1, min(most, needed) + 1)
         return (min(choices, key=lambda b: (_block_cost(b, needed), -b)),)
 
-    blocks = channel_blocks(budget)
-    per_fragment = 8 if flushed else 4
-
-    def tile_registers(planes: int) -> int:
-        """Registers of all sums, and of a column of so many rows."""
-        return (rows * variants * max(blocks) + planes) * per_fragment
-
-    def fits(style: str) -> bool:
-        """Whether a style keeps its code, its registers and its stages small enough."""
-        taps_r, span_r = (sum(r.counts), max(r.spans)) if style == "taps" else (1, 0)
-        code = taps_r * sum(y.counts) * sum(x.counts) * rows * max(blocks)
-        if code * (3 if flushed else 1) > UNROLL_LIMIT:
-            return False
-        planes = (rows - 1) * (r.step if style == "taps" else 1) + span_r + 1
-        if planes * per_fragment > MAX_COLUMN_REGISTERS:
-            return False
-        if tile_registers(planes) > MAX_TILE_REGISTERS:
-            return False
-        # 64 positions in a strip 32 wide: up to three lines.
-        lines = 2 * y.step + max(y.spans) + 1
-        columns = 31 * x.step + max(x.spans) + 4
-        most_r = max(r.counts) if style == "taps" else 1
-        weights = most_r * max(y.counts) * sum(x.counts) * max(blocks) * 8
-        weights *= 2 if flushed else 1
-        return 2 * 8 * 4 * (planes * lines * columns + weights) <= STAGES_LIMIT_BYTES
-
     scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
-    if len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT:
-        style = "none"
-    elif scattered:
-        style = "line"
-    else:
-        style = next((s for s in ("taps", "plane") if fits(s)), "line")
-    window = (rows - 1) * r.step + max(r.spans) + 1
-    if style == "taps" and x.step > 1 and tile_registers(window) > MAX_STRIDED_TILE_REGISTERS:
-        blocks = channel_blocks(PRODUCTS_FLUSHED_FEW if flushed else PRODUCTS_FEW)
     row_axis = "scattered" if scattered else r.name
-    return GatherSchedule(style, row_axis, rows, variants, tuple(8 * b for b in blocks))
+
+    def schedule(style: str, products: int) -> GatherSchedule:
+        channels = tuple(8 * b for b in channel_blocks(products))
+        return GatherSchedule(style, row_axis, rows, variants, channels)
+
+    if len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT:
+        return schedule("none", _budget(mode))
+    for style in ("taps", "plane"):
+        chosen = schedule(style, _budget(mode))
+        refusal = _refusal(geometry, contraction, mode, chosen)
+        if "strided window" in refusal:
+            chosen = schedule(style, _few(mode))
+            refusal = _refusal(geometry, contraction, mode, chosen)
+        if not refusal:
+            return chosen
+    return schedule("line", _budget(mode))
+
+
+def _channels_of(plan: KernelPlan, problem: Problem) -> int:
+    """Output channels of a warp, of those compiled: as the kernel chooses them."""
+    fprop = plan.contraction == "fprop"
+    channels = problem.coarse_channels if fprop else problem.fine_channels
+    needed = -(-channels // plan.geometry.groups // 8)
+    sizes: tuple[int, ...] = plan.schedule.channels
+    return min(sizes, key=lambda size: _block_cost(size // 8, needed))
 
 
 class Mma:
@@ -139,6 +270,61 @@ class Mma:
         else:
             schedule = _gather_schedule(geometry, contraction, dtype)
         return KernelPlan(geometry, contraction, dtype, self.name, schedule)
+
+    def space(self, geometry: Geometry, contraction: str, dtype: str) -> list[Candidate]:
+        if contraction == "wgrad":
+            return wgrad_space(geometry, dtype)
+        default = _gather_schedule(geometry, contraction, dtype)
+        per_group = _output_channels(geometry, contraction)
+        most = 8 if per_group is None else -(-per_group // 8)
+        sizes: list[tuple[int, ...]] = [(8 * blocks,) for blocks in range(1, min(most, 8) + 1)]
+        if per_group is None:
+            sizes = [tuple(8 * b for b in blocks) for blocks in UNKNOWN_CHOICES]
+        schedules = [
+            replace(default, unroll=style, rows=rows, channels=channels)
+            for style, rows, channels in product(STYLES, (1, 2, 3, 4, 6, 8), sizes)
+        ]
+        candidates = [Candidate(default, "")]
+        for schedule in dict.fromkeys(schedules):
+            if schedule != default:
+                refusal = _refusal(geometry, contraction, dtype, schedule)
+                spills = _spills(geometry, contraction, dtype, schedule)
+                candidates.append(Candidate(schedule, refusal or spills))
+        return candidates
+
+    def refusal(self, plan: KernelPlan) -> str:
+        if plan.contraction == "wgrad":
+            return wgrad_refusal(plan.geometry, plan.dtype, plan.schedule)
+        return _refusal(plan.geometry, plan.contraction, plan.dtype, plan.schedule)
+
+    def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
+        if plan.contraction == "wgrad":
+            return wgrad_prediction(plan, problem, gpu)
+        channels = _channels_of(plan, problem)
+        blocks = channels // 8
+        mode = plan.dtype
+        split = 2 if mode == "tf32x3" else 1
+        inputs = problem.fine_channels if plan.contraction == "fprop" else problem.coarse_channels
+        elements = 4 // MODES[mode].size_bytes
+        warp = Warp(
+            lanes=16,
+            channels=channels,
+            warps=8,
+            # Four loads of a fragment, and the rounding or splitting of its words.
+            load=(4, {"tf32": 12, "tf32x3": 24}.get(mode, 4)),
+            weight=(2 * blocks * split, blocks * split),
+            tap_clocks=blocks * gpu.product_clocks * (3 if split == 2 else 1),
+            tap_instructions=blocks * (3 if split == 2 else 1),
+            words=-(-inputs // plan.geometry.groups // elements // 8) * 8,
+            weight_bytes=32 * blocks * split,
+            staged_words=8,
+            staged_clocks=60,
+        )
+        size_bytes = MODES[mode].size_bytes
+        return gather_prediction(plan, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4)
+
+    def read_schedule(self, contraction: str, fields: Mapping[str, Any]) -> Any:
+        return schedule_from(WgradSchedule if contraction == "wgrad" else GatherSchedule, fields)
 
     def template(self, contraction: str) -> str:
         return "cuda/mma/wgrad.cu.j2" if contraction == "wgrad" else "cuda/mma/gather.cu.j2"

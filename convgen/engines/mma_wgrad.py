@@ -7,6 +7,7 @@ wavefront, in one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -14,7 +15,8 @@ from math import gcd
 from typing import Any
 
 from convgen.dtypes import MODES
-from convgen.engines import KernelPlan
+from convgen.engines import Candidate, KernelPlan
+from convgen.engines.cost import Gpu, Prediction, Problem, memory_ms
 from convgen.spec import Geometry
 
 QUAD = 4
@@ -235,61 +237,154 @@ def _clocks(
     return max(tensor, 1.1 * shared, issue, level2) + 0.2 * (tensor + shared + issue + level2)
 
 
-def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
-    """The default schedule of a mode (a key of ``convgen.dtypes.MODES``): least time per weight."""
-    coarse = geometry.coarse_channels_per_group
-    fine = geometry.fine_channels_per_group
-    _, kh, kw = geometry.kernel
+def _layouts(geometry: Geometry, mode: str) -> dict[int, Layout]:
+    """The layouts that blocks of so many taps along W may have."""
     elements = _elements(mode)
-
     layouts = {}
-    for taps_w in _block_sizes(kw):
+    for taps_w in _block_sizes(geometry.kernel[2]):
         layout = _layout(geometry, elements, taps_w)
         if layout.window_vectors * layout.vector * elements <= MAX_REACH or taps_w == 1:
             layouts[taps_w] = layout
+    return layouts
 
-    def cost(taps_h: int, taps_w: int, m: int, n: int) -> float | None:
-        """Time per position, of all taps and known channels (else of 16 x 8 of them)."""
-        rows = geometry.kernel[0] * -(-kh // taps_h)
-        clocks = _clocks(mode, layouts[taps_w], rows, taps_h, taps_w, m, n)
-        if clocks is None:
-            return None
-        units: float = -(-kh // taps_h) * -(-kw // taps_w)
-        if taps_w < kw and layouts[taps_w].position_step != geometry.stride[2]:
-            units *= 1.5  # positions share nothing: every block of taps stages the whole row
-        units *= -(-coarse // (ROWS * m)) if coarse else 1
-        units *= -(-fine // (COLUMNS * n)) if fine else 1
-        return clocks * units / ((1 if coarse else m) * (1 if fine else n))
 
-    def best(
-        taps: list[tuple[int, int]], m_tiles: tuple[int, ...]
-    ) -> tuple[float, int, int, int, int]:
-        n_tiles = range(1, (MAX_N_TILES if fine else 2) + 1)
-        candidates = []
-        for (taps_h, taps_w), m, n in product(taps, m_tiles, n_tiles):
-            time = cost(taps_h, taps_w, m, n)
-            if time is not None:
-                # Of equals the smaller tile: it leaves more blocks to spread.
-                candidates.append((time, m * n * taps_h * taps_w, -m, n, taps_h, taps_w))
-        time, _, negative_m, n, taps_h, taps_w = min(candidates)
-        return time, -negative_m, n, taps_h, taps_w
-
-    taps = [
+def _tap_blocks(geometry: Geometry, layouts: dict[int, Layout]) -> list[tuple[int, int]]:
+    """The blocks of (taps along H, taps along W) that a warp may have."""
+    return [
         (taps_h, taps_w)
-        for taps_h, taps_w in product(_block_sizes(kh), layouts)
+        for taps_h, taps_w in product(_block_sizes(geometry.kernel[1]), layouts)
         if taps_h * taps_w <= MAX_TAPS
     ]
+
+
+def _cost(
+    geometry: Geometry,
+    mode: str,
+    layout: Layout,
+    taps: tuple[int, int],
+    tile: tuple[int, int],
+    channels: tuple[int | None, int | None],
+) -> float | None:
+    """Clocks per chunk of positions, of all taps and of ``channels`` (per group) where known.
+
+    Else of 16 x 8 of them. None where a warp's registers do not suffice.
+    """
+    (taps_h, taps_w), (m, n), (coarse, fine) = taps, tile, channels
+    _, kh, kw = geometry.kernel
+    rows = geometry.kernel[0] * -(-kh // taps_h)
+    clocks = _clocks(mode, layout, rows, taps_h, taps_w, m, n)
+    if clocks is None:
+        return None
+    units: float = -(-kh // taps_h) * -(-kw // taps_w)
+    if taps_w < kw and layout.position_step != geometry.stride[2]:
+        units *= 1.5  # positions share nothing: every block of taps stages the whole row
+    units *= -(-coarse // (ROWS * m)) if coarse else 1
+    units *= -(-fine // (COLUMNS * n)) if fine else 1
+    return clocks * units / ((1 if coarse else m) * (1 if fine else n))
+
+
+def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
+    """The default schedule of a mode (a key of ``convgen.dtypes.MODES``): least time per weight."""
+    channels = geometry.coarse_channels_per_group, geometry.fine_channels_per_group
+    coarse, fine = channels
+    layouts = _layouts(geometry, mode)
+
+    def cost(taps: tuple[int, int], m: int, n: int) -> float | None:
+        return _cost(geometry, mode, layouts[taps[1]], taps, (m, n), channels)
+
+    def best(
+        blocks: list[tuple[int, int]], m_tiles: tuple[int, ...]
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(taps, tile) of the least time."""
+        n_tiles = range(1, (MAX_N_TILES if fine else 2) + 1)
+        candidates = []
+        for taps, m, n in product(blocks, m_tiles, n_tiles):
+            time = cost(taps, m, n)
+            if time is not None:
+                # Of equals the smaller tile: it leaves more blocks to spread.
+                candidates.append((time, m * n * taps[0] * taps[1], -m, n, taps))
+        _, _, negative_m, n, taps = min(candidates)
+        return taps, (-negative_m, n)
+
+    blocks = _tap_blocks(geometry, layouts)
     if coarse:
-        _, m, n, taps_h, taps_w = best(taps, tuple(range(1, MAX_M_TILES + 1)))
-        tiles: tuple[tuple[int, int], ...] = ((m, n),)
+        taps, tile = best(blocks, tuple(range(1, MAX_M_TILES + 1)))
+        tiles: tuple[tuple[int, int], ...] = (tile,)
     else:
-        _, _, _, taps_h, taps_w = best(taps, UNKNOWN_M_TILES)
+        taps, _ = best(blocks, UNKNOWN_M_TILES)
         tiles = tuple(
-            best([(taps_h, taps_w)], (m,))[1:3]
-            for m in UNKNOWN_M_TILES
-            if cost(taps_h, taps_w, m, 1) is not None
+            best([taps], (m,))[1] for m in UNKNOWN_M_TILES if cost(taps, m, 1) is not None
         )
-    return WgradSchedule(taps_h, taps_w, tiles, FLUSH if mode == "tf32x3" else 0)
+    return WgradSchedule(*taps, tiles, _flush(mode))
+
+
+def _flush(mode: str) -> int:
+    return FLUSH if mode == "tf32x3" else 0
+
+
+def wgrad_refusal(geometry: Geometry, mode: str, schedule: WgradSchedule) -> str:
+    """Why a mode cannot have a schedule; empty if it can."""
+    layouts = _layouts(geometry, mode)
+    taps = schedule.taps_h, schedule.taps_w
+    if taps not in _tap_blocks(geometry, layouts):
+        return f"{taps[0]} x {taps[1]} taps do not fill their blocks, or reach too far for a window"
+    if schedule.flush != _flush(mode):
+        return f"sums of {mode} leave the tensor cores after {_flush(mode)} chunks (0: at the end)"
+    for m, n in schedule.tiles:
+        if not (1 <= m <= MAX_M_TILES and 1 <= n <= MAX_N_TILES):
+            return f"tiles have at most {MAX_M_TILES} x {MAX_N_TILES} products, not {m} x {n}"
+        if _clocks(mode, layouts[taps[1]], 1, *taps, m, n) is None:
+            return f"a tile of {m} x {n} products for {taps[0]} x {taps[1]} taps spills"
+    return ""
+
+
+def wgrad_space(geometry: Geometry, mode: str) -> list[Candidate]:
+    """All schedules of a mode: every block of taps with every tile, or a list of tiles."""
+    default = wgrad_schedule(geometry, mode)
+    coarse, fine = geometry.coarse_channels_per_group, geometry.fine_channels_per_group
+    most_m = min(MAX_M_TILES, -(-coarse // ROWS)) if coarse else 0
+    most_n = min(MAX_N_TILES, -(-fine // COLUMNS)) if fine else 2
+    lists: list[tuple[tuple[int, int], ...]]
+    if coarse:
+        lists = [((m, n),) for m, n in product(range(1, most_m + 1), range(1, most_n + 1))]
+    else:
+        lists = [
+            tuple((m, n) for m in sizes)
+            for sizes, n in product((UNKNOWN_M_TILES, (1, 2), (1,), (2,)), range(1, most_n + 1))
+        ]
+    schedules = [
+        WgradSchedule(*taps, tiles, _flush(mode))
+        for taps, tiles in product(_tap_blocks(geometry, _layouts(geometry, mode)), lists)
+    ]
+    return [
+        Candidate(schedule, wgrad_refusal(geometry, mode, schedule))
+        for schedule in dict.fromkeys([default, *schedules])
+    ]
+
+
+def wgrad_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
+    """Time of a call: the chunks of its positions, dealt to all multiprocessors."""
+    geometry, schedule = plan.geometry, plan.schedule
+    channels = problem.coarse_channels // geometry.groups, problem.fine_channels // geometry.groups
+    taps = schedule.taps_h, schedule.taps_w
+    layout = _layout(geometry, _elements(plan.dtype), schedule.taps_w)
+    # The kernel takes the compiled tile that suits a call's channels.
+    costs = [
+        clocks
+        for tile in schedule.tiles
+        if (clocks := _cost(geometry, plan.dtype, layout, taps, tile, channels)) is not None
+    ]
+    if not costs:
+        return Prediction(math.inf, "registers")
+    d, h, w = problem.coarse_extent
+    # Rows are padded to whole quads.
+    chunks = problem.batch * d * h * -(-w // QUAD) * QUAD / 16
+    clocks = chunks * geometry.groups * geometry.kernel[0] * min(costs)
+    ms = clocks * gpu.product_clocks / PRODUCT_CLOCKS / gpu.multiprocessors / gpu.ghz * 1e-6
+    # Adding up the partial results of all blocks.
+    ms += 0.01
+    floor = memory_ms(geometry, problem, MODES[plan.dtype].size_bytes, gpu)
+    return Prediction(ms, "arithmetic") if ms > floor else Prediction(floor, "memory")
 
 
 def _block_sizes(kernel: int) -> list[int]:

@@ -8,12 +8,20 @@ on the call and are chosen at launch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from convgen.dtypes import DTYPES
-from convgen.engines import KernelPlan
-from convgen.engines.gather import GatherSchedule, arrange, gather_axes, gather_context
+from convgen.engines import Candidate, KernelPlan, schedule_from
+from convgen.engines.cost import Gpu, Prediction, Problem, Warp, gather_prediction, memory_ms
+from convgen.engines.gather import (
+    STYLES,
+    GatherSchedule,
+    arrange,
+    gather_axes,
+    gather_context,
+)
 from convgen.spec import Geometry
 
 # Accumulators per thread, in 32-bit registers: with the column and the weights beside them a
@@ -29,6 +37,9 @@ UNROLL_LIMIT = 5000
 LINE_LIMIT = 32
 # Output phases along X that one thread serves; more would leave no register rows.
 MAX_VARIANTS = 8
+# wgrad's sums per thread, in 32-bit registers, and the neighbouring positions that it unrolls.
+WGRAD_REGISTERS = 72
+POSITIONS = 4
 # wgrad's window of a row: bits of its mask, and registers (in 32-bit ones) that it may take.
 MAX_WINDOW = 64
 MAX_WINDOW_LOADS = 28
@@ -59,61 +70,107 @@ def _channel_blocks(per_group: int | None, groups: int, most: int) -> tuple[int,
     return (most,) if groups == 1 else (most, 1)
 
 
+def _refusal(geometry: Geometry, contraction: str, dtype: str, schedule: GatherSchedule) -> str:
+    """Why a gather cannot have a schedule; empty if it can."""
+    width = _width(dtype)
+    r, y, x = arrange(gather_axes(geometry, contraction))
+    style, rows = schedule.unroll, schedule.rows
+    scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
+    if style == "none":
+        if len(x.phases) <= MAX_VARIANTS and max(x.counts) <= LINE_LIMIT:
+            return "a loop over the taps along W is for those that cannot be unrolled"
+    elif len(x.phases) > MAX_VARIANTS:
+        return f"{len(x.phases)} phases along W leave no register rows"
+    elif max(x.counts) > LINE_LIMIT:
+        return f"{max(x.counts)} taps along W are too many to unroll"
+    if scattered and style in ("taps", "slab", "plane"):
+        return "no window runs along D or H: all taps lie on one line"
+    sums = rows * schedule.variants * max(schedule.channels)
+    least = schedule.variants * max(schedule.channels)
+    if sums * width > ACCUMULATOR_REGISTERS and sums > least:
+        return f"{sums * width} registers of sums; {ACCUMULATOR_REGISTERS} leave room for operands"
+    if style in ("line", "none"):
+        return ""
+    taps_r, span_r = (sum(r.counts), max(r.spans)) if schedule.window_r else (1, 0)
+    taps_y, span_y = (sum(y.counts), max(y.spans)) if schedule.window_y else (1, 0)
+    code = taps_r * taps_y * sum(x.counts) * rows * max(schedule.channels)
+    if code > UNROLL_LIMIT:
+        return f"{code} multiply-adds of an unrolled pass do not fit in the instruction cache"
+    planes = (rows - 1) * (r.step if schedule.window_r else 1) + span_r + 1
+    if planes * width > MAX_COLUMN_REGISTERS:
+        return f"a column takes {planes * width} registers of at most {MAX_COLUMN_REGISTERS}"
+    # 32 lanes in a strip 8 wide: five lines.
+    lines = 4 * (y.step if schedule.window_y else 1) + span_y + 1
+    columns = 7 * x.step + max(x.spans) + 1
+    tile = planes * lines * columns * 4 * width
+    if tile > TILE_LIMIT_BYTES:
+        return f"the least tile takes {tile} bytes of at most {TILE_LIMIT_BYTES}"
+    return ""
+
+
+def _width(dtype: str) -> int:
+    """Registers of an accumulator."""
+    return DTYPES[DTYPES[dtype].accumulator].size_bytes // 4
+
+
+def _output_channels(geometry: Geometry, contraction: str) -> int | None:
+    if contraction == "fprop":
+        return geometry.coarse_channels_per_group
+    return geometry.fine_channels_per_group
+
+
 def _gather_schedule(geometry: Geometry, contraction: str, dtype: str) -> GatherSchedule:
-    width = DTYPES[DTYPES[dtype].accumulator].size_bytes // 4
-    axes = gather_axes(geometry, contraction)
-    r, y, x = arrange(axes)
+    """The default schedule: the largest pass that fits."""
+    width = _width(dtype)
+    r, _, x = arrange(gather_axes(geometry, contraction))
     budget = ACCUMULATOR_REGISTERS // width
-    per_group = (
-        geometry.coarse_channels_per_group
-        if contraction == "fprop"
-        else geometry.fine_channels_per_group
-    )
     variants = min(len(x.phases), MAX_VARIANTS)
     most = CHANNELS_PER_THREAD // width
     rows = max(1, min(MAX_ROWS, budget // (most * variants)))
     rows = 1 << (rows.bit_length() - 1)
-    channels = _channel_blocks(per_group, geometry.groups, most)
+    channels = _channel_blocks(_output_channels(geometry, contraction), geometry.groups, most)
     scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
     row_axis = "scattered" if scattered else r.name
-    tile_bytes = 4 * width
-
-    def fits(style: str) -> bool:
-        """Whether a style keeps its code, its registers and its smallest tile small enough."""
-        taps_r, span_r = (sum(r.counts), max(r.spans)) if style == "taps" else (1, 0)
-        if taps_r * sum(y.counts) * sum(x.counts) * rows * max(channels) > UNROLL_LIMIT:
-            return False
-        planes = (rows - 1) * (r.step if style == "taps" else 1) + span_r + 1
-        if planes * width > MAX_COLUMN_REGISTERS:
-            return False
-        # 32 lanes in a strip 8 wide: five lines.
-        lines = 4 * y.step + max(y.spans) + 1
-        columns = 7 * x.step + max(x.spans) + 1
-        return planes * lines * columns * tile_bytes <= TILE_LIMIT_BYTES
-
     if len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT:
-        style = "none"
-    elif scattered:
-        style = "line"
-    else:
-        style = next((s for s in ("taps", "plane") if fits(s)), "line")
-    return GatherSchedule(style, row_axis, rows, variants, channels)
+        return GatherSchedule("none", row_axis, rows, variants, channels)
+    for style in ("taps", "plane"):
+        schedule = GatherSchedule(style, row_axis, rows, variants, channels)
+        if not _refusal(geometry, contraction, dtype, schedule):
+            return schedule
+    return GatherSchedule("line", row_axis, rows, variants, channels)
+
+
+def _positions(geometry: Geometry, dtype: str, taps_w: int) -> int:
+    """Neighbouring positions to unroll: several where their window fits."""
+    window = _window(taps_w, POSITIONS, geometry.stride[2], geometry.dilation[2])
+    loads = window.used.bit_count()
+    fits = window.count <= MAX_WINDOW and loads <= MAX_WINDOW_LOADS // _width(dtype)
+    return POSITIONS if fits else 1
 
 
 def _wgrad_schedule(geometry: Geometry, dtype: str) -> WgradSchedule:
-    width = DTYPES[DTYPES[dtype].accumulator].size_bytes // 4
+    width = _width(dtype)
     most = CHANNELS_PER_THREAD // width
-    budget = 72 // (most * width)  # taps per thread
+    budget = WGRAD_REGISTERS // (most * width)  # taps per thread
     _, kh, kw = geometry.kernel
     taps_w = -(-kw // -(-kw // budget))
     taps_h = max(1, min(kh, budget // taps_w))
     taps_h = -(-kh // -(-kh // taps_h))
     channels = _channel_blocks(geometry.coarse_channels_per_group, geometry.groups, most)
-    positions = 4
-    window = _window(taps_w, positions, geometry.stride[2], geometry.dilation[2])
-    if window.count > MAX_WINDOW or bin(window.used).count("1") > MAX_WINDOW_LOADS // width:
-        positions = 1
-    return WgradSchedule(taps_h, taps_w, positions, channels)
+    return WgradSchedule(taps_h, taps_w, _positions(geometry, dtype, taps_w), channels)
+
+
+def _wgrad_refusal(geometry: Geometry, dtype: str, schedule: WgradSchedule) -> str:
+    """Why wgrad cannot have a schedule; empty if it can."""
+    _, kh, kw = geometry.kernel
+    if not (1 <= schedule.taps_h <= kh and 1 <= schedule.taps_w <= kw):
+        return f"the kernel has {kh} x {kw} taps"
+    sums = schedule.taps_h * schedule.taps_w * max(schedule.channels) * _width(dtype)
+    if sums > WGRAD_REGISTERS:
+        return f"{sums} registers of sums; {WGRAD_REGISTERS} leave room for operands"
+    if schedule.positions not in (1, _positions(geometry, dtype, schedule.taps_w)):
+        return f"the window of {schedule.positions} positions takes too many registers"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -140,6 +197,31 @@ def _window(taps: int, positions: int, stride: int, dilation: int) -> Window:
     return Window(used.bit_length(), 1, used, dilation)
 
 
+def _wgrad_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
+    """Time of a call: multiply-adds, and the loads of windows and coarse values beside them."""
+    geometry, schedule = plan.geometry, plan.schedule
+    width = _width(plan.dtype)
+    coarse = problem.coarse_channels // geometry.groups
+    fine = problem.fine_channels // geometry.groups
+    channels = min(schedule.channels, key=lambda c: (-(-coarse // c) * c, -c))
+    kd, kh, kw = geometry.kernel
+    window = _window(schedule.taps_w, schedule.positions, geometry.stride[2], geometry.dilation[2])
+    # A thread's step: some positions, its taps, its channels.
+    sums = schedule.positions * schedule.taps_h * schedule.taps_w * channels
+    loads = schedule.taps_h * window.used.bit_count() + schedule.positions * channels / 4
+    arithmetic = sums / (4 if width == 1 else gpu.fp64_warps)
+    shared = loads * width
+    issue = (sums + loads + 10) / 4
+    clocks = max(arithmetic, shared, issue) + 0.2 * (arithmetic + shared + issue)
+    units = kd * -(-kh // schedule.taps_h) * -(-kw // schedule.taps_w)
+    units *= -(-coarse // channels) * fine * geometry.groups
+    d, h, w = problem.coarse_extent
+    steps = problem.batch * d * h * -(-w // schedule.positions) * units / 32
+    ms = steps * clocks / gpu.multiprocessors / gpu.ghz * 1e-6 + 0.01
+    floor = memory_ms(geometry, problem, DTYPES[plan.dtype].size_bytes, gpu)
+    return Prediction(ms, "arithmetic") if ms > floor else Prediction(floor, "memory")
+
+
 class Simt:
     """See :class:`convgen.engines.Engine`."""
 
@@ -160,6 +242,69 @@ class Simt:
         else:
             schedule = _gather_schedule(geometry, contraction, dtype)
         return KernelPlan(geometry, contraction, dtype, self.name, schedule)
+
+    def space(self, geometry: Geometry, contraction: str, dtype: str) -> list[Candidate]:
+        default = self.plan(geometry, contraction, dtype).schedule
+        most = CHANNELS_PER_THREAD // _width(dtype)
+        sizes = {default.channels} | {(c,) for c in (1, 2, 4, 8, 16) if c <= 2 * most}
+        schedules: list[Any]
+        if contraction == "wgrad":
+            _, kh, kw = geometry.kernel
+            schedules = [
+                WgradSchedule(taps_h, taps_w, positions, channels)
+                for taps_h, taps_w, positions, channels in product(
+                    sorted({-(-kh // n) for n in range(1, kh + 1)}),
+                    sorted({-(-kw // n) for n in range(1, kw + 1)}),
+                    (1, POSITIONS),
+                    sorted(sizes),
+                )
+            ]
+        else:
+            schedules = [
+                replace(default, unroll=style, rows=rows, channels=channels)
+                for style, rows, channels in product(STYLES, (1, 2, 4, 8), sorted(sizes))
+            ]
+        plans = [
+            KernelPlan(geometry, contraction, dtype, self.name, schedule)
+            for schedule in dict.fromkeys([default, *schedules])
+        ]
+        return [Candidate(plan.schedule, self.refusal(plan)) for plan in plans]
+
+    def refusal(self, plan: KernelPlan) -> str:
+        if plan.contraction == "wgrad":
+            return _wgrad_refusal(plan.geometry, plan.dtype, plan.schedule)
+        return _refusal(plan.geometry, plan.contraction, plan.dtype, plan.schedule)
+
+    def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
+        if plan.contraction == "wgrad":
+            return _wgrad_prediction(plan, problem, gpu)
+        width = _width(plan.dtype)
+        fprop = plan.contraction == "fprop"
+        outputs = problem.coarse_channels if fprop else problem.fine_channels
+        inputs = problem.fine_channels if fprop else problem.coarse_channels
+        per_group = outputs // plan.geometry.groups
+        channels = min(plan.schedule.channels, key=lambda c: (-(-per_group // c) * c, -c))
+        warp = Warp(
+            lanes=32,
+            channels=channels,
+            warps=12,
+            load=(width, 1),
+            # Rows of weights are read four words at a time, by all lanes alike.
+            weight=(-(-channels * width // 4), -(-channels * width // 4)),
+            tap_clocks=channels / (4 if width == 1 else gpu.fp64_warps),
+            tap_instructions=channels,
+            words=inputs // plan.geometry.groups,
+            weight_bytes=4 * width * channels,
+            staged_words=1,
+            staged_clocks=15,
+        )
+        size_bytes = DTYPES[plan.dtype].size_bytes
+        return gather_prediction(
+            plan, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4 * width
+        )
+
+    def read_schedule(self, contraction: str, fields: Mapping[str, Any]) -> Any:
+        return schedule_from(WgradSchedule if contraction == "wgrad" else GatherSchedule, fields)
 
     def template(self, contraction: str) -> str:
         return "cuda/simt/wgrad.cu.j2" if contraction == "wgrad" else "cuda/simt/gather.cu.j2"
