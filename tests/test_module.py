@@ -364,7 +364,7 @@ class TestErrors:
             module.conv2d(x, w)
         with pytest.raises(ValueError, match="out_channels must be divisible by groups"):
             module.Conv2d(4, 5)
-        operators = getattr(torch.ops, module.fprop.namespace)
+        operators = getattr(torch.ops, sys.modules[module.fprop.__module__].NAMESPACE)
         with pytest.raises(RuntimeError, match="2 groups do not divide 5 and 4 channels"):
             operators.wgrad(torch.randn(1, 5, 5, 5), x)
 

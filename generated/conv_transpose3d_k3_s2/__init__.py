@@ -57,14 +57,14 @@ def conv_transpose3d(
         RuntimeError: as torch does, for shapes, dtypes or devices that do not fit; and for
             devices or dtypes without generated kernels.
     """
-    if input.dim() == 4:
-        return conv_transpose3d(input.unsqueeze(0), weight, bias, output_padding).squeeze(0)
     if input.dim() != 5:
+        if input.dim() == 4:
+            return conv_transpose3d(input.unsqueeze(0), weight, bias, output_padding).squeeze(0)
         raise RuntimeError(
             "Expected 4D (unbatched) or 5D (batched) input to conv_transpose3d, "
             f"but got input of size: {list(input.shape)}"
         )
-    if torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"):
+    if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
     if output_padding != (0, 0, 0):
         output_padding = _check_output_padding(output_padding)
@@ -126,6 +126,8 @@ def _autocast(
     input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts what torch.autocast casts for torch's own convolutions: all floats but float64."""
+    if not torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"):
+        return input, weight, bias
     dtype = torch.get_autocast_dtype(input.device.type)
 
     def cast(tensor: Tensor) -> Tensor:

@@ -27,10 +27,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _is_torch_function_mode_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
+from torch._C._autograd import _profiler_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
+from torch.compiler import is_dynamo_compiling
 from torch.library import Library, register_fake
+from torch.nn import Parameter
 
 from ._runtime import (
     FOLDERS,
@@ -39,11 +50,11 @@ from ._runtime import (
     VARIANT,
     Launch,
     check_generated,
-    math_mode,
+    fp32_precision,
     prepare,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_f5a5a4c5"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_58baf19a"
 NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)
@@ -157,15 +168,15 @@ _plans: dict[tuple[Any, ...], _Plan] = {}
 
 
 def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
-    key = ("fprop", *size, *_kind(fine, weight, bias))
+    key = _key("fprop", fine, weight, bias, size)
     if (plan := _plans.get(key)) is None:
         shape = fprop_shape(fine, weight, bias, size)
         plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape)
     shape, launch = plan
-    coarse = fine.new_empty(shape)
+    coarse = fine.new_empty(*shape)
     if launch is None:
         return _bias_alone(coarse, bias)
-    launch(
+    launch.run(
         coarse, fine.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     )
     return coarse
@@ -174,73 +185,82 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
 def dgrad_kernel(
     coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> Tensor:
-    key = ("dgrad", *size, *_kind(coarse, weight, bias))
+    key = _key("dgrad", coarse, weight, bias, size)
     if (plan := _plans.get(key)) is None:
         shape = dgrad_shape(coarse, weight, bias, size)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape)
     shape, launch = plan
-    fine = coarse.new_empty(shape)
+    fine = coarse.new_empty(*shape)
     if launch is None:
         return _bias_alone(fine, bias)
-    launch(
+    launch.run(
         coarse.contiguous(), fine, weight.contiguous(), None if bias is None else bias.contiguous()
     )
     return fine
 
 
 def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
-    key = ("wgrad", *_kind(coarse, fine, None))
+    key = _key("wgrad", coarse, fine)
     if (plan := _plans.get(key)) is None:
         shape = wgrad_shape(coarse, fine)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
     shape, launch = plan
-    weight = coarse.new_empty(shape)
+    weight = coarse.new_empty(*shape)
     if launch is None:
         return weight.zero_()
-    launch(coarse.contiguous(), fine.contiguous(), weight, None)
+    launch.run(coarse.contiguous(), fine.contiguous(), weight, None)
     return weight
 
 
 def bgrad_kernel(grad: Tensor) -> Tensor:
-    key = ("bgrad", *_kind(grad, grad, None))
+    key = _key("bgrad", grad, grad)
     if (plan := _plans.get(key)) is None:
         shape = bgrad_shape(grad)
         plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape)
     shape, launch = plan
-    bias = grad.new_empty(shape)
+    bias = grad.new_empty(*shape)
     if launch is None:
         return bias.zero_()
-    launch(grad.contiguous(), None, None, bias)
+    launch.run(grad.contiguous(), None, None, bias)
     return bias
 
 
 def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     if coarse.device.type != "cpu" or INTERPRETED:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
-    key = ("wbgrad", *_kind(coarse, fine, None))
+    key = _key("wbgrad", coarse, fine)
     if (plan := _plans.get(key)) is None:
         shape = wgrad_shape(coarse, fine)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
     shape, launch = plan
-    weight, bias = coarse.new_empty(shape), coarse.new_empty(fine.shape[1])
+    weight, bias = coarse.new_empty(*shape), coarse.new_empty(fine.shape[1])
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
-    launch(coarse.contiguous(), fine.contiguous(), weight, bias)
+    launch.run(coarse.contiguous(), fine.contiguous(), weight, bias)
     return weight, bias
 
 
-def _kind(first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    """All that a plan depends on but the contraction and the extents of the result."""
+def _key(
+    contraction: str,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    size: Sequence[int] = (),
+) -> tuple[Any, ...]:
+    """All that a plan depends on; `size` is the extents of the result."""
+    device = first.device
     return (
+        contraction,
+        device,
         first.shape,
         first.dtype,
-        first.device,
         second.shape,
         second.dtype,
-        second.device,
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        second.device == device,  # hashing it takes longer
+        None if bias is None else (bias.shape, bias.dtype, bias.device == device),
         torch.get_num_threads(),
-        math_mode(first.device, first.dtype),
+        *size,
+        fp32_precision(),
     )
 
 
@@ -276,12 +296,12 @@ class Fprop(Function):
         weight: Tensor,
         bias: Tensor | None,
         size: Sequence[int],
-        keyset: DispatchKeySet,
+        keyset: DispatchKeySet | None,
     ) -> Tensor:
         needs_fine, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(fine if needs_weight else None, weight if needs_fine else None)
         ctx.extents = fine.shape[2:]
-        return forward(fprop, fprop_kernel, keyset, fine, weight, bias, size)
+        return forward(fprop_op, fprop_kernel, keyset, fine, weight, bias, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -304,12 +324,12 @@ class Dgrad(Function):
         weight: Tensor,
         bias: Tensor | None,
         size: Sequence[int],
-        keyset: DispatchKeySet,
+        keyset: DispatchKeySet | None,
     ) -> Tensor:
         needs_coarse, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(coarse if needs_weight else None, weight if needs_coarse else None)
         ctx.extents = coarse.shape[2:]
-        return forward(dgrad, dgrad_kernel, keyset, coarse, weight, bias, size)
+        return forward(dgrad_op, dgrad_kernel, keyset, coarse, weight, bias, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -329,11 +349,11 @@ class Dgrad(Function):
 
 class Wgrad(Function):
     @staticmethod
-    def forward(ctx: Any, coarse: Tensor, fine: Tensor, keyset: DispatchKeySet) -> Tensor:
+    def forward(ctx: Any, coarse: Tensor, fine: Tensor, keyset: DispatchKeySet | None) -> Tensor:
         needs_coarse, needs_fine = ctx.needs_input_grad[:2]
         ctx.save_for_backward(coarse if needs_fine else None, fine if needs_coarse else None)
         ctx.extents = coarse.shape[2:], fine.shape[2:]
-        return forward(wgrad, wgrad_kernel, keyset, coarse, fine)
+        return forward(wgrad_op, wgrad_kernel, keyset, coarse, fine)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -349,9 +369,9 @@ class Wgrad(Function):
 
 class Bgrad(Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, keyset: DispatchKeySet) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, keyset: DispatchKeySet | None) -> Tensor:
         ctx.shape = grad.shape
-        return forward(bgrad, bgrad_kernel, keyset, grad)
+        return forward(bgrad_op, bgrad_kernel, keyset, grad)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -361,12 +381,12 @@ class Bgrad(Function):
 class Wbgrad(Function):
     @staticmethod
     def forward(
-        ctx: Any, coarse: Tensor, fine: Tensor, keyset: DispatchKeySet
+        ctx: Any, coarse: Tensor, fine: Tensor, keyset: DispatchKeySet | None
     ) -> tuple[Tensor, Tensor]:
         needs_coarse, needs_fine = ctx.needs_input_grad[:2]
         ctx.save_for_backward(coarse if needs_fine else None, fine if needs_coarse else None)
         ctx.extents = coarse.shape[2:], fine.shape[2:]
-        return forward(wbgrad, wbgrad_kernel, keyset, coarse, fine)
+        return forward(wbgrad_op, wbgrad_kernel, keyset, coarse, fine)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
@@ -404,15 +424,49 @@ def below_autograd(
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
-def forward(operator: Any, kernel: Callable[..., Any], keyset: DispatchKeySet, *inputs: Any) -> Any:
+def forward(
+    operator: Any, kernel: Callable[..., Any], keyset: DispatchKeySet | None, *inputs: Any
+) -> Any:
     """`below_autograd` in the forward of a Function, where torch has switched gradients off.
 
-    Outer levels of torch.func (the outer one of two gradients) need them on.
+    Outer levels of torch.func (the outer one of two gradients) need them on. There is no keyset
+    where the dispatcher was not asked.
     """
-    if keyset.raw_repr() in _PLAIN:
+    if keyset is None or keyset.raw_repr() in _PLAIN:
         return kernel(*inputs)
     with torch.enable_grad():
         return below_autograd(operator, kernel, keyset, *inputs)
+
+
+_TENSORS = {Tensor, Parameter}
+_OTHERS = {type(None), tuple, torch.Size}
+
+
+def is_plain(inputs: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would find nothing to do for a call but gradients and its kernel.
+
+    It takes longer than a small kernel itself, and is left out where nothing compiles, traces,
+    transforms, records or overrides the call, and all tensors are torch's own, in memory.
+    """
+    if (
+        is_dynamo_compiling()
+        or _is_torch_function_mode_enabled()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+        or _profiler_enabled()
+    ):
+        return False
+    try:
+        for value in inputs:
+            if type(value) in _TENSORS:
+                if value.is_neg() or not value.data_ptr():  # -x or zeros, computed when needed
+                    return False
+            elif type(value) not in _OTHERS:
+                return False
+    except RuntimeError:  # what torch.func wraps has no memory of its own
+        return False
+    return True
 
 
 def _define(
@@ -421,7 +475,8 @@ def _define(
     shape: Callable[..., tuple[Any, ...]],
     kernel: Callable[..., Any],
     function: type[Function],
-) -> None:
+) -> Callable[..., Any]:
+    """Registers an operator, and returns a function that calls it, or does the same sooner."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
     operator = getattr(_namespace, name).default
@@ -434,31 +489,39 @@ def _define(
         return inputs[0].new_empty(result)
 
     def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+        if not (torch.is_grad_enabled() and _any_requires_grad(*inputs)):
             return below_autograd(operator, kernel, keyset, *inputs)
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             # The dispatcher calls this once for each level; apply() of Function would start over.
             with enable_single_level_autograd_function():
                 return apply(*inputs, keyset)
         return apply(*inputs, keyset)
 
+    def call(*inputs: Any) -> Any:
+        if not is_plain(inputs):
+            return operator(*inputs)
+        if torch.is_grad_enabled() and _any_requires_grad(*inputs):
+            return apply(*inputs, None)
+        return kernel(*inputs)
+
     register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     library.impl(name, autograd, "Autograd", with_keyset=True)
     for key in ("CPU", "CUDA"):
         library.impl(name, kernel, key)
+    return call
 
 
-def _register() -> Library:
-    library = Library(NAMESPACE, "DEF")
+def _register(library: Library) -> list[Callable[..., Any]]:
     more = "Tensor weight, Tensor? bias, SymInt[] size) -> Tensor"
-    _define(library, f"fprop(Tensor fine, {more}", fprop_shape, fprop_kernel, Fprop)
-    _define(library, f"dgrad(Tensor coarse, {more}", dgrad_shape, dgrad_kernel, Dgrad)
-    pair = "Tensor coarse, Tensor fine) -> Tensor"
-    _define(library, f"wgrad({pair}", wgrad_shape, wgrad_kernel, Wgrad)
-    _define(library, "bgrad(Tensor grad) -> Tensor", bgrad_shape, bgrad_kernel, Bgrad)
-    pair = "Tensor coarse, Tensor fine) -> (Tensor, Tensor)"
-    _define(library, f"wbgrad({pair}", wbgrad_shape, wbgrad_kernel, Wbgrad)
-    return library
+    pair = "Tensor coarse, Tensor fine) -> "
+    both = f"wbgrad({pair}(Tensor, Tensor)"
+    return [
+        _define(library, f"fprop(Tensor fine, {more}", fprop_shape, fprop_kernel, Fprop),
+        _define(library, f"dgrad(Tensor coarse, {more}", dgrad_shape, dgrad_kernel, Dgrad),
+        _define(library, f"wgrad({pair}Tensor", wgrad_shape, wgrad_kernel, Wgrad),
+        _define(library, "bgrad(Tensor grad) -> Tensor", bgrad_shape, bgrad_kernel, Bgrad),
+        _define(library, both, wbgrad_shape, wbgrad_kernel, Wbgrad),
+    ]
 
 
 # Operators belong to the process: a second copy of this package, or a reload, finds them here and
@@ -467,11 +530,19 @@ _namespace: Any = getattr(torch.ops, NAMESPACE)
 if "library" in vars(_namespace):
     _namespace.folders.extend(FOLDERS)
 else:
-    _namespace.library = _register()
+    _namespace.library = Library(NAMESPACE, "DEF")
+    _namespace.calls = _register(_namespace.library)
     _namespace.folders = FOLDERS
 
-fprop: Callable[..., Tensor] = _namespace.fprop.default
-dgrad: Callable[..., Tensor] = _namespace.dgrad.default
-wgrad: Callable[..., Tensor] = _namespace.wgrad.default
-bgrad: Callable[..., Tensor] = _namespace.bgrad.default
-wbgrad: Callable[..., tuple[Tensor, Tensor]] = _namespace.wbgrad.default
+fprop_op = _namespace.fprop.default
+dgrad_op = _namespace.dgrad.default
+wgrad_op = _namespace.wgrad.default
+bgrad_op = _namespace.bgrad.default
+wbgrad_op = _namespace.wbgrad.default
+
+fprop: Callable[..., Tensor]
+dgrad: Callable[..., Tensor]
+wgrad: Callable[..., Tensor]
+bgrad: Callable[..., Tensor]
+wbgrad: Callable[..., tuple[Tensor, Tensor]]
+fprop, dgrad, wgrad, bgrad, wbgrad = _namespace.calls

@@ -12,9 +12,10 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -46,7 +47,7 @@ VARIANT = f"_interpreted_{crc32((__name__ + __file__).encode()):08x}" if INTERPR
 """Marks the operators of interpreted kernels: no other copy shares them, sources may be edited."""
 
 MATH_MODES = {"tf32", "tf32x3"}
-"""Further CUDA kernels, on tensor cores: see :func:`math_mode`."""
+"""Further CUDA kernels, on tensor cores: see :func:`_math_mode`."""
 
 FOLDERS = [Path(__file__).parent]
 """Folders with a copy of this package; its kernels are loaded from the first that has them."""
@@ -74,6 +75,24 @@ def check_generated(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+_KEPT_BYTES = 1 << 20
+
+
+class _Kept(threading.local):
+    """Memory of a thread for the workspaces of its calls on the CPU, but for large ones.
+
+    Interpreted kernels get new memory, whose ends a sanitizer watches, and so does who asks torch
+    to fill new memory.
+    """
+
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(_KEPT_BYTES + 255)
+        self.address = (ctypes.addressof(self.memory) + 255) & -256
+
+
+_kept = _Kept()
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with everything it is called with but pointers."""
@@ -82,10 +101,14 @@ class Launch:
     numbers: bytes
     workspace_bytes: int
     library: ctypes.CDLL
+    gpu: int | None
+    """Index of the device, or None for the CPU."""
+    kept: bool
+    """Whether its workspace is memory that the thread keeps."""
     fallback: Launch | None = None
     """Takes the calls whose tiles do not fit into the GPU's shared memory."""
 
-    def __call__(
+    def run(
         self, coarse: Tensor, fine: Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> None:
         """Runs on contiguous tensors, one of which is the result, on the current stream.
@@ -94,14 +117,14 @@ class Launch:
             RuntimeError: where CUDA or the kernel refuses the call.
         """
         stream = workspace = 0
-        if coarse.is_cuda:
-            stream = torch._C._cuda_getCurrentRawStream(coarse.get_device())
-        if self.workspace_bytes:
+        if self.gpu is not None:
+            stream = torch._C._cuda_getCurrentRawStream(self.gpu)
+        if self.kept and not torch._C._get_deterministic_algorithms():
+            workspace = _kept.address
+        elif self.workspace_bytes:
             # Aligned to 256 bytes. The caching allocator gives the memory to later work of the
             # same stream only, so that it may be released before the kernel has run.
-            scratch = torch.empty(
-                self.workspace_bytes + 255, dtype=torch.uint8, device=coarse.device
-            )
+            scratch = coarse.new_empty(self.workspace_bytes + 255, dtype=torch.uint8)
             workspace = (scratch.data_ptr() + 255) & -256
         pointers = _POINTERS.pack(
             coarse.data_ptr(),
@@ -113,7 +136,7 @@ class Launch:
         )
         if code := self.function(pointers + self.numbers):
             if code == _TOO_LARGE and self.fallback is not None:
-                self.fallback(coarse, fine, weight, bias)
+                self.fallback.run(coarse, fine, weight, bias)
                 return
             numbers = _NUMBERS.unpack(self.numbers)
             raise RuntimeError(
@@ -128,20 +151,21 @@ def prepare(
     dtype: torch.dtype,
     coarse_shape: Sequence[int],
     fine_shape: Sequence[int],
-    mode: str | None,
+    precision: str,
 ) -> Launch:
     """The kernel of a contraction for tensors of these shapes, loading its library if need be.
 
-    ``mode`` is what :func:`math_mode` says: the tensor cores take it where a group's channels fill
-    an eighth of their products, which are 8 channels wide on both sides.
+    ``precision`` is what :func:`fp32_precision` says. Tensor cores take a call where a group's
+    channels fill an eighth of their products, which are 8 channels wide on both sides.
 
     Raises:
         RuntimeError: where there is no such kernel, or its library cannot be loaded.
     """
     check_generated(device, dtype)
     library = _libraries.get(device.type) or _load(device.type)
+    gpu = device.index if device.type == "cuda" else None
     numbers = _NUMBERS.pack(
-        torch.get_num_threads() if device.type == "cpu" else device.index,
+        torch.get_num_threads() if gpu is None else gpu,
         coarse_shape[0],
         coarse_shape[1],
         fine_shape[1],
@@ -155,34 +179,38 @@ def prepare(
         function.argtypes = workspace.argtypes = [ctypes.c_char_p]
         workspace.restype = ctypes.c_int64
         workspace_bytes = workspace(bytes(_POINTERS.size) + numbers)
-        return Launch(function, numbers, workspace_bytes, library, fallback)
+        kept = 0 < workspace_bytes <= _KEPT_BYTES and gpu is None and not INTERPRETED
+        return Launch(function, numbers, workspace_bytes, library, gpu, kept, fallback)
 
     plain = launch(BACKENDS[device.type][dtype])
     channels = (coarse_shape[1], fine_shape[1])
     padded = [-(-count // 8) * 8 for count in channels]
     suits = 8 * channels[0] * channels[1] >= padded[0] * padded[1]
+    mode = _math_mode(device, dtype, precision)
     if mode is not None and contraction != "bgrad" and suits:
         return launch(mode, plain)
     return plain
 
 
-def math_mode(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The tensor-core kernels that a call takes now: a suffix of symbols, or None for none.
+fp32_precision = partial(torch._C._get_fp32_precision_getter, "cuda", "conv")
+"""PyTorch's own switch, torch.backends.cudnn.conv.fp32_precision: each call reads it, so sooner."""
+
+
+def _math_mode(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
+    """The tensor-core kernels of a call: a suffix of symbols, or None for none.
 
     Tensor cores serve GPUs since compute capability 8.0. For float32 the mode follows PyTorch's own
-    switch, ``torch.backends.cudnn.conv.fp32_precision``: ``tf32`` where it allows TF32 (operands
-    rounded to 10 bits), else ``tf32x3`` (three TF32 products, accurate as float32).
+    switch: ``tf32`` where it allows TF32 (operands rounded to 10 bits), else ``tf32x3`` (three TF32
+    products, accurate as float32).
     """
     if not _has_tensor_cores(device):
         return None
     mode = {torch.float16: "f16tc", torch.bfloat16: "bf16tc"}.get(dtype)
     if dtype == torch.float32:
-        cudnn: Any = torch.backends.cudnn
-        mode = "tf32" if cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+        mode = "tf32" if precision == "tf32" else "tf32x3"
     return mode if mode in MATH_MODES else None
 
 
-@cache
 def _has_tensor_cores(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
