@@ -10,14 +10,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from convgen import __version__, options
 from convgen.dtypes import DTYPES
-from convgen.engines import BACKENDS
+from convgen.engines import BACKENDS, CONTRACTIONS
 from convgen.spec import ConvSpec, SpecError
+
+if TYPE_CHECKING:
+    from convgen.layers import Layer
 
 FOLDER = "generated"
 """Where ``generate`` writes and the other commands look, unless ``--out`` says otherwise."""
@@ -260,46 +263,9 @@ def verify(
 
 
 @cli.command("bench", short_help="Time modules beside torch's own.")
-@click.option(
-    "--suite",
-    metavar="NAME|FILE.json",
-    help="Layers to run: kernelbench3d, kernelbench, models, or a file of layers.",
-)
-@click.option(
-    "--layers",
-    "patterns",
-    multiple=True,
-    callback=options.split,
-    metavar="NAMES",
-    help="Only these of the suite, as in 61,hifigan*; repeat it or separate by commas.",
-)
-@options.specification(required=False)
-@click.option(
-    "--shape", type=options.extents(), metavar="N,C,D,H,W", help="Input of the one layer."
-)
-@click.option("--out-channels", type=int, metavar="N", help="Output channels of the one layer.")
+@options.layers
 @click.option("--bias", is_flag=True, help="Give the one layer a bias.")
-@click.option(
-    "--dtype",
-    type=click.Choice(tuple(DTYPES)),
-    default="f32",
-    show_default=True,
-    help="Element type.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(BACKENDS),
-    help="Where to run.  [default: a GPU if there is one, else cpu]",
-)
-@click.option(
-    "--tf32/--no-tf32",
-    default=True,
-    show_default=True,
-    help="Torch's switch for rounding fp32 to TF32 on a GPU, which both sides follow.",
-)
-@click.option(
-    "--fixed-channels", is_flag=True, help="Generate modules for the layers' channels alone."
-)
+@options.setting
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -353,18 +319,9 @@ def bench_(
       convgen bench --suite models --layers hifigan*,3dgan* --dtype f16
       convgen bench --kernel 3 --stride 2 --padding 1 --shape 2,32,16,32,32 --out-channels 16
     """
-    from convgen import layers, plots, report
+    from convgen import plots, report
 
-    if (suite is None) == (kernel is None):
-        raise click.UsageError("Give --suite, or one layer by --kernel, --shape, --out-channels.")
-    if kernel is None:
-        assert suite is not None
-        chosen = layers.select(layers.read_suite(suite), patterns or ("*",))
-    elif shape is None or out_channels is None:
-        raise click.UsageError("One layer needs --shape and --out-channels.")
-    else:
-        spec = ConvSpec.make(kernel_size=kernel, **constants)
-        chosen = [layers.Layer(spec.name, spec, shape, out_channels, bias)]
+    chosen = _layers(suite, patterns, kernel, shape, out_channels, bias, constants)
     if plot_file:
         plots.matplotlib_figure()  # Rather now than after the work.
     # These import torch, which takes a second or two.
@@ -405,6 +362,147 @@ def bench_(
     if plot_file:
         plots.plot(result, plot_file)
     raise click.exceptions.Exit(0 if result.ok else 1)
+
+
+@cli.command("tune", short_help="Find the fastest schedules by timing them.")
+@options.layers
+@options.setting
+@click.option(
+    "--contraction",
+    "contractions",
+    multiple=True,
+    type=click.Choice(CONTRACTIONS),
+    help="Only this one; repeat it for several.  [default: all three]",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Schedules to compile for each contraction: the default, and the model's best.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Time for all, without compiling.  [default: about 4 s a contraction]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+@click.option(
+    "--table",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="Where to keep what won.  [default: the table that convgen generate reads]",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Only list the candidates, with their predicted times."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write all candidates and their times as JSON.",
+)
+def tune_(
+    suite: str | None,
+    patterns: tuple[str, ...],
+    kernel: tuple[int, ...] | None,
+    shape: tuple[int, ...] | None,
+    out_channels: int | None,
+    dtype: str,
+    device: str | None,
+    tf32: bool,
+    fixed_channels: bool,
+    contractions: tuple[str, ...],
+    candidates: int,
+    seconds: float | None,
+    seed: int,
+    table: Path | None,
+    dry_run: bool,
+    json_file: Path | None,
+    **constants: Any,
+) -> None:
+    """Compile the most promising schedules of layers, time them, and keep the fastest.
+
+    What wins goes into a table, from which `convgen generate` takes it from then on, on this kind
+    of GPU or processor. A schedule whose results are not those of float64 cannot win. Exit status
+    1 if a contraction has no winner.
+
+    \b
+    Examples:
+      convgen tune --suite kernelbench3d --layers 58,68 --seconds 120
+      convgen tune --kernel 3 --stride 2 --padding 1 --shape 2,32,16,32,32 --out-channels 16
+      convgen tune --suite models --layers nnunet-up1 --fixed-channels --no-tf32
+    """
+    from convgen import report, toolchain, tuned
+
+    chosen = _layers(suite, patterns, kernel, shape, out_channels, False, constants)
+    path = table or tuned.user_table()
+    if path is None and not dry_run:
+        raise click.UsageError("CONVGEN_TUNED=0 switches tables off: give --table.")
+    if path is not None:
+        tuned.read(path)  # Rather now than after the work.
+    # These import torch, which takes a second or two.
+    from convgen import bench, tune
+
+    where = bench.device_for(device)
+    if where is None and not dry_run:
+        raise click.UsageError("--device cuda: there is no GPU that torch can use.")
+    backend = device or (where.type if where else "cuda")
+    work = tune.jobs(
+        chosen,
+        backend,
+        dtype,
+        tf32,
+        tuple(dict.fromkeys(contractions)) or CONTRACTIONS,
+        fixed_channels,
+    )
+    gpu = tune.gpu_of(toolchain.gpu_architectures())
+    outcomes = [tune.candidates(job, gpu, candidates) for job in work]
+    if dry_run or where is None:
+        report.candidates(outcomes)
+        raise click.exceptions.Exit(0)
+    with report.plain_warnings(), report.Progress() as progress:
+        tune.compile_candidates(outcomes, backend, progress=progress)
+    with report.Progress() as progress:
+
+        def finished(outcome: tune.Outcome, done: int) -> None:
+            progress(done, len(outcomes), report.progress_of_tuning(outcome))
+
+        winners = tune.tune(outcomes, where, seconds=seconds, seed=seed, on_job=finished)
+    report.tuning(outcomes)
+    if json_file:
+        report.write_json(json_file, {"outcomes": [outcome.to_dict() for outcome in outcomes]})
+    assert path is not None
+    if winners:
+        count = tuned.store(winners, path)
+        click.echo(f"{len(winners)} winners are in {path}, which holds {count}.")
+    raise click.exceptions.Exit(0 if len(winners) == len(outcomes) else 1)
+
+
+def _layers(
+    suite: str | None,
+    patterns: tuple[str, ...],
+    kernel: tuple[int, ...] | None,
+    shape: tuple[int, ...] | None,
+    out_channels: int | None,
+    bias: bool,
+    constants: dict[str, Any],
+) -> list[Layer]:
+    """The layers that the options of :func:`convgen.options.layers` name."""
+    from convgen import layers
+
+    if (suite is None) == (kernel is None):
+        raise click.UsageError("Give --suite, or one layer by --kernel, --shape, --out-channels.")
+    if kernel is None:
+        assert suite is not None
+        return layers.select(layers.read_suite(suite), patterns or ("*",))
+    if shape is None or out_channels is None:
+        raise click.UsageError("One layer needs --shape and --out-channels.")
+    spec = ConvSpec.make(kernel_size=kernel, **constants)
+    return [layers.Layer(spec.name, spec, shape, out_channels, bias)]
 
 
 @cli.command("list")
@@ -533,7 +631,9 @@ def _status(error: Exception) -> int | None:
     from convgen.layers import SuiteError
     from convgen.plots import PlotError
     from convgen.toolchain import ToolchainError
+    from convgen.tuned import TunedError
 
     if isinstance(error, SpecError | CatalogError | SuiteError):
         return 2
-    return 1 if isinstance(error, BuildError | ToolchainError | PlotError) else None
+    ours = BuildError | ToolchainError | PlotError | TunedError
+    return 1 if isinstance(error, ours) else None

@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from convgen import __version__
 from convgen.dtypes import DTYPES
 from convgen.timing import Clock, clock_for
+from convgen.tuned import processor_name
 
 _MATRIX = {"cuda": 8192, "cpu": 2048}
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
@@ -98,7 +98,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cpu":
         return facts | {"name": _processor(), "threads": torch.get_num_threads()}
-    properties = torch.cuda.get_device_properties(device)
+    properties = gpu(device)
     cudnn: Any = torch.backends.cudnn
     return {
         **facts,
@@ -111,6 +111,11 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": _dotted(cudnn.version()),
     }
+
+
+def gpu(device: torch.device) -> Any:
+    """The properties of a GPU, as CUDA gives them."""
+    return torch.cuda.get_device_properties(device)
 
 
 def clocks(device: torch.device) -> dict[str, str]:
@@ -186,11 +191,5 @@ def _dotted(version: int | None) -> str | None:
 
 def _processor() -> str:
     """Name of the processor, and how many of its cores this process may use."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name} ({cores} cores)"
+    return f"{processor_name()} ({cores} cores)"

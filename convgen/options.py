@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from convgen.dtypes import DTYPES, parse_dtype
+from convgen.engines import BACKENDS
 from convgen.spec import OPERATORS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -108,9 +109,68 @@ def specification(required: bool) -> Callable[[Command], Command]:
         ),
     )
 
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
+    return lambda command: _decorated(command, *options)
 
-    return decorate
+
+def layers(command: Command) -> Command:
+    """The options that choose layers: a suite's, or one by its specification and shape."""
+    return _decorated(
+        command,
+        click.option(
+            "--suite",
+            metavar="NAME|FILE.json",
+            help="Layers to run: kernelbench3d, kernelbench, models, or a file of layers.",
+        ),
+        click.option(
+            "--layers",
+            "patterns",
+            multiple=True,
+            callback=split,
+            metavar="NAMES",
+            help="Only these of the suite, as in 61,hifigan*; repeat it or separate by commas.",
+        ),
+        specification(required=False),
+        click.option(
+            "--shape", type=extents(), metavar="N,C,D,H,W", help="Input of the one layer."
+        ),
+        click.option(
+            "--out-channels", type=int, metavar="N", help="Output channels of the one layer."
+        ),
+    )
+
+
+def setting(command: Command) -> Command:
+    """The options that say in which dtype, where and for which channels layers are run."""
+    return _decorated(
+        command,
+        click.option(
+            "--dtype",
+            type=click.Choice(tuple(DTYPES)),
+            default="f32",
+            show_default=True,
+            help="Element type.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(BACKENDS),
+            help="Where to run.  [default: a GPU if there is one, else cpu]",
+        ),
+        click.option(
+            "--tf32/--no-tf32",
+            default=True,
+            show_default=True,
+            help="Torch's switch for rounding fp32 to TF32 on a GPU.",
+        ),
+        click.option(
+            "--fixed-channels",
+            is_flag=True,
+            help="Generate modules for the layers' channels alone.",
+        ),
+    )
+
+
+def _decorated(command: Command, *decorators: Callable[[Any], Any]) -> Command:
+    """Options in the order in which the help shows them."""
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from convgen.doctor import Finding
     from convgen.overhead import HostReport
     from convgen.timing import Spread
+    from convgen.tune import Candidate, Outcome
     from convgen.verify import Row
 
 _SHOWN_PHASES = 8
@@ -210,6 +211,78 @@ def host_times(result: HostReport) -> None:
     if table:
         _print_table(columns, table)
     _failures(result.failures)
+
+
+def candidates(outcomes: Sequence[Outcome]) -> None:
+    """What ``convgen tune`` would compile, with the model's times."""
+    table = [
+        (
+            outcome.job.name if index == 0 else "",
+            _number(candidate.predicted.ms, ".3f"),
+            candidate.predicted.bound,
+            "default" if candidate.is_default else "",
+            _fields(outcome, candidate),
+        )
+        for outcome in outcomes
+        for index, candidate in enumerate(outcome.candidates)
+    ]
+    _print_table(("", ">predicted ms", "bound by", "", "schedule"), table)
+    for outcome in outcomes:
+        click.echo(f"{outcome.job.name}: {outcome.considered} legal schedules")
+
+
+def tuning(outcomes: Sequence[Outcome]) -> None:
+    """The winners of ``convgen tune`` beside the defaults, and what could not win."""
+    columns = (
+        *("", ">tried", ">default ms", ">best ms", ">gain", ">predicted ms", ">error"),
+        "schedule",
+    )
+    table, failed = [], []
+    for index, outcome in enumerate(outcomes):
+        best = outcome.best
+        if best is None:
+            failed.append(index)
+        table.append(
+            (
+                outcome.job.name,
+                f"{len(outcome.candidates)} of {outcome.considered}",
+                _times(outcome.default.spread),
+                "NONE" if best is None else _times(best.spread),
+                _number(outcome.gain, ".2f"),
+                "" if best is None else _number(best.predicted.ms, ".3f"),
+                "" if best is None else f"{best.error:.1e}",
+                "" if best is None else "default" if best.is_default else _fields(outcome, best),
+            )
+        )
+    _print_table(columns, table, failed)
+    for outcome in outcomes:
+        for candidate in outcome.candidates:
+            if candidate.note:
+                what = "the default" if candidate.is_default else _fields(outcome, candidate)
+                click.echo(f"{outcome.job.name}: {what}: {candidate.note}")
+
+
+def progress_of_tuning(outcome: Outcome) -> str:
+    """A line on what came of one job."""
+    if outcome.best is None:
+        return f"{outcome.job.name}: no schedule was right"
+    gain = "" if outcome.gain is None else f", {outcome.gain:.2f} x the default"
+    return f"{outcome.job.name}: {_times(outcome.best.spread)} ms{gain}"
+
+
+def _fields(outcome: Outcome, candidate: Candidate) -> str:
+    """What of a schedule is not the default's, in a few words; of the default, all."""
+    fields = outcome.changes(candidate)
+    return ", ".join(f"{name} {_short(value)}" for name, value in fields.items())
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        joint = "/" if any(isinstance(part, tuple) for part in value) else "x"
+        if len(value) == 1:
+            return _short(value[0])
+        return joint.join(map(_short, value))
+    return str(value)
 
 
 def _failures(failures: dict[str, str]) -> None:

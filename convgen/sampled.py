@@ -89,19 +89,25 @@ class Reference:
 
     def errors(self, results: tuple[Tensor, ...]) -> Errors:
         """Errors of (output, grad_input, grad_weight[, grad_bias]), shaped as torch's."""
-        output, grad_input, grad_weight = map(_lifted, results[:3])
-        chosen = _weight_at(grad_weight, *self._at_weight)
+        names = ("output", "grad_input", "grad_weight")
+        output, grad_input, grad_weight = (
+            self.error_of(name, result) for name, result in zip(names, results[:3], strict=True)
+        )
         bias = 0.0
         if self._grad_bias is not None:
             bias = _error(results[3], self._grad_bias)
-        return Errors(
-            output=max(_error(_at(output, self._at_output), self._output), _unwritten(output)),
-            grad_input=max(
-                _error(_at(grad_input, self._at_input), self._grad_input), _unwritten(grad_input)
-            ),
-            grad_weight=max(_error(chosen, self._grad_weight), _unwritten(grad_weight)),
-            grad_bias=bias,
-        )
+        return Errors(output, grad_input, grad_weight, bias)
+
+    def error_of(self, name: str, result: Tensor) -> float:
+        """Error of ``"output"``, ``"grad_input"`` or ``"grad_weight"``, shaped as torch's."""
+        result = _lifted(result)
+        if name == "grad_weight":
+            error = _error(_weight_at(result, *self._at_weight), self._grad_weight)
+        elif name == "output":
+            error = _error(_at(result, self._at_output), self._output)
+        else:
+            error = _error(_at(result, self._at_input), self._grad_input)
+        return max(error, _unwritten(result))
 
     def _positions(self, like: Tensor) -> Tensor:
         """(samples, 4): batch and three coordinates; half of the samples are near borders."""

@@ -5,17 +5,19 @@ Torch is imported only with the module itself, so that ``convgen generate`` answ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from convgen import toolchain
+from convgen import toolchain, tuned
 from convgen.build import Library, Progress, build
 from convgen.dtypes import DTYPES, parse_dtype
 from convgen.engines import BACKENDS, SOURCE_SUFFIX, KernelPlan
 from convgen.folders import export as export
 from convgen.folders import load as load
 from convgen.spec import ConvSpec, SpecError
+from convgen.toolchain import Commands
 
 DEFAULT_DTYPES = {"cpu": ("f32", "f64"), "cuda": ("f32",)}
 
@@ -103,12 +105,25 @@ def generate(
 
     Raises:
         SpecError, ToolchainError, BuildError: as :func:`specialize` does.
+        TunedError: if a table of tuned schedules cannot be read.
     """
     archs = None if archs is None else tuple(archs)
     auto = backends in (None, "auto")
     chosen = _backends(backends, archs)
-    files = render(spec, BACKENDS if auto else chosen, dtypes)
-    libraries = [_library(backend, files, archs) for backend in chosen]
+    given = None if dtypes is None else _dtypes(dtypes)
+    commands = {backend: compile_commands(backend, archs) for backend in chosen}
+    schedules = {
+        backend: tuned.schedules(
+            spec,
+            backend,
+            given or DEFAULT_DTYPES[backend],
+            commands[backend][1],
+            tuned.processor_name() if backend == "cpu" else "",
+        )
+        for backend in chosen
+    }
+    files = render(spec, BACKENDS if auto else chosen, given, schedules)
+    libraries = [_library(backend, files, commands[backend][0]) for backend in chosen]
     return build(spec.name, files, libraries, progress=progress)
 
 
@@ -116,11 +131,13 @@ def render(
     spec: ConvSpec,
     backends: Iterable[str] = BACKENDS,
     dtypes: Iterable[object] | None = None,
+    schedules: Mapping[str, Mapping[tuple[str, str], Any]] | None = None,
 ) -> dict[str, str]:
     """Text of every file of a package but ``build.ninja``, which depends on the machine.
 
     A function of its arguments and of convgen's version; ``dtypes`` of None are
-    :data:`DEFAULT_DTYPES`.
+    :data:`DEFAULT_DTYPES`. ``schedules`` are other than the engines' defaults, by backend, then by
+    contraction and dtype or math mode.
     """
     # Imported here because of jinja2: neither `convgen --help` nor a module found again needs it.
     from convgen.package import render_package
@@ -130,26 +147,30 @@ def render(
     files: dict[str, str] = {}
     plans: dict[str, list[KernelPlan]] = {}
     for backend in backends:
-        sources, plans[backend] = render_kernels(spec, backend, chosen or DEFAULT_DTYPES[backend])
+        sources, plans[backend] = render_kernels(
+            spec, backend, chosen or DEFAULT_DTYPES[backend], (schedules or {}).get(backend)
+        )
         files |= sources
     return files | render_package(spec, plans, files)
 
 
-def _library(backend: str, files: Iterable[str], archs: Sequence[str] | None) -> Library:
+def compile_commands(backend: str, archs: Sequence[str] | None) -> tuple[Commands, tuple[str, ...]]:
+    """The commands that compile a backend, and the GPU architectures that they compile for."""
+    if backend == "cpu":
+        return toolchain.find_cpp().commands(), ()
+    nvcc = toolchain.find_cuda()
+    chosen = (
+        toolchain.default_architectures(nvcc) if archs is None else nvcc.check_architectures(archs)
+    )
+    return nvcc.commands(chosen), tuple(chosen)
+
+
+def _library(backend: str, files: Iterable[str], commands: Commands) -> Library:
     """The library of a backend: its translation units, and the commands that compile them."""
     suffix = SOURCE_SUFFIX[backend]
     sources = sorted(
         path for path in files if path.startswith(f"src/{backend}/") and path.endswith(suffix)
     )
-    if backend == "cpu":
-        commands = toolchain.find_cpp().commands()
-    else:
-        nvcc = toolchain.find_cuda()
-        commands = nvcc.commands(
-            toolchain.default_architectures(nvcc)
-            if archs is None
-            else nvcc.check_architectures(archs)
-        )
     return Library(f"lib/{backend}.so", tuple(sources), commands)
 
 

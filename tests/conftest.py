@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _untuned() -> Iterator[None]:
+    """What this machine's user has tuned must not change what tests see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_TUNED", "0")
+        yield
+
+
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of compiled packages; CONVGEN_TEST_CACHE keeps one between sessions."""

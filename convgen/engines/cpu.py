@@ -190,8 +190,8 @@ class CpuEngine:
     def refusal(self, plan: KernelPlan) -> str:
         for registers, tiles in ((32, plan.schedule.tiles), (16, plan.schedule.tiles_of_16)):
             for height, width in tiles:
-                # Sums, operands, and a broadcast value.
-                needed = height * width + width + 1
+                # Sums and operands; those of one channel come from memory.
+                needed = height * width + (width if height > 1 else 0)
                 if needed > registers:
                     return (
                         f"a tile of {height} x {width} sums takes {needed} of {registers} registers"

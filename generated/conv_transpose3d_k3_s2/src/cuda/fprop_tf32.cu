@@ -70,7 +70,7 @@ __device__ const int SLOT_TAP[] = {
 __device__ const int REGION_FIRST[] = {0, 9, 18, 27};
 __device__ const int PHASE_REGION[] = {0};
 
-// The taps of one kernel index along R, for 8 input words.
+// The taps of one along d, for 8 input words.
 template <int CHANNELS>
 __device__ __forceinline__ void accumulate(
     const GatherShape& s, const Word* tile, const uint32_t* weight, const int (&position)[2],

@@ -1,0 +1,164 @@
+"""The engines' schedules: defaults are legal, refusals have reasons, the model is about right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from convgen.engines import CONTRACTIONS, Engine, KernelPlan, units
+from convgen.engines.cost import GPUS, H200, Problem, typical_problems
+from convgen.layers import Layer, read_suite, suites
+from convgen.render import render_unit
+from convgen.spec import ConvSpec
+from convgen.tune import problem_of
+
+LAYERS = {layer.name.split("-")[0]: layer for layer in read_suite("kernelbench3d")}
+SPECS = [
+    ConvSpec.make(kernel_size=3, stride=2),
+    ConvSpec.make(kernel_size=2, stride=2, in_channels=64, out_channels=32),
+    ConvSpec.make(kernel_size=(3, 5, 5)),
+    ConvSpec.make("conv3d", kernel_size=7, stride=2, padding=3, in_channels=16, out_channels=40),
+    ConvSpec.make("conv2d", kernel_size=(1, 9), dilation=2, groups=4),
+    ConvSpec.make("conv_transpose1d", kernel_size=16, stride=8, padding=4),
+    ConvSpec.make("conv_transpose1d", kernel_size=40, stride=20),
+    ConvSpec.make("conv3d", kernel_size=3, padding=1, groups=64, in_channels=64, out_channels=64),
+]
+DTYPES = {"cpu": ("f32", "f64", "bf16"), "cuda": ("f32", "f64", "f16")}
+
+
+def plans(spec: ConvSpec) -> list[tuple[Engine, KernelPlan]]:
+    """The default of every unit that may be compiled for a specification."""
+    return [
+        (engine, engine.plan(spec.geometry, contraction, kind))
+        for backend, dtypes in DTYPES.items()
+        for engine, kind in units(backend, spec.geometry, dtypes)
+        for contraction in CONTRACTIONS
+    ]
+
+
+def plan_of(layer: Layer, contraction: str, kind: str) -> tuple[Engine, KernelPlan]:
+    dtype = "f32" if kind.startswith("tf32") else kind
+    engines = {name: engine for engine, name in units("cuda", layer.spec.geometry, [dtype])}
+    return engines[kind], engines[kind].plan(layer.spec.geometry, contraction, kind)
+
+
+class TestSpace:
+    def test_defaults_are_legal_for_every_layer_of_the_suites(self) -> None:
+        for layer in {layer for name in suites() for layer in read_suite(name)}:
+            for spec in (layer.spec, layer.fixed()):
+                for engine, plan in plans(spec):
+                    assert engine.refusal(plan) == "", (spec.name, plan)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+    def test_candidates_are_distinct_the_default_among_them_and_refusals_say_why(
+        self, spec: ConvSpec
+    ) -> None:
+        for engine, default in plans(spec):
+            space = engine.space(spec.geometry, default.contraction, default.dtype)
+            schedules = [candidate.schedule for candidate in space]
+            assert len(set(schedules)) == len(schedules)
+            assert [c.refusal for c in space if c.schedule == default.schedule] == [""]
+            for candidate in space:
+                legal = engine.refusal(replace(default, schedule=candidate.schedule)) == ""
+                # A space may leave out more than what cannot be: what is likely to spill.
+                assert legal or candidate.refusal
+                assert candidate.refusal == "" or len(candidate.refusal.split()) > 3
+
+    def test_a_large_space_has_choices_and_refusals(self) -> None:
+        engine, plan = plan_of(LAYERS["68"], "dgrad", "tf32")
+        space = engine.space(plan.geometry, "dgrad", "tf32")
+        legal = {c.schedule.unroll for c in space if not c.refusal}
+        assert legal >= {"taps", "slab", "plane", "line"}
+        reasons = " ".join(c.refusal for c in space)
+        for word in ("spill", "shared memory", "registers"):
+            assert word in reasons
+
+    @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+    def test_schedules_survive_json(self, spec: ConvSpec) -> None:
+        for engine, plan in plans(spec):
+            text = json.dumps(dataclasses.asdict(plan.schedule))
+            assert engine.read_schedule(plan.contraction, json.loads(text)) == plan.schedule
+
+    def test_fields_of_another_schedule_are_refused(self) -> None:
+        engine, plan = plan_of(LAYERS["61"], "wgrad", "tf32")
+        with pytest.raises(TypeError, match=r"WgradSchedule has the fields .*, not"):
+            engine.read_schedule("wgrad", {"unroll": "full"})
+        wrong = replace(plan, schedule=replace(plan.schedule, taps_w=9))
+        assert "taps do not fill" in engine.refusal(wrong)
+
+    def test_every_legal_schedule_of_a_small_space_renders(self) -> None:
+        spec = SPECS[0]
+        for engine, default in plans(spec):
+            space = engine.space(spec.geometry, default.contraction, default.dtype)
+            for schedule in [c.schedule for c in space if not c.refusal][::7]:
+                assert render_unit(spec, engine, replace(default, schedule=schedule))
+
+
+# Forward and gradients of input and weight on one H200, in ms: docs/performance.md.
+MEASURED = {
+    ("58", "dgrad", "tf32"): 0.79,
+    ("61", "dgrad", "tf32"): 1.53,
+    ("68", "dgrad", "tf32"): 10.3,
+    ("70", "dgrad", "tf32"): 3.74,
+    ("72", "dgrad", "tf32"): 0.21,
+    ("73", "dgrad", "tf32"): 1.26,
+    ("77", "dgrad", "tf32"): 0.78,
+    ("61", "dgrad", "tf32x3"): 4.82,
+}
+MEASURED_SIMT = {"dgrad": 7.96, "fprop": 6.55, "wgrad": 6.96}
+
+
+class TestModel:
+    @pytest.mark.parametrize(
+        ("name", "contraction", "kind"), MEASURED, ids=lambda value: str(value)
+    )
+    def test_predictions_are_near_measurements(
+        self, name: str, contraction: str, kind: str
+    ) -> None:
+        engine, plan = plan_of(LAYERS[name], contraction, kind)
+        predicted = engine.predict(plan, problem_of(LAYERS[name]), H200).ms
+        measured = MEASURED[name, contraction, kind]
+        assert measured / 1.45 < predicted < 1.2 * measured
+
+    @pytest.mark.parametrize("contraction", CONTRACTIONS)
+    def test_simt_predictions_are_near_measurements(self, contraction: str) -> None:
+        (engine, _), *_ = units("cuda", LAYERS["61"].spec.geometry, ["f32"])
+        plan = engine.plan(LAYERS["61"].spec.geometry, contraction, "f32")
+        predicted = engine.predict(plan, problem_of(LAYERS["61"]), H200).ms
+        assert predicted == pytest.approx(MEASURED_SIMT[contraction], rel=0.15)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+    def test_predictions_are_times_that_grow_with_the_batch(self, spec: ConvSpec) -> None:
+        for engine, plan in plans(spec):
+            for problem in typical_problems(spec.geometry):
+                one = engine.predict(plan, problem, H200)
+                four = engine.predict(plan, replace(problem, batch=4 * problem.batch), H200)
+                assert 0 < one.ms < four.ms < 4.5 * one.ms or math.isinf(one.ms)
+                assert one.bound
+
+    def test_a_few_tiles_more_than_multiprocessors_cost_another_wave(self) -> None:
+        layer = LAYERS["61"]
+        engine, plan = plan_of(layer, "dgrad", "tf32")
+
+        def time(multiprocessors: int) -> float:
+            gpu = replace(H200, multiprocessors=multiprocessors)
+            problem = Problem(1, 48, 48, (4, 16, 16), (6, 18, 18))
+            return engine.predict(plan, problem, gpu).ms
+
+        # 3 positions along D at a time, 128 of the 18 x 18 plane: 2 x 3 tiles.
+        assert time(6) == time(100)
+        assert time(5) == pytest.approx(2 * time(6))
+
+    def test_times_follow_the_gpu(self) -> None:
+        layer = LAYERS["61"]
+        for kind in ("tf32", "f64"):
+            engine, plan = plan_of(layer, "dgrad", kind)
+            times = {
+                number: engine.predict(plan, problem_of(layer), gpu).ms
+                for number, gpu in GPUS.items()
+            }
+            assert times[90] < times[80] < times[86]
