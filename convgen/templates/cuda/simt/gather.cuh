@@ -189,20 +189,35 @@ __device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int in
 // columns are laid out by their residue modulo STEP_X, so that neighbouring lanes read neighbouring
 // words. A thread takes WIDTH neighbouring columns of a line (`x` and the input's lines are then
 // multiples of WIDTH, and STEP_X is 1), finds its place once and copies it for every channel.
-// Positions outside the input and channels that do not exist are zero.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename Acc, typename T>
+// Positions outside the input and channels that do not exist are zero. BATCH channels at a time are
+// copied by addresses of their own, which one instruction finds each: threads with registers to
+// spare then wait for none of them.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, int BATCH, typename Acc, typename T>
 __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& crew, Acc* tile,
                                             const T* input, int count, int channels, int r, int y,
                                             int x) {
   auto stage_place = [&](Acc* to, const T* from, bool inside) {
     const int existing = inside ? min(count, channels) : 0;
+    int channel = 0;
+    if constexpr (BATCH > 1) {
+      const uint32_t stride = static_cast<uint32_t>(s.in_channel_stride);  // below 2^31
+#pragma unroll 1
+      for (; channel + BATCH <= existing; channel += BATCH) {
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          stage_vector<WIDTH>(to + i * s.channel_pitch, from + uint64_t{stride} * i, true);
+        }
+        from += uint64_t{stride} * BATCH;
+        to += BATCH * s.channel_pitch;
+      }
+    }
 #pragma unroll 4
-    for (int channel = 0; channel < existing; ++channel) {
+    for (; channel < existing; ++channel) {
       stage_vector<WIDTH>(to, from, true);
       from += s.in_channel_stride;
       to += s.channel_pitch;
     }
-    for (int channel = existing; channel < count; ++channel) {
+    for (; channel < count; ++channel) {
       stage_vector<WIDTH>(to, input, false);
       to += s.channel_pitch;
     }
@@ -234,35 +249,40 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& cr
     for (int line = crew.thread / WARP; line < lines; line += crew.threads / WARP) {
       const T* from;
       const bool line_is_inside = line_inside(line, from);
+      Acc* const to_line = tile + line * s.row_pitch;
+      // Where STEP_X divides a warp, a lane's columns have one residue.
+      constexpr bool ONE_RESIDUE = WARP % STEP_X == 0;
+      Acc* to_lane = to_line + lane % STEP_X * s.residue_pitch + lane / STEP_X;
       for (int column = lane; column < s.row_pitch; column += WARP) {
         const bool inside = line_is_inside &&
                             static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
-        Acc* to = tile + line * s.row_pitch;
-        to += STEP_X == 1 ? column : (column % STEP_X) * s.residue_pitch + column / STEP_X;
+        Acc* const to =
+            ONE_RESIDUE ? to_lane : to_line + column % STEP_X * s.residue_pitch + column / STEP_X;
         stage_place(to, inside ? from + (x + column) : input, inside);
+        to_lane += WARP / STEP_X;
       }
     }
   }
 }
 
 // Stages a tile by the widest accesses that the call allows.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename Acc, typename T>
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, int BATCH = 1, typename Acc, typename T>
 __device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& crew, Acc* tile,
                                            const T* input, int count, int channels, int r, int y,
                                            int x) {
   if constexpr (STEP_X == 1) {
     if constexpr (sizeof(Acc) == 4) {
       if (s.load_width == 4) {
-        stage_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, crew, tile, input, count, channels, r, y, x);
+        stage_lines<PLANE_STEP, LINE_STEP, 1, 4, BATCH>(s, crew, tile, input, count, channels, r, y, x);
         return;
       }
     }
     if (s.load_width == 2) {
-      stage_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, crew, tile, input, count, channels, r, y, x);
+      stage_lines<PLANE_STEP, LINE_STEP, 1, 2, BATCH>(s, crew, tile, input, count, channels, r, y, x);
       return;
     }
   }
-  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, crew, tile, input, count, channels, r, y, x);
+  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, BATCH>(s, crew, tile, input, count, channels, r, y, x);
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.
