@@ -54,7 +54,7 @@ from ._runtime import (
     prepare,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_d09580e9"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_a4488e02"
 NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)

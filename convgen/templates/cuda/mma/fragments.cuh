@@ -132,8 +132,8 @@ __device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& cr
                                             typename Math::Input* tile, const T* input, int count,
                                             int channels, int r, int y, int x) {
   if constexpr (Math::CHANNELS == 1) {
-    stage_tile<PLANE_STEP, LINE_STEP, STEP_X, MMA_WORDS>(s, crew, tile, input, count, channels, r, y,
-                                                         x);
+    stage_tile<PLANE_STEP, LINE_STEP, STEP_X, MMA_WORDS>(s, crew, tile, input, count, channels, r,
+                                                         y, x);
   } else {
     if constexpr (STEP_X == 1) {
       if (s.load_width == 4) {

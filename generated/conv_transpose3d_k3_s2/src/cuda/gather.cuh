@@ -273,16 +273,19 @@ __device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& cre
   if constexpr (STEP_X == 1) {
     if constexpr (sizeof(Acc) == 4) {
       if (s.load_width == 4) {
-        stage_lines<PLANE_STEP, LINE_STEP, 1, 4, BATCH>(s, crew, tile, input, count, channels, r, y, x);
+        stage_lines<PLANE_STEP, LINE_STEP, 1, 4, BATCH>(s, crew, tile, input, count, channels, r, y,
+                                                        x);
         return;
       }
     }
     if (s.load_width == 2) {
-      stage_lines<PLANE_STEP, LINE_STEP, 1, 2, BATCH>(s, crew, tile, input, count, channels, r, y, x);
+      stage_lines<PLANE_STEP, LINE_STEP, 1, 2, BATCH>(s, crew, tile, input, count, channels, r, y,
+                                                      x);
       return;
     }
   }
-  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, BATCH>(s, crew, tile, input, count, channels, r, y, x);
+  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, BATCH>(s, crew, tile, input, count, channels, r, y,
+                                                       x);
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.
