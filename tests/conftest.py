@@ -33,7 +33,7 @@ Package = Callable[..., ModuleType]
 def pytest_configure(config: pytest.Config) -> None:
     for warning in (
         "ignore:Using padding='same' with even kernel lengths",  # torch's reference says so
-        "ignore:.torch.jit.script_method. is deprecated",  # torch itself uses it
+        "ignore:.torch.jit.script(_method)?. is deprecated",  # torch itself uses it
     ):
         config.addinivalue_line("filterwarnings", warning)
 

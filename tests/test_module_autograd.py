@@ -57,6 +57,28 @@ class TestDerivatives:
         assert gradgradcheck(function, inputs)
         assert gradcheck(function, inputs[:2])
 
+    def test_forward_mode(self, package: Package, device: str, op: str) -> None:
+        function = getattr(package(op, device, **LAYERS[op]), op)
+        inputs = operands(op, device)
+        # Batched tangents would go through vmap, whose fallback warns.
+        modes = {"check_forward_ad": True, "check_batched_grad": False}
+        assert gradcheck(function, inputs, check_backward_ad=False, **modes)
+        assert gradcheck(function, inputs[:2], check_backward_ad=False, **modes)
+        assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_batched_grad=False)
+
+    def test_tangents_of_the_other_operators(self, package: Package, device: str, op: str) -> None:
+        module = package(op, device, **LAYERS[op])
+        x, w, b = operands(op, device)
+        y = getattr(module, op)(x, w, b).detach().requires_grad_()
+        coarse, fine = (x, y) if op.startswith("conv_transpose") else (y, x)
+        operators = sys.modules[f"{module.__name__}._operators"]
+        for operator, arguments in (
+            (operators.wgrad, (coarse, fine)),
+            (operators.bgrad, (coarse,)),
+            (operators.wbgrad, (coarse, fine)),
+        ):
+            assert gradcheck(operator, arguments, check_forward_ad=True, check_batched_grad=False)
+
     def test_third_order_equals_torch(
         self,
         package: Package,
@@ -174,6 +196,28 @@ class TestTransforms:
             for function in (ours, theirs)
         ]
         torch.testing.assert_close(*hessians)
+
+    def test_forward_and_reverse_mode_nest(self, k3s2: ModuleType) -> None:
+        x, w, b = self.arguments()
+        direction = torch.randn_like(w)
+
+        def derivatives(function: Any) -> list[Tensor]:
+            def loss(w: Tensor) -> Tensor:
+                return function(x, w, b).pow(3).sum()
+
+            def change(w: Tensor) -> Tensor:
+                return torch.func.jvp(lambda w: function(x, w, b), (w,), (direction,))[1]
+
+            return [
+                torch.func.jvp(torch.func.grad(loss), (w,), (direction,))[1],
+                torch.func.grad(lambda w: change(w * w).pow(2).sum())(w),
+                torch.func.jacfwd(lambda b: function(x, w, b))(b),
+            ]
+
+        ours = derivatives(k3s2.conv_transpose3d)
+        theirs = derivatives(lambda x, w, b: F.conv_transpose3d(x, w, b, 2))
+        for first, second in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(first, second)
 
     def test_gradients_of_each_sample(self, k3s2: ModuleType) -> None:
         x, w, b = self.arguments()

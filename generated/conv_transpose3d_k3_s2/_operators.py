@@ -38,7 +38,7 @@ from torch._C import (
 )
 from torch._C._autograd import _profiler_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.library import Library, register_fake
 from torch.nn import Parameter
@@ -54,7 +54,7 @@ from ._runtime import (
     prepare,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_a4488e02"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_7f6bcddb"
 NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)
@@ -288,6 +288,12 @@ def _bias_alone(result: Tensor, bias: Tensor | None) -> Tensor:
 # Derivatives. Tensors are kept for the backward pass only where it needs them.
 
 
+def keep_for_tangents(ctx: Any, *tensors: Tensor) -> None:
+    """Lets ``jvp``, which runs right after the forward, have the operands."""
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+
+
 class Fprop(Function):
     @staticmethod
     def forward(
@@ -301,7 +307,15 @@ class Fprop(Function):
         needs_fine, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(fine if needs_weight else None, weight if needs_fine else None)
         ctx.extents = fine.shape[2:]
+        ctx.size = size
+        keep_for_tangents(ctx, fine, weight)
         return forward(fprop_op, fprop_kernel, keyset, fine, weight, bias, size)
+
+    @staticmethod
+    def jvp(ctx: Any, d_fine: Tensor, d_weight: Tensor, d_bias: Tensor | None, *_: None) -> Tensor:
+        fine, weight = ctx.saved_tensors
+        of_fine = fprop(d_fine, weight, d_bias, ctx.size)
+        return of_fine + fprop(fine, d_weight, None, ctx.size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -329,7 +343,17 @@ class Dgrad(Function):
         needs_coarse, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(coarse if needs_weight else None, weight if needs_coarse else None)
         ctx.extents = coarse.shape[2:]
+        ctx.size = size
+        keep_for_tangents(ctx, coarse, weight)
         return forward(dgrad_op, dgrad_kernel, keyset, coarse, weight, bias, size)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, d_coarse: Tensor, d_weight: Tensor, d_bias: Tensor | None, *_: None
+    ) -> Tensor:
+        coarse, weight = ctx.saved_tensors
+        of_coarse = dgrad(d_coarse, weight, d_bias, ctx.size)
+        return of_coarse + dgrad(coarse, d_weight, None, ctx.size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -353,7 +377,13 @@ class Wgrad(Function):
         needs_coarse, needs_fine = ctx.needs_input_grad[:2]
         ctx.save_for_backward(coarse if needs_fine else None, fine if needs_coarse else None)
         ctx.extents = coarse.shape[2:], fine.shape[2:]
+        keep_for_tangents(ctx, coarse, fine)
         return forward(wgrad_op, wgrad_kernel, keyset, coarse, fine)
+
+    @staticmethod
+    def jvp(ctx: Any, d_coarse: Tensor, d_fine: Tensor, *_: None) -> Tensor:
+        coarse, fine = ctx.saved_tensors
+        return wgrad(d_coarse, fine) + wgrad(coarse, d_fine)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -374,6 +404,10 @@ class Bgrad(Function):
         return forward(bgrad_op, bgrad_kernel, keyset, grad)
 
     @staticmethod
+    def jvp(ctx: Any, d_grad: Tensor, *_: None) -> Tensor:
+        return bgrad(d_grad)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.view(-1, 1, 1, 1).expand(ctx.shape), None
 
@@ -386,7 +420,14 @@ class Wbgrad(Function):
         needs_coarse, needs_fine = ctx.needs_input_grad[:2]
         ctx.save_for_backward(coarse if needs_fine else None, fine if needs_coarse else None)
         ctx.extents = coarse.shape[2:], fine.shape[2:]
+        keep_for_tangents(ctx, coarse, fine)
         return forward(wbgrad_op, wbgrad_kernel, keyset, coarse, fine)
+
+    @staticmethod
+    def jvp(ctx: Any, d_coarse: Tensor, d_fine: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+        coarse, fine = ctx.saved_tensors
+        d_weight = wgrad(d_coarse, fine) + wgrad(coarse, d_fine)
+        return d_weight, bgrad(d_fine)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
@@ -427,14 +468,14 @@ def below_autograd(
 def forward(
     operator: Any, kernel: Callable[..., Any], keyset: DispatchKeySet | None, *inputs: Any
 ) -> Any:
-    """`below_autograd` in the forward of a Function, where torch has switched gradients off.
+    """`below_autograd` in the forward of a Function, where torch has switched derivatives off.
 
     Outer levels of torch.func (the outer one of two gradients) need them on. There is no keyset
     where the dispatcher was not asked.
     """
     if keyset is None or keyset.raw_repr() in _PLAIN:
         return kernel(*inputs)
-    with torch.enable_grad():
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return below_autograd(operator, kernel, keyset, *inputs)
 
 
@@ -453,6 +494,7 @@ def is_plain(inputs: tuple[Any, ...]) -> bool:
         or _is_torch_function_mode_enabled()
         or _len_torch_dispatch_stack()
         or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or _is_tracing()
         or _profiler_enabled()
     ):
@@ -467,6 +509,13 @@ def is_plain(inputs: tuple[Any, ...]) -> bool:
     except RuntimeError:  # what torch.func wraps has no memory of its own
         return False
     return True
+
+
+def _has_tangent(value: Any) -> bool:
+    """Whether forward-mode derivatives flow through a tensor."""
+    if forward_ad._current_level < 0 or not isinstance(value, Tensor):
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 def _define(
@@ -489,7 +538,8 @@ def _define(
         return inputs[0].new_empty(result)
 
     def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
-        if not (torch.is_grad_enabled() and _any_requires_grad(*inputs)):
+        recorded = torch.is_grad_enabled() and _any_requires_grad(*inputs)
+        if not recorded and not any(map(_has_tangent, inputs)):
             return below_autograd(operator, kernel, keyset, *inputs)
         if _are_functorch_transforms_active():
             # The dispatcher calls this once for each level; apply() of Function would start over.
