@@ -27,8 +27,9 @@ PRODUCT_CLOCKS = 1.5
 LEVEL2_BYTES = 28
 """Per clock, with all multiprocessors at work."""
 # Sums, fragments and window of a lane. 168 registers are what 12 warps leave a thread; addresses
-# and the loop take the rest. Of operands that are split, not all live at once.
-REGISTERS, REGISTERS_SPLIT = 142, 146
+# and the loop take the rest. Of operands that are split, not all live at once; what lasts while
+# they come and go is counted apart.
+REGISTERS, REGISTERS_SPLIT, REGISTERS_LASTING = 142, 146, 116
 # Chunks of 16 positions that 3xTF32 sums in the tensor cores, which truncate when they add, before
 # their sum is added in fp32: 8 products of depth 8, three each.
 FLUSH = 4
@@ -223,8 +224,18 @@ def _clocks(
     window = layout.used_vectors * layout.vector
     # A window as long as the registers allow; the compiler loads the rest as it goes. In 16 bits
     # the pairs that taps read are made beside it.
-    registers = sums + fragments + min(window, 24) * elements
-    if registers * (2 if split else 1) > (REGISTERS_SPLIT if split else REGISTERS):
+    held = min(window, 24) * elements
+    # Taps that lie apart share fewer pairs of columns; each pair is a copy of two registers.
+    pairs = 4 if elements == 1 and layout.tap_columns > 1 else 0
+    if split:
+        if 2 * (sums + fragments + held) > REGISTERS_SPLIT:
+            return None
+        # Both sets of sums are there all the time, while fragments and windows come and go; each
+        # window has an address.
+        lasting = 2 * sums + fragments / 2 + held + pairs + 2 * n * taps_h
+        if lasting > REGISTERS_LASTING:
+            return None
+    elif sums + fragments + held + pairs > REGISTERS:
         return None
     products = m * n * taps_h * taps_w * 2 // elements
     tensor = PRODUCT_CLOCKS * products * (3 if split else 1)

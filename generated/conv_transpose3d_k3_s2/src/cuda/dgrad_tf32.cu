@@ -222,6 +222,17 @@ __device__ __forceinline__ Work locate_work(const GatherShape& s, int index) {
   return {block, group_x, phase_y, phase_r, strip_positions, y0, shift, passes};
 }
 
+// Which of a tile's products a consumer's thread computes.
+struct Consumer {
+  int lane, warp_c;
+  int position;  // the lane's first row of a product; its second is 8 positions further
+};
+
+__device__ __forceinline__ Consumer locate_consumer(const GatherShape& s, int thread) {
+  const int lane = thread % WARP, warp = thread / WARP;
+  return {lane, warp % s.warps_c, warp / s.warps_c * MMA_ROWS + lane / 4};
+}
+
 template <int CHANNELS>
 __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
     dgrad_kernel(const GatherShape s, const T* input, const uint32_t* packed, const T* bias,
@@ -290,17 +301,17 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
     return;
   }
 
-  // Consumers.
-  const int lane = threadIdx.x % WARP;
-  const int warp_c = threadIdx.x / WARP % s.warps_c;
-  // This lane's first row of a product; its second is 8 positions further.
-  const int lane_position = threadIdx.x / WARP / s.warps_c * MMA_ROWS + lane / 4;
+  // Consumers. What a thread knows of itself is found anew where it is needed: beside the sums no
+  // registers are left to keep it.
   for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
     const int index = tile_of_turn(turn);
     if (index >= s.blocks) continue;
     const Work work = locate_work(s, index);
     const GatherBlock& block = work.block;
-    const int block_c = block.channel_block * s.warps_c + warp_c;
+    const Consumer self = locate_consumer(s, opaque(threadIdx.x));
+    const bool active = block.channel_block * s.warps_c + self.warp_c < blocks_c;
+    const int first_weight =
+        s.tile_elements + self.warp_c * warp_weights + self.lane * Math::PACKED;
 
     // Where this lane's positions lie in the tile. Lanes beyond the strip repeat its last position,
     // and store nothing.
@@ -309,22 +320,22 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
       const int x = s.by_strip_width.split(y);
       return (y - work.y0) * LANE_STEP_Y * s.row_pitch + work.shift + x;
     };
-    const int position[2] = {locate(block.flat0 + lane_position),
-                             locate(block.flat0 + lane_position + 8)};
+    const int position[2] = {locate(block.flat0 + self.position),
+                             locate(block.flat0 + self.position + 8)};
 
     float acc[VARIANTS][ROWS][BLOCKS_N][4] = {};
     for (int chunk = 0; chunk < s.chunks; ++chunk) {
       for (int pass = 0; pass < work.passes; ++pass, ++step) {
         const int buffer = step % 2;
         named_barrier_sync(BARRIER_FULL + buffer, blockDim.x);
-        if (block_c < blocks_c) {
+        if (active) {
           const int region = PHASE_REGION[block.phase] + pass;
           const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
           const int count = min(s.chunk, s.words - chunk * s.chunk);
           const uint32_t* const staged = shared + buffer * s.stage_elements;
-          const Word* tile = reinterpret_cast<const Word*>(staged) + lane % 4 * s.channel_pitch;
-          const uint32_t* weight =
-              staged + s.tile_elements + warp_c * warp_weights + lane * Math::PACKED;
+          const Word* tile = reinterpret_cast<const Word*>(staged) +
+                             opaque(threadIdx.x) % 4 * s.channel_pitch;
+          const uint32_t* weight = staged + first_weight;
           for (int word = 0; word < count; word += MMA_WORDS) {
             auto accumulate_words = [&](float (&sums)[VARIANTS][ROWS][BLOCKS_N][4]) {
               switch (block.phase) {
@@ -363,9 +374,10 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
     }
 
     // Epilogue: bias, and the outputs of this lane's two positions and two channels per product.
-    // Where they lie is found anew, rather than kept in registers through the loops above.
-    const Work at = locate_work(s, opaque(index));
-    const int first_out = (at.block.channel_block * s.warps_c + warp_c) * CHANNELS + lane % 4 * 2;
+    const Work at = locate_work(s, tile_of_turn(opaque(turn)));
+    const Consumer me = locate_consumer(s, opaque(threadIdx.x));
+    const int first_out =
+        (at.block.channel_block * s.warps_c + me.warp_c) * CHANNELS + me.lane % 4 * 2;
     T* const out_channels =
         output + ((int64_t{at.block.batch} * s.groups.divisor + at.block.group) * s.out_channels +
                   first_out) *
@@ -374,7 +386,7 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
     for (int m = 0; m < ROWS; ++m) {
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        const int flat = at.block.flat0 + lane_position + half_row * 8;
+        const int flat = at.block.flat0 + me.position + half_row * 8;
         int position_y = flat;
         const int position_x = s.by_strip_width.split(position_y);
         const int at_r = (at.block.r0 + m) * PHASES_R + at.phase_r;

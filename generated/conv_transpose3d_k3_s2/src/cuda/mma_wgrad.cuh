@@ -304,16 +304,26 @@ __device__ __forceinline__ void flush(float* sum, float* chain) {
   }
 }
 
-// *to = sum, or += if `begun`; the sum starts again.
-__device__ __forceinline__ void store_sums(float4* to, float (&sum)[4], bool begun) {
-  float4 total = make_float4(sum[0], sum[1], sum[2], sum[3]);
-  if (begun) {
-    const float4 before = *to;
-    total.x += before.x, total.y += before.y, total.z += before.z, total.w += before.w;
-  }
-  *to = total;
+// A lane's FRAGMENTS sums go to `to`, WARP apart, or are added there if `begun`; they start again.
+// A few at a time, or the compiler would load all that is there at once, and spill sums for it.
+template <int FRAGMENTS>
+__device__ __forceinline__ void store_sums(float4* to, float (*sum)[4], bool begun) {
+  constexpr int AT_ONCE = 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] = 0;
+  for (int first = 0; first < FRAGMENTS; first += AT_ONCE) {
+#pragma unroll
+    for (int i = first; i < FRAGMENTS && i < first + AT_ONCE; ++i) {
+      float4 total = make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+      if (begun) {
+        const float4 before = to[i * WARP];
+        total.x += before.x, total.y += before.y, total.z += before.z, total.w += before.w;
+      }
+      to[i * WARP] = total;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[i][j] = 0;
+    }
+    __syncwarp();  // no access is moved across it
+  }
 }
 
 // ---- The sum over splits and parts ----------------------------------------------------------
@@ -323,8 +333,9 @@ constexpr int SUM_ROWS = 8;
 // Partial results: [split][part][kind of block][unit][fragment][lane], four sums each; a fragment
 // is 16 coarse x 8 fine channels at one tap, in the order [fine tile][tap h][tap w][coarse tile].
 // Adds them in an order fixed by their number and writes weight[coarse][fine][tap].
+// Five blocks of a multiprocessor leave 48 registers; ptxas would spill for a sixth.
 template <int M_TILES, int N_TILES, int TAPS_H, int TAPS_W, typename T>
-__global__ void __launch_bounds__(WARP* SUM_ROWS)
+__global__ void __launch_bounds__(WARP* SUM_ROWS, 5)
     sum_products_kernel(const ProductShape s, int kernel_d, int kernel_h, int kernel_w, T* weight,
                         const float4* partial, int slices) {
   __shared__ float4 rows[SUM_ROWS][WARP];

@@ -201,10 +201,11 @@ __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
   }
   __syncthreads();
 
-  // One round of copies of a tile by all threads.
-  auto stage = [&](int tile, int buffer, int round) {
+  // One round of copies of a tile by all threads. Buffers, like origins, go by the tiles' parity:
+  // beside the sums no register is left for the first tile's number.
+  auto stage = [&](int tile, int round) {
     static_assert(sizeof(ProductOrigins) * 2 == ORIGINS_WORDS * 4, "the room for them");
-    Raw* const to = reinterpret_cast<Raw*>(stages + buffer * s.stage_words);
+    Raw* const to = reinterpret_cast<Raw*>(stages + (tile & 1) * s.stage_words);
     const int index = round * blockDim.x + threadIdx.x;
     if (index < s.coarse.total) {
       copy_place<CoarseColumn>(s.coarse, coarse_table, to, reinterpret_cast<const Raw*>(coarse),
@@ -235,23 +236,23 @@ __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
 
   int until_store = s.tiles_per_store;
 
-  for (int round = 0; round < s.rounds; ++round) stage(first, 0, round);
+  for (int round = 0; round < s.rounds; ++round) stage(first, round);
   copy_commit();
   for (int index = first; index < end; ++index) {
-    const int buffer = (index - first) & 1;
     copy_wait<0>();
     __syncthreads();  // the tile has arrived, and nobody reads the other buffer or this tile's
                       // origin any more
     if (threadIdx.x == 0 && index + 2 < end) aim(index + 2);
     const int rounds = index + 1 < end ? s.rounds : 0;
     int round = 0;
-    const uint32_t* const coarse_tile = stages + buffer * s.stage_words + coarse_offset;
-    const uint32_t* const fine_tile = stages + buffer * s.stage_words + fine_offset;
+    const uint32_t* const staged = stages + (index & 1) * s.stage_words;
+    const uint32_t* const coarse_tile = staged + coarse_offset;
+    const uint32_t* const fine_tile = staged + fine_offset;
     for (int chunk = part; chunk < s.chunks; chunk += s.parts) {
       // The next tile's copies are dealt to this one's chunks, beside whose products they go
       // unnoticed.
       for (int i = 0; i < s.rounds_per_chunk && round < rounds; ++i, ++round)
-        stage(index + 1, buffer ^ 1, round);
+        stage(index + 1, round);
       if (active) {
         accumulate<M_TILES, N_TILES>(
             coarse_tile + chunk * (CHUNK_QUADS * QUAD / ELEMENTS), opaque(8 * s.coarse_pitch),
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
         }
       }
     }
-    for (; round < rounds; ++round) stage(index + 1, buffer ^ 1, round);
+    for (; round < rounds; ++round) stage(index + 1, round);
     copy_commit();
 
     // The sums leave the registers now and then, and at the end: tensor cores truncate when they
@@ -275,21 +276,12 @@ __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
     // Every warp stores its sums, also one beyond the channels or taps: they are zero, and nobody
     // reads them.
     const int self = opaque(threadIdx.x / WARP), kind = opaque(blockIdx.x) % s.blocks;
-    const int64_t slice = int64_t{opaque(blockIdx.x) / s.blocks} * s.parts + self / s.units;
+    const int split = opaque(blockIdx.x) / s.blocks;
+    const int64_t slice = int64_t{split} * s.parts + self / s.units;
     float4* to = partial + ((slice * s.blocks + kind) * s.units + self % s.units) *
                                (M_TILES * N_TILES * TAPS_H * TAPS_W * WARP) + lane;
-    const bool begun = index >= first + s.tiles_per_store;
-#pragma unroll
-    for (int n = 0; n < N_TILES; ++n) {
-#pragma unroll
-      for (int tap = 0; tap < TAPS_H * TAPS_W; ++tap) {
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m, to += WARP) {
-          float(&tile)[4] = sum[n][tap / TAPS_W][tap % TAPS_W][m];
-          store_sums(to, tile, begun);
-        }
-      }
-    }
+    const bool begun = index >= split * s.tiles_per_split + s.tiles_per_store;
+    store_sums<N_TILES * TAPS_H * TAPS_W * M_TILES>(to, &sum[0][0][0][0], begun);
     until_store = s.tiles_per_store;
   }
 }
