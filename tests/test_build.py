@@ -92,6 +92,8 @@ def start_builder(library: Library) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell's background jobs ignore the interrupts that a test sends, and so would theirs.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     commands = dataclasses.astuple(library.commands)
     assert process.stdin is not None
