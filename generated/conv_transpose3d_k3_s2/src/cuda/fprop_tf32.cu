@@ -267,11 +267,12 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
         if (active) {
           const int region = PHASE_REGION[block.phase] + pass;
           const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
+          const int count = min(s.chunk, s.words - chunk * s.chunk);
           const uint32_t* const staged = shared + buffer * s.stage_elements;
           const Word* tile = reinterpret_cast<const Word*>(staged) +
                              opaque(threadIdx.x) % 4 * s.channel_pitch;
           const uint32_t* weight = staged + first_weight;
-          for (int left = min(s.chunk, s.words - chunk * s.chunk); left > 0; left -= MMA_WORDS) {
+          for (int word = 0; word < count; word += MMA_WORDS) {
             auto accumulate_words = [&](float (&sums)[VARIANTS][ROWS][BLOCKS_N][4]) {
               accumulate<CHANNELS>(s, tile, weight, position, sums);
             };
