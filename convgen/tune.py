@@ -40,9 +40,13 @@ from convgen.spec import ConvSpec
 from convgen.specialize import compile_commands
 from convgen.timing import Clock, Spread, clock_for, spread
 from convgen.trial import first_line
+from convgen.verify import LIMITS as VERIFIED
 
-LIMITS = {"f32": 1e-5, "f64": 1e-12, "f16": 2e-3, "bf16": 1e-2}
-LIMITS |= {"tf32": 1e-3, "tf32x3": 1e-5, "f16tc": 2e-3, "bf16tc": 1e-2}
+LIMITS = VERIFIED | {
+    "tf32x3": VERIFIED["f32"],
+    "f16tc": VERIFIED["f16"],
+    "bf16tc": VERIFIED["bf16"],
+}
 """Largest relative norm of the error of a schedule that may win."""
 
 CANDIDATES = 8

@@ -16,7 +16,6 @@ import fcntl
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from convgen.cache import write_atomically
 from convgen.engines import CONTRACTIONS, KernelPlan, units
 from convgen.spec import ConvSpec
 
@@ -135,9 +135,10 @@ def schedules(
             ]
             if not matching:
                 continue
-            winner = min(matching, key=lambda w: 0 if size is None else abs(w.size - size))
             if size is None:
                 winner = max(matching, key=lambda w: w.ms)
+            else:
+                winner = min(matching, key=lambda w: abs(w.size - size))
             try:
                 schedule = engine.read_schedule(contraction, winner.schedule)
                 plan = KernelPlan(spec.geometry, contraction, kind, engine.name, schedule)
@@ -215,18 +216,7 @@ def store(winners: Iterable[Winner], path: Path) -> int:
             text = json.dumps(
                 {"version": VERSION, "winners": [asdict(winner) for winner in rows]}, indent=1
             )
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
-            ) as file:
-                try:
-                    file.write(text + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.replace(file.name, path)
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        os.unlink(file.name)
-                    raise
+            write_atomically(path, text + "\n")
             return len(table)
     except OSError as error:
         raise TunedError(

@@ -237,6 +237,44 @@ class GatherSchedule:
         """Whether a tile holds the window of all taps along Y."""
         return self.unroll in ("taps", "plane")
 
+    def planes(self, r: Axis) -> int:
+        """Staged planes along R that the register rows read."""
+        if self.window_r:
+            return (self.rows - 1) * r.step + max(r.spans) + 1
+        return self.rows
+
+
+# Output phases along X that one thread or warp computes; more would leave no register rows.
+MAX_VARIANTS = 8
+# X taps unrolled in one line; longer kernels loop over their taps.
+LINE_LIMIT = 32
+
+
+def output_channels(geometry: Geometry, contraction: str) -> int | None:
+    """Output channels of a group, None if not known."""
+    if contraction == "fprop":
+        return geometry.coarse_channels_per_group
+    return geometry.fine_channels_per_group
+
+
+def loops_over_taps(x: Axis) -> bool:
+    """Whether the taps along X cannot be unrolled: there are too many, or too many phases."""
+    return len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT
+
+
+def style_refusal(geometry: Geometry, x: Axis, style: str) -> str:
+    """Why no engine unrolls a geometry in a style; empty if one may."""
+    if style == "none":
+        if not loops_over_taps(x):
+            return "a loop over the taps along W is for those that cannot be unrolled"
+    elif len(x.phases) > MAX_VARIANTS:
+        return f"{len(x.phases)} phases along W leave no register rows"
+    elif max(x.counts) > LINE_LIMIT:
+        return f"{max(x.counts)} taps along W are too many to unroll"
+    elif style != "line" and max(geometry.kernel[0], geometry.kernel[1]) == 1:
+        return "no window runs along D or H: all taps lie on one line"
+    return ""
+
 
 def gather_context(
     geometry: Geometry, contraction: str, schedule: GatherSchedule

@@ -25,11 +25,15 @@ from convgen.engines.cost import (
     typical_problems,
 )
 from convgen.engines.gather import (
+    MAX_VARIANTS,
     STYLES,
     GatherSchedule,
     arrange,
     gather_axes,
     gather_context,
+    loops_over_taps,
+    output_channels,
+    style_refusal,
 )
 from convgen.engines.mma_wgrad import (
     WgradSchedule,
@@ -55,10 +59,6 @@ UNKNOWN_BLOCKS = (6, 4, 2)
 UNKNOWN_BLOCKS_FEW = (4, 3, 2)  # where six do not fit
 # Sizes that a tuned schedule may compile instead.
 UNKNOWN_CHOICES = (UNKNOWN_BLOCKS, UNKNOWN_BLOCKS_FEW, (6, 3), (4, 2), (3, 2, 1), (2, 1), (8, 4))
-# Output phases along X that one warp computes; more would leave one block of channels.
-MAX_VARIANTS = 8
-# X taps unrolled in one line; longer kernels loop over their taps.
-LINE_LIMIT = 32
 # Registers for the fragments of one column (4 per row, 8 in 3xTF32); with all sums; and with these
 # where the window of a tile is strided.
 MAX_COLUMN_REGISTERS = 48
@@ -103,25 +103,37 @@ def _fragment_registers(mode: str) -> int:
 
 def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
     """Why a gather cannot have a schedule; empty if it can."""
+    refusal = _misfit(geometry, contraction, mode, schedule)
+    return refusal or _strided_spill(geometry, contraction, mode, schedule)
+
+
+def _strided_spill(
+    geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule
+) -> str:
+    """Why the sums spill beside columns of a strided window, which lie far apart; or empty."""
+    r, _, x = arrange(gather_axes(geometry, contraction))
+    products = schedule.rows * schedule.variants * max(schedule.channels) // 8
+    tile = (products + schedule.planes(r)) * _fragment_registers(mode)
+    if not schedule.window_r or x.step == 1 or tile <= MAX_STRIDED_TILE_REGISTERS:
+        return ""
+    if products <= _few(mode):
+        return ""
+    return f"beside columns of a strided window {products} products spill; {_few(mode)} fit"
+
+
+def _misfit(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
+    """Why a schedule does not fit into registers, shared memory or the instruction cache."""
     r, y, x = arrange(gather_axes(geometry, contraction))
     style, rows, variants = schedule.unroll, schedule.rows, schedule.variants
     blocks = max(schedule.channels) // 8
-    scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
-    if style == "none":
-        if len(x.phases) <= MAX_VARIANTS and max(x.counts) <= LINE_LIMIT:
-            return "a loop over the taps along W is for those that cannot be unrolled"
-    elif len(x.phases) > MAX_VARIANTS:
-        return f"{len(x.phases)} phases along W leave no register rows"
-    elif max(x.counts) > LINE_LIMIT:
-        return f"{max(x.counts)} taps along W are too many to unroll"
-    if scattered and style in ("taps", "slab", "plane"):
-        return "no window runs along D or H: all taps lie on one line"
+    if refusal := style_refusal(geometry, x, style):
+        return refusal
     products = rows * variants * blocks
     if products > _budget(mode):
         return f"{products} products of a warp spill; {_budget(mode)} fit in its registers"
-    taps_r, span_r = (sum(r.counts), max(r.spans)) if schedule.window_r else (1, 0)
+    taps_r = sum(r.counts) if schedule.window_r else 1
     taps_y, span_y = (sum(y.counts), max(y.spans)) if schedule.window_y else (1, 0)
-    planes = (rows - 1) * (r.step if schedule.window_r else 1) + span_r + 1
+    planes = schedule.planes(r)
     if style in ("line", "none"):
         return ""
     code = taps_r * taps_y * sum(x.counts) * rows * blocks
@@ -142,30 +154,18 @@ def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherSc
     stages = 2 * 8 * 4 * (planes * lines * columns + weights)
     if stages > STAGES_LIMIT_BYTES:
         return f"two stages take {stages} bytes of shared memory; {STAGES_LIMIT_BYTES} are there"
-    if schedule.window_r and x.step > 1 and tile > MAX_STRIDED_TILE_REGISTERS:
-        few = _few(mode)
-        if products > few:
-            return f"beside columns of a strided window {products} products spill; {few} fit"
     return ""
 
 
 def _spills(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
     """Why a schedule is likely to spill; empty if it is not."""
     r, _, _ = arrange(gather_axes(geometry, contraction))
-    planes = schedule.rows
-    if schedule.window_r:
-        planes = (schedule.rows - 1) * r.step + max(r.spans) + 1
+    planes = schedule.planes(r)
     products = schedule.rows * schedule.variants * max(schedule.channels) // 8
     registers = (products + planes) * _fragment_registers(mode)
     if registers <= SPILL_FREE_REGISTERS[mode]:
         return ""
     return f"sums and a column take {registers} registers, and spill"
-
-
-def _output_channels(geometry: Geometry, contraction: str) -> int | None:
-    if contraction == "fprop":
-        return geometry.coarse_channels_per_group
-    return geometry.fine_channels_per_group
 
 
 @cache
@@ -176,7 +176,7 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
     Unknown channels need a list of sizes that suits most of them, which the model does not judge.
     """
     ruled = _ruled_schedule(geometry, contraction, mode)
-    per_group = _output_channels(geometry, contraction)
+    per_group = output_channels(geometry, contraction)
     if per_group is None or ruled.unroll not in ("plane", "line") or ruled.row_axis == "scattered":
         return ruled
     sizes = [(8 * blocks,) for blocks in range(1, min(4, -(-per_group // 8)) + 1)]
@@ -203,7 +203,7 @@ def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherSc
     """As many rows and channels as fit, and the largest pass that they allow."""
     r, _, x = arrange(gather_axes(geometry, contraction))
     flushed = mode == "tf32x3"
-    per_group = _output_channels(geometry, contraction)
+    per_group = output_channels(geometry, contraction)
     variants = min(len(x.phases), MAX_VARIANTS)
     rows = (2 if flushed else 3) if variants == 1 else 2 if variants == 2 and not flushed else 1
 
@@ -224,15 +224,15 @@ def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherSc
         channels = tuple(8 * b for b in channel_blocks(products))
         return GatherSchedule(style, row_axis, rows, variants, channels)
 
-    if len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT:
+    if loops_over_taps(x):
         return schedule("none", _budget(mode))
     for style in ("taps", "plane"):
         chosen = schedule(style, _budget(mode))
-        refusal = _refusal(geometry, contraction, mode, chosen)
-        if "strided window" in refusal:
+        if _misfit(geometry, contraction, mode, chosen):
+            continue
+        if _strided_spill(geometry, contraction, mode, chosen):
             chosen = schedule(style, _few(mode))
-            refusal = _refusal(geometry, contraction, mode, chosen)
-        if not refusal:
+        if not _refusal(geometry, contraction, mode, chosen):
             return chosen
     return schedule("line", _budget(mode))
 
@@ -276,7 +276,7 @@ class Mma:
         if contraction == "wgrad":
             return wgrad_space(geometry, dtype)
         default = _gather_schedule(geometry, contraction, dtype)
-        per_group = _output_channels(geometry, contraction)
+        per_group = output_channels(geometry, contraction)
         most = 8 if per_group is None else -(-per_group // 8)
         sizes: list[tuple[int, ...]] = [(8 * blocks,) for blocks in range(1, min(most, 8) + 1)]
         if per_group is None:

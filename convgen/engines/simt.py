@@ -16,11 +16,15 @@ from convgen.dtypes import DTYPES
 from convgen.engines import Candidate, KernelPlan, schedule_from
 from convgen.engines.cost import Gpu, Prediction, Problem, Warp, gather_prediction, memory_ms
 from convgen.engines.gather import (
+    MAX_VARIANTS,
     STYLES,
     GatherSchedule,
     arrange,
     gather_axes,
     gather_context,
+    loops_over_taps,
+    output_channels,
+    style_refusal,
 )
 from convgen.spec import Geometry
 
@@ -33,10 +37,6 @@ MAX_ROWS = 8
 # Multiply-adds of a fully unrolled input channel, over all phases. 5000 are 80 KiB of machine code:
 # beyond, the instruction cache (128 KiB) and nvcc's patience end.
 UNROLL_LIMIT = 5000
-# X taps unrolled in one line; longer kernels loop over their taps.
-LINE_LIMIT = 32
-# Output phases along X that one thread serves; more would leave no register rows.
-MAX_VARIANTS = 8
 # wgrad's sums per thread, in 32-bit registers, and the neighbouring positions that it unrolls.
 WGRAD_REGISTERS = 72
 POSITIONS = 4
@@ -75,28 +75,20 @@ def _refusal(geometry: Geometry, contraction: str, dtype: str, schedule: GatherS
     width = _width(dtype)
     r, y, x = arrange(gather_axes(geometry, contraction))
     style, rows = schedule.unroll, schedule.rows
-    scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
-    if style == "none":
-        if len(x.phases) <= MAX_VARIANTS and max(x.counts) <= LINE_LIMIT:
-            return "a loop over the taps along W is for those that cannot be unrolled"
-    elif len(x.phases) > MAX_VARIANTS:
-        return f"{len(x.phases)} phases along W leave no register rows"
-    elif max(x.counts) > LINE_LIMIT:
-        return f"{max(x.counts)} taps along W are too many to unroll"
-    if scattered and style in ("taps", "slab", "plane"):
-        return "no window runs along D or H: all taps lie on one line"
+    if refusal := style_refusal(geometry, x, style):
+        return refusal
     sums = rows * schedule.variants * max(schedule.channels)
     least = schedule.variants * max(schedule.channels)
     if sums * width > ACCUMULATOR_REGISTERS and sums > least:
         return f"{sums * width} registers of sums; {ACCUMULATOR_REGISTERS} leave room for operands"
     if style in ("line", "none"):
         return ""
-    taps_r, span_r = (sum(r.counts), max(r.spans)) if schedule.window_r else (1, 0)
+    taps_r = sum(r.counts) if schedule.window_r else 1
     taps_y, span_y = (sum(y.counts), max(y.spans)) if schedule.window_y else (1, 0)
     code = taps_r * taps_y * sum(x.counts) * rows * max(schedule.channels)
     if code > UNROLL_LIMIT:
         return f"{code} multiply-adds of an unrolled pass do not fit in the instruction cache"
-    planes = (rows - 1) * (r.step if schedule.window_r else 1) + span_r + 1
+    planes = schedule.planes(r)
     if planes * width > MAX_COLUMN_REGISTERS:
         return f"a column takes {planes * width} registers of at most {MAX_COLUMN_REGISTERS}"
     # 32 lanes in a strip 8 wide: five lines.
@@ -113,12 +105,6 @@ def _width(dtype: str) -> int:
     return DTYPES[DTYPES[dtype].accumulator].size_bytes // 4
 
 
-def _output_channels(geometry: Geometry, contraction: str) -> int | None:
-    if contraction == "fprop":
-        return geometry.coarse_channels_per_group
-    return geometry.fine_channels_per_group
-
-
 def _gather_schedule(geometry: Geometry, contraction: str, dtype: str) -> GatherSchedule:
     """The default schedule: the largest pass that fits."""
     width = _width(dtype)
@@ -128,10 +114,10 @@ def _gather_schedule(geometry: Geometry, contraction: str, dtype: str) -> Gather
     most = CHANNELS_PER_THREAD // width
     rows = max(1, min(MAX_ROWS, budget // (most * variants)))
     rows = 1 << (rows.bit_length() - 1)
-    channels = _channel_blocks(_output_channels(geometry, contraction), geometry.groups, most)
+    channels = _channel_blocks(output_channels(geometry, contraction), geometry.groups, most)
     scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
     row_axis = "scattered" if scattered else r.name
-    if len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT:
+    if loops_over_taps(x):
         return GatherSchedule("none", row_axis, rows, variants, channels)
     for style in ("taps", "plane"):
         schedule = GatherSchedule(style, row_axis, rows, variants, channels)
