@@ -112,11 +112,16 @@ MODES = {
 """By name. ``checked`` is what tests and ``convgen verify --interpret`` use."""
 
 
+ARCHITECTURES: Mapping[str, tuple[str, ...]] = {"80": (), "90a": ("-DCONVGEN_HOST_SM_90A",)}
+"""GPUs that have their own branches in the sources, and what tells the interpreter's headers."""
+
+
 def library(
     name: str,
     sources: Mapping[str, str],
     mode: str = "checked",
     *,
+    architecture: str = "80",
     progress: Progress | None = None,
 ) -> Path:
     """Compiles CUDA sources for the interpreter.
@@ -125,6 +130,7 @@ def library(
         name: names the folder in the cache.
         sources: text of every ``.cu`` file and of the headers beside them, by file name.
         mode: a key of :data:`MODES`.
+        architecture: of :data:`ARCHITECTURES`, what the sources are compiled as.
         progress: as for :func:`convgen.build.build`.
 
     Returns:
@@ -143,7 +149,7 @@ def library(
     commands = _commands(compiler, MODES[mode], MODES[mode].kernel_flags)
     commands = Commands(
         # The file's own suffix means CUDA to some compilers.
-        compile=(*commands.compile, "-include", _PRELUDE, "-x", "c++"),
+        compile=(*commands.compile, *ARCHITECTURES[architecture], "-include", _PRELUDE, "-x", "c++"),
         link=(*commands.link, "-shared", "-pthread"),
         link_libraries=(str(runtime), "-ldl"),
         identity=commands.identity,

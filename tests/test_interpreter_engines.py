@@ -135,6 +135,15 @@ MMA_CASES = [
 ]
 
 
+# As compiled for a GPU with wgmma: several warps by positions, and by channels; both widths of
+# accesses; one group of warps too few.
+WGMMA_CASES = [
+    *MMA_CASES,
+    Case(spec(UP, 3), "tf32", ((1, (8, 100), (3, 9, 16)), (2, (9, 3), (1, 2, 3)))),
+    Case(spec(CONV, 3, 2, 1), "tf32x3", ((1, (17, 40), (5, 9, 13)),)),
+]
+
+
 @cache
 def library(case: Case, mode: str) -> Path:
     sources = engine_sources(case.spec, case.dtype, case.contractions)
@@ -147,6 +156,31 @@ def test_checked_kernels_agree_with_float64(case: Case) -> None:
     for given in case.problems():
         solve(loaded, given)
         given.check()
+
+
+@pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
+def test_groups_of_warps_agree_with_float64(case: Case) -> None:
+    gathers = ("fprop", "dgrad")
+    sources = engine_sources(case.spec, case.dtype, gathers)
+    loaded = Library(
+        interpret.library(f"{case.library}_90a", sources, "checked", architecture="90a")
+    )
+    for given in case.problems():
+        if given.contraction in gathers:
+            solve(loaded, given)
+            given.check()
+
+
+def test_products_that_nothing_waits_for_are_caught() -> None:
+    case = WGMMA_CASES[-2]
+    sources = engine_sources(case.spec, case.dtype, ("dgrad",))
+    file = "fragments.cuh"
+    assert "wgmma_wait<0>();" in sources[file]
+    buggy = {**sources, file: sources[file].replace("wgmma_wait<0>();", "")}
+    loaded = Library(interpret.library("buggy_wait", buggy, "checked", architecture="90a"))
+    given = next(p for p in case.problems() if p.contraction == "dgrad")
+    with pytest.raises(Fault, match=r"race on shared memory|wgmma_wait is missing"):
+        solve(loaded, given)
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 4, 8, 15)], ids=str)

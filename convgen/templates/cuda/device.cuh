@@ -159,6 +159,21 @@ cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* st
   return cudaGetLastError();
 }
 
+// The most threads that a block of KERNEL may have: what the code that was compiled for `device`,
+// the current one, was given as launch bounds. Asked once per device.
+template <auto KERNEL>
+cudaError_t launch_bound(int device, int& threads) {
+  static int known[MAX_DEVICES];
+  threads = __atomic_load_n(&known[device], __ATOMIC_RELAXED);
+  if (threads != 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, KERNEL);
+  if (error != cudaSuccess) return error;
+  threads = attributes.maxThreadsPerBlock;
+  __atomic_store_n(&known[device], threads, __ATOMIC_RELAXED);
+  return cudaSuccess;
+}
+
 inline const char* error_name(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }

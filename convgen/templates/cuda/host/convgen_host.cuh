@@ -242,6 +242,13 @@ inline cudaError_t device_limits(int device, DeviceLimits& limits) {
   return cudaSuccess;
 }
 
+// Launch bounds are not seen here: those of the kernels that ask for them.
+template <auto KERNEL>
+inline cudaError_t launch_bound(int, int& threads) {
+  threads = HAS_WGMMA ? 512 : 384;
+  return cudaSuccess;
+}
+
 class DeviceScope {
  public:
   explicit DeviceScope(int device)

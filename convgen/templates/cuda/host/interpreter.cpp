@@ -169,6 +169,8 @@ void Worker::run_block() {
     fiber.state = State::ready;
     fiber.committed = 0;
     fiber.copies.clear();
+    fiber.committed_products = 0;
+    fiber.products.clear();
     fiber.fake_stack = nullptr;
   }
   while (ended_ < fibers.size()) {
@@ -243,6 +245,10 @@ void Worker::end_thread() {
     fault(fiber, "divergent barrier: it ended while " + ranks(fibers, [](const Fiber& f) {
                    return f.state == State::at_barrier;
                  }) + " wait at __syncthreads");
+  }
+  if (!fiber.products.empty()) {
+    fault(fiber, "it ended before its products (" + text(fiber.products.front().site) +
+                     ") did: wgmma_wait is missing");
   }
   // Lanes that wait for this one need wait no longer.
   const size_t first = static_cast<size_t>(fiber.rank) / LANES * LANES;

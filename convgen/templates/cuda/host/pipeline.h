@@ -50,6 +50,17 @@ inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, 
 inline void mbarrier_fence() {}
 inline void bulk_fence() {}
 
+// Registers are not counted.
+template <int COUNT>
+inline void release_registers() {
+  static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes");
+}
+
+template <int COUNT>
+inline void claim_registers() {
+  static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes");
+}
+
 #undef CONVGEN_SITE
 
 }  // namespace convgen

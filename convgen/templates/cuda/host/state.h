@@ -11,6 +11,7 @@
 
 #include "fiber.h"
 #include "interpreter.h"
+#include "tensor_core.h"
 
 namespace convgen {
 namespace host {
@@ -43,6 +44,8 @@ struct Fiber {
   int source;
   int committed;  // groups of copies
   std::vector<AsyncCopy> copies;
+  int committed_products;  // batches of them
+  std::deque<GroupProduct> products;
   void* fake_stack;  // AddressSanitizer's
 };
 

@@ -85,5 +85,23 @@ void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], con
                           static_cast<int>(kind), site);
 }
 
+void issue_product(const GroupProduct& product) {
+  Fiber& fiber = *worker->running;
+  fiber.products.push_back(product);
+  fiber.products.back().batch = fiber.committed_products;
+}
+
+void commit_products() { ++worker->running->committed_products; }
+
+bool take_product(int pending, GroupProduct& product) {
+  Fiber& fiber = *worker->running;
+  if (fiber.products.empty()) return false;
+  // Products that were not committed belong to no batch that a wait could mean.
+  if (fiber.products.front().batch >= fiber.committed_products - pending) return false;
+  product = fiber.products.front();
+  fiber.products.pop_front();
+  return true;
+}
+
 }  // namespace host
 }  // namespace convgen

@@ -26,6 +26,25 @@ enum class Product { tf32, bf16, f16 };
 void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                         Site site);
 
+// What one lane brings to a wgmma: products of its warp's 16 rows with `blocks` x 8 columns.
+struct GroupProduct {
+  Product kind;
+  float (*d)[4];
+  int blocks, parts;
+  uint32_t a[4];
+  const uint32_t* b;
+  int batch;
+  Site site;
+};
+
+// Products happen as late as they may: when the thread waits for their batch. Their second operand
+// is read then, and their sums are as before until then.
+void issue_product(const GroupProduct& product);
+void commit_products();
+// The oldest product that a wait for all but the `pending` newest batches has to perform; removes
+// it. False if there is none.
+bool take_product(int pending, GroupProduct& product);
+
 }  // namespace host
 
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -41,6 +60,62 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                     const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::multiply_fragments(host::Product::f16, d, a, b, {file, line});
+}
+
+#ifdef CONVGEN_HOST_SM_90A
+constexpr bool HAS_WGMMA = true;
+#else
+constexpr bool HAS_WGMMA = false;
+#endif
+
+template <int PARTS>
+struct SharedColumns {
+  const uint32_t* words;
+
+  SharedColumns() = default;
+  explicit SharedColumns(const uint32_t* words) : words(words) {}
+  SharedColumns operator+(int count) const { return SharedColumns(words + count); }
+  SharedColumns& operator+=(int count) { return *this = *this + count; }
+};
+
+inline void wgmma_begin() {}
+inline void wgmma_commit() { host::commit_products(); }
+
+// The second operand is read here, where the interpreter sees what the kernel accesses.
+template <int PENDING>
+inline void wgmma_wait() {
+  host::GroupProduct product;
+  while (host::take_product(PENDING, product)) {
+    const int lane = static_cast<int>(host::lane_index());
+    for (int n = 0; n < product.blocks; ++n) {
+      const uint32_t* columns = product.b + n * product.parts * 64;
+      const uint32_t b[2] = {columns[lane], columns[32 + lane]};
+      host::multiply_fragments(product.kind, product.d[n], product.a, b, product.site);
+    }
+  }
+}
+
+inline void wgmma_settle(float&) {}
+
+template <int N, int PARTS>
+inline void wgmma_tf32(float (&d)[N][4], const uint32_t (&a)[4], SharedColumns<PARTS> b,
+                       const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::issue_product(
+      {host::Product::tf32, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}});
+}
+
+template <int N, int PARTS>
+inline void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], SharedColumns<PARTS> b,
+                       const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::issue_product(
+      {host::Product::bf16, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}});
+}
+
+template <int N, int PARTS>
+inline void wgmma_f16(float (&d)[N][4], const uint32_t (&a)[4], SharedColumns<PARTS> b,
+                      const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::issue_product(
+      {host::Product::f16, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}});
 }
 
 }  // namespace convgen

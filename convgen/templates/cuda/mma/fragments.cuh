@@ -10,10 +10,28 @@ namespace convgen {
 
 constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8, MMA_WORDS = 8;
 
-// A block's first warps multiply, its last ones stage: with one of each on every scheduler, copies
-// and their address arithmetic cost the tensor cores nothing. 12 warps leave a thread 168
-// registers.
-constexpr int CONSUMER_WARPS = 8, PRODUCER_WARPS = 4;
+// A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
+// tensor cores nothing. 12 warps leave a thread 168 registers; where warps can trade registers
+// (sm_90a), those that multiply get 192 of them even beside 8 that stage.
+constexpr int CONSUMER_WARPS = 8, PRODUCER_WARPS = HAS_WGMMA ? 8 : 4;
+constexpr int CONSUMER_REGISTERS = 192, PRODUCER_REGISTERS = 64;
+
+// Warps whose products are issued together. Those of a group have the same output channels.
+constexpr int GROUP_WARPS = HAS_WGMMA ? 4 : 1;
+
+constexpr int BLOCK_THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * WARP;
+
+// The constants above depend on the architecture. The host finds those of the code that a device
+// runs by its launch bounds.
+struct Roles {
+  int group_warps, producer_warps;
+  int max_groups_c;  // groups with different output channels
+};
+
+inline Roles roles_of(int launch_bound) {
+  if (launch_bound >= 16 * WARP) return {4, 8, 2};
+  return {1, 4, 6};
+}
 
 // Named barriers of the two buffers: producers arrive at FULL, consumers at EMPTY.
 constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = 3;
@@ -60,18 +78,69 @@ __device__ __forceinline__ void load_scattered_fragments(typename Math::A (&x)[C
   }
 }
 
+// Where a warp's products find packed weights.
+template <class Math>
+using Weights = std::conditional_t<HAS_WGMMA, SharedColumns<Math::PACKED / 2>, const uint32_t*>;
+
+template <class Math>
+__device__ __forceinline__ Weights<Math> find_weights(const uint32_t* staged, int lane) {
+  if constexpr (HAS_WGMMA) {
+    return Weights<Math>(staged);
+  } else {
+    return staged + lane * Math::PACKED;
+  }
+}
+
 // One tap: acc[m][n] += x[FIRST + m * STEP] * weight[n], 16 positions x 8 channels each.
 template <class Math, int FIRST, int STEP, int ROWS, int BLOCKS_N, int COUNT>
 __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
                                              const typename Math::A (&x)[COUNT],
-                                             const uint32_t* weight) {
+                                             Weights<Math> weight) {
+  if constexpr (HAS_WGMMA) {
 #pragma unroll
-  for (int n = 0; n < BLOCKS_N; ++n) {
-    typename Math::B b;
-    Math::load(b, weight + n * WARP * Math::PACKED);
+    for (int m = 0; m < ROWS; ++m) Math::multiply_group(acc[m], x[FIRST + m * STEP], weight);
+  } else {
 #pragma unroll
-    for (int m = 0; m < ROWS; ++m) Math::multiply(acc[m][n], x[FIRST + m * STEP], b);
+    for (int n = 0; n < BLOCKS_N; ++n) {
+      typename Math::B b;
+      Math::load(b, weight + n * WARP * Math::PACKED);
+#pragma unroll
+      for (int m = 0; m < ROWS; ++m) Math::multiply(acc[m][n], x[FIRST + m * STEP], b);
+    }
   }
+}
+
+// Around the taps of one column, whose fragments have been loaded. The products of the column
+// before it end here; its own may go on while the next fragments are loaded.
+__device__ __forceinline__ void begin_column() {
+  if constexpr (HAS_WGMMA) wgmma_begin();
+}
+
+__device__ __forceinline__ void end_column() {
+  if constexpr (HAS_WGMMA) {
+    wgmma_commit();
+    wgmma_wait<1>();
+  }
+}
+
+// Keeps what reads or writes sums on its side of this place.
+template <int VARIANTS, int ROWS, int BLOCKS_N>
+__device__ __forceinline__ void settle(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
+  if constexpr (HAS_WGMMA) {
+#pragma unroll
+    for (int i = 0; i < VARIANTS * ROWS * BLOCKS_N * 4; ++i) {
+      const int n = i / 4 % BLOCKS_N;
+      const int m = i / 4 / BLOCKS_N % ROWS, v = i / 4 / BLOCKS_N / ROWS;
+      wgmma_settle(acc[v][m][n][i % 4]);
+    }
+  }
+}
+
+// Until all products have ended: sums may be read, and what they read of shared memory replaced.
+template <int VARIANTS, int ROWS, int BLOCKS_N>
+__device__ __forceinline__ void end_products(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
+  if constexpr (HAS_WGMMA) wgmma_wait<0>();
+  settle(acc);
 }
 
 // Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels
@@ -154,7 +223,7 @@ __device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& cr
 
 // Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
 // [8 input words][slot of the region][8 outputs][lane][Math::PACKED], the words that the lanes of a
-// product hold; zero beyond the channels. Regions and slots as in pack_weight.
+// product hold (wgmma: [Math::PACKED][lane], see SharedColumns); zero beyond the channels. Regions and slots as in pack_weight.
 template <class Math, int CHANNELS, bool OUTPUT_IS_COARSE, typename T>
 __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight,
                                                const int* slot_tap, const int* region_first,
@@ -170,10 +239,10 @@ __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight
   const int region = find_region(region_first, regions, slot_elements, rest);
   rest -= region_first[region] * slot_elements;
   const int region_slots = region_first[region + 1] - region_first[region];
-  const int i = static_cast<int>(rest % Math::PACKED);
-  rest /= Math::PACKED;
-  const int lane = static_cast<int>(rest % WARP);
-  rest /= WARP;
+  // mma.sync: a lane's words are adjacent. wgmma: those of a part of the word are.
+  const int lane = static_cast<int>(HAS_WGMMA ? rest % WARP : rest / Math::PACKED % WARP);
+  const int i = static_cast<int>(HAS_WGMMA ? rest / WARP % Math::PACKED : rest % Math::PACKED);
+  rest /= WARP * Math::PACKED;
   const int n = static_cast<int>(rest % (CHANNELS / MMA_COLUMNS));
   rest /= CHANNELS / MMA_COLUMNS;
   const int slot = region_first[region] + static_cast<int>(rest % region_slots);

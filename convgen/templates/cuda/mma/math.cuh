@@ -4,6 +4,7 @@
 //   Input      what the staged tile holds: a float, or a pair of 16-bit channels
 //   CHANNELS   input channels per word
 //   PACKED     weight words per lane and 16 x 8 product
+//   multiply_group  the products of four warps, by wgmma, of N blocks of 8 columns
 //   FLUSH      whether sums leave the tensor core after every 8 words (see Tf32x3)
 #pragma once
 
@@ -39,6 +40,11 @@ struct Tf32 {
   }
   __device__ static __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
     mma_tf32(d, a.word, b.word);
+  }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const A& a,
+                                                        SharedColumns<1> b) {
+    wgmma_tf32(d, a.word, b);
   }
 };
 
@@ -77,6 +83,13 @@ struct Tf32x3 {
     mma_tf32(d, a.high, b.low);
     mma_tf32(d, a.high, b.high);
   }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const A& a,
+                                                        SharedColumns<2> b) {
+    wgmma_tf32(d, a.low, b);  // small terms first
+    wgmma_tf32(d, a.high, b + 64);
+    wgmma_tf32(d, a.high, b);
+  }
 };
 
 // Pairs of 16-bit channels, products accumulated in fp32.
@@ -110,6 +123,15 @@ struct Pairs {
       mma_f16(d, a.word, b.word);
     } else {
       mma_bf16(d, a.word, b.word);
+    }
+  }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const A& a,
+                                                        SharedColumns<1> b) {
+    if constexpr (std::is_same_v<T, half>) {
+      wgmma_f16(d, a.word, b);
+    } else {
+      wgmma_bf16(d, a.word, b);
     }
   }
 };

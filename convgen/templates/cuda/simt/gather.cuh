@@ -53,6 +53,8 @@ struct GatherTraits {
   bool scattered;              // a thread's positions are `lanes` apart in the flattened plane
   int taps_per_pass;           // most weight slots that one pass stages
   int max_warps;               // of a thread block, those that compute
+  int max_warps_c = 6;         // of them, with different output channels
+  int warp_threads = WARP;     // several warps may be dealt together as one
   int extra_threads = 0;       // of a thread block beside them
   int lanes_per_warp;          // positions that a warp's lanes make
   int channels_per_warp;       // output channels of one warp
@@ -65,7 +67,6 @@ struct GatherTraits {
 
 constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
 constexpr int GATHER_STAGES = 2;
-constexpr int GATHER_MAX_WARPS_C = 6;
 
 // Cuts a call into tiles: blocks of warps by channels first, then the strip width that stages the
 // fewest elements, then as many input words per stage as keep the tile small.
@@ -73,7 +74,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
                       int shared_limit) {
   const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
   // Fewest blocks per output channel, then least idle warps.
-  const int64_t blocks_c = ceil_div(channel_blocks, GATHER_MAX_WARPS_C);
+  const int64_t blocks_c = ceil_div(channel_blocks, t.max_warps_c);
   s.warps_c = static_cast<int>(ceil_div(channel_blocks, blocks_c));
   const int rows = t.rows_per_thread;
   const int64_t flat_rows = t.scattered ? rows : 1;
@@ -130,7 +131,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
     }
   }
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
-  s.threads = s.lanes / t.lanes_per_warp * WARP * s.warps_c + t.extra_threads;
+  s.threads = s.lanes / t.lanes_per_warp * t.warp_threads * s.warps_c + t.extra_threads;
 
   // Input words per stage: as many as fit into half of the shared memory (two blocks could then
   // live on a multiprocessor), and no more than there are.
