@@ -33,8 +33,23 @@ inline Roles roles_of(int launch_bound) {
   return {1, 4, 6};
 }
 
-// Named barriers of the two buffers: producers arrive at FULL, consumers at EMPTY.
-constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = 3;
+// Named barriers of the buffers: producers arrive at FULL, consumers at EMPTY.
+constexpr int MOST_STAGES = 4;
+constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = BARRIER_FULL + MOST_STAGES;
+
+// The buffer of the next step.
+__device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
+  return buffer + 1 == s.stages ? 0 : buffer + 1;
+}
+
+// Producers: tells the consumers that a buffer is full, once all of this thread's copies but the
+// PENDING newest batches have landed.
+template <int PENDING>
+__device__ __forceinline__ void announce_full(int buffer) {
+  copy_wait<PENDING>();
+  if constexpr (HAS_WGMMA) bulk_fence();  // wgmma reads by the way of bulk copies
+  named_barrier_arrive(BARRIER_FULL + buffer, blockDim.x);
+}
 
 // Words of packed weights for one slot and MMA_WORDS input words.
 template <class Math, int CHANNELS>
@@ -141,6 +156,90 @@ template <int VARIANTS, int ROWS, int BLOCKS_N>
 __device__ __forceinline__ void end_products(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
   if constexpr (HAS_WGMMA) wgmma_wait<0>();
   settle(acc);
+}
+
+// ---- Results --------------------------------------------------------------------------------
+
+// Words of a warp's scratch: 8 channels of the outputs of 16 positions. The pitch lets the lanes of
+// a fragment write different banks.
+template <int VARIANTS>
+constexpr int OUTPUT_PITCH = MMA_ROWS * VARIANTS + 4;
+template <int VARIANTS>
+constexpr int OUTPUT_WORDS = MMA_COLUMNS * OUTPUT_PITCH<VARIANTS>;
+
+// Writes one product's sums of every variant into a warp's scratch, [channel][position][variant].
+template <int VARIANTS>
+__device__ __forceinline__ void spread_outputs(float* scratch, int lane,
+                                               const float (&value)[VARIANTS][4]) {
+  struct alignas(sizeof(float) * (VARIANTS == 2 || VARIANTS == 4 ? VARIANTS : 1)) Wide {
+    float element[VARIANTS];
+  };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    Wide wide;
+#pragma unroll
+    for (int v = 0; v < VARIANTS; ++v) wide.element[v] = value[v][i];
+    float* const to = scratch + (lane % 4 * 2 + i % 2) * OUTPUT_PITCH<VARIANTS> +
+                      (lane / 4 + i / 2 * 8) * VARIANTS;
+    *reinterpret_cast<Wide*>(to) = wide;
+  }
+}
+
+// How the lanes of a warp store 8 channels of a run of 16 positions: WIDTH neighbouring outputs at
+// once, lanes side by side along a channel as far as it goes.
+template <int VARIANTS, int WIDTH>
+struct Storing {
+  static constexpr int ACCESSES = MMA_ROWS * VARIANTS / WIDTH;  // of one channel
+  // Lanes that a channel gets, whole positions; accesses of each, channels at a time.
+  static constexpr int LANES = ACCESSES <= WARP ? ACCESSES : WARP / VARIANTS / 4 * 4 * VARIANTS;
+  static constexpr int TURNS = ACCESSES / LANES;
+  static constexpr int CHANNELS = ACCESSES <= WARP ? WARP / ACCESSES : 1;
+  static_assert(ACCESSES % LANES == 0 && MMA_COLUMNS % CHANNELS == 0, "no partial accesses");
+
+  // Of a lane: its first channel, and its outputs in a turn, counted along the run.
+  __device__ static __forceinline__ int channel(int lane) { return lane / LANES; }
+  __device__ static __forceinline__ int output(int lane, int turn) {
+    return (lane % LANES + turn * LANES) * WIDTH;
+  }
+  __device__ static __forceinline__ bool active(int lane) { return lane < LANES * CHANNELS; }
+};
+
+// Adds every channel's bias to its sums. `first_out` is the first channel of the sums.
+template <int VARIANTS, int ROWS, int BLOCKS_N, typename T>
+__device__ __forceinline__ void add_bias(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4], const T* bias,
+                                         int first_out, int out_channels, int lane) {
+#pragma unroll
+  for (int n = 0; n < BLOCKS_N; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int out = first_out + n * MMA_COLUMNS + lane % 4 * 2 + c;
+      const float offset = out < out_channels ? widen(bias[out]) : 0.0f;
+#pragma unroll
+      for (int v = 0; v < VARIANTS; ++v) {
+#pragma unroll
+        for (int m = 0; m < ROWS; ++m) {
+          acc[v][m][n][c] += offset;
+          acc[v][m][n][c + 2] += offset;
+        }
+      }
+    }
+  }
+}
+
+// Stores WIDTH neighbouring outputs.
+template <int WIDTH, typename T>
+__device__ __forceinline__ void store_run(T* to, const float* from) {
+  struct alignas(WIDTH * sizeof(float)) Wide {
+    float element[WIDTH];
+  };
+  struct alignas(WIDTH * sizeof(T)) Narrow {
+    T element[WIDTH];
+  };
+  const Wide wide = *reinterpret_cast<const Wide*>(from);
+  Narrow narrowed;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) narrow(narrowed.element[i], wide.element[i]);
+  *reinterpret_cast<Narrow*>(to) = narrowed;
 }
 
 // Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels

@@ -38,6 +38,7 @@ struct GatherShape {
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
   Divisor by_columns, by_rows;  // staged accesses of a line, lines of a plane
   int chunk, chunks, tile_elements, stage_elements;
+  int stages;  // buffers that hold a staged tile and its weights
   int shared_bytes;
   int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
   bool vector_store;  // the phases of X that a thread computes leave in one access
@@ -55,6 +56,8 @@ struct GatherTraits {
   int max_warps;               // of a thread block, those that compute
   int max_warps_c = 6;         // of them, with different output channels
   int warp_threads = WARP;     // several warps may be dealt together as one
+  int most_stages = 2;
+  int scratch_bytes = 0;       // shared memory of a thread block behind the stages
   int extra_threads = 0;       // of a thread block beside them
   int lanes_per_warp;          // positions that a warp's lanes make
   int channels_per_warp;       // output channels of one warp
@@ -66,12 +69,13 @@ struct GatherTraits {
 };
 
 constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
-constexpr int GATHER_STAGES = 2;
+constexpr int GATHER_LEAST_STAGES = 2;
 
 // Cuts a call into tiles: blocks of warps by channels first, then the strip width that stages the
 // fewest elements, then as many input words per stage as keep the tile small.
 inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
                       int shared_limit) {
+  shared_limit -= t.scratch_bytes;
   const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
   // Fewest blocks per output channel, then least idle warps.
   const int64_t blocks_c = ceil_div(channel_blocks, t.max_warps_c);
@@ -108,7 +112,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
         word = round_up(word - t.pitch_residue, 16) + t.pitch_residue;
       }
       const int64_t bytes =
-          GATHER_STAGES * t.word_bytes * t.chunk_step * (round_up(word, 4) + round_up(weights, 4));
+          GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step * (round_up(word, 4) + round_up(weights, 4));
       if (bytes > shared_limit) continue;
       const int64_t tiles = strips * ceil_div(positions, flat);
       // Staged accesses (a line costs about a warp's more than its length), and idle lanes; fewer
@@ -136,7 +140,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   // Input words per stage: as many as fit into half of the shared memory (two blocks could then
   // live on a multiprocessor), and no more than there are.
   const int64_t per_word =
-      GATHER_STAGES * (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
+      GATHER_LEAST_STAGES * (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
   int64_t chunk = shared_limit / 2 / per_word;
   if (chunk > t.max_chunk) chunk = t.max_chunk;
   chunk = chunk / t.chunk_step * t.chunk_step;
@@ -148,8 +152,11 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * s.channel_pitch, 4));
   s.stage_elements =
       s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
-  s.shared_bytes = GATHER_STAGES * s.stage_elements * t.word_bytes;
-  if (s.shared_bytes > shared_limit) return CONVGEN_TOO_LARGE;
+  const int stage_bytes = s.stage_elements * t.word_bytes;
+  if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;
+  s.stages = shared_limit / stage_bytes;
+  if (s.stages > t.most_stages) s.stages = t.most_stages;
+  s.shared_bytes = s.stages * stage_bytes + t.scratch_bytes;
 
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
