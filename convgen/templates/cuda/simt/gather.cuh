@@ -36,7 +36,7 @@ struct GatherShape {
   // The staged tile: `chunk` of `words` input words of [planes][rows][residue of X][columns].
   int words;
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
-  Divisor by_columns, by_rows;  // staged accesses of a line, lines of a plane
+  Divisor by_columns, by_rows, by_planes;  // staged accesses of a line, lines of a plane, planes
   int chunk, chunks, tile_elements, stage_elements;
   int shared_bytes;
   int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
@@ -153,6 +153,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
   s.by_rows = Divisor(s.rows);
+  s.by_planes = Divisor(s.planes);
   s.by_columns = Divisor(s.row_pitch / s.load_width);
   s.channel_blocks = Divisor(blocks_c);
   s.phases = Divisor(t.phases);
@@ -265,6 +266,182 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& cr
   }
 }
 
+// ---- Lines that no wide access can copy ------------------------------------------------------
+//
+// Warps that only stage are bound by how many instructions a copy takes. So each lane keeps its
+// columns, finds out once which of them lie inside the input, and walks down the lines of a plane
+// with constant steps: the copies of a line differ by offsets that are part of the instruction.
+
+// Where a staged tile begins in the input.
+struct TileOrigin {
+  int r, y, x;
+};
+
+// Words of one channel, copied asynchronously.
+struct SingleWords {
+  static constexpr int CHANNELS = 1;
+
+  // Of a word whose first channel is followed by `channels` - 1 more.
+  __device__ __forceinline__ SingleWords(const GatherShape&, int /*channels*/) {}
+
+  // `COUNT` words, PITCH apart, of elements STRIDE apart; zeros where they are not inside.
+  template <int PITCH, int STRIDE, int COUNT, typename Acc, typename T>
+  __device__ __forceinline__ void copy(Acc* to, const T* from, const bool (&inside)[COUNT]) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      copy_async<sizeof(Acc)>(to + i * PITCH, from + i * STRIDE, inside[i]);
+    }
+  }
+};
+
+// How lanes are dealt the columns of a line: LANES neighbouring ones at a time, so that a lane's
+// next column has the same residue and lies PITCH words further. Where STEP_X leaves too many lanes
+// idle that way, all of them take part, and find each place anew.
+template <int STEP_X>
+struct ColumnDeal {
+  static constexpr bool EVEN = WARP % STEP_X <= 4;
+  static constexpr int LANES = EVEN ? WARP - WARP % STEP_X : WARP;
+  static constexpr int PITCH = LANES / STEP_X;
+
+  __device__ static __forceinline__ int place(const GatherShape& s, int column) {
+    return STEP_X == 1 ? column : column % STEP_X * s.residue_pitch + column / STEP_X;
+  }
+};
+
+// The columns `column`, `column` + LANES, ... (COUNT of them) of all lines, for `words` words that
+// exist. Warps are dealt planes of words.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, int COUNT, class Words, typename Acc,
+          typename T>
+__device__ __forceinline__ void stage_long_lines(const GatherShape& s, const Crew& crew, Acc* tile,
+                                                 const T* input, int words, int channels,
+                                                 const TileOrigin& origin, int column) {
+  using Deal = ColumnDeal<STEP_X>;
+  static_assert(COUNT == 1 || Deal::EVEN, "columns at constant distances");
+  bool inside[COUNT], outside[COUNT] = {};
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    inside[i] = static_cast<unsigned>(origin.x + column + i * Deal::LANES) <
+                static_cast<unsigned>(s.x.input);
+  }
+  // The lines [first, last) of a plane are lines of the input.
+  const int first =
+      origin.y < 0 ? min((-origin.y + LINE_STEP - 1) / LINE_STEP, s.rows) : 0;
+  const int last =
+      origin.y < s.y.input ? min((s.y.input - origin.y + LINE_STEP - 1) / LINE_STEP, s.rows) : 0;
+  const T* const from_column = input + (origin.x + column);
+  Acc* const to_column = tile + Deal::place(s, column);
+  const int from_first = (origin.y + first * LINE_STEP) * s.y.input_stride;
+  const int from_step = LINE_STEP * s.y.input_stride;
+  const int units = words * s.planes, warps = crew.threads / WARP;
+  for (int unit = crew.thread / WARP; unit < units; unit += warps) {
+    int word = unit;
+    const int plane = s.by_planes.split(word), input_r = origin.r + plane * PLANE_STEP;
+    const bool plane_inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input);
+    const int begin = plane_inside ? first : 0, end = plane_inside ? last : 0;
+    const Words copier(s, channels - word * Words::CHANNELS);
+    Acc* const to_plane = to_column + word * s.channel_pitch + plane * s.plane_pitch;
+    if (begin < end) {
+      const T* from = from_column + word * Words::CHANNELS * s.in_channel_stride +
+                      (input_r * s.r.input_stride + from_first);
+      Acc* to = to_plane + begin * s.row_pitch;
+#pragma unroll(COUNT >= 4 ? 2 : 4)
+      for (int row = begin; row < end; ++row) {
+        copier.template copy<Deal::PITCH, Deal::LANES>(to, from, inside);
+        from += from_step;
+        to += s.row_pitch;
+      }
+    }
+#pragma unroll 1
+    for (int row = begin > 0 ? 0 : end; row < s.rows; row = row + 1 == begin ? end : row + 1) {
+      copier.template copy<Deal::PITCH, Deal::LANES>(to_plane + row * s.row_pitch, input, outside);
+    }
+  }
+}
+
+// The last columns of all lines, from `column` on, which are few: an access takes several lines.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Words, typename Acc, typename T>
+__device__ __forceinline__ void stage_short_lines(const GatherShape& s, const Crew& crew, Acc* tile,
+                                                  const T* input, int words, int channels,
+                                                  const TileOrigin& origin, int column) {
+  const int columns = s.row_pitch - column;
+  const int log2 = 32 - __clz(columns - 1);
+  const int lane = crew.thread % WARP, lane_column = lane & ((1 << log2) - 1);
+  if (lane_column >= columns) return;
+  column += lane_column;
+  const bool column_inside =
+      static_cast<unsigned>(origin.x + column) < static_cast<unsigned>(s.x.input);
+  const int lines = s.planes * s.rows, warps = crew.threads / WARP, warp = crew.thread / WARP;
+  const int64_t word_stride = s.in_channel_stride * Words::CHANNELS;
+  for (int line = lane >> log2; line < lines; line += WARP >> log2) {
+    int plane = line;
+    const int row = s.by_rows.split(plane);
+    const int input_r = origin.r + plane * PLANE_STEP, input_y = origin.y + row * LINE_STEP;
+    const bool inside[1] = {column_inside &&
+                            static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
+                            static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input)};
+    const T* from = input + warp * word_stride;
+    if (inside[0]) {
+      from += input_r * s.r.input_stride + input_y * s.y.input_stride + (origin.x + column);
+    }
+    Acc* to = tile + warp * s.channel_pitch + line * s.row_pitch +
+              ColumnDeal<STEP_X>::place(s, column);
+#pragma unroll 2
+    for (int word = warp; word < words; word += warps) {
+      const Words copier(s, channels - word * Words::CHANNELS);
+      copier.template copy<0, 0>(to, from, inside);
+      from += warps * word_stride;
+      to += warps * s.channel_pitch;
+    }
+  }
+}
+
+// Stages `count` words of a tile, of whose channels `channels` exist, by warps that do nothing
+// else. Positions and layout as in stage_lines; a word's pitch is a multiple of four words.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Words, typename Acc, typename T>
+__device__ __forceinline__ void stage_by_warps(const GatherShape& s, const Crew& crew, Acc* tile,
+                                               const T* input, int count, int channels,
+                                               const TileOrigin& origin) {
+  using Deal = ColumnDeal<STEP_X>;
+  const int words = min(count, (channels + Words::CHANNELS - 1) / Words::CHANNELS);
+  // Less than half an access is left to the short lines.
+  const int rest = s.row_pitch % Deal::LANES;
+  const int columns = s.row_pitch - (rest <= Deal::LANES / 2 ? rest : 0);
+  const int lane = crew.thread % WARP;
+  int column = 0;
+  if constexpr (Deal::EVEN) {
+    if (lane < Deal::LANES) {
+      for (; columns - column >= 4 * Deal::LANES; column += 4 * Deal::LANES) {
+        stage_long_lines<PLANE_STEP, LINE_STEP, STEP_X, 4, Words>(
+            s, crew, tile, input, words, channels, origin, column + lane);
+      }
+      if (columns - column >= 2 * Deal::LANES) {
+        stage_long_lines<PLANE_STEP, LINE_STEP, STEP_X, 2, Words>(
+            s, crew, tile, input, words, channels, origin, column + lane);
+        column += 2 * Deal::LANES;
+      }
+    }
+  }
+  for (; column < columns; column += Deal::LANES) {
+    if (lane < Deal::LANES && column + lane < columns) {
+      stage_long_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, Words>(s, crew, tile, input, words,
+                                                                channels, origin, column + lane);
+    }
+  }
+  if (columns < s.row_pitch) {
+    stage_short_lines<PLANE_STEP, LINE_STEP, STEP_X, Words>(s, crew, tile, input, words, channels,
+                                                            origin, columns);
+  }
+  // Words without channels.
+  struct alignas(16) Four {
+    Acc element[4];
+  };
+  const int elements = count * s.channel_pitch;
+#pragma unroll 1
+  for (int i = words * s.channel_pitch + crew.thread * 4; i < elements; i += crew.threads * 4) {
+    *reinterpret_cast<Four*>(tile + i) = Four{};
+  }
+}
+
 // Stages a tile by the widest accesses that the call allows.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int BATCH = 1, typename Acc, typename T>
 __device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& crew, Acc* tile,
@@ -284,8 +461,13 @@ __device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& cre
       return;
     }
   }
-  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, BATCH>(s, crew, tile, input, count, channels, r, y,
-                                                       x);
+  if constexpr (BATCH > 1) {
+    stage_by_warps<PLANE_STEP, LINE_STEP, STEP_X, SingleWords>(s, crew, tile, input, count,
+                                                               channels, {r, y, x});
+  } else {
+    stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, 1>(s, crew, tile, input, count, channels, r, y,
+                                                     x);
+  }
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.
