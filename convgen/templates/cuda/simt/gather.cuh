@@ -6,6 +6,8 @@
 // along the flattened (Y, X) plane, X fastest and contiguous in memory).
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace convgen {
@@ -36,7 +38,7 @@ struct GatherShape {
   // The staged tile: `chunk` of `words` input words of [planes][rows][residue of X][columns].
   int words;
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
-  Divisor by_columns, by_rows, by_planes;  // staged accesses of a line, lines of a plane, planes
+  Divisor by_columns, by_rows;  // staged accesses of a line, lines of a plane
   int chunk, chunks, tile_elements, stage_elements;
   int shared_bytes;
   int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
@@ -153,7 +155,6 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
   s.by_rows = Divisor(s.rows);
-  s.by_planes = Divisor(s.planes);
   s.by_columns = Divisor(s.row_pitch / s.load_width);
   s.channel_blocks = Divisor(blocks_c);
   s.phases = Divisor(t.phases);
@@ -308,89 +309,133 @@ struct ColumnDeal {
   }
 };
 
-// The columns `column`, `column` + LANES, ... (COUNT of them) of all lines, for `words` words that
-// exist. Warps are dealt planes of words.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, int COUNT, class Words, typename Acc,
-          typename T>
-__device__ __forceinline__ void stage_long_lines(const GatherShape& s, const Crew& crew, Acc* tile,
-                                                 const T* input, int words, int channels,
-                                                 const TileOrigin& origin, int column) {
+// What neighbouring lines or planes, STEP apart, have in the input: those of [begin, end).
+struct Inside {
+  int begin, end;
+};
+
+template <int STEP>
+__device__ __forceinline__ Inside find_inside(int origin, int count, int extent) {
+  return {origin < 0 ? min((-origin + STEP - 1) / STEP, count) : 0,
+          origin < extent ? min((extent - origin + STEP - 1) / STEP, count) : 0};
+}
+
+// The words that a warp stages together: one, or two that have `to_next` words between them in the
+// tile. `from` are their first columns in the input.
+template <class Words, typename T>
+struct WordPair {
+  Words words[2];
+  const T* from[2];
+  int to_next;
+  bool two;
+};
+
+// Stages COUNT columns of `count` lines (or planes): into `to` and every to_step words further,
+// from `from` elements after the pair's and every from_step further. Distances within the input are
+// 32-bit, so that an address is one instruction, and none waits for the one before it.
+template <class Deal, int COUNT, class Words, typename Acc, typename T>
+__device__ __forceinline__ void walk_lines(const WordPair<Words, T>& pair, Acc* to, int to_step,
+                                           uint32_t from, uint32_t from_step, int count,
+                                           const Inside& lines, const bool (&inside)[COUNT]) {
+  Acc* to_line = to + lines.begin * to_step;
+  from += lines.begin * from_step;
+  if (pair.two) {
+#pragma unroll(COUNT >= 4 ? 1 : 2)
+    for (int line = lines.begin; line < lines.end; ++line) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        pair.words[i].template copy<Deal::PITCH, Deal::LANES>(to_line + i * pair.to_next,
+                                                              pair.from[i] + from, inside);
+      }
+      from += from_step;
+      to_line += to_step;
+    }
+  } else {
+#pragma unroll(COUNT >= 4 ? 1 : 2)
+    for (int line = lines.begin; line < lines.end; ++line) {
+      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to_line, pair.from[0] + from, inside);
+      from += from_step;
+      to_line += to_step;
+    }
+  }
+  // Lines outside of the input, which are rare.
+  const Acc zero = {};
+#pragma unroll 1
+  for (int line = lines.begin > 0 ? 0 : lines.end; line < count; ++line) {
+    if (line == lines.begin) line = lines.end;
+    if (line == count) break;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      to[line * to_step + i * Deal::PITCH] = zero;
+      if (pair.two) to[line * to_step + i * Deal::PITCH + pair.to_next] = zero;
+    }
+  }
+}
+
+// Stages the columns `column`, `column` + LANES, ... (COUNT of them) of all lines, for `words`
+// words, which exist. Warps are dealt words, two at a time, and where those are few, planes.
+//
+// SHORT: the columns from `column` on, of which there are less than LANES; an access then takes
+// several lines.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, int COUNT, bool SHORT, class Words,
+          typename Acc, typename T>
+__device__ __forceinline__ void stage_columns(const GatherShape& s, const Crew& crew, Acc* tile,
+                                              const T* input, int words, int channels,
+                                              const TileOrigin& origin, int column) {
   using Deal = ColumnDeal<STEP_X>;
-  static_assert(COUNT == 1 || Deal::EVEN, "columns at constant distances");
-  bool inside[COUNT], outside[COUNT] = {};
+  static_assert(COUNT == 1 || (Deal::EVEN && !SHORT), "columns at constant distances");
+  const int lane = crew.thread % WARP;
+  int first_line = 0, access_lines = 1;
+  if constexpr (SHORT) {
+    const int columns = s.row_pitch - column, log2 = 32 - __clz(columns - 1);
+    first_line = lane >> log2;
+    access_lines = WARP >> log2;
+    const int lane_column = lane & ((1 << log2) - 1);
+    if (lane_column >= columns) return;
+    column += lane_column;
+  } else {
+    column += lane;
+    if (lane >= Deal::LANES || column >= s.row_pitch) return;
+  }
+  bool inside[COUNT];
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     inside[i] = static_cast<unsigned>(origin.x + column + i * Deal::LANES) <
                 static_cast<unsigned>(s.x.input);
   }
-  // The lines [first, last) of a plane are lines of the input.
-  const int first =
-      origin.y < 0 ? min((-origin.y + LINE_STEP - 1) / LINE_STEP, s.rows) : 0;
-  const int last =
-      origin.y < s.y.input ? min((s.y.input - origin.y + LINE_STEP - 1) / LINE_STEP, s.rows) : 0;
-  const T* const from_column = input + (origin.x + column);
-  Acc* const to_column = tile + Deal::place(s, column);
-  const int from_first = (origin.y + first * LINE_STEP) * s.y.input_stride;
-  const int from_step = LINE_STEP * s.y.input_stride;
-  const int units = words * s.planes, warps = crew.threads / WARP;
-  for (int unit = crew.thread / WARP; unit < units; unit += warps) {
-    int word = unit;
-    const int plane = s.by_planes.split(word), input_r = origin.r + plane * PLANE_STEP;
-    const bool plane_inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input);
-    const int begin = plane_inside ? first : 0, end = plane_inside ? last : 0;
-    const Words copier(s, channels - word * Words::CHANNELS);
-    Acc* const to_plane = to_column + word * s.channel_pitch + plane * s.plane_pitch;
-    if (begin < end) {
-      const T* from = from_column + word * Words::CHANNELS * s.in_channel_stride +
-                      (input_r * s.r.input_stride + from_first);
-      Acc* to = to_plane + begin * s.row_pitch;
-#pragma unroll(COUNT >= 4 ? 2 : 4)
-      for (int row = begin; row < end; ++row) {
-        copier.template copy<Deal::PITCH, Deal::LANES>(to, from, inside);
-        from += from_step;
-        to += s.row_pitch;
-      }
-    }
-#pragma unroll 1
-    for (int row = begin > 0 ? 0 : end; row < s.rows; row = row + 1 == begin ? end : row + 1) {
-      copier.template copy<Deal::PITCH, Deal::LANES>(to_plane + row * s.row_pitch, input, outside);
-    }
-  }
-}
-
-// The last columns of all lines, from `column` on, which are few: an access takes several lines.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Words, typename Acc, typename T>
-__device__ __forceinline__ void stage_short_lines(const GatherShape& s, const Crew& crew, Acc* tile,
-                                                  const T* input, int words, int channels,
-                                                  const TileOrigin& origin, int column) {
-  const int columns = s.row_pitch - column;
-  const int log2 = 32 - __clz(columns - 1);
-  const int lane = crew.thread % WARP, lane_column = lane & ((1 << log2) - 1);
-  if (lane_column >= columns) return;
-  column += lane_column;
-  const bool column_inside =
-      static_cast<unsigned>(origin.x + column) < static_cast<unsigned>(s.x.input);
-  const int lines = s.planes * s.rows, warps = crew.threads / WARP, warp = crew.thread / WARP;
+  const Inside planes = find_inside<PLANE_STEP>(origin.r, s.planes, s.r.input);
+  const Inside lines = find_inside<LINE_STEP>(origin.y, s.rows, s.y.input);
+  const int warp = crew.thread / WARP, warps = crew.threads / WARP;
+  const int share = (2 * words <= warps) + (4 * words <= warps);  // log2 of the warps of a word
+  const int slots = warps >> share, turn = warp & ((1 << share) - 1);
   const int64_t word_stride = s.in_channel_stride * Words::CHANNELS;
-  for (int line = lane >> log2; line < lines; line += WARP >> log2) {
-    int plane = line;
-    const int row = s.by_rows.split(plane);
-    const int input_r = origin.r + plane * PLANE_STEP, input_y = origin.y + row * LINE_STEP;
-    const bool inside[1] = {column_inside &&
-                            static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
-                            static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input)};
-    const T* from = input + warp * word_stride;
-    if (inside[0]) {
-      from += input_r * s.r.input_stride + input_y * s.y.input_stride + (origin.x + column);
-    }
-    Acc* to = tile + warp * s.channel_pitch + line * s.row_pitch +
-              ColumnDeal<STEP_X>::place(s, column);
-#pragma unroll 2
-    for (int word = warp; word < words; word += warps) {
-      const Words copier(s, channels - word * Words::CHANNELS);
-      copier.template copy<0, 0>(to, from, inside);
-      from += warps * word_stride;
-      to += warps * s.channel_pitch;
+  // The input's plane 0 and line 0 of the tile, which it may not have: counted modulo 2^32.
+  const uint32_t plane_step = PLANE_STEP * s.r.input_stride;
+  const uint32_t line_step = LINE_STEP * s.y.input_stride;
+  const uint32_t from = static_cast<uint32_t>(origin.r) * s.r.input_stride +
+                        static_cast<uint32_t>(origin.y) * s.y.input_stride;
+  for (int word = warp >> share; word < words; word += 2 * slots) {
+    const T* const from_word = input + (origin.x + column + word * word_stride);
+    const WordPair<Words, T> pair = {
+        {Words(s, channels - word * Words::CHANNELS),
+         Words(s, channels - (word + slots) * Words::CHANNELS)},
+        {opaque(from_word), opaque(from_word + slots * word_stride)},
+        slots * s.channel_pitch,
+        word + slots < words};
+    Acc* const to = tile + Deal::place(s, column) + word * s.channel_pitch;
+    if constexpr (SHORT) {
+      for (int line = first_line + turn * access_lines; line < s.rows;
+           line += access_lines << share) {
+        const bool line_inside[1] = {inside[0] && line >= lines.begin && line < lines.end};
+        walk_lines<Deal>(pair, to + line * s.row_pitch, s.plane_pitch, from + line * line_step,
+                         plane_step, s.planes, planes, line_inside);
+      }
+    } else {
+      for (int plane = turn; plane < s.planes; plane += 1 << share) {
+        const bool plane_inside = plane >= planes.begin && plane < planes.end;
+        walk_lines<Deal>(pair, to + plane * s.plane_pitch, s.row_pitch, from + plane * plane_step,
+                         line_step, s.rows, plane_inside ? lines : Inside{0, 0}, inside);
+      }
     }
   }
 }
@@ -406,30 +451,26 @@ __device__ __forceinline__ void stage_by_warps(const GatherShape& s, const Crew&
   // Less than half an access is left to the short lines.
   const int rest = s.row_pitch % Deal::LANES;
   const int columns = s.row_pitch - (rest <= Deal::LANES / 2 ? rest : 0);
-  const int lane = crew.thread % WARP;
+  auto stage = [&](auto count, auto is_short, int column) {
+    stage_columns<PLANE_STEP, LINE_STEP, STEP_X, count.value, is_short.value, Words>(
+        s, crew, tile, input, words, channels, origin, column);
+  };
+  using Long = std::false_type;
   int column = 0;
   if constexpr (Deal::EVEN) {
-    if (lane < Deal::LANES) {
-      for (; columns - column >= 4 * Deal::LANES; column += 4 * Deal::LANES) {
-        stage_long_lines<PLANE_STEP, LINE_STEP, STEP_X, 4, Words>(
-            s, crew, tile, input, words, channels, origin, column + lane);
-      }
-      if (columns - column >= 2 * Deal::LANES) {
-        stage_long_lines<PLANE_STEP, LINE_STEP, STEP_X, 2, Words>(
-            s, crew, tile, input, words, channels, origin, column + lane);
-        column += 2 * Deal::LANES;
-      }
+    for (; columns - column >= 4 * Deal::LANES; column += 4 * Deal::LANES) {
+      stage(std::integral_constant<int, 4>(), Long(), column);
+    }
+    if (columns - column >= 2 * Deal::LANES) {
+      stage(std::integral_constant<int, 2>(), Long(), column);
+      column += 2 * Deal::LANES;
     }
   }
   for (; column < columns; column += Deal::LANES) {
-    if (lane < Deal::LANES && column + lane < columns) {
-      stage_long_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, Words>(s, crew, tile, input, words,
-                                                                channels, origin, column + lane);
-    }
+    stage(std::integral_constant<int, 1>(), Long(), column);
   }
   if (columns < s.row_pitch) {
-    stage_short_lines<PLANE_STEP, LINE_STEP, STEP_X, Words>(s, crew, tile, input, words, channels,
-                                                            origin, columns);
+    stage(std::integral_constant<int, 1>(), std::true_type(), columns);
   }
   // Words without channels.
   struct alignas(16) Four {
