@@ -34,6 +34,12 @@ __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// Of an address in a tensor: offsets are then added to it, instead of to the tensor's own address.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // ---- Asynchronous copies, global to shared ------------------------------------------------
 

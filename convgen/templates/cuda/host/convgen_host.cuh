@@ -209,6 +209,10 @@ inline void narrow(float& to, float x) { to = x; }
 inline void narrow(double& to, double x) { to = x; }
 
 inline int opaque(int x) { return x; }
+template <typename T>
+inline const T* opaque(const T* x) {
+  return x;
+}
 
 template <int BYTES>
 inline void copy_async(void* to, const void* from, bool valid, CONVGEN_SITE) {

@@ -6,6 +6,8 @@
 // along the flattened (Y, X) plane, X fastest and contiguous in memory).
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace convgen {
@@ -273,6 +275,222 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& cr
   }
 }
 
+// ---- Lines that no wide access can copy ------------------------------------------------------
+//
+// Warps that only stage are bound by how many instructions a copy takes. So each lane keeps its
+// columns, finds out once which of them lie inside the input, and walks down the lines of a plane
+// with constant steps: the copies of a line differ by offsets that are part of the instruction.
+
+// Where a staged tile begins in the input.
+struct TileOrigin {
+  int r, y, x;
+};
+
+// Words of one channel, copied asynchronously.
+struct SingleWords {
+  static constexpr int CHANNELS = 1;
+
+  // Of a word whose first channel is followed by `channels` - 1 more.
+  __device__ __forceinline__ SingleWords(const GatherShape&, int /*channels*/) {}
+
+  // `COUNT` words, PITCH apart, of elements STRIDE apart; zeros where they are not inside.
+  template <int PITCH, int STRIDE, int COUNT, typename Acc, typename T>
+  __device__ __forceinline__ void copy(Acc* to, const T* from, const bool (&inside)[COUNT]) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      copy_async<sizeof(Acc)>(to + i * PITCH, from + i * STRIDE, inside[i]);
+    }
+  }
+};
+
+// How lanes are dealt the columns of a line: LANES neighbouring ones at a time, so that a lane's
+// next column has the same residue and lies PITCH words further. Where STEP_X leaves too many lanes
+// idle that way, all of them take part, and find each place anew.
+template <int STEP_X>
+struct ColumnDeal {
+  static constexpr bool EVEN = WARP % STEP_X <= 4;
+  static constexpr int LANES = EVEN ? WARP - WARP % STEP_X : WARP;
+  static constexpr int PITCH = LANES / STEP_X;
+
+  __device__ static __forceinline__ int place(const GatherShape& s, int column) {
+    return STEP_X == 1 ? column : column % STEP_X * s.residue_pitch + column / STEP_X;
+  }
+};
+
+// What neighbouring lines or planes, STEP apart, have in the input: those of [begin, end).
+struct Inside {
+  int begin, end;
+};
+
+template <int STEP>
+__device__ __forceinline__ Inside find_inside(int origin, int count, int extent) {
+  return {origin < 0 ? min((-origin + STEP - 1) / STEP, count) : 0,
+          origin < extent ? min((extent - origin + STEP - 1) / STEP, count) : 0};
+}
+
+// The words that a warp stages together: one, or two that have `to_next` words between them in the
+// tile. `from` are their first columns in the input.
+template <class Words, typename T>
+struct WordPair {
+  Words words[2];
+  const T* from[2];
+  int to_next;
+  bool two;
+};
+
+// Stages COUNT columns of `count` lines (or planes): into `to` and every to_step words further,
+// from `from` elements after the pair's and every from_step further. Distances within the input are
+// 32-bit, so that an address is one instruction, and none waits for the one before it.
+template <class Deal, int COUNT, class Words, typename Acc, typename T>
+__device__ __forceinline__ void walk_lines(const WordPair<Words, T>& pair, Acc* to, int to_step,
+                                           uint32_t from, uint32_t from_step, int count,
+                                           const Inside& lines, const bool (&inside)[COUNT]) {
+  Acc* to_line = to + lines.begin * to_step;
+  from += lines.begin * from_step;
+  if (pair.two) {
+#pragma unroll(COUNT >= 4 ? 1 : 2)
+    for (int line = lines.begin; line < lines.end; ++line) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        pair.words[i].template copy<Deal::PITCH, Deal::LANES>(to_line + i * pair.to_next,
+                                                              pair.from[i] + from, inside);
+      }
+      from += from_step;
+      to_line += to_step;
+    }
+  } else {
+#pragma unroll(COUNT >= 4 ? 1 : 2)
+    for (int line = lines.begin; line < lines.end; ++line) {
+      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to_line, pair.from[0] + from, inside);
+      from += from_step;
+      to_line += to_step;
+    }
+  }
+  // Lines outside of the input, which are rare.
+  const Acc zero = {};
+#pragma unroll 1
+  for (int line = lines.begin > 0 ? 0 : lines.end; line < count; ++line) {
+    if (line == lines.begin) line = lines.end;
+    if (line == count) break;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      to[line * to_step + i * Deal::PITCH] = zero;
+      if (pair.two) to[line * to_step + i * Deal::PITCH + pair.to_next] = zero;
+    }
+  }
+}
+
+// Stages the columns `column`, `column` + LANES, ... (COUNT of them) of all lines, for `words`
+// words, which exist. Warps are dealt words, two at a time, and where those are few, planes.
+//
+// SHORT: the columns from `column` on, of which there are less than LANES; an access then takes
+// several lines.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, int COUNT, bool SHORT, class Words,
+          typename Acc, typename T>
+__device__ __forceinline__ void stage_columns(const GatherShape& s, const Crew& crew, Acc* tile,
+                                              const T* input, int words, int channels,
+                                              const TileOrigin& origin, int column) {
+  using Deal = ColumnDeal<STEP_X>;
+  static_assert(COUNT == 1 || (Deal::EVEN && !SHORT), "columns at constant distances");
+  const int lane = crew.thread % WARP;
+  int first_line = 0, access_lines = 1;
+  if constexpr (SHORT) {
+    const int columns = s.row_pitch - column, log2 = 32 - __clz(columns - 1);
+    first_line = lane >> log2;
+    access_lines = WARP >> log2;
+    const int lane_column = lane & ((1 << log2) - 1);
+    if (lane_column >= columns) return;
+    column += lane_column;
+  } else {
+    column += lane;
+    if (lane >= Deal::LANES || column >= s.row_pitch) return;
+  }
+  bool inside[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    inside[i] = static_cast<unsigned>(origin.x + column + i * Deal::LANES) <
+                static_cast<unsigned>(s.x.input);
+  }
+  const Inside planes = find_inside<PLANE_STEP>(origin.r, s.planes, s.r.input);
+  const Inside lines = find_inside<LINE_STEP>(origin.y, s.rows, s.y.input);
+  const int warp = crew.thread / WARP, warps = crew.threads / WARP;
+  const int share = (2 * words <= warps) + (4 * words <= warps);  // log2 of the warps of a word
+  const int slots = warps >> share, turn = warp & ((1 << share) - 1);
+  const int64_t word_stride = s.in_channel_stride * Words::CHANNELS;
+  // The input's plane 0 and line 0 of the tile, which it may not have: counted modulo 2^32.
+  const uint32_t plane_step = PLANE_STEP * s.r.input_stride;
+  const uint32_t line_step = LINE_STEP * s.y.input_stride;
+  const uint32_t from = static_cast<uint32_t>(origin.r) * s.r.input_stride +
+                        static_cast<uint32_t>(origin.y) * s.y.input_stride;
+  for (int word = warp >> share; word < words; word += 2 * slots) {
+    const T* const from_word = input + (origin.x + column + word * word_stride);
+    const WordPair<Words, T> pair = {
+        {Words(s, channels - word * Words::CHANNELS),
+         Words(s, channels - (word + slots) * Words::CHANNELS)},
+        {opaque(from_word), opaque(from_word + slots * word_stride)},
+        slots * s.channel_pitch,
+        word + slots < words};
+    Acc* const to = tile + Deal::place(s, column) + word * s.channel_pitch;
+    if constexpr (SHORT) {
+      for (int line = first_line + turn * access_lines; line < s.rows;
+           line += access_lines << share) {
+        const bool line_inside[1] = {inside[0] && line >= lines.begin && line < lines.end};
+        walk_lines<Deal>(pair, to + line * s.row_pitch, s.plane_pitch, from + line * line_step,
+                         plane_step, s.planes, planes, line_inside);
+      }
+    } else {
+      for (int plane = turn; plane < s.planes; plane += 1 << share) {
+        const bool plane_inside = plane >= planes.begin && plane < planes.end;
+        walk_lines<Deal>(pair, to + plane * s.plane_pitch, s.row_pitch, from + plane * plane_step,
+                         line_step, s.rows, plane_inside ? lines : Inside{0, 0}, inside);
+      }
+    }
+  }
+}
+
+// Stages `count` words of a tile, of whose channels `channels` exist, by warps that do nothing
+// else. Positions and layout as in stage_lines; a word's pitch is a multiple of four words.
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Words, typename Acc, typename T>
+__device__ __forceinline__ void stage_by_warps(const GatherShape& s, const Crew& crew, Acc* tile,
+                                               const T* input, int count, int channels,
+                                               const TileOrigin& origin) {
+  using Deal = ColumnDeal<STEP_X>;
+  const int words = min(count, (channels + Words::CHANNELS - 1) / Words::CHANNELS);
+  // Less than half an access is left to the short lines.
+  const int rest = s.row_pitch % Deal::LANES;
+  const int columns = s.row_pitch - (rest <= Deal::LANES / 2 ? rest : 0);
+  auto stage = [&](auto count, auto is_short, int column) {
+    stage_columns<PLANE_STEP, LINE_STEP, STEP_X, count.value, is_short.value, Words>(
+        s, crew, tile, input, words, channels, origin, column);
+  };
+  using Long = std::false_type;
+  int column = 0;
+  if constexpr (Deal::EVEN) {
+    for (; columns - column >= 4 * Deal::LANES; column += 4 * Deal::LANES) {
+      stage(std::integral_constant<int, 4>(), Long(), column);
+    }
+    if (columns - column >= 2 * Deal::LANES) {
+      stage(std::integral_constant<int, 2>(), Long(), column);
+      column += 2 * Deal::LANES;
+    }
+  }
+  for (; column < columns; column += Deal::LANES) {
+    stage(std::integral_constant<int, 1>(), Long(), column);
+  }
+  if (columns < s.row_pitch) {
+    stage(std::integral_constant<int, 1>(), std::true_type(), columns);
+  }
+  // Words without channels.
+  struct alignas(16) Four {
+    Acc element[4];
+  };
+  const int elements = count * s.channel_pitch;
+#pragma unroll 1
+  for (int i = words * s.channel_pitch + crew.thread * 4; i < elements; i += crew.threads * 4) {
+    *reinterpret_cast<Four*>(tile + i) = Four{};
+  }
+}
+
 // Stages a tile by the widest accesses that the call allows.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int BATCH = 1, typename Acc, typename T>
 __device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& crew, Acc* tile,
@@ -292,8 +510,13 @@ __device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& cre
       return;
     }
   }
-  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, BATCH>(s, crew, tile, input, count, channels, r, y,
-                                                       x);
+  if constexpr (BATCH > 1) {
+    stage_by_warps<PLANE_STEP, LINE_STEP, STEP_X, SingleWords>(s, crew, tile, input, count,
+                                                               channels, {r, y, x});
+  } else {
+    stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, 1>(s, crew, tile, input, count, channels, r, y,
+                                                     x);
+  }
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.
