@@ -344,38 +344,24 @@ struct WordPair {
 template <class Deal, int COUNT, class Words, typename Acc, typename T>
 __device__ __forceinline__ void walk_lines(const WordPair<Words, T>& pair, Acc* to, int to_step,
                                            uint32_t from, uint32_t from_step, int count,
-                                           const Inside& lines, const bool (&inside)[COUNT]) {
-  Acc* to_line = to + lines.begin * to_step;
-  from += lines.begin * from_step;
+                                           const bool (&inside)[COUNT]) {
   if (pair.two) {
-#pragma unroll(COUNT >= 4 ? 1 : 2)
-    for (int line = lines.begin; line < lines.end; ++line) {
+#pragma unroll 2
+    for (int line = 0; line < count; ++line) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        pair.words[i].template copy<Deal::PITCH, Deal::LANES>(to_line + i * pair.to_next,
+        pair.words[i].template copy<Deal::PITCH, Deal::LANES>(to + i * pair.to_next,
                                                               pair.from[i] + from, inside);
       }
       from += from_step;
-      to_line += to_step;
+      to += to_step;
     }
   } else {
 #pragma unroll(COUNT >= 4 ? 1 : 2)
-    for (int line = lines.begin; line < lines.end; ++line) {
-      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to_line, pair.from[0] + from, inside);
+    for (int line = 0; line < count; ++line) {
+      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to, pair.from[0] + from, inside);
       from += from_step;
-      to_line += to_step;
-    }
-  }
-  // Lines outside of the input, which are rare.
-  const Acc zero = {};
-#pragma unroll 1
-  for (int line = lines.begin > 0 ? 0 : lines.end; line < count; ++line) {
-    if (line == lines.begin) line = lines.end;
-    if (line == count) break;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      to[line * to_step + i * Deal::PITCH] = zero;
-      if (pair.two) to[line * to_step + i * Deal::PITCH + pair.to_next] = zero;
+      to += to_step;
     }
   }
 }
@@ -417,11 +403,14 @@ __device__ __forceinline__ void stage_columns(const GatherShape& s, const Crew& 
   const int share = (2 * words <= warps) + (4 * words <= warps);  // log2 of the warps of a word
   const int slots = warps >> share, turn = warp & ((1 << share) - 1);
   const int64_t word_stride = s.in_channel_stride * Words::CHANNELS;
-  // The input's plane 0 and line 0 of the tile, which it may not have: counted modulo 2^32.
   const uint32_t plane_step = PLANE_STEP * s.r.input_stride;
   const uint32_t line_step = LINE_STEP * s.y.input_stride;
-  const uint32_t from = static_cast<uint32_t>(origin.r) * s.r.input_stride +
-                        static_cast<uint32_t>(origin.y) * s.y.input_stride;
+  // The first plane and line that are inside.
+  const uint32_t from = (origin.r + planes.begin * PLANE_STEP) * s.r.input_stride +
+                        (origin.y + lines.begin * LINE_STEP) * s.y.input_stride;
+  const int to_first = planes.begin * s.plane_pitch + lines.begin * s.row_pitch;
+  const int inside_planes = opaque(planes.end - planes.begin);
+  const int inside_lines = opaque(lines.end - lines.begin);
   for (int word = warp >> share; word < words; word += 2 * slots) {
     const T* const from_word = input + (origin.x + column + word * word_stride);
     const WordPair<Words, T> pair = {
@@ -430,19 +419,34 @@ __device__ __forceinline__ void stage_columns(const GatherShape& s, const Crew& 
         {opaque(from_word), opaque(from_word + slots * word_stride)},
         slots * s.channel_pitch,
         word + slots < words};
-    Acc* const to = tile + Deal::place(s, column) + word * s.channel_pitch;
+    Acc* const to_word = tile + Deal::place(s, column) + word * s.channel_pitch;
+    Acc* const to = to_word + to_first;
     if constexpr (SHORT) {
-      for (int line = first_line + turn * access_lines; line < s.rows;
+      for (int line = first_line + turn * access_lines; line < inside_lines;
            line += access_lines << share) {
-        const bool line_inside[1] = {inside[0] && line >= lines.begin && line < lines.end};
         walk_lines<Deal>(pair, to + line * s.row_pitch, s.plane_pitch, from + line * line_step,
-                         plane_step, s.planes, planes, line_inside);
+                         plane_step, inside_planes, inside);
       }
     } else {
-      for (int plane = turn; plane < s.planes; plane += 1 << share) {
-        const bool plane_inside = plane >= planes.begin && plane < planes.end;
+      for (int plane = turn; plane < inside_planes; plane += 1 << share) {
         walk_lines<Deal>(pair, to + plane * s.plane_pitch, s.row_pitch, from + plane * plane_step,
-                         line_step, s.rows, plane_inside ? lines : Inside{0, 0}, inside);
+                         line_step, inside_lines, inside);
+      }
+    }
+    if (inside_planes == s.planes && inside_lines == s.rows) continue;
+    // Lines outside of the input, which few tiles have.
+    const Acc zero = {};
+    for (int plane = turn; plane < s.planes; plane += 1 << share) {
+      const bool plane_inside = plane >= planes.begin && plane < planes.end;
+#pragma unroll 1
+      for (int line = first_line; line < s.rows; line += access_lines) {
+        if (plane_inside && line >= lines.begin && line < lines.end) continue;
+        Acc* const to_line = to_word + plane * s.plane_pitch + line * s.row_pitch;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+          to_line[i * Deal::PITCH] = zero;
+          if (pair.two) to_line[i * Deal::PITCH + pair.to_next] = zero;
+        }
       }
     }
   }
