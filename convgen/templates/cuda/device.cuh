@@ -166,8 +166,9 @@ cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* st
 }
 
 // The most threads that a block of KERNEL may have: what the code that was compiled for `device`,
-// the current one, was given as launch bounds. Asked once per device.
-template <auto KERNEL>
+// the current one, was given as launch bounds. Asked once per device. BOUND is what the host's pass
+// of the compiler sees in its place, for environments without another pass.
+template <auto KERNEL, int BOUND>
 cudaError_t launch_bound(int device, int& threads) {
   static int known[MAX_DEVICES];
   threads = __atomic_load_n(&known[device], __ATOMIC_RELAXED);

@@ -246,10 +246,10 @@ inline cudaError_t device_limits(int device, DeviceLimits& limits) {
   return cudaSuccess;
 }
 
-// Launch bounds are not seen here: those of the kernels that ask for them.
-template <auto KERNEL>
+// BOUND is KERNEL's launch bound as this compiler sees it, the only one there is here.
+template <auto KERNEL, int BOUND>
 inline cudaError_t launch_bound(int, int& threads) {
-  threads = HAS_WGMMA ? 512 : 384;
+  threads = BOUND;
   return cudaSuccess;
 }
 

@@ -10,16 +10,26 @@ namespace convgen {
 
 constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8, MMA_WORDS = 8;
 
+// Whether four warps multiply together. With few output channels mma.sync is faster: a group of
+// warps takes 64 positions at a time, whatever the columns.
+constexpr int GROUP_LEAST_CHANNELS = 24;
+template <int CHANNELS>
+constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
+
 // A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
 // tensor cores nothing. 12 warps leave a thread 168 registers; where warps can trade registers
 // (sm_90a), those that multiply get 192 of them even beside 8 that stage.
-constexpr int CONSUMER_WARPS = 8, PRODUCER_WARPS = HAS_WGMMA ? 8 : 4;
+constexpr int CONSUMER_WARPS = 8;
+template <int CHANNELS>
+constexpr int PRODUCER_WARPS = BY_GROUPS<CHANNELS> ? 8 : 4;
 constexpr int CONSUMER_REGISTERS = 192, PRODUCER_REGISTERS = 64;
 
-// Warps whose products are issued together. Those of a group have the same output channels.
-constexpr int GROUP_WARPS = HAS_WGMMA ? 4 : 1;
+template <int CHANNELS>
+constexpr int BLOCK_THREADS = (CONSUMER_WARPS + PRODUCER_WARPS<CHANNELS>) * WARP;
 
-constexpr int BLOCK_THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * WARP;
+// Warps whose products are issued together. Those of a group have the same output channels.
+template <int CHANNELS>
+constexpr int GROUP_WARPS = BY_GROUPS<CHANNELS> ? 4 : 1;
 
 // The constants above depend on the architecture. The host finds those of the code that a device
 // runs by its launch bounds.
@@ -44,10 +54,10 @@ __device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
 
 // Producers: tells the consumers that a buffer is full, once all of this thread's copies but the
 // PENDING newest batches have landed.
-template <int PENDING>
+template <int CHANNELS, int PENDING>
 __device__ __forceinline__ void announce_full(int buffer) {
   copy_wait<PENDING>();
-  if constexpr (HAS_WGMMA) bulk_fence();  // wgmma reads by the way of bulk copies
+  if constexpr (BY_GROUPS<CHANNELS>) bulk_fence();  // wgmma reads by the way of bulk copies
   named_barrier_arrive(BARRIER_FULL + buffer, blockDim.x);
 }
 
@@ -94,13 +104,14 @@ __device__ __forceinline__ void load_scattered_fragments(typename Math::A (&x)[C
 }
 
 // Where a warp's products find packed weights.
-template <class Math>
-using Weights = std::conditional_t<HAS_WGMMA, SharedColumns<Math::PACKED / 2>, const uint32_t*>;
+template <class Math, int CHANNELS>
+using Weights =
+    std::conditional_t<BY_GROUPS<CHANNELS>, SharedColumns<Math::PACKED / 2>, const uint32_t*>;
 
-template <class Math>
-__device__ __forceinline__ Weights<Math> find_weights(const uint32_t* staged, int lane) {
-  if constexpr (HAS_WGMMA) {
-    return Weights<Math>(staged);
+template <class Math, int CHANNELS>
+__device__ __forceinline__ Weights<Math, CHANNELS> find_weights(const uint32_t* staged, int lane) {
+  if constexpr (BY_GROUPS<CHANNELS>) {
+    return Weights<Math, CHANNELS>(staged);
   } else {
     return staged + lane * Math::PACKED;
   }
@@ -110,8 +121,8 @@ __device__ __forceinline__ Weights<Math> find_weights(const uint32_t* staged, in
 template <class Math, int FIRST, int STEP, int ROWS, int BLOCKS_N, int COUNT>
 __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
                                              const typename Math::A (&x)[COUNT],
-                                             Weights<Math> weight) {
-  if constexpr (HAS_WGMMA) {
+                                             Weights<Math, BLOCKS_N * MMA_COLUMNS> weight) {
+  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) {
 #pragma unroll
     for (int m = 0; m < ROWS; ++m) Math::multiply_group(acc[m], x[FIRST + m * STEP], weight);
   } else {
@@ -127,12 +138,14 @@ __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
 
 // Around the taps of one column, whose fragments have been loaded. The products of the column
 // before it end here; its own may go on while the next fragments are loaded.
+template <int CHANNELS>
 __device__ __forceinline__ void begin_column() {
-  if constexpr (HAS_WGMMA) wgmma_begin();
+  if constexpr (BY_GROUPS<CHANNELS>) wgmma_begin();
 }
 
+template <int CHANNELS>
 __device__ __forceinline__ void end_column() {
-  if constexpr (HAS_WGMMA) {
+  if constexpr (BY_GROUPS<CHANNELS>) {
     wgmma_commit();
     wgmma_wait<1>();
   }
@@ -141,7 +154,7 @@ __device__ __forceinline__ void end_column() {
 // Keeps what reads or writes sums on its side of this place.
 template <int VARIANTS, int ROWS, int BLOCKS_N>
 __device__ __forceinline__ void settle(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
-  if constexpr (HAS_WGMMA) {
+  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) {
 #pragma unroll
     for (int i = 0; i < VARIANTS * ROWS * BLOCKS_N * 4; ++i) {
       const int n = i / 4 % BLOCKS_N;
@@ -154,7 +167,7 @@ __device__ __forceinline__ void settle(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]
 // Until all products have ended: sums may be read, and what they read of shared memory replaced.
 template <int VARIANTS, int ROWS, int BLOCKS_N>
 __device__ __forceinline__ void end_products(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
-  if constexpr (HAS_WGMMA) wgmma_wait<0>();
+  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) wgmma_wait<0>();
   settle(acc);
 }
 
@@ -166,6 +179,7 @@ template <int VARIANTS>
 constexpr int OUTPUT_PITCH = MMA_ROWS * VARIANTS + 4;
 template <int VARIANTS>
 constexpr int OUTPUT_WORDS = MMA_COLUMNS * OUTPUT_PITCH<VARIANTS>;
+constexpr int OUTPUT_BATCH = 2;  // products whose outputs are in a warp's scratch at once
 
 // Writes one product's sums of every variant into a warp's scratch, [channel][position][variant].
 template <int VARIANTS>
@@ -339,8 +353,9 @@ __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight
   rest -= region_first[region] * slot_elements;
   const int region_slots = region_first[region + 1] - region_first[region];
   // mma.sync: a lane's words are adjacent. wgmma: those of a part of the word are.
-  const int lane = static_cast<int>(HAS_WGMMA ? rest % WARP : rest / Math::PACKED % WARP);
-  const int i = static_cast<int>(HAS_WGMMA ? rest / WARP % Math::PACKED : rest % Math::PACKED);
+  constexpr bool GROUPS = BY_GROUPS<CHANNELS>;
+  const int lane = static_cast<int>(GROUPS ? rest % WARP : rest / Math::PACKED % WARP);
+  const int i = static_cast<int>(GROUPS ? rest / WARP % Math::PACKED : rest % Math::PACKED);
   rest /= WARP * Math::PACKED;
   const int n = static_cast<int>(rest % (CHANNELS / MMA_COLUMNS));
   rest /= CHANNELS / MMA_COLUMNS;

@@ -139,11 +139,11 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
   s.threads = s.lanes / t.lanes_per_warp * t.warp_threads * s.warps_c + t.extra_threads;
 
-  // Input words per stage: as many as fit into half of the shared memory (two blocks could then
-  // live on a multiprocessor), and no more than there are.
-  const int64_t per_word =
-      GATHER_LEAST_STAGES * (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
-  int64_t chunk = shared_limit / 2 / per_word;
+  // Input words per stage, no more than there are: as many as fit into half of the shared memory
+  // (two blocks could then live on a multiprocessor); or where a block may have more stages and
+  // stays alone, three of them into all of it.
+  const int64_t per_word = (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
+  int64_t chunk = shared_limit / (t.most_stages > GATHER_LEAST_STAGES ? 3 : 4) / per_word;
   if (chunk > t.max_chunk) chunk = t.max_chunk;
   chunk = chunk / t.chunk_step * t.chunk_step;
   if (chunk < t.chunk_step) chunk = t.chunk_step;
