@@ -278,8 +278,8 @@ struct TileOrigin {
   int r, y, x;
 };
 
-// Words of one channel, copied asynchronously. `from` is where a lane's first column would be in the
-// input's line 0; of the channels from the word's on, `channels` exist.
+// Words of one channel, copied asynchronously. `from` is where a lane's first column would be in
+// the input's line 0; of the channels from the word's on, `channels` exist.
 template <typename T>
 struct SingleWords {
   static constexpr int CHANNELS = 1;
@@ -366,8 +366,8 @@ __device__ __forceinline__ void copy_lines(const WordPair<Words>& pair, Acc* to,
   }
 }
 
-// The same for some lines of some planes and one word, which passes through registers: as many loads
-// as a thread has room for are on their way at once.
+// The same for some lines of some planes and one word, which passes through registers: as many
+// loads as a thread has room for are on their way at once.
 template <class Deal, int COUNT, class Words, typename Acc>
 __device__ __forceinline__ void load_lines(const Words& word, Acc* to, uint32_t from,
                                            const Walk& lines, const Walk& planes,
@@ -435,13 +435,13 @@ __device__ __forceinline__ void stage_columns(const GatherShape& s, const Crew& 
   const int slots = warps >> share, turn = warp & ((1 << share) - 1);
   const int64_t word_stride = s.in_channel_stride * Words::CHANNELS;
   // The first plane and line that are inside, and the others.
-  const uint32_t from = (origin.r + planes.begin * PLANE_STEP) * s.r.input_stride +
-                        (origin.y + lines.begin * LINE_STEP) * s.y.input_stride;
+  const uint32_t plane_stride = s.r.input_stride, line_stride = s.y.input_stride;
+  const uint32_t from = (origin.r + planes.begin * PLANE_STEP) * plane_stride +
+                        (origin.y + lines.begin * LINE_STEP) * line_stride;
   const int to_first = planes.begin * s.plane_pitch + lines.begin * s.row_pitch;
   const Walk walk_planes = {opaque(planes.end - planes.begin), s.plane_pitch,
-                            static_cast<uint32_t>(PLANE_STEP * s.r.input_stride)};
-  const Walk walk_lines = {opaque(lines.end - lines.begin), s.row_pitch,
-                           static_cast<uint32_t>(LINE_STEP * s.y.input_stride)};
+                            PLANE_STEP * plane_stride};
+  const Walk walk_lines = {opaque(lines.end - lines.begin), s.row_pitch, LINE_STEP * line_stride};
   constexpr int TOGETHER = Words::ASYNCHRONOUS ? 2 : 1;
   for (int word = warp >> share; word < words; word += TOGETHER * slots) {
     const T* const from_word = input + (origin.x + column + word * word_stride);
