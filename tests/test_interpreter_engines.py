@@ -132,6 +132,41 @@ MMA_CASES = [
     Case(spec("conv_transpose1d", 16, 8, 4), "bf16tc", ((2, (17, 7), (37,)),)),
     Case(spec("conv_transpose1d", 40, 20, 10), "tf32", ((1, (9, 12), (23,)),)),
     Case(spec(UP, 2, 2, in_channels=16, out_channels=8), "f16tc", ((1, (16, 8), (3, 4, 8)),)),
+    # Staging: long lines in blocks of columns, by strides that divide a warp or do not; few
+    # channels, whose planes are shared out; halos on all sides, wider than the tensor.
+    Case(
+        spec("conv2d", 3, (1, 2), 1),
+        "tf32",
+        (
+            (1, (9, 3), (5, 259)),
+            (1, (1, 9), (3, 131)),
+            (1, (2, 17), (2, 70)),
+            (1, (3, 2), (9, 39)),
+            (1, (1, 1), (6, 33)),
+            (1, (2, 2), (7, 33)),
+        ),
+    ),
+    Case(
+        spec("conv2d", (3, 5), (2, 1), (4, 8), dilation=(3, 4)),
+        "tf32",
+        ((2, (11, 8), (3, 61)), (1, (1, 2), (5, 9)), (1, (8, 1), (1, 2))),
+    ),
+    Case(spec("conv2d", 3, (1, 3), 1), "tf32", ((1, (9, 5), (4, 397)), (1, (6, 9), (3, 50)))),
+    Case(
+        spec("conv2d", 3, (1, 2), 1),
+        "f16tc",
+        (
+            (1, (17, 3), (5, 259)),
+            (1, (1, 9), (3, 131)),
+            (1, (3, 17), (2, 70)),
+            (1, (6, 2), (9, 39)),
+            (1, (2, 1), (6, 33)),
+            (1, (3, 3), (7, 33)),
+        ),
+    ),
+    Case(spec("conv2d", 3, (2, 5), 4), "bf16tc", ((1, (9, 7), (5, 333)), (2, (3, 18), (4, 77)))),
+    Case(spec("conv1d", 13, 11, 6), "f16tc", ((1, (9, 4), (200,)),)),
+    Case(spec(CONV, 3, 1, 1, groups=2), "f16tc", ((1, (6, 10), (3, 5, 41)),)),
 ]
 
 
@@ -196,7 +231,9 @@ def test_products_that_nothing_waits_for_are_caught() -> None:
         solve(loaded, given)
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 4, 8, 15)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(CASES[i] for i in (0, 4, 8, 15)), *(MMA_CASES[i] for i in (6, 10))], ids=str
+)
 def test_sanitized_kernels_agree_with_float64(case: Case, tmp_path: Path) -> None:
     """Under AddressSanitizer and UBSan, with tensors of exactly their sizes."""
     problems = case.problems()

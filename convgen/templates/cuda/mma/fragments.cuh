@@ -256,6 +256,46 @@ __device__ __forceinline__ void store_run(T* to, const float* from) {
   *reinterpret_cast<Narrow*>(to) = narrowed;
 }
 
+// Words of two 16-bit channels, for stage_by_warps. Where the second does not exist, the first is
+// read twice.
+template <typename T>
+struct PairWords {
+  static constexpr int CHANNELS = 2;
+  static constexpr bool ASYNCHRONOUS = false;
+  const uint16_t *low, *high;
+  uint32_t selector;  // of the bytes of both: loaded elements are words whose other half is zero
+
+  template <int COUNT>
+  struct Columns {
+    uint32_t low[COUNT], high[COUNT];
+  };
+
+  __device__ __forceinline__ PairWords(const GatherShape& s, const T* from, int channels)
+      : low(opaque(reinterpret_cast<const uint16_t*>(from))),
+        high(opaque(reinterpret_cast<const uint16_t*>(
+            channels > 1 ? from + s.in_channel_stride : from))),
+        selector(channels > 1 ? 0x5410 : 0x3210) {}
+
+  template <int STRIDE, int COUNT>
+  __device__ __forceinline__ void load(Columns<COUNT>& columns, uint32_t at,
+                                       const bool (&inside)[COUNT]) const {
+    const uint16_t *const from_low = low + at, *const from_high = high + at;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      columns.low[i] = load_half_word(from_low + i * STRIDE, inside[i]);
+      columns.high[i] = load_half_word(from_high + i * STRIDE, inside[i]);
+    }
+  }
+
+  template <int PITCH, int COUNT>
+  __device__ __forceinline__ void store(uint32_t* to, const Columns<COUNT>& columns) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      to[i * PITCH] = __byte_perm(columns.low[i], columns.high[i], selector);
+    }
+  }
+};
+
 // Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels
 // exist. Positions and layout as in stage_lines. A thread has BATCH words on their way at once.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename T>
@@ -329,8 +369,8 @@ __device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& cr
         return;
       }
     }
-    stage_pair_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, crew, tile, input, count, channels, r, y,
-                                                       x);
+    stage_by_warps<PLANE_STEP, LINE_STEP, STEP_X, PairWords<T>>(s, crew, tile, input, count,
+                                                                channels, {r, y, x});
   }
 }
 

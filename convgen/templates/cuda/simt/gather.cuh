@@ -286,19 +286,24 @@ struct TileOrigin {
   int r, y, x;
 };
 
-// Words of one channel, copied asynchronously.
+// Words of one channel, copied asynchronously. `from` is where a lane's first column would be in
+// the input's line 0; of the channels from the word's on, `channels` exist.
+template <typename T>
 struct SingleWords {
   static constexpr int CHANNELS = 1;
+  static constexpr bool ASYNCHRONOUS = true;
+  const T* from;
 
-  // Of a word whose first channel is followed by `channels` - 1 more.
-  __device__ __forceinline__ SingleWords(const GatherShape&, int /*channels*/) {}
+  __device__ __forceinline__ SingleWords(const GatherShape&, const T* from, int /*channels*/)
+      : from(opaque(from)) {}
 
-  // `COUNT` words, PITCH apart, of elements STRIDE apart; zeros where they are not inside.
-  template <int PITCH, int STRIDE, int COUNT, typename Acc, typename T>
-  __device__ __forceinline__ void copy(Acc* to, const T* from, const bool (&inside)[COUNT]) const {
+  // COUNT words, PITCH apart, of elements STRIDE apart, `at` elements on; zeros if not inside.
+  template <int PITCH, int STRIDE, int COUNT>
+  __device__ __forceinline__ void copy(T* to, uint32_t at, const bool (&inside)[COUNT]) const {
+    const T* const elements = from + at;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      copy_async<sizeof(Acc)>(to + i * PITCH, from + i * STRIDE, inside[i]);
+      copy_async<sizeof(T)>(to + i * PITCH, elements + i * STRIDE, inside[i]);
     }
   }
 };
@@ -329,39 +334,73 @@ __device__ __forceinline__ Inside find_inside(int origin, int count, int extent)
 }
 
 // The words that a warp stages together: one, or two that have `to_next` words between them in the
-// tile. `from` are their first columns in the input.
-template <class Words, typename T>
+// tile.
+template <class Words>
 struct WordPair {
   Words words[2];
-  const T* from[2];
   int to_next;
   bool two;
 };
 
-// Stages COUNT columns of `count` lines (or planes): into `to` and every to_step words further,
-// from `from` elements after the pair's and every from_step further. Distances within the input are
-// 32-bit, so that an address is one instruction, and none waits for the one before it.
-template <class Deal, int COUNT, class Words, typename Acc, typename T>
-__device__ __forceinline__ void walk_lines(const WordPair<Words, T>& pair, Acc* to, int to_step,
-                                           uint32_t from, uint32_t from_step, int count,
-                                           const bool (&inside)[COUNT]) {
+// Neighbouring lines or planes of a tile: how far apart in the tile and in the input. Distances
+// within the input are 32-bit, so that an address is one instruction, and none waits for another.
+struct Walk {
+  int count;
+  int to;
+  uint32_t from;
+};
+
+// Stages COUNT columns of some lines (or planes).
+template <class Deal, int COUNT, class Words, typename Acc>
+__device__ __forceinline__ void copy_lines(const WordPair<Words>& pair, Acc* to, uint32_t from,
+                                           const Walk& lines, const bool (&inside)[COUNT]) {
   if (pair.two) {
 #pragma unroll 2
-    for (int line = 0; line < count; ++line) {
+    for (int line = 0; line < lines.count; ++line) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        pair.words[i].template copy<Deal::PITCH, Deal::LANES>(to + i * pair.to_next,
-                                                              pair.from[i] + from, inside);
+        pair.words[i].template copy<Deal::PITCH, Deal::LANES>(to + i * pair.to_next, from, inside);
       }
-      from += from_step;
-      to += to_step;
+      from += lines.from;
+      to += lines.to;
     }
   } else {
 #pragma unroll(COUNT >= 4 ? 1 : 2)
-    for (int line = 0; line < count; ++line) {
-      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to, pair.from[0] + from, inside);
-      from += from_step;
-      to += to_step;
+    for (int line = 0; line < lines.count; ++line) {
+      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to, from, inside);
+      from += lines.from;
+      to += lines.to;
+    }
+  }
+}
+
+// The same for some lines of some planes and one word, which passes through registers: as many
+// loads as a thread has room for are on their way at once.
+template <class Deal, int COUNT, class Words, typename Acc>
+__device__ __forceinline__ void load_lines(const Words& word, Acc* to, uint32_t from,
+                                           const Walk& lines, const Walk& planes,
+                                           const bool (&inside)[COUNT]) {
+  constexpr int BATCH = COUNT >= 4 ? 4 : 8;
+  // From a plane's last line to the next one's first.
+  const int to_jump = planes.to - (lines.count - 1) * lines.to;
+  const uint32_t from_jump = planes.from - (lines.count - 1) * lines.from;
+  int line = 0;
+#pragma unroll 1
+  for (int left = lines.count * planes.count; left > 0; left -= BATCH) {
+    typename Words::template Columns<COUNT> columns[BATCH];
+    Acc* to_line[BATCH];
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      to_line[j] = to;
+      if (j < left) word.template load<Deal::LANES>(columns[j], from, inside);
+      const bool last = ++line == lines.count;
+      to += last ? to_jump : lines.to;
+      from += last ? from_jump : lines.from;
+      if (last) line = 0;
+    }
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      if (j < left) word.template store<Deal::PITCH>(to_line[j], columns[j]);
     }
   }
 }
@@ -403,37 +442,47 @@ __device__ __forceinline__ void stage_columns(const GatherShape& s, const Crew& 
   const int share = (2 * words <= warps) + (4 * words <= warps);  // log2 of the warps of a word
   const int slots = warps >> share, turn = warp & ((1 << share) - 1);
   const int64_t word_stride = s.in_channel_stride * Words::CHANNELS;
-  const uint32_t plane_step = PLANE_STEP * s.r.input_stride;
-  const uint32_t line_step = LINE_STEP * s.y.input_stride;
-  // The first plane and line that are inside.
-  const uint32_t from = (origin.r + planes.begin * PLANE_STEP) * s.r.input_stride +
-                        (origin.y + lines.begin * LINE_STEP) * s.y.input_stride;
+  // The first plane and line that are inside, and the others.
+  const uint32_t plane_stride = s.r.input_stride, line_stride = s.y.input_stride;
+  const uint32_t from = (origin.r + planes.begin * PLANE_STEP) * plane_stride +
+                        (origin.y + lines.begin * LINE_STEP) * line_stride;
   const int to_first = planes.begin * s.plane_pitch + lines.begin * s.row_pitch;
-  const int inside_planes = opaque(planes.end - planes.begin);
-  const int inside_lines = opaque(lines.end - lines.begin);
-  for (int word = warp >> share; word < words; word += 2 * slots) {
+  const Walk walk_planes = {opaque(planes.end - planes.begin), s.plane_pitch,
+                            PLANE_STEP * plane_stride};
+  const Walk walk_lines = {opaque(lines.end - lines.begin), s.row_pitch, LINE_STEP * line_stride};
+  constexpr int TOGETHER = Words::ASYNCHRONOUS ? 2 : 1;
+  for (int word = warp >> share; word < words; word += TOGETHER * slots) {
     const T* const from_word = input + (origin.x + column + word * word_stride);
-    const WordPair<Words, T> pair = {
-        {Words(s, channels - word * Words::CHANNELS),
-         Words(s, channels - (word + slots) * Words::CHANNELS)},
-        {opaque(from_word), opaque(from_word + slots * word_stride)},
+    const WordPair<Words> pair = {
+        {Words(s, from_word, channels - word * Words::CHANNELS),
+         Words(s, from_word + slots * word_stride, channels - (word + slots) * Words::CHANNELS)},
         slots * s.channel_pitch,
-        word + slots < words};
+        TOGETHER == 2 && word + slots < words};
     Acc* const to_word = tile + Deal::place(s, column) + word * s.channel_pitch;
     Acc* const to = to_word + to_first;
     if constexpr (SHORT) {
-      for (int line = first_line + turn * access_lines; line < inside_lines;
+      for (int line = first_line + turn * access_lines; line < walk_lines.count;
            line += access_lines << share) {
-        walk_lines<Deal>(pair, to + line * s.row_pitch, s.plane_pitch, from + line * line_step,
-                         plane_step, inside_planes, inside);
+        Acc* const to_line = to + line * walk_lines.to;
+        const uint32_t from_line = from + line * walk_lines.from;
+        if constexpr (Words::ASYNCHRONOUS) {
+          copy_lines<Deal>(pair, to_line, from_line, walk_planes, inside);
+        } else {
+          load_lines<Deal>(pair.words[0], to_line, from_line, walk_planes, {1, 0, 0}, inside);
+        }
+      }
+    } else if constexpr (Words::ASYNCHRONOUS) {
+      for (int plane = turn; plane < walk_planes.count; plane += 1 << share) {
+        copy_lines<Deal>(pair, to + plane * walk_planes.to, from + plane * walk_planes.from,
+                         walk_lines, inside);
       }
     } else {
-      for (int plane = turn; plane < inside_planes; plane += 1 << share) {
-        walk_lines<Deal>(pair, to + plane * s.plane_pitch, s.row_pitch, from + plane * plane_step,
-                         line_step, inside_lines, inside);
-      }
+      const Walk own_planes = {(walk_planes.count - turn + (1 << share) - 1) >> share,
+                               walk_planes.to << share, walk_planes.from << share};
+      load_lines<Deal>(pair.words[0], to + turn * walk_planes.to, from + turn * walk_planes.from,
+                       walk_lines, own_planes, inside);
     }
-    if (inside_planes == s.planes && inside_lines == s.rows) continue;
+    if (walk_planes.count == s.planes && walk_lines.count == s.rows) continue;
     // Lines outside of the input, which few tiles have.
     const Acc zero = {};
     for (int plane = turn; plane < s.planes; plane += 1 << share) {
@@ -515,8 +564,8 @@ __device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& cre
     }
   }
   if constexpr (BATCH > 1) {
-    stage_by_warps<PLANE_STEP, LINE_STEP, STEP_X, SingleWords>(s, crew, tile, input, count,
-                                                               channels, {r, y, x});
+    stage_by_warps<PLANE_STEP, LINE_STEP, STEP_X, SingleWords<T>>(s, crew, tile, input, count,
+                                                                  channels, {r, y, x});
   } else {
     stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, 1>(s, crew, tile, input, count, channels, r, y,
                                                      x);
