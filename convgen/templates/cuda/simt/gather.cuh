@@ -380,7 +380,7 @@ template <class Deal, int COUNT, class Words, typename Acc>
 __device__ __forceinline__ void load_lines(const Words& word, Acc* to, uint32_t from,
                                            const Walk& lines, const Walk& planes,
                                            const bool (&inside)[COUNT]) {
-  constexpr int BATCH = COUNT == 1 ? 8 : 4;
+  constexpr int BATCH = COUNT == 1 ? 6 : COUNT == 2 ? 4 : 3;
   // From a plane's last line to the next one's first.
   const int to_jump = planes.to - (lines.count - 1) * lines.to;
   const uint32_t from_jump = planes.from - (lines.count - 1) * lines.from;
