@@ -11,8 +11,9 @@ constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 
 constexpr int PRODUCT_WARPS = 12;  // of a block, at most; 168 registers a thread
 constexpr int PRODUCT_STAGES = 2;
-constexpr int ORIGINS_WORDS = 24;  // of shared memory: see ProductOrigins
-constexpr int COPY_CHANNELS = 4;  // channels that a thread copies at one place of a tile
+constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
+constexpr int COPY_CHANNELS = 8;   // channels that a thread copies in a row, nothing in between
+constexpr int COPY_MOST = 32;      // channels that a thread copies at one place of a tile
 constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
 constexpr int PRODUCT_MAX_SPLITS = 1024;
 constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256}
@@ -21,11 +22,12 @@ constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256}
 // ---- A call, cut into thread blocks ---------------------------------------------------------
 
 // How one tensor's part of a tile is copied: `width` neighbouring elements at each of some places
-// (a table in shared memory lists them), COPY_CHANNELS channels at a time.
+// (a table in shared memory lists them). A thread finds a place and copies `channels` channels.
 struct ProductCopies {
   int places;
   Divisor by_places;
-  int total;  // places x blocks of channels
+  int channels;  // a multiple of COPY_CHANNELS
+  int total;     // places x blocks of channels
   int width;  // elements at a place, by the tensor's extents
   int access;  // elements per access, by the tensor's address too: divides `width`
   int pitch;  // elements between channels in shared memory
@@ -34,7 +36,8 @@ struct ProductCopies {
 struct ProductShape {
   int coarse_d, coarse_h, coarse_w;
   int fine_d, fine_h, fine_w;
-  int64_t coarse_channel_stride, fine_channel_stride;  // elements
+  int64_t coarse_channel_stride, fine_channel_stride;  // elements; below INDEX_LIMIT
+  int64_t coarse_sample, fine_sample;                  // elements from sample to sample
   int coarse_channels, fine_channels;                  // per group
   int groups;
   uint32_t zero;  // see CoarseFragment
@@ -52,8 +55,8 @@ struct ProductShape {
   int tiles, splits, tiles_per_split;
   int tiles_per_store;  // after which a warp adds its sums to its partial results
 
-  // Shared memory, in words: the origins of two tiles, the table of quads, the two tables of
-  // places, then the stages, each
+  // Shared memory, in words: the origins, the table of quads, the two tables of places, then the
+  // stages, each
   //   coarse [channel][tile_d][tile_h][tile_w], fine [channel][plane][row][column].
   // Staged planes lie plane_step apart in the fine tensor, rows row_step.
   int planes, rows, columns, plane_step, row_step;
@@ -62,6 +65,8 @@ struct ProductShape {
   int row_words, coarse_pitch, fine_pitch;
   int coarse_table, fine_table, stages, coarse_words, stage_words;
   int rounds, rounds_per_chunk;  // of copies, by all threads
+  int copy_instructions;         // of a warp and tile
+  int coarse_slots, slots;       // threads of all rounds with coarse places (whole warps), with any
   int shared_bytes;
   ProductCopies coarse, fine;
 };
@@ -73,6 +78,7 @@ struct ProductTraits {
   int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
   int m_tiles, n_tiles, products;  // products per chunk and warp
   int element_bytes;
+  bool prepares;  // see prepare_stage
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
   bool joins_w;  // whether a block may own several blocks of taps along W
   int coarse_residue, fine_residue;      // of the channel pitches, mod 32 words
@@ -132,6 +138,41 @@ struct ProductCut {
 constexpr double PRODUCT_CLOCKS = 1.5;     // of a multiprocessor with all four quarters at work
 constexpr double LEVEL2_BYTES = 28;        // per clock and multiprocessor
 constexpr double TILE_CLOCKS = 300;        // barrier, first loads, last products
+constexpr int64_t COPY_PLACE = 90, COPY_ONE = 5;  // instructions: to find a place, of a channel
+
+// Instructions of a warp that copies `channels` channels at its places.
+constexpr int64_t copy_instructions(int64_t channels) { return COPY_PLACE + COPY_ONE * channels; }
+
+// How many channels a thread copies at a place: more take less time to find places, fewer leave
+// less of the last round idle. The least time of the busiest warp.
+inline void deal_copies(ProductShape& s, int64_t coarse_channels, int64_t fine_channels,
+                        int64_t warps) {
+  int64_t best = -1;
+  for (int64_t coarse = COPY_CHANNELS; coarse <= COPY_MOST; coarse += COPY_CHANNELS) {
+    if (coarse_channels % coarse != 0) continue;
+    const int64_t coarse_total = s.coarse.places * (coarse_channels / coarse);
+    const int64_t coarse_warps = ceil_div(coarse_total, WARP);
+    for (int64_t fine = COPY_CHANNELS; fine <= COPY_MOST; fine += COPY_CHANNELS) {
+      if (fine_channels % fine != 0) continue;
+      const int64_t fine_total = s.fine.places * (fine_channels / fine);
+      const int64_t all_warps = coarse_warps + ceil_div(fine_total, WARP);
+      // Rounds of coarse places only, of both, and of fine ones only.
+      const int64_t rounds = ceil_div(all_warps, warps), pure = coarse_warps / warps;
+      const bool mixed = coarse_warps % warps != 0;
+      const int64_t a = copy_instructions(coarse), b = copy_instructions(fine);
+      const int64_t time = pure * a + (mixed ? (a > b ? a : b) : 0) + (rounds - pure - mixed) * b;
+      if (best >= 0 && time >= best) continue;
+      best = time;
+      s.coarse.channels = static_cast<int>(coarse), s.fine.channels = static_cast<int>(fine);
+      s.coarse.total = static_cast<int>(coarse_total);
+      s.fine.total = static_cast<int>(fine_total);
+      s.coarse_slots = static_cast<int>(coarse_warps * WARP);
+      s.slots = s.coarse_slots + s.fine.total;
+      s.rounds = static_cast<int>(rounds);
+      s.copy_instructions = static_cast<int>(time);
+    }
+  }
+}
 
 // Shared memory of a cut, in words; fills in what depends on the tile alone.
 inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
@@ -159,7 +200,7 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   const int fine_width = row_width(s.fine_w, t.column_align);
   const int64_t coarse_places = cut.tile_d * cut.tile_h * cut.quads * QUAD / coarse_width;
   const int64_t fine_places = d.count * h.count * columns / fine_width;
-  const int64_t coarse_table = ORIGINS_WORDS + chunks * CHUNK_QUADS;
+  const int64_t coarse_table = ORIGINS_WORDS + (chunks + cut.parts) * CHUNK_QUADS;
   const int64_t fine_table = coarse_table + 2 * coarse_places;
   const int64_t stages = round_up(fine_table + 2 * fine_places, 4);
   const int64_t words = stages + PRODUCT_STAGES * (coarse_words + fine_words);
@@ -181,10 +222,8 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
-  s.coarse.total =
-      static_cast<int>(coarse_places * cut.m * t.m_tiles * PRODUCT_ROWS / COPY_CHANNELS);
-  s.fine.total =
-      static_cast<int>(fine_places * cut.n * t.n_tiles * PRODUCT_COLUMNS / COPY_CHANNELS);
+  deal_copies(s, cut.m * t.m_tiles * PRODUCT_ROWS, cut.n * t.n_tiles * PRODUCT_COLUMNS,
+              cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts);
   return words;
 }
 
@@ -222,19 +261,22 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
   const double chunks = double(ceil_div(s.chunks, cut.parts));
   const double products = double(ceil_div(cost.resident * warps, 4)) * 4 * chunks * t.products *
                           PRODUCT_CLOCKS;
-  const double copies = double(s.coarse.total) + s.fine.total;  // of COPY_CHANNELS accesses
+  // Nothing else goes on meanwhile, and shared memory is read and written.
+  const double prepare = t.prepares ? resident * s.stage_words * 11 / 4 / WARP / 4 : 0;
+  const double copies = (double(s.coarse.total) * s.coarse.channels +
+                         double(s.fine.total) * s.fine.channels) / WARP;  // of warps
   const double shared = resident * (warps * chunks * (t.coarse_wavefronts + t.fine_wavefronts) +
-                                    s.stage_words / 32.0 + copies * COPY_CHANNELS / 32.0);
-  // About 20 instructions to find a place, 4 to copy one channel, four schedulers.
-  const double issue = resident * (copies / 32 * (20 + 4 * COPY_CHANNELS) / 4 +
-                                   warps * chunks * t.products * 3.4 / 4);
+                                    s.stage_words / 32.0 * (t.prepares ? 3 : 1) + copies);
+  const double issue =
+      resident * warps * (s.copy_instructions + chunks * t.products * 2.5) / 4;
   const double level2 = resident * s.stage_words * 4 / LEVEL2_BYTES;
   double most = products > shared ? products : shared;
   if (issue > most) most = issue;
   if (level2 > most) most = level2;
   // Few warps hide little of each other's waiting.
   const double idle = resident * warps < 8 ? 8 / (resident * warps) : 1;
-  cost.tile = most * idle + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
+  cost.tile = most * idle + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS +
+              prepare;
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
   const double slots = resident * multiprocessors;
   double waves = double(blocks) * tiles / slots;
@@ -331,7 +373,6 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   s.tiles_d = Divisor(ceil_div(s.coarse_d, s.tile_d));
   s.coarse.by_places = Divisor(s.coarse.places), s.fine.by_places = Divisor(s.fine.places);
   // All copies of the next tile are on their way by two thirds of this one.
-  s.rounds = static_cast<int>(ceil_div(s.coarse.total + s.fine.total, s.threads));
   const int64_t chunks = ceil_div(2 * ceil_div(s.chunks, s.parts), 3);
   s.rounds_per_chunk = static_cast<int>(ceil_div(s.rounds, chunks));
   const int64_t run = ceil_div(s.chunks, s.parts);  // chunks of a warp and tile
