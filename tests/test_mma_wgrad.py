@@ -18,7 +18,13 @@ from interpreted import Library, Problem, engine_sources, problem, solve, solve_
 
 from convgen import interpret, toolchain
 from convgen.dtypes import MODES
-from convgen.engines.mma_wgrad import _elements, _layout, _wavefronts, wgrad_schedule
+from convgen.engines.mma_wgrad import (
+    WgradSchedule,
+    _elements,
+    _layout,
+    _wavefronts,
+    wgrad_schedule,
+)
 from convgen.spec import ConvSpec, Geometry
 
 LIMITS = {"tf32": 5e-4, "tf32x3": 2e-6, "f16tc": 6e-4, "bf16tc": 5e-3}
@@ -96,6 +102,16 @@ def test_columns_that_no_tap_reads_are_not_staged() -> None:
     assert layout(2, 9, 1) == (2, 1, 1)
 
 
+def test_groups_of_unknown_channels_are_taken_to_be_small() -> None:
+    def schedule(groups: int) -> WgradSchedule:
+        geometry = Geometry((3, 5, 7), (2, 2, 2), (1, 2, 3), (1, 1, 1), groups, None, None)
+        return wgrad_schedule(geometry, "tf32")
+
+    assert (1, 1) in schedule(4).tiles
+    assert (1, 1) not in schedule(1).tiles
+    assert schedule(4).taps_h > schedule(1).taps_h
+
+
 # ---- Compilation ----------------------------------------------------------------------------
 
 UP, CONV = "conv_transpose3d", "conv3d"
@@ -105,6 +121,7 @@ COMPILED = [
     (ConvSpec(UP, 2, 2, in_channels=64, out_channels=32), "bf16tc"),
     (ConvSpec(UP, 3, 2, 1, 1), "tf32x3"),
     (ConvSpec(CONV, 3, 1, 1), "tf32"),
+    (ConvSpec(UP, (3, 5, 7), 2, (1, 2, 3), 1, 1, 4), "tf32"),
     (ConvSpec("conv_transpose1d", 16, 8, 4), "tf32"),
 ]
 
@@ -152,6 +169,8 @@ ALL = ("tf32", "tf32x3", "f16tc", "bf16tc")
 CASES = [
     # Several tiles of channels, odd channels, odd rows, two samples.
     Case(ConvSpec(UP, 3), ALL, ((1, (5, 7), (3, 5, 6)), (2, (20, 9), (2, 4, 18)))),
+    # Channels that end within eight, odd rows of both tensors, tiles of channels without any.
+    Case(ConvSpec(CONV, (1, 3, 3), 1, 1), ALL, ((2, (12, 21), (1, 9, 33)),)),
     # Copies whose first column lies left of the tensor; 16-byte accesses.
     Case(ConvSpec(CONV, 3, 1, 1), ("tf32", "bf16tc"), ((2, (16, 40), (3, 7, 24)),)),
     Case(ConvSpec(UP, 3, 2, 1, 1), ("tf32", "f16tc"), ((2, (5, 7), (3, 5, 6)),)),
@@ -196,6 +215,23 @@ def test_checked_kernels_agree_with_float64(case: Case, mode: str) -> None:
     for made in case.problems(mode):
         solve(loaded, made)
         assert made.error() <= LIMITS[mode]
+
+
+@pytest.mark.parametrize("mode", ["tf32", "bf16tc"])
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_tensors_may_start_anywhere(mode: str, skipped: int) -> None:
+    """Rows that 16-byte accesses divide, at addresses that they do not: several per place."""
+    case = Case(ConvSpec(CONV, 3, 1, 1), (), ((2, (20, 40), (3, 7, 24)),))
+    (made,) = case.problems(mode)
+    operands = dict(made.operands)
+    for name in ("coarse", "fine"):
+        room = torch.empty(operands[name].numel() + 64, dtype=operands[name].dtype)
+        first = -room.data_ptr() % 64 // room.element_size() + skipped
+        moved = room[first : first + operands[name].numel()].view(operands[name].shape)
+        operands[name] = moved.copy_(operands[name])
+    moved_problem = replace(made, operands=operands)
+    solve(Library(library(case.spec, mode, "checked")), moved_problem)
+    assert moved_problem.error() <= LIMITS[mode]
 
 
 @pytest.mark.parametrize("mode", ["tf32", "f16tc"])

@@ -309,13 +309,14 @@ def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
     def cost(taps: tuple[int, int], m: int, n: int) -> float | None:
         return _cost(geometry, mode, layouts[taps[1]], taps, (m, n), channels)
 
+    most_n = MAX_N_TILES if fine else 2
+
     def best(
-        blocks: list[tuple[int, int]], m_tiles: tuple[int, ...]
+        blocks: list[tuple[int, int]], m_tiles: tuple[int, ...], most_n: int = most_n
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """(taps, tile) of the least time."""
-        n_tiles = range(1, (MAX_N_TILES if fine else 2) + 1)
         candidates = []
-        for taps, m, n in product(blocks, m_tiles, n_tiles):
+        for taps, m, n in product(blocks, m_tiles, range(1, most_n + 1)):
             time = cost(taps, m, n)
             if time is not None:
                 # Of equals the smaller tile: it leaves more blocks to spread.
@@ -327,6 +328,12 @@ def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
     if coarse:
         taps, tile = best(blocks, tuple(range(1, MAX_M_TILES + 1)))
         tiles: tuple[tuple[int, int], ...] = (tile,)
+    elif geometry.groups > 1:
+        # Groups tend to be small: a warp takes more taps rather than more channels, which may not
+        # exist, and larger tiles follow where they fit.
+        taps, tile = best(blocks, (1,), 1)
+        larger = (best([taps], (m,))[1] for m in UNKNOWN_M_TILES if cost(taps, m, 1) is not None)
+        tiles = tuple(dict.fromkeys([tile, *larger]))
     else:
         taps, _ = best(blocks, UNKNOWN_M_TILES)
         tiles = tuple(
