@@ -16,30 +16,21 @@ constexpr int GROUP_LEAST_CHANNELS = 24;
 template <int CHANNELS>
 constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
 
-// A block's first warps multiply, the next ones stage: copies and their address arithmetic cost the
+// A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
 // tensor cores nothing. 12 warps leave a thread 168 registers. Where warps can trade registers
-// (sm_90a) there are 16, and most of the registers go to those that multiply: either 8 stage, or,
-// where staging (pairs of 16-bit channels) or multiplying takes more registers, 4, and the rest
-// ends at once.
+// (sm_90a) there are 16, with 128 on average: 8 that stage hide more of the memory's latency, and
+// need few.
 constexpr int CONSUMER_WARPS = 8;
-constexpr int GROUPED_WARPS = 16, OTHER_WARPS = 12;
+constexpr int GROUPED_PRODUCERS = 8, OTHER_PRODUCERS = 4;
 template <int CHANNELS>
-constexpr int BLOCK_WARPS = BY_GROUPS<CHANNELS> ? GROUPED_WARPS : OTHER_WARPS;
+constexpr int PRODUCER_WARPS = BY_GROUPS<CHANNELS> ? GROUPED_PRODUCERS : OTHER_PRODUCERS;
 template <class Math>
-constexpr bool FEW_PRODUCERS = Math::CHANNELS > 1 || Math::FLUSH;
-template <class Math, int CHANNELS>
-constexpr int PRODUCER_WARPS = BY_GROUPS<CHANNELS> && !FEW_PRODUCERS<Math> ? 8 : 4;
+constexpr int CONSUMER_REGISTERS = Math::FLUSH ? 200 : 184;
 template <class Math>
-constexpr int CONSUMER_REGISTERS = Math::FLUSH ? 216 : 184;
-constexpr int IDLE_REGISTERS = 24;
-// What is left of 128 registers per thread of the block.
-template <class Math>
-constexpr int PRODUCER_REGISTERS =
-    FEW_PRODUCERS<Math> ? 512 - 2 * CONSUMER_REGISTERS<Math> - IDLE_REGISTERS
-                        : 256 - CONSUMER_REGISTERS<Math>;
+constexpr int PRODUCER_REGISTERS = 2 * 128 - CONSUMER_REGISTERS<Math>;
 
 template <int CHANNELS>
-constexpr int BLOCK_THREADS = BLOCK_WARPS<CHANNELS> * WARP;
+constexpr int BLOCK_THREADS = (CONSUMER_WARPS + PRODUCER_WARPS<CHANNELS>) * WARP;
 
 // Warps whose products are issued together. Those of a group have the same output channels.
 template <int CHANNELS>
@@ -48,13 +39,13 @@ constexpr int GROUP_WARPS = BY_GROUPS<CHANNELS> ? 4 : 1;
 // The constants above depend on the architecture. The host finds those of the code that a device
 // runs by its launch bounds.
 struct Roles {
-  int group_warps, other_warps;  // that multiply together; that do not multiply
-  int max_groups_c;              // groups with different output channels
+  int group_warps, producer_warps;
+  int max_groups_c;  // groups with different output channels
 };
 
 inline Roles roles_of(int launch_bound) {
-  if (launch_bound >= GROUPED_WARPS * WARP) return {4, GROUPED_WARPS - CONSUMER_WARPS, 2};
-  return {1, OTHER_WARPS - CONSUMER_WARPS, 6};
+  if (launch_bound >= (CONSUMER_WARPS + GROUPED_PRODUCERS) * WARP) return {4, GROUPED_PRODUCERS, 2};
+  return {1, OTHER_PRODUCERS, 6};
 }
 
 // Named barriers of the buffers: producers arrive at FULL, consumers at EMPTY.
@@ -69,10 +60,10 @@ __device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
 // Producers: tells the consumers that a buffer is full, once all of this thread's copies but the
 // PENDING newest batches have landed.
 template <int CHANNELS, int PENDING>
-__device__ __forceinline__ void announce_full(int buffer, int threads) {
+__device__ __forceinline__ void announce_full(int buffer) {
   copy_wait<PENDING>();
   if constexpr (BY_GROUPS<CHANNELS>) bulk_fence();  // wgmma reads by the way of bulk copies
-  named_barrier_arrive(BARRIER_FULL + buffer, threads);
+  named_barrier_arrive(BARRIER_FULL + buffer, blockDim.x);
 }
 
 // Words of packed weights for one slot and MMA_WORDS input words.

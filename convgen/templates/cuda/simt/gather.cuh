@@ -365,11 +365,17 @@ __device__ __forceinline__ void copy_lines(const WordPair<Words>& pair, Acc* to,
       to += lines.to;
     }
   } else {
-#pragma unroll(COUNT >= 4 ? 1 : 2)
-    for (int line = 0; line < lines.count; ++line) {
+    // Two lines by addresses of their own: a copy keeps its address for a while.
+    int line = 0;
+    for (; line + 2 <= lines.count; line += 2) {
       pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to, from, inside);
-      from += lines.from;
-      to += lines.to;
+      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to + lines.to, from + lines.from,
+                                                           inside);
+      from += 2 * lines.from;
+      to += 2 * lines.to;
+    }
+    if (line < lines.count) {
+      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to, from, inside);
     }
   }
 }
@@ -380,7 +386,7 @@ template <class Deal, int COUNT, class Words, typename Acc>
 __device__ __forceinline__ void load_lines(const Words& word, Acc* to, uint32_t from,
                                            const Walk& lines, const Walk& planes,
                                            const bool (&inside)[COUNT]) {
-  constexpr int BATCH = COUNT == 1 ? 6 : COUNT == 2 ? 4 : 3;
+  constexpr int BATCH = COUNT == 1 ? 4 : COUNT == 2 ? 2 : 1;
   // From a plane's last line to the next one's first.
   const int to_jump = planes.to - (lines.count - 1) * lines.to;
   const uint32_t from_jump = planes.from - (lines.count - 1) * lines.from;
