@@ -147,9 +147,17 @@ def library(
     files |= {f"src/host/{file}": _text(file) for file in HEADERS}
     units = sorted(path for path in files if path.endswith(".cu"))
     commands = _commands(compiler, MODES[mode], MODES[mode].kernel_flags)
+    defines = ARCHITECTURES[architecture]
     commands = Commands(
         # The file's own suffix means CUDA to some compilers.
-        compile=(*commands.compile, *ARCHITECTURES[architecture], "-include", _PRELUDE, "-x", "c++"),
+        compile=(
+            *commands.compile,
+            *defines,
+            "-include",
+            _PRELUDE,
+            "-x",
+            "c++",
+        ),
         link=(*commands.link, "-shared", "-pthread"),
         link_libraries=(str(runtime), "-ldl"),
         identity=commands.identity,

@@ -209,9 +209,7 @@ def grouped(case: Case, contractions: tuple[str, ...] = GATHERS) -> dict[str, st
 
 @pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
 def test_groups_of_warps_agree_with_float64(case: Case) -> None:
-    library = interpret.library(
-        f"{case.library}_90a", grouped(case), "checked", architecture="90a"
-    )
+    library = interpret.library(f"{case.library}_90a", grouped(case), "checked", architecture="90a")
     loaded = Library(library)
     for given in case.problems():
         if given.contraction in GATHERS:

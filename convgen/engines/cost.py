@@ -42,9 +42,11 @@ class Gpu:
     memory_bytes_per_s: float
     shared_bytes: int
     """Shared memory that a thread block may have."""
+    grouped_product_clocks: float = 0.0
+    """As ``product_clocks``, in products of four warps (``wgmma``); 0 where there are none."""
 
 
-H200 = Gpu("NVIDIA H200", 132, 1.75, 1.5, 2.0, 28.0, 4.2e12, 227 << 10)
+H200 = Gpu("NVIDIA H200", 132, 1.75, 1.5, 2.0, 28.0, 4.2e12, 227 << 10, 1.0)
 GPUS: dict[int, Gpu] = {
     75: Gpu("NVIDIA T4", 40, 1.35, 4.0, 0.0625, 28.0, 3.0e11, 64 << 10),
     80: Gpu("NVIDIA A100", 108, 1.41, 2.0, 1.0, 28.0, 1.7e12, 163 << 10),

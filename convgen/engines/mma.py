@@ -58,7 +58,16 @@ PRODUCTS_FEW, PRODUCTS_FLUSHED_FEW = 16, 6
 UNKNOWN_BLOCKS = (6, 4, 2)
 UNKNOWN_BLOCKS_FEW = (4, 3, 2)  # where six do not fit
 # Sizes that a tuned schedule may compile instead.
-UNKNOWN_CHOICES = (UNKNOWN_BLOCKS, UNKNOWN_BLOCKS_FEW, (6, 3), (4, 2), (3, 2, 1), (2, 1), (8, 4))
+UNKNOWN_CHOICES = (
+    UNKNOWN_BLOCKS,
+    UNKNOWN_BLOCKS_FEW,
+    (8, 4),
+    (6, 3),
+    (4, 3),
+    (4, 2),
+    (3, 2, 1),
+    (2, 1),
+)
 # Registers for the fragments of one column (4 per row, 8 in 3xTF32); with all sums; and with these
 # where the window of a tile is strided.
 MAX_COLUMN_REGISTERS = 48
@@ -67,6 +76,11 @@ MAX_STRIDED_TILE_REGISTERS = 96
 # With so many registers for sums and a column, hardly any of 430 kernels spilled on sm_90; with
 # more, most did. Schedules other than the defaults keep to it, by mode.
 SPILL_FREE_REGISTERS = {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84}
+# Where warps trade registers (sm_90a), those that multiply together keep more. A tuned schedule may
+# count on it; no default does, which must suit every GPU.
+GROUP_CHANNELS = 24  # GROUP_LEAST_CHANNELS of the templates
+PRODUCTS_GROUPED = {"tf32": 24, "tf32x3": 12, "f16tc": 24, "bf16tc": 24}
+GROUPED_REGISTERS = {"tf32": 120, "tf32x3": 128, "f16tc": 120, "bf16tc": 120}
 # What the model chooses must be faster than the rule's by more than the model may be wrong.
 MODEL_MARGIN = 0.85
 # Multiply instructions of an unrolled pass, over all phases: 16 bytes each, with about as many
@@ -91,6 +105,11 @@ def _budget(mode: str) -> int:
     return PRODUCTS if mode == "tf32" else PRODUCTS_FEW
 
 
+def _grouped(schedule: GatherSchedule) -> bool:
+    """Whether all its warps multiply in groups where a GPU has that."""
+    return min(schedule.channels) >= GROUP_CHANNELS
+
+
 def _few(mode: str) -> int:
     """Products that a warp may keep beside what lies far apart."""
     return PRODUCTS_FLUSHED_FEW if mode == "tf32x3" else PRODUCTS_FEW
@@ -102,9 +121,21 @@ def _fragment_registers(mode: str) -> int:
 
 
 def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
-    """Why a gather cannot have a schedule; empty if it can."""
-    refusal = _misfit(geometry, contraction, mode, schedule)
+    """Why a gather cannot have a schedule by default; empty if it can."""
+    refusal = _misfit(geometry, contraction, mode, schedule, _budget(mode), MAX_TILE_REGISTERS)
     return refusal or _strided_spill(geometry, contraction, mode, schedule)
+
+
+def _tuned_refusal(
+    geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule
+) -> str:
+    """Why a gather cannot have a tuned schedule; empty if it can."""
+    if not _refusal(geometry, contraction, mode, schedule):
+        return ""
+    if not _grouped(schedule):
+        return _refusal(geometry, contraction, mode, schedule)
+    most = PRODUCTS_GROUPED[mode]
+    return _misfit(geometry, contraction, mode, schedule, most, GROUPED_REGISTERS[mode])
 
 
 def _strided_spill(
@@ -121,16 +152,26 @@ def _strided_spill(
     return f"beside columns of a strided window {products} products spill; {_few(mode)} fit"
 
 
-def _misfit(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
-    """Why a schedule does not fit into registers, shared memory or the instruction cache."""
+def _misfit(
+    geometry: Geometry,
+    contraction: str,
+    mode: str,
+    schedule: GatherSchedule,
+    most_products: int,
+    most_registers: int,
+) -> str:
+    """Why a schedule does not fit into registers, shared memory or the instruction cache.
+
+    ``most_registers`` are for sums and a column together.
+    """
     r, y, x = arrange(gather_axes(geometry, contraction))
     style, rows, variants = schedule.unroll, schedule.rows, schedule.variants
     blocks = max(schedule.channels) // 8
     if refusal := style_refusal(geometry, x, style):
         return refusal
     products = rows * variants * blocks
-    if products > _budget(mode):
-        return f"{products} products of a warp spill; {_budget(mode)} fit in its registers"
+    if products > most_products:
+        return f"{products} products of a warp spill; {most_products} fit in its registers"
     taps_r = sum(r.counts) if schedule.window_r else 1
     taps_y, span_y = (sum(y.counts), max(y.spans)) if schedule.window_y else (1, 0)
     planes = schedule.planes(r)
@@ -143,8 +184,8 @@ def _misfit(geometry: Geometry, contraction: str, mode: str, schedule: GatherSch
     if column > MAX_COLUMN_REGISTERS:
         return f"a column takes {column} registers of at most {MAX_COLUMN_REGISTERS}"
     tile = (products + planes) * _fragment_registers(mode)
-    if tile > MAX_TILE_REGISTERS:
-        return f"sums and a column take {tile} registers of at most {MAX_TILE_REGISTERS}"
+    if tile > most_registers:
+        return f"sums and a column take {tile} registers of at most {most_registers}"
     # 64 positions in a strip 32 wide: up to three lines.
     lines = 2 * (y.step if schedule.window_y else 1) + span_y + 1
     columns = 31 * x.step + max(x.spans) + 4
@@ -157,13 +198,19 @@ def _misfit(geometry: Geometry, contraction: str, mode: str, schedule: GatherSch
     return ""
 
 
-def _spills(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
-    """Why a schedule is likely to spill; empty if it is not."""
+def _spills(
+    geometry: Geometry,
+    contraction: str,
+    mode: str,
+    schedule: GatherSchedule,
+    limits: Mapping[str, int],
+) -> str:
+    """Why a schedule is likely to spill, having more registers than the limits; or empty."""
     r, _, _ = arrange(gather_axes(geometry, contraction))
     planes = schedule.planes(r)
     products = schedule.rows * schedule.variants * max(schedule.channels) // 8
     registers = (products + planes) * _fragment_registers(mode)
-    if registers <= SPILL_FREE_REGISTERS[mode]:
+    if registers <= limits[mode]:
         return ""
     return f"sums and a column take {registers} registers, and spill"
 
@@ -191,7 +238,7 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
     for style, rows, channels in product(("taps", "slab"), (2, 3, 4, 6), sizes):
         other = replace(ruled, unroll=style, rows=rows, channels=channels)
         if _refusal(geometry, contraction, mode, other) or _spills(
-            geometry, contraction, mode, other
+            geometry, contraction, mode, other, SPILL_FREE_REGISTERS
         ):
             continue
         if (expected := time(other)) < most:
@@ -228,7 +275,7 @@ def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherSc
         return schedule("none", _budget(mode))
     for style in ("taps", "plane"):
         chosen = schedule(style, _budget(mode))
-        if _misfit(geometry, contraction, mode, chosen):
+        if _misfit(geometry, contraction, mode, chosen, _budget(mode), MAX_TILE_REGISTERS):
             continue
         if _strided_spill(geometry, contraction, mode, chosen):
             chosen = schedule(style, _few(mode))
@@ -288,15 +335,16 @@ class Mma:
         candidates = [Candidate(default, "")]
         for schedule in dict.fromkeys(schedules):
             if schedule != default:
-                refusal = _refusal(geometry, contraction, dtype, schedule)
-                spills = _spills(geometry, contraction, dtype, schedule)
+                refusal = _tuned_refusal(geometry, contraction, dtype, schedule)
+                limits = GROUPED_REGISTERS if _grouped(schedule) else SPILL_FREE_REGISTERS
+                spills = _spills(geometry, contraction, dtype, schedule, limits)
                 candidates.append(Candidate(schedule, refusal or spills))
         return candidates
 
     def refusal(self, plan: KernelPlan) -> str:
         if plan.contraction == "wgrad":
             return wgrad_refusal(plan.geometry, plan.dtype, plan.schedule)
-        return _refusal(plan.geometry, plan.contraction, plan.dtype, plan.schedule)
+        return _tuned_refusal(plan.geometry, plan.contraction, plan.dtype, plan.schedule)
 
     def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
         if plan.contraction == "wgrad":
@@ -307,15 +355,23 @@ class Mma:
         split = 2 if mode == "tf32x3" else 1
         inputs = problem.fine_channels if plan.contraction == "fprop" else problem.coarse_channels
         elements = 4 // MODES[mode].size_bytes
+        products = 3 if split == 2 else 1
+        grouped = gpu.grouped_product_clocks > 0 and channels >= GROUP_CHANNELS
+        # Lanes load weights once per tap; the tensor core itself does, for the 64 positions of a
+        # group and each row.
+        weight = (2.0 * blocks * split, 1.0 * blocks * split)
+        if grouped:
+            weight = (0.5 * blocks * products * plan.schedule.rows, 4.0)
+        clocks = gpu.grouped_product_clocks if grouped else gpu.product_clocks
         warp = Warp(
             lanes=16,
             channels=channels,
             warps=8,
             # Four loads of a fragment, and the rounding or splitting of its words.
-            load=(4, {"tf32": 12, "tf32x3": 24}.get(mode, 4)),
-            weight=(2 * blocks * split, blocks * split),
-            tap_clocks=blocks * gpu.product_clocks * (3 if split == 2 else 1),
-            tap_instructions=blocks * (3 if split == 2 else 1),
+            load=(4, {"tf32": 8, "tf32x3": 24}.get(mode, 4)),
+            weight=weight,
+            tap_clocks=blocks * clocks * products,
+            tap_instructions=products if grouped else blocks * products,
             words=-(-inputs // plan.geometry.groups // elements // 8) * 8,
             weight_bytes=32 * blocks * split,
             staged_words=8,
