@@ -18,19 +18,19 @@ constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
 
 // A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
 // tensor cores nothing. 12 warps leave a thread 168 registers. Where warps can trade registers
-// (sm_90a) there are 16, with 128 on average: 8 that stage hide more of the memory's latency, and
-// need few.
-constexpr int CONSUMER_WARPS = 8;
-constexpr int GROUPED_PRODUCERS = 8, OTHER_PRODUCERS = 4;
+// (sm_90a) there are 16, with 128 on average: those that stage need few, and are two crews, which
+// take turns, so that one issues copies while the other's are on their way.
+constexpr int CONSUMER_WARPS = 8, CREW_WARPS = 4;
+constexpr int GROUPED_CREWS = 2;
 template <int CHANNELS>
-constexpr int PRODUCER_WARPS = BY_GROUPS<CHANNELS> ? GROUPED_PRODUCERS : OTHER_PRODUCERS;
+constexpr int CREWS = BY_GROUPS<CHANNELS> ? GROUPED_CREWS : 1;
 template <class Math>
 constexpr int CONSUMER_REGISTERS = Math::FLUSH ? 200 : 184;
 template <class Math>
 constexpr int PRODUCER_REGISTERS = 2 * 128 - CONSUMER_REGISTERS<Math>;
 
 template <int CHANNELS>
-constexpr int BLOCK_THREADS = (CONSUMER_WARPS + PRODUCER_WARPS<CHANNELS>) * WARP;
+constexpr int BLOCK_THREADS = (CONSUMER_WARPS + CREWS<CHANNELS> * CREW_WARPS) * WARP;
 
 // Warps whose products are issued together. Those of a group have the same output channels.
 template <int CHANNELS>
@@ -39,16 +39,17 @@ constexpr int GROUP_WARPS = BY_GROUPS<CHANNELS> ? 4 : 1;
 // The constants above depend on the architecture. The host finds those of the code that a device
 // runs by its launch bounds.
 struct Roles {
-  int group_warps, producer_warps;
+  int group_warps, crews;
   int max_groups_c;  // groups with different output channels
 };
 
 inline Roles roles_of(int launch_bound) {
-  if (launch_bound >= (CONSUMER_WARPS + GROUPED_PRODUCERS) * WARP) return {4, GROUPED_PRODUCERS, 2};
-  return {1, OTHER_PRODUCERS, 6};
+  const int grouped = (CONSUMER_WARPS + GROUPED_CREWS * CREW_WARPS) * WARP;
+  return launch_bound >= grouped ? Roles{4, GROUPED_CREWS, 2} : Roles{1, 1, 6};
 }
 
-// Named barriers of the buffers: producers arrive at FULL, consumers at EMPTY.
+// Named barriers of the buffers: a crew of producers arrives at FULL, consumers at EMPTY. A buffer
+// always belongs to the same crew.
 constexpr int MOST_STAGES = 4;
 constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = BARRIER_FULL + MOST_STAGES;
 
@@ -60,10 +61,10 @@ __device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
 // Producers: tells the consumers that a buffer is full, once all of this thread's copies but the
 // PENDING newest batches have landed.
 template <int CHANNELS, int PENDING>
-__device__ __forceinline__ void announce_full(int buffer) {
+__device__ __forceinline__ void announce_full(int buffer, int threads) {
   copy_wait<PENDING>();
   if constexpr (BY_GROUPS<CHANNELS>) bulk_fence();  // wgmma reads by the way of bulk copies
-  named_barrier_arrive(BARRIER_FULL + buffer, blockDim.x);
+  named_barrier_arrive(BARRIER_FULL + buffer, threads);
 }
 
 // Words of packed weights for one slot and MMA_WORDS input words.

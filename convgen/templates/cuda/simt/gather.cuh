@@ -58,7 +58,7 @@ struct GatherTraits {
   int max_warps;               // of a thread block, those that compute
   int max_warps_c = 6;         // of them, with different output channels
   int warp_threads = WARP;     // several warps may be dealt together as one
-  int most_stages = 2;
+  int most_stages = 2, stage_step = 1;  // the number of stages is a multiple of the step
   int scratch_bytes = 0;       // shared memory of a thread block behind the stages
   int extra_threads = 0;       // of a thread block beside them
   int lanes_per_warp;          // positions that a warp's lanes make
@@ -139,11 +139,11 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
   s.threads = s.lanes / t.lanes_per_warp * t.warp_threads * s.warps_c + t.extra_threads;
 
-  // Input words per stage, no more than there are: as many as fit into half of the shared memory
-  // (two blocks could then live on a multiprocessor); or where a block may have more stages and
-  // stays alone, three of them into all of it.
-  const int64_t per_word = (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
-  int64_t chunk = shared_limit / (t.most_stages > GATHER_LEAST_STAGES ? 3 : 4) / per_word;
+  // Input words per stage: as many as let two stages fit into half of the shared memory (two blocks
+  // could then live on a multiprocessor, or one with more stages), and no more than there are.
+  const int64_t per_word = GATHER_LEAST_STAGES *
+                           (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
+  int64_t chunk = shared_limit / 2 / per_word;
   if (chunk > t.max_chunk) chunk = t.max_chunk;
   chunk = chunk / t.chunk_step * t.chunk_step;
   if (chunk < t.chunk_step) chunk = t.chunk_step;
@@ -156,7 +156,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
       s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
   const int stage_bytes = s.stage_elements * t.word_bytes;
   if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;
-  s.stages = shared_limit / stage_bytes;
+  s.stages = shared_limit / stage_bytes / t.stage_step * t.stage_step;
   if (s.stages > t.most_stages) s.stages = t.most_stages;
   s.shared_bytes = s.stages * stage_bytes + t.scratch_bytes;
 
@@ -365,17 +365,23 @@ __device__ __forceinline__ void copy_lines(const WordPair<Words>& pair, Acc* to,
       to += lines.to;
     }
   } else {
-    // Two lines by addresses of their own: a copy keeps its address for a while.
+    // Several lines by addresses of their own: a copy keeps its address for a while.
+    constexpr int TOGETHER = COUNT >= 4 ? 2 : 4;
     int line = 0;
-    for (; line + 2 <= lines.count; line += 2) {
-      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to, from, inside);
-      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to + lines.to, from + lines.from,
-                                                           inside);
-      from += 2 * lines.from;
-      to += 2 * lines.to;
+    for (; line + TOGETHER <= lines.count; line += TOGETHER) {
+#pragma unroll
+      for (int i = 0; i < TOGETHER; ++i) {
+        pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to + i * lines.to,
+                                                             from + i * lines.from, inside);
+      }
+      from += TOGETHER * lines.from;
+      to += TOGETHER * lines.to;
     }
-    if (line < lines.count) {
+#pragma unroll 1
+    for (; line < lines.count; ++line) {
       pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to, from, inside);
+      from += lines.from;
+      to += lines.to;
     }
   }
 }
