@@ -309,21 +309,21 @@ struct CoarseFragment {
   uint32_t high[PRODUCT_STEPS<Product>][4], low[PRODUCT_STEPS<Product>][4];
 
   __device__ __forceinline__ void load(const uint32_t* from, int half_rows, uint32_t zero) {
-    [[maybe_unused]] constexpr int WORDS = QUAD / Product::ELEMENTS;
+    constexpr int WORDS = QUAD / Product::ELEMENTS;
     if constexpr (Product::STAGED) {
       load_vector<4>(high[0], from);
       load_vector<4>(high[1], from + half_rows);
-    } else {
+      return;
+    }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t quad[WORDS];
-        load_vector<WORDS>(quad, from + half * half_rows);
+    for (int half = 0; half < 2; ++half) {
+      uint32_t quad[WORDS];
+      load_vector<WORDS>(quad, from + half * half_rows);
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-          const int step = i % PRODUCT_STEPS<Product>, at = i / PRODUCT_STEPS<Product> * 2 + half;
-          high[step][at] = Product::ELEMENTS == 1 ? Product::high(quad[i]) : quad[i] | zero;
-          if constexpr (Product::SPLIT) low[step][at] = Product::low(quad[i], high[step][at]);
-        }
+      for (int i = 0; i < WORDS; ++i) {
+        const int step = i % PRODUCT_STEPS<Product>, at = i / PRODUCT_STEPS<Product> * 2 + half;
+        high[step][at] = Product::ELEMENTS == 1 ? Product::high(quad[i]) : quad[i] | zero;
+        if constexpr (Product::SPLIT) low[step][at] = Product::low(quad[i], high[step][at]);
       }
     }
   }
