@@ -192,10 +192,8 @@ def _tile(layout: Layout, elements: int, taps_h: int, m: int, n: int) -> Tile:
     return Tile(m, n, coarse, n * taps_h * layout.used_vectors * layout.wavefronts)
 
 
-def _staging(
-    layout: Layout, elements: int, m: int, n: int, rows: int, rounds: bool
-) -> tuple[float, float]:
-    """What staging (and rounding) a chunk's share of a tile takes, of schedulers and of level 2.
+def _staging(layout: Layout, elements: int, m: int, n: int, rows: int) -> tuple[float, float]:
+    """What staging a chunk's share of a tile takes, of schedulers and of level 2.
 
     ``rows`` blocks of rows of taps share it, as many as go with other warps into a thread block.
     """
@@ -204,13 +202,9 @@ def _staging(
     fine = 1.3 * COLUMNS * n * positions * layout.position_columns
     coarse = ROWS * m * positions
     sharers = min(rows, 3)
-    # Instructions of four schedulers, per access of a warp; below 4 bytes through registers. Where
-    # operands are rounded, all are loaded and stored once more, four of a lane at a time.
-    copy = 10 / 4
-    access = copy * (3 if layout.column_align < elements else 1)
-    issue = (access * fine / layout.column_align + copy * coarse / QUAD) / 32
-    if rounds:
-        issue += 11 / 4 * (fine + coarse) / QUAD / 32
+    # Instructions of four schedulers, per access of a warp; below 4 bytes through registers.
+    access = 7 / 4 * (3 if layout.column_align < elements else 1)
+    issue = (access * fine / layout.column_align + 7 / 4 * coarse / QUAD) / 32
     level2 = (fine + coarse) * 4 / elements / LEVEL2_BYTES
     return issue / sharers, level2 / sharers
 
@@ -246,10 +240,10 @@ def _clocks(
     products = m * n * taps_h * taps_w * 2 // elements
     tensor = PRODUCT_CLOCKS * products * (3 if split else 1)
     shared = tile.coarse_wavefronts + tile.fine_wavefronts
-    # Splitting or moves, addresses, the loop; four instructions a clock.
+    # Rounding or splitting, addresses, the loop; four instructions a clock.
     operands = fragments + n * taps_h * window
-    issue = (products + operands * (2.5 if split else 1) + 30) / 4
-    copies, level2 = _staging(layout, elements, m, n, rows, elements == 1 and not split)
+    issue = (products + operands * (1 if elements == 2 else 2.5) + 40) / 4
+    copies, level2 = _staging(layout, elements, m, n, rows)
     issue += copies
     return max(tensor, 1.1 * shared, issue, level2) + 0.2 * (tensor + shared + issue + level2)
 

@@ -177,14 +177,9 @@ __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* 
 // A lane holds four neighbouring positions (a quad) of a chunk's sixteen: their order within a
 // product's depth is free as long as both operands agree. With g = lane / 4, t = lane % 4, quad t:
 //   32-bit elements: product 0 takes positions 0 and 2 of the quads, product 1 positions 1 and 3,
-//     so that a tap's second product reads what its right neighbour's first one does. Or, with
-//     NEIGHBOURS, product 0 takes positions 0 and 1, product 1 positions 2 and 3: where a position
-//     is a column, every other tap finds its operands in the registers that they were loaded to.
+//   so
+//     that a tap's second product reads what its right neighbour's first one does
 //   16-bit elements: one product takes all four, as two words of two.
-template <bool NEIGHBOURS>
-__host__ __device__ constexpr int quad_position(int step, int i) {
-  return NEIGHBOURS ? 2 * step + i : step + 2 * i;
-}
 
 // Nearest TF32 value of x, away from zero between two, as far as the tensor core looks: it ignores
 // the 13 bits below. Half a unit in the last place is 2^-11 of x's power of two; NaNs and
@@ -199,9 +194,8 @@ struct Tf32Product {
   using Raw = uint32_t;
   static constexpr int ELEMENTS = 1;
   static constexpr bool SPLIT = false;
-  static constexpr bool STAGED = true;  // rounded in shared memory, see prepare_stage
 
-  __device__ static __forceinline__ uint32_t high(uint32_t bits) { return bits; }
+  __device__ static __forceinline__ uint32_t high(uint32_t bits) { return nearest_tf32(bits); }
   __device__ static __forceinline__ uint32_t low(uint32_t, uint32_t) { return 0; }
   __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[2]) {
@@ -213,7 +207,6 @@ struct Tf32Product {
 // subtraction. Where NaN becomes a number, or the largest numbers infinite, low is NaN.
 struct SplitTf32Product : Tf32Product {
   static constexpr bool SPLIT = true;
-  static constexpr bool STAGED = false;
 
   __device__ static __forceinline__ uint32_t high(uint32_t bits) {
     return (bits + 0x1000u) & 0xffffe000u;
@@ -227,7 +220,6 @@ struct HalfProduct {
   using Raw = uint16_t;
   static constexpr int ELEMENTS = 2;
   static constexpr bool SPLIT = false;
-  static constexpr bool STAGED = false;
 
   __device__ static __forceinline__ uint32_t high(uint32_t bits) { return bits; }
   __device__ static __forceinline__ uint32_t low(uint32_t, uint32_t) { return 0; }
@@ -246,47 +238,6 @@ struct Bfloat16Product : HalfProduct {
 
 template <class Product>
 constexpr int PRODUCT_STEPS = 2 / Product::ELEMENTS;  // products per chunk
-
-__device__ __forceinline__ uint4 nearest_tf32(uint4 x) {
-  return make_uint4(nearest_tf32(x.x), nearest_tf32(x.y), nearest_tf32(x.z), nearest_tf32(x.w));
-}
-
-// Rounds what has been staged, once for all warps, taps and chunks that read it, and lays coarse
-// fragments out as products take them: of channels g and g + 8 of a tile and a quad, those of
-// product 0 where g's quad was, those of product 1 where that of g + 8 was. All threads together,
-// between two barriers; each loads two vectors before it stores the first.
-template <bool NEIGHBOURS>
-__device__ __forceinline__ void prepare_stage(const ProductShape& s, uint32_t* staged,
-                                              int coarse_channels) {
-  constexpr int VECTORS = 2;  // at once: more would not fit beside the sums
-  const int lane = threadIdx.x % WARP, quads = s.chunks * CHUNK_QUADS;
-#pragma unroll 1
-  for (int pair = threadIdx.x / WARP; pair < coarse_channels / 2; pair += blockDim.x / WARP) {
-    uint4* const low =
-        reinterpret_cast<uint4*>(staged + (pair / 8 * PRODUCT_ROWS + pair % 8) * s.coarse_pitch);
-    uint4* const high = low + 8 * s.coarse_pitch / 4;
-#pragma unroll 1
-    for (int quad = lane; quad < quads; quad += WARP) {
-      const uint4 x = nearest_tf32(low[quad]), y = nearest_tf32(high[quad]);
-      low[quad] = NEIGHBOURS ? make_uint4(x.x, y.x, x.y, y.y) : make_uint4(x.x, y.x, x.z, y.z);
-      high[quad] = NEIGHBOURS ? make_uint4(x.z, y.z, x.w, y.w) : make_uint4(x.y, y.y, x.w, y.w);
-    }
-  }
-  uint4* const fine = reinterpret_cast<uint4*>(staged + s.coarse_words);
-  const int vectors = (s.stage_words - s.coarse_words) / 4, step = blockDim.x;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < vectors; first += VECTORS * step) {
-    uint4 x[VECTORS];
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      if (first + i * step < vectors) x[i] = fine[first + i * step];
-    }
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      if (first + i * step < vectors) fine[first + i * step] = nearest_tf32(x[i]);
-    }
-  }
-}
 
 // WORDS words (2 or 4, aligned) of shared memory.
 template <int WORDS>
@@ -310,11 +261,6 @@ struct CoarseFragment {
 
   __device__ __forceinline__ void load(const uint32_t* from, int half_rows, uint32_t zero) {
     constexpr int WORDS = QUAD / Product::ELEMENTS;
-    if constexpr (Product::STAGED) {
-      load_vector<4>(high[0], from);
-      load_vector<4>(high[1], from + half_rows);
-      return;
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t quad[WORDS];
@@ -366,14 +312,14 @@ struct FineWindow {
   }
 
   // d[m] += a[m] * (the tap whose first position reads column `first`), for one product's depth.
-  template <bool NEIGHBOURS, int M_TILES>
+  template <int M_TILES>
   __device__ __forceinline__ void multiply(float (&d)[M_TILES][4],
                                            const CoarseFragment<Product> (&a)[M_TILES], int step,
                                            int first, int position_columns) const {
     uint32_t b[2], rest[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int column = first + quad_position<NEIGHBOURS>(step, i) * position_columns;
+      const int column = first + (step + 2 * i) * position_columns;
       b[i] = operand(high, column, position_columns);
       if constexpr (Product::SPLIT) rest[i] = operand(low, column, position_columns);
     }

@@ -66,7 +66,7 @@ struct ProductShape {
   int coarse_table, fine_table, stages, coarse_words, stage_words;
   int rounds, rounds_per_chunk;  // of copies, by all threads
   int copy_instructions;         // of a warp and tile
-  int coarse_slots, slots;       // threads of all rounds with coarse places (whole warps), with any
+  int coarse_slots, slots;       // threads over all rounds that copy coarse places (whole warps), all
   int shared_bytes;
   ProductCopies coarse, fine;
 };
@@ -78,7 +78,6 @@ struct ProductTraits {
   int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
   int m_tiles, n_tiles, products;  // products per chunk and warp
   int element_bytes;
-  bool prepares;  // see prepare_stage
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
   bool joins_w;  // whether a block may own several blocks of taps along W
   int coarse_residue, fine_residue;      // of the channel pitches, mod 32 words
@@ -138,7 +137,7 @@ struct ProductCut {
 constexpr double PRODUCT_CLOCKS = 1.5;     // of a multiprocessor with all four quarters at work
 constexpr double LEVEL2_BYTES = 28;        // per clock and multiprocessor
 constexpr double TILE_CLOCKS = 300;        // barrier, first loads, last products
-constexpr int64_t COPY_PLACE = 90, COPY_ONE = 5;  // instructions: to find a place, of a channel
+constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4;  // instructions: to find a place, to copy a channel
 
 // Instructions of a warp that copies `channels` channels at its places.
 constexpr int64_t copy_instructions(int64_t channels) { return COPY_PLACE + COPY_ONE * channels; }
@@ -261,22 +260,19 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
   const double chunks = double(ceil_div(s.chunks, cut.parts));
   const double products = double(ceil_div(cost.resident * warps, 4)) * 4 * chunks * t.products *
                           PRODUCT_CLOCKS;
-  // Nothing else goes on meanwhile, and shared memory is read and written.
-  const double prepare = t.prepares ? resident * s.stage_words * 11 / 4 / WARP / 4 : 0;
   const double copies = (double(s.coarse.total) * s.coarse.channels +
                          double(s.fine.total) * s.fine.channels) / WARP;  // of warps
   const double shared = resident * (warps * chunks * (t.coarse_wavefronts + t.fine_wavefronts) +
-                                    s.stage_words / 32.0 * (t.prepares ? 3 : 1) + copies);
+                                    s.stage_words / 32.0 + copies);
   const double issue =
-      resident * warps * (s.copy_instructions + chunks * t.products * 2.5) / 4;
+      resident * warps * (s.copy_instructions + chunks * t.products * 3.0) / 4;
   const double level2 = resident * s.stage_words * 4 / LEVEL2_BYTES;
   double most = products > shared ? products : shared;
   if (issue > most) most = issue;
   if (level2 > most) most = level2;
   // Few warps hide little of each other's waiting.
   const double idle = resident * warps < 8 ? 8 / (resident * warps) : 1;
-  cost.tile = most * idle + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS +
-              prepare;
+  cost.tile = most * idle + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
   const double slots = resident * multiprocessors;
   double waves = double(blocks) * tiles / slots;
