@@ -9,7 +9,10 @@ constexpr int QUAD = 4;        // neighbouring positions along W that one lane f
 constexpr int CHUNK_QUADS = 4;  // quads of one chunk: one for each lane of a row of a product
 constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 
-constexpr int PRODUCT_WARPS = 12;  // of a block, at most; 168 registers a thread
+// Warps of a block, at most. With 12 of them a thread may have 168 registers, with 16 128: enough
+// for so few sums, and more warps hide more of each other's waiting.
+constexpr int FEW_SUMS = 72;
+constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? 16 : 12; }
 constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
 constexpr int COPY_CHANNELS = 8;   // channels that a thread copies in a row, nothing in between
@@ -77,6 +80,7 @@ struct ProductTraits {
   int stride_d, stride_h, stride_w, dilation_d, dilation_h;
   int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
   int m_tiles, n_tiles, products;  // products per chunk and warp
+  int warps;                       // of a block, at most
   int element_bytes;
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
   bool joins_w;  // whether a block may own several blocks of taps along W
@@ -137,6 +141,7 @@ struct ProductCut {
 constexpr double PRODUCT_CLOCKS = 1.5;     // of a multiprocessor with all four quarters at work
 constexpr double LEVEL2_BYTES = 28;        // per clock and multiprocessor
 constexpr double TILE_CLOCKS = 300;        // barrier, first loads, last products
+constexpr double WARP_CLOCKS = 6;          // from one instruction of a warp to the next; measured
 constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4;  // instructions: to find a place, to copy a channel
 
 // Instructions of a warp that copies `channels` channels at its places.
@@ -251,7 +256,7 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
                            int64_t words, int64_t batch, int multiprocessors, int shared_limit) {
   const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d, warps = units * cut.parts;
   ProductCost cost;
-  cost.resident = PRODUCT_WARPS / warps;
+  cost.resident = t.warps / warps;
   // A block's own 1 KiB; the limit of one block is the multiprocessor's less that.
   const int64_t fit = (int64_t{shared_limit} + 1024) / (words * 4 + 1024);
   if (cost.resident > fit) cost.resident = fit;
@@ -264,15 +269,14 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
                          double(s.fine.total) * s.fine.channels) / WARP;  // of warps
   const double shared = resident * (warps * chunks * (t.coarse_wavefronts + t.fine_wavefronts) +
                                     s.stage_words / 32.0 + copies);
-  const double issue =
-      resident * warps * (s.copy_instructions + chunks * t.products * 3.0) / 4;
+  // A scheduler issues an instruction per clock, but a warp only one in WARP_CLOCKS.
+  const double turn = resident * warps / 4 > WARP_CLOCKS ? resident * warps / 4 : WARP_CLOCKS;
+  const double issue = (s.copy_instructions + chunks * t.products * 3.0) * turn;
   const double level2 = resident * s.stage_words * 4 / LEVEL2_BYTES;
   double most = products > shared ? products : shared;
   if (issue > most) most = issue;
   if (level2 > most) most = level2;
-  // Few warps hide little of each other's waiting.
-  const double idle = resident * warps < 8 ? 8 / (resident * warps) : 1;
-  cost.tile = most * idle + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
+  cost.tile = most + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
   const double slots = resident * multiprocessors;
   double waves = double(blocks) * tiles / slots;
@@ -325,20 +329,20 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
       }
     }
   };
-  for (cut.m = 1; cut.m <= PRODUCT_WARPS; ++cut.m) {
+  for (cut.m = 1; cut.m <= t.warps; ++cut.m) {
     if (!even(tiles_m, cut.m)) continue;
-    for (cut.n = 1; cut.m * cut.n <= PRODUCT_WARPS; ++cut.n) {
+    for (cut.n = 1; cut.m * cut.n <= t.warps; ++cut.n) {
       if (!even(tiles_n, cut.n)) continue;
-      for (cut.w = 1; cut.m * cut.n * cut.w <= PRODUCT_WARPS; ++cut.w) {
+      for (cut.w = 1; cut.m * cut.n * cut.w <= t.warps; ++cut.w) {
         if (!even(t.tap_blocks_w, cut.w) || (cut.w > 1 && !t.joins_w)) continue;
-        for (cut.h = 1; cut.m * cut.n * cut.w * cut.h <= PRODUCT_WARPS; ++cut.h) {
+        for (cut.h = 1; cut.m * cut.n * cut.w * cut.h <= t.warps; ++cut.h) {
           if (!even(t.tap_blocks_h, cut.h)) continue;
-          for (cut.d = 1; cut.m * cut.n * cut.w * cut.h * cut.d <= PRODUCT_WARPS; ++cut.d) {
+          for (cut.d = 1; cut.m * cut.n * cut.w * cut.h * cut.d <= t.warps; ++cut.d) {
             if (!even(t.kernel_d, cut.d)) continue;
             const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d;
             // Whole quarters of the multiprocessor, or as many warps as there can be.
-            for (cut.parts = 1; cut.parts * units <= PRODUCT_WARPS; ++cut.parts) {
-              const bool most = (cut.parts + 1) * units > PRODUCT_WARPS;
+            for (cut.parts = 1; cut.parts * units <= t.warps; ++cut.parts) {
+              const bool most = (cut.parts + 1) * units > t.warps;
               if (cut.parts * units % 4 == 0 || most) consider_tiles();
             }
           }
