@@ -305,6 +305,7 @@ class Mma:
         "gather.cuh": "cuda/simt/gather.cuh",
         "pipeline.cuh": "cuda/pipeline.cuh",
         "mma.cuh": "cuda/mma/mma.cuh",
+        "tf32.cuh": "cuda/mma/tf32.cuh",
         "math.cuh": "cuda/mma/math.cuh",
         "fragments.cuh": "cuda/mma/fragments.cuh",
         "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",

@@ -3,6 +3,7 @@
 
 #include "mma.cuh"
 #include "mma_wgrad_cut.cuh"
+#include "tf32.cuh"
 
 namespace convgen {
 
@@ -180,20 +181,6 @@ __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* 
 //   so
 //     that a tap's second product reads what its right neighbour's first one does
 //   16-bit elements: one product takes all four, as two words of two.
-
-// Nearest TF32 value of x, as far as the tensor core looks: it ignores the 13 bits below. NaNs and
-// infinities stay. One instruction since sm_90, which has the even one of two equally near; before,
-// away from zero in two: half a unit in the last place is 2^-11 of x's power of two (of
-// cvt.rna.tf32.f32 ptxas makes three, or a comparison and an addition in place, which costs moves
-// of every fragment).
-__device__ __forceinline__ uint32_t nearest_tf32(uint32_t bits) {
-#if __CUDA_ARCH__ >= 900
-  return round_tf32<Rounding::NEAREST_EVEN>(__uint_as_float(bits));
-#else
-  const float power = __uint_as_float(bits & 0xff800000u);
-  return __float_as_uint(__fmaf_rz(power, 0x1p-11f, __uint_as_float(bits)));
-#endif
-}
 
 struct Tf32Product {
   using Raw = uint32_t;

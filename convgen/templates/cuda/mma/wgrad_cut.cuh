@@ -11,8 +11,8 @@ constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 
 // Warps of a block, at most. With 12 of them a thread may have 168 registers, with 16 128: enough
 // for so few sums, and more warps hide more of each other's waiting.
-constexpr int FEW_SUMS = 72;
-constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? 16 : 12; }
+constexpr int LEAST_WARPS = 12, MOST_WARPS = 16, FEW_SUMS = 72;
+constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? MOST_WARPS : LEAST_WARPS; }
 constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
 constexpr int COPY_CHANNELS = 8;   // channels that a thread copies in a row, nothing in between
