@@ -230,7 +230,9 @@ def candidates(job: Job, gpu: Gpu, most: int = CANDIDATES) -> Outcome:
 
     others = [candidate(schedule) for schedule in legal if schedule != default.schedule]
     others.sort(key=lambda c: c.predicted.ms)
-    chosen = [candidate(default.schedule), *others[: most - 1]]
+    # What the model cannot tell apart differs in sizes that this layer does not use.
+    distinct = list({c.predicted: c for c in reversed(others)}.values())[::-1]
+    chosen = [candidate(default.schedule), *distinct[: most - 1]]
     return Outcome(job, len(others) + 1, chosen)
 
 

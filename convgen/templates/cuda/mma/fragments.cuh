@@ -24,10 +24,7 @@ constexpr int CONSUMER_WARPS = 8, CREW_WARPS = 4;
 constexpr int GROUPED_CREWS = 2;
 template <int CHANNELS>
 constexpr int CREWS = BY_GROUPS<CHANNELS> ? GROUPED_CREWS : 1;
-template <class Math>
-constexpr int CONSUMER_REGISTERS = Math::FLUSH ? 200 : 184;
-template <class Math>
-constexpr int PRODUCER_REGISTERS = 2 * 128 - CONSUMER_REGISTERS<Math>;
+constexpr int CONSUMER_REGISTERS = 184, PRODUCER_REGISTERS = 2 * 128 - CONSUMER_REGISTERS;
 
 template <int CHANNELS>
 constexpr int BLOCK_THREADS = (CONSUMER_WARPS + CREWS<CHANNELS> * CREW_WARPS) * WARP;
@@ -142,18 +139,19 @@ __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
   }
 }
 
-// Around the taps of one column, whose fragments have been loaded. The products of the column
-// before it end here; its own may go on while the next fragments are loaded.
+// Around the taps of one column, whose fragments have been loaded. Where registers hold the
+// fragments of two columns, a column's products go on while the next fragments are loaded, and
+// those of the column before it end here; in 3xTF32 (FLUSH) they hold only one.
 template <int CHANNELS>
 __device__ __forceinline__ void begin_column() {
   if constexpr (BY_GROUPS<CHANNELS>) wgmma_begin();
 }
 
-template <int CHANNELS>
+template <class Math, int CHANNELS>
 __device__ __forceinline__ void end_column() {
   if constexpr (BY_GROUPS<CHANNELS>) {
     wgmma_commit();
-    wgmma_wait<1>();
+    wgmma_wait<Math::FLUSH ? 0 : 1>();
   }
 }
 

@@ -15,8 +15,6 @@
 
 namespace convgen {
 
-// ROUNDING is that of the weights. Inputs are rounded in the inner loop, in the way that takes least;
-// where weights are rounded to even between two values, one in 2^14 inputs differs from that.
 template <Rounding ROUNDING>
 struct Tf32 {
   using Input = float;
@@ -31,7 +29,11 @@ struct Tf32 {
   };
 
   __device__ static __forceinline__ void set(A& a, int i, float x) {
-    a.word[i] = nearest_tf32(__float_as_uint(x));
+    if constexpr (ROUNDING == Rounding::NEAREST_AWAY) {
+      a.word[i] = nearest_tf32(__float_as_uint(x));  // fewer instructions than the conversion
+    } else {
+      a.word[i] = round_tf32<ROUNDING>(x);
+    }
   }
   // Packed word `i` of a lane; word i % 2 of B, from channel `low`.
   __device__ static __forceinline__ uint32_t pack(int, float low, float) {
