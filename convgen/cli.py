@@ -460,7 +460,7 @@ def tune_(
         fixed_channels,
     )
     gpu = tune.gpu_of(toolchain.gpu_architectures())
-    outcomes = [tune.candidates(job, gpu, candidates) for job in work]
+    outcomes = tune.all_candidates(work, gpu, candidates)
     if dry_run or where is None:
         report.candidates(outcomes)
         raise click.exceptions.Exit(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,8 @@ class Outcome:
     considered: int
     """Legal schedules, of which the candidates are the most promising."""
     candidates: list[Candidate]
+    agreed: Candidate | None = None
+    """What suits all layers of the specification, where it has several."""
 
     @property
     def default(self) -> Candidate:
@@ -121,7 +123,12 @@ class Outcome:
 
     @property
     def best(self) -> Candidate | None:
-        """The fastest; the default unless another is clearly faster. None if all are wrong."""
+        """The fastest; the default unless another is clearly faster. None if all are wrong.
+
+        Of a specification with several layers, the one that suits them best together.
+        """
+        if self.agreed is not None:
+            return self.agreed
         timed = [c for c in self.candidates if c.spread]
         if not timed:
             return None
@@ -236,6 +243,44 @@ def candidates(job: Job, gpu: Gpu, most: int = CANDIDATES) -> Outcome:
     return Outcome(job, len(others) + 1, chosen)
 
 
+def all_candidates(work: Sequence[Job], gpu: Gpu, most: int = CANDIDATES) -> list[Outcome]:
+    """:func:`candidates` of every job. Layers of one specification get those of all of them."""
+    outcomes = [candidates(job, gpu, most) for job in work]
+    for group in _shared(outcomes):
+        plans = {c.plan.schedule: c.plan for outcome in group for c in outcome.candidates}
+        for outcome in group:
+            known = {c.plan.schedule for c in outcome.candidates}
+            outcome.candidates += [
+                Candidate(plan, outcome.job.engine.predict(plan, outcome.job.problem, gpu), False)
+                for schedule, plan in plans.items()
+                if schedule not in known
+            ]
+    return outcomes
+
+
+def _shared(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
+    """Jobs whose kernels a generated module shares, where there are several."""
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        job = outcome.job
+        groups.setdefault((job.spec.name, job.contraction, job.kind), []).append(outcome)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def agree(outcomes: Iterable[Outcome]) -> None:
+    """Lets layers of one specification, which share their kernels, choose one schedule.
+
+    Of those that all of them have timed, the one with the least product of times.
+    """
+    for group in _shared(outcomes):
+        by_schedule = [{c.plan.schedule: c for c in o.candidates if c.spread} for o in group]
+        common = set.intersection(*(set(timed) for timed in by_schedule))
+        if common:
+            best = min(common, key=lambda s: math.prod(_median(timed[s]) for timed in by_schedule))
+            for outcome, timed in zip(group, by_schedule, strict=True):
+                outcome.agreed = timed[best]
+
+
 def gpu_of(architectures: Sequence[str]) -> Gpu:
     """What the model knows of the first architecture, or of the nearest older one."""
     if not architectures:
@@ -313,6 +358,10 @@ def tune(
         else:
             for candidate in outcome.candidates:
                 candidate.note = "not run: the seconds were used up"
+        if on_job:
+            on_job(outcome, index + 1)
+    agree(outcomes)
+    for outcome in outcomes:
         best, default = outcome.best, outcome.default
         if best is not None:
             winners.append(
@@ -335,8 +384,6 @@ def tune(
                     convgen=__version__,
                 )
             )
-        if on_job:
-            on_job(outcome, index + 1)
     return winners
 
 

@@ -84,6 +84,49 @@ class TestJobs:
         assert name in tune.gpu_of(architectures).name
 
 
+class TestLayersOfOneSpecification:
+    WORK = tune.jobs([LAYER, Layer("wide", SPEC, (1, 40, 9, 9), 33, False)], "cuda", "f32", True)
+
+    def timed(self, *times: tuple[float, float]) -> list[tune.Outcome]:
+        """Two layers whose first candidates took so long, each of the pair in one of them."""
+        work = [job for job in self.WORK if job.contraction == "dgrad"]
+        found = tune.all_candidates(work, H200, 4)
+        schedules = [c.plan.schedule for c in found[0].candidates[: len(times)]]
+        for index, outcome in enumerate(found):
+            for candidate in outcome.candidates:
+                if candidate.plan.schedule in schedules:
+                    pair = times[schedules.index(candidate.plan.schedule)]
+                    candidate.times_ms = [pair[index]] * 3
+        tune.agree(found)
+        return found
+
+    def test_try_each_others_candidates(self) -> None:
+        for contraction in CONTRACTIONS:
+            work = [job for job in self.WORK if job.contraction == contraction]
+            alone = [tune.candidates(job, H200, 4) for job in work]
+            wanted = {c.plan.schedule for outcome in alone for c in outcome.candidates}
+            for outcome in tune.all_candidates(work, H200, 4):
+                schedules = [c.plan.schedule for c in outcome.candidates]
+                assert set(schedules) == wanted
+                assert len(schedules) == len(wanted)
+                assert [c.is_default for c in outcome.candidates].index(True) == 0
+
+    def test_choose_the_schedule_that_suits_them_together(self) -> None:
+        # The second and the third are each the best of one layer; the third loses less.
+        found = self.timed((1.0, 1.0), (0.5, 0.9), (0.6, 0.5))
+        schedule = found[0].candidates[2].plan.schedule
+        for outcome in found:
+            assert outcome.best is not None
+            assert outcome.best.plan.schedule == schedule
+
+    def test_one_layer_chooses_alone(self) -> None:
+        (outcome,) = tune.all_candidates([self.WORK[0]], H200, 4)
+        outcome.candidates[0].times_ms = [1.0]
+        outcome.candidates[1].times_ms = [0.5]
+        tune.agree([outcome])
+        assert outcome.best is outcome.candidates[1]
+
+
 class TestRace:
     def test_everything_is_verified_and_timed(self) -> None:
         found = outcomes()

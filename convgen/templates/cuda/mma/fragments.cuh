@@ -276,8 +276,8 @@ struct PairWords {
 
   __device__ __forceinline__ PairWords(const GatherShape& s, const T* from, int channels)
       : low(opaque(reinterpret_cast<const uint16_t*>(from))),
-        high(opaque(reinterpret_cast<const uint16_t*>(
-            channels > 1 ? from + s.in_channel_stride : from))),
+        high(opaque(
+            reinterpret_cast<const uint16_t*>(channels > 1 ? from + s.in_channel_stride : from))),
         selector(channels > 1 ? 0x5410 : 0x3210) {}
 
   template <int STRIDE, int COUNT>
@@ -380,7 +380,8 @@ __device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& cr
 
 // Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
 // [8 input words][slot of the region][8 outputs][lane][Math::PACKED], the words that the lanes of a
-// product hold (wgmma: [Math::PACKED][lane], see SharedColumns); zero beyond the channels. Regions and slots as in pack_weight.
+// product hold (wgmma: [Math::PACKED][lane], see SharedColumns); zero beyond the channels. Regions
+// and slots as in pack_weight.
 template <class Math, int CHANNELS, bool OUTPUT_IS_COARSE, typename T>
 __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight,
                                                const int* slot_tap, const int* region_first,

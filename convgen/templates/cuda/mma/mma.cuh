@@ -1,5 +1,5 @@
-// The tensor cores, through mma.sync (sm_80 and later) and wgmma (sm_90a), and the roundings that go
-// with them.
+// The tensor cores, through mma.sync (sm_80 and later) and wgmma (sm_90a), and the roundings that
+// go with them.
 //
 // An environment that stands in for a GPU replaces this file: it defines CONVGEN_MMA_CUH and
 // supplies the same names.
@@ -163,23 +163,24 @@ __device__ __forceinline__ void wgmma_settle(float& x) { asm volatile("" : "+f"(
 #define CONVGEN_AB6 "{%24,%25,%26,%27}, %28"
 #define CONVGEN_AB7 "{%28,%29,%30,%31}, %32"
 #define CONVGEN_AB8 "{%32,%33,%34,%35}, %36"
-#define CONVGEN_WGMMA_OF(BLOCKS, COLUMNS, TYPES, TRANSPOSED)                                        \
-  if constexpr (N == BLOCKS) {                                                                    \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                       \
-                 "wgmma.mma_async.sync.aligned.m64n" COLUMNS TYPES " {" CONVGEN_P##BLOCKS         \
-                 "}, " CONVGEN_AB##BLOCKS ", p, 1, 1" TRANSPOSED ";\n}"                           \
-                 : CONVGEN_D##BLOCKS                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()));              \
+#define CONVGEN_WGMMA_OF(BLOCKS, COLUMNS, TYPES, TRANSPOSED)                     \
+  if constexpr (N == BLOCKS) {                                                   \
+    asm volatile(                                                                \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                               \
+        "wgmma.mma_async.sync.aligned.m64n" COLUMNS TYPES " {" CONVGEN_P##BLOCKS \
+        "}, " CONVGEN_AB##BLOCKS ", p, 1, 1" TRANSPOSED ";\n}"                   \
+        : CONVGEN_D##BLOCKS                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()));      \
   }
-#define CONVGEN_WGMMA(TYPES, TRANSPOSED)                                                           \
-  static_assert(N >= 1 && N <= 8, "up to 64 columns");                                            \
-  CONVGEN_WGMMA_OF(1, "8", TYPES, TRANSPOSED)                                                     \
-  CONVGEN_WGMMA_OF(2, "16", TYPES, TRANSPOSED)                                                    \
-  CONVGEN_WGMMA_OF(3, "24", TYPES, TRANSPOSED)                                                    \
-  CONVGEN_WGMMA_OF(4, "32", TYPES, TRANSPOSED)                                                    \
-  CONVGEN_WGMMA_OF(5, "40", TYPES, TRANSPOSED)                                                    \
-  CONVGEN_WGMMA_OF(6, "48", TYPES, TRANSPOSED)                                                    \
-  CONVGEN_WGMMA_OF(7, "56", TYPES, TRANSPOSED)                                                    \
+#define CONVGEN_WGMMA(TYPES, TRANSPOSED)               \
+  static_assert(N >= 1 && N <= 8, "up to 64 columns"); \
+  CONVGEN_WGMMA_OF(1, "8", TYPES, TRANSPOSED)          \
+  CONVGEN_WGMMA_OF(2, "16", TYPES, TRANSPOSED)         \
+  CONVGEN_WGMMA_OF(3, "24", TYPES, TRANSPOSED)         \
+  CONVGEN_WGMMA_OF(4, "32", TYPES, TRANSPOSED)         \
+  CONVGEN_WGMMA_OF(5, "40", TYPES, TRANSPOSED)         \
+  CONVGEN_WGMMA_OF(6, "48", TYPES, TRANSPOSED)         \
+  CONVGEN_WGMMA_OF(7, "56", TYPES, TRANSPOSED)         \
   CONVGEN_WGMMA_OF(8, "64", TYPES, TRANSPOSED)
 #else
 #define CONVGEN_WGMMA(TYPES, TRANSPOSED)

@@ -5,7 +5,7 @@
 
 namespace convgen {
 
-constexpr int QUAD = 4;        // neighbouring positions along W that one lane feeds to a product
+constexpr int QUAD = 4;         // neighbouring positions along W that one lane feeds to a product
 constexpr int CHUNK_QUADS = 4;  // quads of one chunk: one for each lane of a row of a product
 constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 
@@ -14,9 +14,9 @@ constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 constexpr int LEAST_WARPS = 12, MOST_WARPS = 16, FEW_SUMS = 72;
 constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? MOST_WARPS : LEAST_WARPS; }
 constexpr int PRODUCT_STAGES = 2;
-constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
-constexpr int COPY_CHANNELS = 8;   // channels that a thread copies in a row, nothing in between
-constexpr int COPY_MOST = 32;      // channels that a thread copies at one place of a tile
+constexpr int ORIGINS_WORDS = 40;      // of shared memory: see ProductOrigins
+constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
+constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile
 constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
 constexpr int PRODUCT_MAX_SPLITS = 1024;
 constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256}
@@ -31,9 +31,9 @@ struct ProductCopies {
   Divisor by_places;
   int channels;  // a multiple of COPY_CHANNELS
   int total;     // places x blocks of channels
-  int width;  // elements at a place, by the tensor's extents
-  int access;  // elements per access, by the tensor's address too: divides `width`
-  int pitch;  // elements between channels in shared memory
+  int width;     // elements at a place, by the tensor's extents
+  int access;    // elements per access, by the tensor's address too: divides `width`
+  int pitch;     // elements between channels in shared memory
 };
 
 struct ProductShape {
@@ -69,7 +69,7 @@ struct ProductShape {
   int coarse_table, fine_table, stages, coarse_words, stage_words;
   int rounds, rounds_per_chunk;  // of copies, by all threads
   int copy_instructions;         // of a warp and tile
-  int coarse_slots, slots;       // threads over all rounds that copy coarse places (whole warps), all
+  int coarse_slots, slots;  // threads over all rounds that copy coarse places (whole warps), all
   int shared_bytes;
   ProductCopies coarse, fine;
 };
@@ -83,8 +83,8 @@ struct ProductTraits {
   int warps;                       // of a block, at most
   int element_bytes;
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
-  bool joins_w;  // whether a block may own several blocks of taps along W
-  int coarse_residue, fine_residue;      // of the channel pitches, mod 32 words
+  bool joins_w;                            // whether a block may own several blocks of taps along W
+  int coarse_residue, fine_residue;        // of the channel pitches, mod 32 words
   int coarse_wavefronts, fine_wavefronts;  // of shared memory, per chunk and warp
 };
 
@@ -104,7 +104,9 @@ struct ProductSpan {
   int64_t count, step, position, tap;
 
   ProductSpan(int64_t positions, int64_t taps, int64_t stride, int64_t dilation)
-      : step(positions == 1 ? dilation : taps == 1 ? stride : greatest_divisor(stride, dilation)),
+      : step(positions == 1 ? dilation
+             : taps == 1    ? stride
+                            : greatest_divisor(stride, dilation)),
         position(stride / step),
         tap(dilation / step) {
     count = (positions - 1) * position + (taps - 1) * tap + 1;
@@ -127,22 +129,23 @@ int access_within(const void* address, int width) {
 
 // How one cut is expected to do, in clocks of a multiprocessor.
 struct ProductCost {
-  double tile;   // one tile of all blocks on a multiprocessor
-  double total;  // the whole call
+  double tile;       // one tile of all blocks on a multiprocessor
+  double total;      // the whole call
   int64_t resident;  // blocks on a multiprocessor
 };
 
 // The numbers of a cut that its cost depends on.
 struct ProductCut {
-  int64_t m, n, w, h, d, parts;         // units and parts
-  int64_t tile_d, tile_h, quads;        // positions
+  int64_t m, n, w, h, d, parts;   // units and parts
+  int64_t tile_d, tile_h, quads;  // positions
 };
 
-constexpr double PRODUCT_CLOCKS = 1.5;     // of a multiprocessor with all four quarters at work
-constexpr double LEVEL2_BYTES = 28;        // per clock and multiprocessor
-constexpr double TILE_CLOCKS = 300;        // barrier, first loads, last products
-constexpr double WARP_CLOCKS = 6;          // from one instruction of a warp to the next; measured
-constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4;  // instructions: to find a place, to copy a channel
+constexpr double PRODUCT_CLOCKS = 1.5;  // of a multiprocessor with all four quarters at work
+constexpr double LEVEL2_BYTES = 28;     // per clock and multiprocessor
+constexpr double TILE_CLOCKS = 300;     // barrier, first loads, last products
+constexpr double WARP_CLOCKS = 6;       // from one instruction of a warp to the next; measured
+constexpr int64_t COPY_PLACE = 40,
+                  COPY_ONE = 4;  // instructions: to find a place, to copy a channel
 
 // Instructions of a warp that copies `channels` channels at its places.
 constexpr int64_t copy_instructions(int64_t channels) { return COPY_PLACE + COPY_ONE * channels; }
@@ -183,8 +186,8 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   const int elements = 4 / t.element_bytes;
   const ProductSpan d(cut.tile_d, cut.d, t.stride_d, t.dilation_d);
   const ProductSpan h(cut.tile_h, cut.h * t.taps_h, t.stride_h, t.dilation_h);
-  const int64_t columns = (cut.quads - 1) * t.quad_columns +
-                          (cut.w - 1) * t.taps_w * t.tap_columns + t.window_columns;
+  const int64_t columns =
+      (cut.quads - 1) * t.quad_columns + (cut.w - 1) * t.taps_w * t.tap_columns + t.window_columns;
   // A copy's table packs these, and computes with 32 bits.
   if (d.count >= 1 << 12 || h.count >= 1 << 16 || columns >= 1 << 16) return INDEX_LIMIT;
   if (d.count * d.step >= 1 << 30 || h.count * h.step >= 1 << 30) return INDEX_LIMIT;
@@ -199,8 +202,7 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   const int64_t fine_pitch = pitch(d.count * h.count * row_words, t.fine_residue);
   const int64_t coarse_words = cut.m * t.m_tiles * PRODUCT_ROWS * coarse_pitch;
   const int64_t fine_words = cut.n * t.n_tiles * PRODUCT_COLUMNS * fine_pitch;
-  const int coarse_width =
-      row_width(s.coarse_w, cut.quads % 2 == 0 ? 16 / t.element_bytes : QUAD);
+  const int coarse_width = row_width(s.coarse_w, cut.quads % 2 == 0 ? 16 / t.element_bytes : QUAD);
   const int fine_width = row_width(s.fine_w, t.column_align);
   const int64_t coarse_places = cut.tile_d * cut.tile_h * cut.quads * QUAD / coarse_width;
   const int64_t fine_places = d.count * h.count * columns / fine_width;
@@ -263,10 +265,11 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
   if (cost.resident < 1) cost.resident = 1;
   const double resident = double(cost.resident);
   const double chunks = double(ceil_div(s.chunks, cut.parts));
-  const double products = double(ceil_div(cost.resident * warps, 4)) * 4 * chunks * t.products *
-                          PRODUCT_CLOCKS;
-  const double copies = (double(s.coarse.total) * s.coarse.channels +
-                         double(s.fine.total) * s.fine.channels) / WARP;  // of warps
+  const double products =
+      double(ceil_div(cost.resident * warps, 4)) * 4 * chunks * t.products * PRODUCT_CLOCKS;
+  const double copies =
+      (double(s.coarse.total) * s.coarse.channels + double(s.fine.total) * s.fine.channels) /
+      WARP;  // of warps
   const double shared = resident * (warps * chunks * (t.coarse_wavefronts + t.fine_wavefronts) +
                                     s.stage_words / 32.0 + copies);
   // A scheduler issues an instruction per clock, but a warp only one in WARP_CLOCKS.
@@ -284,8 +287,8 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
   double splits = slots / blocks;
   if (splits > tiles) splits = double(tiles);
   if (splits < 1) splits = 1;
-  cost.total = waves * cost.tile +
-               splits * cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
+  cost.total =
+      waves * cost.tile + splits * cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
   return cost;
 }
 

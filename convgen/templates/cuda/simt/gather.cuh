@@ -14,10 +14,10 @@ namespace convgen {
 
 // One axis of a gather, at run time.
 struct GatherAxis {
-  int input;          // input extent
-  int output;         // output extent
-  int positions;      // output positions per phase: ceil(output / phases)
-  int input_stride;   // elements between neighbours
+  int input;         // input extent
+  int output;        // output extent
+  int positions;     // output positions per phase: ceil(output / phases)
+  int input_stride;  // elements between neighbours
   int output_stride;
 };
 
@@ -59,15 +59,15 @@ struct GatherTraits {
   int max_warps_c = 6;         // of them, with different output channels
   int warp_threads = WARP;     // several warps may be dealt together as one
   int most_stages = 2, stage_step = 1;  // the number of stages is a multiple of the step
-  int scratch_bytes = 0;       // shared memory of a thread block behind the stages
-  int extra_threads = 0;       // of a thread block beside them
-  int lanes_per_warp;          // positions that a warp's lanes make
-  int channels_per_warp;       // output channels of one warp
-  int packed_per_slot;         // packed weight words per slot, input word and warp of channels
+  int scratch_bytes = 0;                // shared memory of a thread block behind the stages
+  int extra_threads = 0;                // of a thread block beside them
+  int lanes_per_warp;                   // positions that a warp's lanes make
+  int channels_per_warp;                // output channels of one warp
+  int packed_per_slot;  // packed weight words per slot, input word and warp of channels
   int word_bytes;
-  int words;                   // input words per group, rounded up to chunk_step
-  int chunk_step, max_chunk;   // input words per stage: a multiple of the one, at most the other
-  int pitch_residue = 0;       // of a word's tile, modulo 16 words; 0 if any will do
+  int words;                  // input words per group, rounded up to chunk_step
+  int chunk_step, max_chunk;  // input words per stage: a multiple of the one, at most the other
+  int pitch_residue = 0;      // of a word's tile, modulo 16 words; 0 if any will do
 };
 
 constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
@@ -113,8 +113,8 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
       if (t.pitch_residue) {
         word = round_up(word - t.pitch_residue, 16) + t.pitch_residue;
       }
-      const int64_t bytes =
-          GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step * (round_up(word, 4) + round_up(weights, 4));
+      const int64_t bytes = GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step *
+                            (round_up(word, 4) + round_up(weights, 4));
       if (bytes > shared_limit) continue;
       const int64_t tiles = strips * ceil_div(positions, flat);
       // Staged accesses (a line costs about a warp's more than its length), and idle lanes; fewer
@@ -141,8 +141,8 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
 
   // Input words per stage: as many as let two stages fit into half of the shared memory (two blocks
   // could then live on a multiprocessor, or one with more stages), and no more than there are.
-  const int64_t per_word = GATHER_LEAST_STAGES *
-                           (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
+  const int64_t per_word =
+      GATHER_LEAST_STAGES * (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
   int64_t chunk = shared_limit / 2 / per_word;
   if (chunk > t.max_chunk) chunk = t.max_chunk;
   chunk = chunk / t.chunk_step * t.chunk_step;
@@ -152,8 +152,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   s.chunk = static_cast<int>(round_up(ceil_div(s.words, s.chunks), t.chunk_step));
   s.chunks = static_cast<int>(ceil_div(s.words, s.chunk));
   s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * s.channel_pitch, 4));
-  s.stage_elements =
-      s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
+  s.stage_elements = s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
   const int stage_bytes = s.stage_elements * t.word_bytes;
   if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;
   s.stages = shared_limit / stage_bytes / t.stage_step * t.stage_step;
@@ -168,17 +167,17 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   s.phases = Divisor(t.phases);
   s.row_tiles = Divisor(row_tiles);
   s.groups = Divisor(groups);
-  s.blocks = blocks_c * t.phases * row_tiles * s.lane_tiles.divisor * s.strips.divisor * groups *
-             batch;
+  s.blocks =
+      blocks_c * t.phases * row_tiles * s.lane_tiles.divisor * s.strips.divisor * groups * batch;
   return s.blocks <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
 }
 
 // Where a thread block works: block `index` of s.blocks.
 struct GatherBlock {
   int channel_block, phase, group, batch;
-  int r0;         // first position along R
-  int x0;         // first column of the strip
-  int flat0;      // first flattened position within the strip
+  int r0;     // first position along R
+  int x0;     // first column of the strip
+  int flat0;  // first flattened position within the strip
 };
 
 __device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int index,
@@ -264,8 +263,8 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& cr
       constexpr bool ONE_RESIDUE = WARP % STEP_X == 0;
       Acc* to_lane = to_line + lane % STEP_X * s.residue_pitch + lane / STEP_X;
       for (int column = lane; column < s.row_pitch; column += WARP) {
-        const bool inside = line_is_inside &&
-                            static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
+        const bool inside =
+            line_is_inside && static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
         Acc* const to =
             ONE_RESIDUE ? to_lane : to_line + column % STEP_X * s.residue_pitch + column / STEP_X;
         stage_place(to, inside ? from + (x + column) : input, inside);
@@ -372,7 +371,7 @@ __device__ __forceinline__ void copy_lines(const WordPair<Words>& pair, Acc* to,
 #pragma unroll
       for (int i = 0; i < TOGETHER; ++i) {
         pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to + i * lines.to,
-                                                             from + i * lines.from, inside);
+                                                              from + i * lines.from, inside);
       }
       from += TOGETHER * lines.from;
       to += TOGETHER * lines.to;

@@ -34,11 +34,33 @@ __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// Of an address in a tensor: offsets are then added to it, instead of to the tensor's own address.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
+// The 16 bits at `from`, which nobody writes during the kernel; zero where not `valid` (they are
+// then not read). Several such loads share one address, which conditions in C++ would find anew for
+// each.
+__device__ __forceinline__ uint32_t load_half_word(const void* from, bool valid) {
+  uint32_t bits;
+  asm("{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.b32 valid, %2, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "@valid ld.global.nc.u16 %0, [%1];\n"
+      "}"
+      : "=r"(bits)
+      : "l"(from), "r"(static_cast<int>(valid)));
+  return bits;
+}
 
 // ---- Asynchronous copies, global to shared ------------------------------------------------
 
 // Copies BYTES (4, 8 or 16, both addresses aligned to it), or writes zeros where `valid` is false
-// (`from` is then not read, but must be a valid address). Before sm_80 the copy is an ordinary one.
+// (`from` is then not read, and may lie beside the tensor). Before sm_80 it is an ordinary copy.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
@@ -157,6 +179,22 @@ cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* st
   }
   KERNEL<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   return cudaGetLastError();
+}
+
+// The most threads that a block of KERNEL may have: what the code that was compiled for `device`,
+// the current one, was given as launch bounds. Asked once per device. BOUND is what the host's pass
+// of the compiler sees in its place, for environments without another pass.
+template <auto KERNEL, int BOUND>
+cudaError_t launch_bound(int device, int& threads) {
+  static int known[MAX_DEVICES];
+  threads = __atomic_load_n(&known[device], __ATOMIC_RELAXED);
+  if (threads != 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, KERNEL);
+  if (error != cudaSuccess) return error;
+  threads = attributes.maxThreadsPerBlock;
+  __atomic_store_n(&known[device], threads, __ATOMIC_RELAXED);
+  return cudaSuccess;
 }
 
 inline const char* error_name(int code) {

@@ -344,7 +344,8 @@ int64_t packed_elements(const ConvgenCall& call) {
 }
 
 // Cuts a call into tiles.
-int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels, GatherShape& s) {
+int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
+        GatherShape& s) {
   const int64_t* in = call.coarse_extent;
   const int64_t* out = call.fine_extent;
   const int64_t in_stride[3] = {in[1] * in[2], in[2], 1};

@@ -11,9 +11,9 @@
 // fine channels its depth. A warp computes 16 positions of the flattened (h, w) plane
 // x ROWS positions along d x VARIANTS neighbouring phases along w x CHANNELS coarse
 // channels in registers; a fragment of the input, loaded once, serves every tap and row that reads
-// it. A thread block is `lanes` / 16 x `warps_c` such warps, which multiply, and PRODUCER_WARPS
-// warps, which stage for each chunk of fine channels in shared memory (two buffers; named
-// barriers tell when one is full or empty)
+// it. A thread block is `lanes` / 16 x `warps_c` such warps, which multiply, and CREWS x
+// CREW_WARPS warps, which stage for each chunk of fine channels in shared memory (two to
+// four buffers; named barriers tell when one is full or empty)
 //   the tile:    [word of channels][d][h][residue of w mod STEP_X][w / STEP_X],
 //                with its halo; the pitch of a word is 8 or 24 mod 32, so that the lanes of a
 //                fragment read different banks
@@ -73,7 +73,8 @@ __device__ const int PHASE_REGION[] = {0};
 // The taps of one along d, for 8 input words.
 template <int CHANNELS>
 __device__ __forceinline__ void accumulate(
-    const GatherShape& s, const Word* tile, const uint32_t* weight, const int (&position)[2],
+    const GatherShape& s, const Word* tile, Weights<Math, CHANNELS> weight,
+    const int (&position)[2],
     float (&acc)[VARIANTS][ROWS][CHANNELS / MMA_COLUMNS][4]) {
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
   [[maybe_unused]] const int row_pitch = opaque(s.row_pitch), plane_pitch = opaque(s.plane_pitch);
@@ -82,55 +83,73 @@ __device__ __forceinline__ void accumulate(
     Math::A x[3];
     const Word* column = tile + opaque(0);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (d, 0, 0)
+    end_column<Math, CHANNELS>();
   }
   {  // h +0, w +1
     Math::A x[3];
     const Word* column = tile + opaque(0 + 1 * s.residue_pitch);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (d, 0, 1)
+    end_column<Math, CHANNELS>();
   }
   {  // h +0, w +2
     Math::A x[3];
     const Word* column = tile + opaque(1);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 2 * SLOT);  // tap (d, 0, 2)
+    end_column<Math, CHANNELS>();
   }
   {  // h +1, w +0
     Math::A x[3];
     const Word* column = tile + opaque(0 + 1 * row_pitch);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (d, 1, 0)
+    end_column<Math, CHANNELS>();
   }
   {  // h +1, w +1
     Math::A x[3];
     const Word* column = tile + opaque(0 + 1 * row_pitch + 1 * s.residue_pitch);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (d, 1, 1)
+    end_column<Math, CHANNELS>();
   }
   {  // h +1, w +2
     Math::A x[3];
     const Word* column = tile + opaque(1 + 1 * row_pitch);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 5 * SLOT);  // tap (d, 1, 2)
+    end_column<Math, CHANNELS>();
   }
   {  // h +2, w +0
     Math::A x[3];
     const Word* column = tile + opaque(0 + 2 * row_pitch);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (d, 2, 0)
+    end_column<Math, CHANNELS>();
   }
   {  // h +2, w +1
     Math::A x[3];
     const Word* column = tile + opaque(0 + 2 * row_pitch + 1 * s.residue_pitch);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (d, 2, 1)
+    end_column<Math, CHANNELS>();
   }
   {  // h +2, w +2
     Math::A x[3];
     const Word* column = tile + opaque(1 + 2 * row_pitch);
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
+    begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 8 * SLOT);  // tap (d, 2, 2)
+    end_column<Math, CHANNELS>();
   }
 }
 
@@ -160,31 +179,47 @@ __device__ __forceinline__ Work locate_work(const GatherShape& s, int index) {
 
 // Which of a tile's products a consumer's thread computes.
 struct Consumer {
-  int lane, warp_c;
-  int position;  // the lane's first row of a product; its second is 8 positions further
+  int lane, warp, warp_c;
+  int run;  // its warp's first position
+
+  // Positions of the lane's first row of a product; its second is 8 further.
+  __device__ __forceinline__ int position() const { return run + lane / 4; }
 };
 
+template <int CHANNELS>
 __device__ __forceinline__ Consumer locate_consumer(const GatherShape& s, int thread) {
-  const int lane = thread % WARP, warp = thread / WARP;
-  return {lane, warp % s.warps_c, warp / s.warps_c * MMA_ROWS + lane / 4};
+  constexpr int WARPS = GROUP_WARPS<CHANNELS>;
+  const int lane = thread % WARP, warp = thread / WARP, group = warp / WARPS;
+  const int rows = group / s.warps_c * WARPS + warp % WARPS;
+  return {lane, warp, group % s.warps_c, rows * MMA_ROWS};
 }
 
 template <int CHANNELS>
-__global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
+__global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
     fprop_kernel(const GatherShape s, const T* input, const uint32_t* packed, const T* bias,
                  T* output) {
   constexpr int BLOCKS_N = CHANNELS / MMA_COLUMNS;
   uint32_t* const shared = dynamic_shared<uint32_t>();
-  const int blocks_c = (s.out_channels + CHANNELS - 1) / CHANNELS;
-  const int warp_weights = s.chunk / MMA_WORDS * TAPS_PER_PASS * SLOT_WORDS<Math, CHANNELS>;
-  const int consumers = blockDim.x - PRODUCER_WARPS * WARP;
-  int step = 0;  // counts passes over all tiles of this block; buffers alternate
+  // Found anew by each role, and where it is needed.
+  auto find_blocks_c = [&] { return (opaque(s.out_channels) + CHANNELS - 1) / CHANNELS; };
+  auto find_warp_weights = [&] {
+    return opaque(s.chunk) / MMA_WORDS * TAPS_PER_PASS * SLOT_WORDS<Math, CHANNELS>;
+  };
+  const int consumers = blockDim.x - CREWS<CHANNELS> * CREW_WARPS * WARP;
+  const int meeting = consumers + CREW_WARPS * WARP;  // threads that a buffer's barriers wait for
+  int step = 0, buffer = 0;  // counts passes over all tiles of this block; buffers take turns
 
   if (static_cast<int>(threadIdx.x) >= consumers) {
     // Producers: the tile and the weights of every pass over every chunk, one pass ahead, across
     // tiles.
-    const Crew crew = {static_cast<int>(threadIdx.x) - consumers, PRODUCER_WARPS * WARP};
-    const int steps = s.words / MMA_WORDS;
+    if constexpr (BY_GROUPS<CHANNELS>) release_registers<PRODUCER_REGISTERS>();
+    constexpr int CREW_THREADS = CREW_WARPS * WARP;
+    const int thread = static_cast<int>(threadIdx.x);
+    constexpr bool SEVERAL = CREWS<CHANNELS> > 1;
+    const Crew crew = {SEVERAL ? thread % CREW_THREADS : thread - consumers, CREW_THREADS};
+    int turn_of_crew = thread / CREW_THREADS % CREWS<CHANNELS>;
+    // By a shuffle, which tells the compiler that lanes agree: what loops count stays uniform.
+    if constexpr (SEVERAL) turn_of_crew = __shfl_sync(0xffffffffu, turn_of_crew, 0);
     for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
       const int index = tile_of_turn(turn);
       if (index >= s.blocks) continue;
@@ -196,14 +231,14 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
       const T* const channels =
           input + (int64_t{block.batch} * s.groups.divisor + block.group) * s.in_channels *
                       s.in_channel_stride;
-      const uint32_t* const group_packed =
-          packed + int64_t{block.group} * blocks_c * SLOTS * steps * SLOT_WORDS<Math, CHANNELS>;
+#pragma unroll 1
       for (int chunk = 0; chunk < s.chunks; ++chunk) {
         const int first_word = chunk * s.chunk, first_channel = first_word * Math::CHANNELS;
         const int count = min(s.chunk, s.words - first_word);
-        for (int pass = 0; pass < passes; ++pass, ++step) {
-          const int buffer = step % 2;
-          if (step >= 2) named_barrier_sync(BARRIER_EMPTY + buffer, blockDim.x);
+#pragma unroll 1
+        for (int pass = 0; pass < passes; ++pass, ++step, buffer = next_buffer(s, buffer)) {
+          if (CREWS<CHANNELS> > 1 && step % CREWS<CHANNELS> != turn_of_crew) continue;
+          if (step >= s.stages) named_barrier_sync(BARRIER_EMPTY + buffer, meeting);
           const int r = block.r0 * STEP_R + FIRST_R[phase_r] + pass * DELTA_R;
           const int y = y0 * STEP_Y + FIRST_Y[phase_y];
           const int x = block.x0 * STEP_X + FIRST_X - shift;
@@ -215,28 +250,38 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
           const int region = PHASE_REGION[block.phase] + pass;
           const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
           for (int w = 0; w < s.warps_c; ++w) {
-            const int from_block = block.channel_block * s.warps_c + w;
+            const int from_block = block.channel_block * s.warps_c + w, blocks_c = find_blocks_c();
             if (from_block >= blocks_c) break;
-            const uint32_t* from =
-                group_packed + ((int64_t{from_block} * SLOTS + REGION_FIRST[region]) * steps +
-                                first_word / MMA_WORDS * region_taps) *
-                                   SLOT_WORDS<Math, CHANNELS>;
-            stage_packed<true>(crew, tile + s.tile_elements + w * warp_weights, from,
+            const int64_t slot =
+                (int64_t{block.group} * blocks_c + from_block) * SLOTS + REGION_FIRST[region];
+            const uint32_t* from = packed + (slot * (opaque(s.words) / MMA_WORDS) +
+                                             first_word / MMA_WORDS * region_taps) *
+                                                SLOT_WORDS<Math, CHANNELS>;
+            stage_packed<true>(crew, tile + s.tile_elements + w * find_warp_weights(), from,
                                count / MMA_WORDS * region_taps * SLOT_WORDS<Math, CHANNELS>);
           }
           copy_commit();
-          copy_wait<0>();
-          named_barrier_arrive(BARRIER_FULL + buffer, blockDim.x);
+          // A single crew with buffers to spare awaits copies when the next ones are on their way.
+          if (CREWS<CHANNELS> > 1 || s.stages == GATHER_LEAST_STAGES) {
+            announce_full<CHANNELS, 0>(buffer, meeting);
+          } else if (step > 0) {
+            announce_full<CHANNELS, 1>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+          }
         }
       }
     }
+    if (CREWS<CHANNELS> == 1 && s.stages > GATHER_LEAST_STAGES && step > 0) {
+      announce_full<CHANNELS, 0>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+    }
     // Meet the consumers' last arrivals, so that every one is answered.
-    for (int last = max(step - 2, 0); last < step; ++last) {
-      named_barrier_sync(BARRIER_EMPTY + last % 2, blockDim.x);
+    for (int last = max(step - s.stages, 0); last < step; ++last) {
+      if (CREWS<CHANNELS> > 1 && last % CREWS<CHANNELS> != turn_of_crew) continue;
+      named_barrier_sync(BARRIER_EMPTY + last % s.stages, meeting);
     }
     return;
   }
 
+  if constexpr (BY_GROUPS<CHANNELS>) claim_registers<CONSUMER_REGISTERS>();
   // Consumers. What a thread knows of itself is found anew where it is needed: beside the sums no
   // registers are left to keep it.
   for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
@@ -244,10 +289,9 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
     if (index >= s.blocks) continue;
     const Work work = locate_work(s, index);
     const GatherBlock& block = work.block;
-    const Consumer self = locate_consumer(s, opaque(threadIdx.x));
-    const bool active = block.channel_block * s.warps_c + self.warp_c < blocks_c;
-    const int first_weight =
-        s.tile_elements + self.warp_c * warp_weights + self.lane * Math::PACKED;
+    const Consumer self = locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
+    const bool active = block.channel_block * s.warps_c + self.warp_c < find_blocks_c();
+    const int first_weight = s.tile_elements + self.warp_c * find_warp_weights();
 
     // Where this lane's positions lie in the tile. Lanes beyond the strip repeat its last position,
     // and store nothing.
@@ -256,14 +300,13 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
       const int x = s.by_strip_width.split(y);
       return (y - work.y0) * LANE_STEP_Y * s.row_pitch + work.shift + x;
     };
-    const int position[2] = {locate(block.flat0 + self.position),
-                             locate(block.flat0 + self.position + 8)};
+    const int position[2] = {locate(block.flat0 + self.position()),
+                             locate(block.flat0 + self.position() + 8)};
 
     float acc[VARIANTS][ROWS][BLOCKS_N][4] = {};
     for (int chunk = 0; chunk < s.chunks; ++chunk) {
-      for (int pass = 0; pass < work.passes; ++pass, ++step) {
-        const int buffer = step % 2;
-        named_barrier_sync(BARRIER_FULL + buffer, blockDim.x);
+      for (int pass = 0; pass < work.passes; ++pass, buffer = next_buffer(s, buffer)) {
+        named_barrier_sync(BARRIER_FULL + buffer, meeting);
         if (active) {
           const int region = PHASE_REGION[block.phase] + pass;
           const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
@@ -271,14 +314,17 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
           const uint32_t* const staged = shared + buffer * s.stage_elements;
           const Word* tile = reinterpret_cast<const Word*>(staged) +
                              opaque(threadIdx.x) % 4 * s.channel_pitch;
-          const uint32_t* weight = staged + first_weight;
+          Weights<Math, CHANNELS> weight =
+              find_weights<Math, CHANNELS>(staged + first_weight, opaque(threadIdx.x) % WARP);
           for (int word = 0; word < count; word += MMA_WORDS) {
             auto accumulate_words = [&](float (&sums)[VARIANTS][ROWS][BLOCKS_N][4]) {
               accumulate<CHANNELS>(s, tile, weight, position, sums);
             };
             if constexpr (Math::FLUSH) {
               float part[VARIANTS][ROWS][BLOCKS_N][4] = {};
+              settle(part);
               accumulate_words(part);
+              end_products(part);
 #pragma unroll
               for (int i = 0; i < VARIANTS * ROWS * BLOCKS_N * 4; ++i) {
                 const int n = i / 4 % BLOCKS_N;
@@ -291,52 +337,83 @@ __global__ void __launch_bounds__((CONSUMER_WARPS + PRODUCER_WARPS) * WARP, 1)
             tile += MMA_WORDS * s.channel_pitch;
             weight += region_taps * SLOT_WORDS<Math, CHANNELS>;
           }
+          if constexpr (!Math::FLUSH) end_products(acc);
         }
-        named_barrier_arrive(BARRIER_EMPTY + buffer, blockDim.x);
+        named_barrier_arrive(BARRIER_EMPTY + buffer, meeting);
       }
     }
 
-    // Epilogue: bias, and the outputs of this lane's two positions and two channels per product.
+    // Epilogue: bias; then the outputs, by way of the warp's scratch, from where they leave as they
+    // lie in memory.
     const Work at = locate_work(s, tile_of_turn(opaque(turn)));
-    const Consumer me = locate_consumer(s, opaque(threadIdx.x));
-    const int first_out =
-        (at.block.channel_block * s.warps_c + me.warp_c) * CHANNELS + me.lane % 4 * 2;
+    const Consumer me = locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
+    const int first_out = (at.block.channel_block * s.warps_c + me.warp_c) * CHANNELS;
+    if (bias) {
+      const T* const of_group = bias + at.block.group * s.out_channels;
+      add_bias(acc, of_group, first_out, s.out_channels, me.lane);
+    }
+    float* const scratch = reinterpret_cast<float*>(shared + s.stages * s.stage_elements) +
+                           me.warp * OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS>;
     T* const out_channels =
         output + ((int64_t{at.block.batch} * s.groups.divisor + at.block.group) * s.out_channels +
                   first_out) *
                      s.out_channel_stride;
+    auto store = [&](auto width) {
+      constexpr int WIDTH = decltype(width)::value;
+      using Lanes = Storing<VARIANTS, WIDTH>;
+      const int channel = Lanes::channel(me.lane);
 #pragma unroll
-    for (int m = 0; m < ROWS; ++m) {
+      for (int m = 0; m < ROWS; ++m) {
+        // Where this lane's outputs of the row lie in the first of its channels.
+        T* to[Lanes::TURNS];
+        bool inside[Lanes::TURNS];
 #pragma unroll
-      for (int half_row = 0; half_row < 2; ++half_row) {
-        const int flat = at.block.flat0 + me.position + half_row * 8;
-        int position_y = flat;
-        const int position_x = s.by_strip_width.split(position_y);
-        const int at_r = (at.block.r0 + m) * PHASES_R + at.phase_r;
-        const int at_y = position_y * PHASES_Y + at.phase_y;
-        const int at_x = (at.block.x0 + position_x) * PHASES_X + at.group_x * VARIANTS;
-        if (flat >= at.strip_positions) continue;
-        if (at_r >= s.r.output || at_y >= s.y.output || at_x >= s.x.output) continue;
-        const int valid = min(s.x.output - at_x, PHASES_X - at.group_x * VARIANTS);
-        T* const to = out_channels + at_r * s.r.output_stride + at_y * s.y.output_stride + at_x;
+        for (int i = 0; i < Lanes::TURNS; ++i) {
+          const int run_output = Lanes::output(me.lane, i), v = run_output % VARIANTS;
+          const int flat = at.block.flat0 + me.run + run_output / VARIANTS;
+          int position_y = flat;
+          const int position_x = s.by_strip_width.split(position_y);
+          const int at_r = (at.block.r0 + m) * PHASES_R + at.phase_r;
+          const int at_y = position_y * PHASES_Y + at.phase_y;
+          const int phase_x = at.group_x * VARIANTS + v;
+          const int at_x = (at.block.x0 + position_x) * PHASES_X + phase_x;
+          inside[i] = Lanes::active(me.lane) && flat < at.strip_positions && phase_x < PHASES_X &&
+                      at_r < s.r.output && at_y < s.y.output && at_x < s.x.output;
+          to[i] = out_channels + channel * s.out_channel_stride + at_r * s.r.output_stride +
+                  at_y * s.y.output_stride + at_x;
+        }
 #pragma unroll
-        for (int n = 0; n < BLOCKS_N; ++n) {
+        for (int first = 0; first < BLOCKS_N; first += OUTPUT_BATCH) {
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int out = first_out + n * MMA_COLUMNS + c;
-            if (out >= s.out_channels) continue;
-            const float offset =
-                bias ? widen(bias[at.block.group * s.out_channels + out]) : 0.0f;
-            float value[VARIANTS];
+          for (int n = first; n < min(first + OUTPUT_BATCH, BLOCKS_N); ++n) {
+            float value[VARIANTS][4];
 #pragma unroll
-            for (int v = 0; v < VARIANTS; ++v) {
-              value[v] = acc[v][m][n][half_row * 2 + c] + offset;
-            }
-            store_outputs<VARIANTS>(to + (n * MMA_COLUMNS + c) * s.out_channel_stride, value, valid,
-                                    s.vector_store);
+            for (int i = 0; i < VARIANTS * 4; ++i) value[i / 4][i % 4] = acc[i / 4][m][n][i % 4];
+            spread_outputs<VARIANTS>(scratch + (n - first) * OUTPUT_WORDS<VARIANTS>, me.lane,
+                                     value);
           }
+          __syncwarp();
+#pragma unroll
+          for (int c = 0; c < MMA_COLUMNS * OUTPUT_BATCH; c += Lanes::CHANNELS) {
+            const int from_first = first * MMA_COLUMNS + c;
+            if (from_first >= CHANNELS) continue;
+#pragma unroll
+            for (int i = 0; i < Lanes::TURNS; ++i) {
+              if (inside[i] && first_out + channel + from_first < s.out_channels) {
+                store_run<WIDTH>(to[i] + from_first * s.out_channel_stride,
+                                 scratch + (channel + c) * OUTPUT_PITCH<VARIANTS> +
+                                     Lanes::output(me.lane, i));
+              }
+            }
+          }
+          __syncwarp();
         }
       }
+    };
+    if (s.vector_store) {
+      store(std::integral_constant<int, 2>());
+    } else {
+      store(std::integral_constant<int, 1>());
     }
   }
 }
@@ -364,7 +441,8 @@ int64_t packed_words(const ConvgenCall& call, int64_t channels) {
 }
 
 // Cuts a call into tiles.
-int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels, GatherShape& s) {
+int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles, int channels,
+        GatherShape& s) {
   const int64_t* in = call.fine_extent;
   const int64_t* out = call.coarse_extent;
   const int64_t in_stride[3] = {in[1] * in[2], in[2], 1};
@@ -397,9 +475,15 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels, Gathe
   traits.span_x = 2;
   traits.scattered = SCATTERED;
   traits.taps_per_pass = TAPS_PER_PASS;
-  traits.max_warps = CONSUMER_WARPS;
-  traits.extra_threads = PRODUCER_WARPS * WARP;
-  traits.lanes_per_warp = MMA_ROWS;
+  traits.max_warps = CONSUMER_WARPS / roles.group_warps;
+  traits.max_warps_c = roles.max_groups_c;
+  traits.warp_threads = roles.group_warps * WARP;
+  traits.extra_threads = roles.crews * CREW_WARPS * WARP;
+  traits.lanes_per_warp = roles.group_warps * MMA_ROWS;
+  traits.most_stages = MOST_STAGES;
+  traits.stage_step = roles.crews;
+  traits.scratch_bytes =
+      CONSUMER_WARPS * OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS> * sizeof(float);
   traits.channels_per_warp = channels;
   traits.packed_per_slot = channels / MMA_COLUMNS * WARP * Math::PACKED / MMA_WORDS;
   traits.word_bytes = sizeof(Word);
@@ -441,6 +525,19 @@ int64_t channels_cost(int64_t out_channels, int channels) {
   return round_up(out_channels, channels) * (channels <= 8 ? 25 : channels <= 16 ? 17 : 15);
 }
 
+// Launch bound of the kernel for a number of channels per warp.
+int compiled_bound(const ConvgenCall& call, int channels, int& bound) {
+  const int device = static_cast<int>(call.device);
+  switch (channels) {
+    case 48:
+      return launch_bound<fprop_kernel<48>, BLOCK_THREADS<48>>(device, bound);
+    case 32:
+      return launch_bound<fprop_kernel<32>, BLOCK_THREADS<32>>(device, bound);
+    default:
+      return launch_bound<fprop_kernel<16>, BLOCK_THREADS<16>>(device, bound);
+  }
+}
+
 // Of the compiled sizes, the best whose tiles fit into shared memory.
 int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) {
   const int64_t line = call.fine_extent[2];
@@ -456,7 +553,12 @@ int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) 
       candidate.channels = channels;
       candidate.shape.load_width = load_width;
       if (best_cost >= 0 && cost >= best_cost) continue;
-      if (cut(call, limits, channels, candidate.shape)) continue;
+      int bound = 0;
+      if (const int error = compiled_bound(call, channels, bound)) {
+        cache.forget(cached);
+        return error;
+      }
+      if (cut(call, limits, roles_of(bound), channels, candidate.shape)) continue;
       best_cost = cost;
       cached = candidate;
     }
@@ -466,9 +568,11 @@ int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) 
     }
   }
   choice = cached;
-  const bool aligned = reinterpret_cast<uintptr_t>(call.coarse) % (sizeof(T) * VARIANTS) == 0;
-  choice.shape.vector_store =
-      aligned && PHASES_X % VARIANTS == 0 && choice.shape.x.output % VARIANTS == 0;
+  // Pairs of outputs leave together where they lie together and whole lines of them are aligned.
+  GatherShape& s = choice.shape;
+  s.vector_store = VARIANTS == PHASES_X && s.x.output % 2 == 0 &&
+                   s.strip_width * VARIANTS % 2 == 0 &&
+                   reinterpret_cast<uintptr_t>(call.coarse) % (2 * sizeof(T)) == 0;
   return CONVGEN_OK;
 }
 

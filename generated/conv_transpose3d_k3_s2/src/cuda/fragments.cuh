@@ -10,13 +10,59 @@ namespace convgen {
 
 constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8, MMA_WORDS = 8;
 
-// A block's first warps multiply, its last ones stage: with one of each on every scheduler, copies
-// and their address arithmetic cost the tensor cores nothing. 12 warps leave a thread 168
-// registers.
-constexpr int CONSUMER_WARPS = 8, PRODUCER_WARPS = 4;
+// Whether four warps multiply together. With few output channels mma.sync is faster: a group of
+// warps takes 64 positions at a time, whatever the columns.
+constexpr int GROUP_LEAST_CHANNELS = 24;
+template <int CHANNELS>
+constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
 
-// Named barriers of the two buffers: producers arrive at FULL, consumers at EMPTY.
-constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = 3;
+// A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
+// tensor cores nothing. 12 warps leave a thread 168 registers. Where warps can trade registers
+// (sm_90a) there are 16, with 128 on average: those that stage need few, and are two crews, which
+// take turns, so that one issues copies while the other's are on their way.
+constexpr int CONSUMER_WARPS = 8, CREW_WARPS = 4;
+constexpr int GROUPED_CREWS = 2;
+template <int CHANNELS>
+constexpr int CREWS = BY_GROUPS<CHANNELS> ? GROUPED_CREWS : 1;
+constexpr int CONSUMER_REGISTERS = 184, PRODUCER_REGISTERS = 2 * 128 - CONSUMER_REGISTERS;
+
+template <int CHANNELS>
+constexpr int BLOCK_THREADS = (CONSUMER_WARPS + CREWS<CHANNELS> * CREW_WARPS) * WARP;
+
+// Warps whose products are issued together. Those of a group have the same output channels.
+template <int CHANNELS>
+constexpr int GROUP_WARPS = BY_GROUPS<CHANNELS> ? 4 : 1;
+
+// The constants above depend on the architecture. The host finds those of the code that a device
+// runs by its launch bounds.
+struct Roles {
+  int group_warps, crews;
+  int max_groups_c;  // groups with different output channels
+};
+
+inline Roles roles_of(int launch_bound) {
+  const int grouped = (CONSUMER_WARPS + GROUPED_CREWS * CREW_WARPS) * WARP;
+  return launch_bound >= grouped ? Roles{4, GROUPED_CREWS, 2} : Roles{1, 1, 6};
+}
+
+// Named barriers of the buffers: a crew of producers arrives at FULL, consumers at EMPTY. A buffer
+// always belongs to the same crew.
+constexpr int MOST_STAGES = 4;
+constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = BARRIER_FULL + MOST_STAGES;
+
+// The buffer of the next step.
+__device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
+  return buffer + 1 == s.stages ? 0 : buffer + 1;
+}
+
+// Producers: tells the consumers that a buffer is full, once all of this thread's copies but the
+// PENDING newest batches have landed.
+template <int CHANNELS, int PENDING>
+__device__ __forceinline__ void announce_full(int buffer, int threads) {
+  copy_wait<PENDING>();
+  if constexpr (BY_GROUPS<CHANNELS>) bulk_fence();  // wgmma reads by the way of bulk copies
+  named_barrier_arrive(BARRIER_FULL + buffer, threads);
+}
 
 // Words of packed weights for one slot and MMA_WORDS input words.
 template <class Math, int CHANNELS>
@@ -60,19 +106,199 @@ __device__ __forceinline__ void load_scattered_fragments(typename Math::A (&x)[C
   }
 }
 
+// Where a warp's products find packed weights.
+template <class Math, int CHANNELS>
+using Weights =
+    std::conditional_t<BY_GROUPS<CHANNELS>, SharedColumns<Math::PACKED / 2>, const uint32_t*>;
+
+template <class Math, int CHANNELS>
+__device__ __forceinline__ Weights<Math, CHANNELS> find_weights(const uint32_t* staged, int lane) {
+  if constexpr (BY_GROUPS<CHANNELS>) {
+    return Weights<Math, CHANNELS>(staged);
+  } else {
+    return staged + lane * Math::PACKED;
+  }
+}
+
 // One tap: acc[m][n] += x[FIRST + m * STEP] * weight[n], 16 positions x 8 channels each.
 template <class Math, int FIRST, int STEP, int ROWS, int BLOCKS_N, int COUNT>
 __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
                                              const typename Math::A (&x)[COUNT],
-                                             const uint32_t* weight) {
+                                             Weights<Math, BLOCKS_N * MMA_COLUMNS> weight) {
+  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) {
 #pragma unroll
-  for (int n = 0; n < BLOCKS_N; ++n) {
-    typename Math::B b;
-    Math::load(b, weight + n * WARP * Math::PACKED);
+    for (int m = 0; m < ROWS; ++m) Math::multiply_group(acc[m], x[FIRST + m * STEP], weight);
+  } else {
 #pragma unroll
-    for (int m = 0; m < ROWS; ++m) Math::multiply(acc[m][n], x[FIRST + m * STEP], b);
+    for (int n = 0; n < BLOCKS_N; ++n) {
+      typename Math::B b;
+      Math::load(b, weight + n * WARP * Math::PACKED);
+#pragma unroll
+      for (int m = 0; m < ROWS; ++m) Math::multiply(acc[m][n], x[FIRST + m * STEP], b);
+    }
   }
 }
+
+// Around the taps of one column, whose fragments have been loaded. Where registers hold the
+// fragments of two columns, a column's products go on while the next fragments are loaded, and
+// those of the column before it end here; in 3xTF32 (FLUSH) they hold only one.
+template <int CHANNELS>
+__device__ __forceinline__ void begin_column() {
+  if constexpr (BY_GROUPS<CHANNELS>) wgmma_begin();
+}
+
+template <class Math, int CHANNELS>
+__device__ __forceinline__ void end_column() {
+  if constexpr (BY_GROUPS<CHANNELS>) {
+    wgmma_commit();
+    wgmma_wait<Math::FLUSH ? 0 : 1>();
+  }
+}
+
+// Keeps what reads or writes sums on its side of this place.
+template <int VARIANTS, int ROWS, int BLOCKS_N>
+__device__ __forceinline__ void settle(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
+  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) {
+#pragma unroll
+    for (int i = 0; i < VARIANTS * ROWS * BLOCKS_N * 4; ++i) {
+      const int n = i / 4 % BLOCKS_N;
+      const int m = i / 4 / BLOCKS_N % ROWS, v = i / 4 / BLOCKS_N / ROWS;
+      wgmma_settle(acc[v][m][n][i % 4]);
+    }
+  }
+}
+
+// Until all products have ended: sums may be read, and what they read of shared memory replaced.
+template <int VARIANTS, int ROWS, int BLOCKS_N>
+__device__ __forceinline__ void end_products(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
+  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) wgmma_wait<0>();
+  settle(acc);
+}
+
+// ---- Results --------------------------------------------------------------------------------
+
+// Words of a warp's scratch: 8 channels of the outputs of 16 positions. The pitch lets the lanes of
+// a fragment write different banks.
+template <int VARIANTS>
+constexpr int OUTPUT_PITCH = MMA_ROWS * VARIANTS + 4;
+template <int VARIANTS>
+constexpr int OUTPUT_WORDS = MMA_COLUMNS * OUTPUT_PITCH<VARIANTS>;
+constexpr int OUTPUT_BATCH = 2;  // products whose outputs are in a warp's scratch at once
+
+// Writes one product's sums of every variant into a warp's scratch, [channel][position][variant].
+template <int VARIANTS>
+__device__ __forceinline__ void spread_outputs(float* scratch, int lane,
+                                               const float (&value)[VARIANTS][4]) {
+  struct alignas(sizeof(float) * (VARIANTS == 2 || VARIANTS == 4 ? VARIANTS : 1)) Wide {
+    float element[VARIANTS];
+  };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    Wide wide;
+#pragma unroll
+    for (int v = 0; v < VARIANTS; ++v) wide.element[v] = value[v][i];
+    float* const to = scratch + (lane % 4 * 2 + i % 2) * OUTPUT_PITCH<VARIANTS> +
+                      (lane / 4 + i / 2 * 8) * VARIANTS;
+    *reinterpret_cast<Wide*>(to) = wide;
+  }
+}
+
+// How the lanes of a warp store 8 channels of a run of 16 positions: WIDTH neighbouring outputs at
+// once, lanes side by side along a channel as far as it goes.
+template <int VARIANTS, int WIDTH>
+struct Storing {
+  static constexpr int ACCESSES = MMA_ROWS * VARIANTS / WIDTH;  // of one channel
+  // Lanes that a channel gets, whole positions; accesses of each, channels at a time.
+  static constexpr int LANES = ACCESSES <= WARP ? ACCESSES : WARP / VARIANTS / 4 * 4 * VARIANTS;
+  static constexpr int TURNS = ACCESSES / LANES;
+  static constexpr int CHANNELS = ACCESSES <= WARP ? WARP / ACCESSES : 1;
+  static_assert(ACCESSES % LANES == 0 && MMA_COLUMNS % CHANNELS == 0, "no partial accesses");
+
+  // Of a lane: its first channel, and its outputs in a turn, counted along the run.
+  __device__ static __forceinline__ int channel(int lane) { return lane / LANES; }
+  __device__ static __forceinline__ int output(int lane, int turn) {
+    return (lane % LANES + turn * LANES) * WIDTH;
+  }
+  __device__ static __forceinline__ bool active(int lane) { return lane < LANES * CHANNELS; }
+};
+
+// Adds every channel's bias to its sums. `first_out` is the first channel of the sums.
+template <int VARIANTS, int ROWS, int BLOCKS_N, typename T>
+__device__ __forceinline__ void add_bias(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4], const T* bias,
+                                         int first_out, int out_channels, int lane) {
+#pragma unroll
+  for (int n = 0; n < BLOCKS_N; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int out = first_out + n * MMA_COLUMNS + lane % 4 * 2 + c;
+      const float offset = out < out_channels ? widen(bias[out]) : 0.0f;
+#pragma unroll
+      for (int v = 0; v < VARIANTS; ++v) {
+#pragma unroll
+        for (int m = 0; m < ROWS; ++m) {
+          acc[v][m][n][c] += offset;
+          acc[v][m][n][c + 2] += offset;
+        }
+      }
+    }
+  }
+}
+
+// Stores WIDTH neighbouring outputs.
+template <int WIDTH, typename T>
+__device__ __forceinline__ void store_run(T* to, const float* from) {
+  struct alignas(WIDTH * sizeof(float)) Wide {
+    float element[WIDTH];
+  };
+  struct alignas(WIDTH * sizeof(T)) Narrow {
+    T element[WIDTH];
+  };
+  const Wide wide = *reinterpret_cast<const Wide*>(from);
+  Narrow narrowed;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) narrow(narrowed.element[i], wide.element[i]);
+  *reinterpret_cast<Narrow*>(to) = narrowed;
+}
+
+// Words of two 16-bit channels, for stage_by_warps. Where the second does not exist, the first is
+// read twice.
+template <typename T>
+struct PairWords {
+  static constexpr int CHANNELS = 2;
+  static constexpr bool ASYNCHRONOUS = false;
+  const uint16_t *low, *high;
+  uint32_t selector;  // of the bytes of both: loaded elements are words whose other half is zero
+
+  template <int COUNT>
+  struct Columns {
+    uint32_t low[COUNT], high[COUNT];
+  };
+
+  __device__ __forceinline__ PairWords(const GatherShape& s, const T* from, int channels)
+      : low(opaque(reinterpret_cast<const uint16_t*>(from))),
+        high(opaque(
+            reinterpret_cast<const uint16_t*>(channels > 1 ? from + s.in_channel_stride : from))),
+        selector(channels > 1 ? 0x5410 : 0x3210) {}
+
+  template <int STRIDE, int COUNT>
+  __device__ __forceinline__ void load(Columns<COUNT>& columns, uint32_t at,
+                                       const bool (&inside)[COUNT]) const {
+    const uint16_t *const from_low = low + at, *const from_high = high + at;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      columns.low[i] = load_half_word(from_low + i * STRIDE, inside[i]);
+      columns.high[i] = load_half_word(from_high + i * STRIDE, inside[i]);
+    }
+  }
+
+  template <int PITCH, int COUNT>
+  __device__ __forceinline__ void store(uint32_t* to, const Columns<COUNT>& columns) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      to[i * PITCH] = __byte_perm(columns.low[i], columns.high[i], selector);
+    }
+  }
+};
 
 // Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels
 // exist. Positions and layout as in stage_lines. A thread has BATCH words on their way at once.
@@ -147,14 +373,15 @@ __device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& cr
         return;
       }
     }
-    stage_pair_lines<PLANE_STEP, LINE_STEP, STEP_X, 1>(s, crew, tile, input, count, channels, r, y,
-                                                       x);
+    stage_by_warps<PLANE_STEP, LINE_STEP, STEP_X, PairWords<T>>(s, crew, tile, input, count,
+                                                                channels, {r, y, x});
   }
 }
 
 // Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
 // [8 input words][slot of the region][8 outputs][lane][Math::PACKED], the words that the lanes of a
-// product hold; zero beyond the channels. Regions and slots as in pack_weight.
+// product hold (wgmma: [Math::PACKED][lane], see SharedColumns); zero beyond the channels. Regions
+// and slots as in pack_weight.
 template <class Math, int CHANNELS, bool OUTPUT_IS_COARSE, typename T>
 __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight,
                                                const int* slot_tap, const int* region_first,
@@ -170,10 +397,11 @@ __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight
   const int region = find_region(region_first, regions, slot_elements, rest);
   rest -= region_first[region] * slot_elements;
   const int region_slots = region_first[region + 1] - region_first[region];
-  const int i = static_cast<int>(rest % Math::PACKED);
-  rest /= Math::PACKED;
-  const int lane = static_cast<int>(rest % WARP);
-  rest /= WARP;
+  // mma.sync: a lane's words are adjacent. wgmma: those of a part of the word are.
+  constexpr bool GROUPS = BY_GROUPS<CHANNELS>;
+  const int lane = static_cast<int>(GROUPS ? rest % WARP : rest / Math::PACKED % WARP);
+  const int i = static_cast<int>(GROUPS ? rest / WARP % Math::PACKED : rest % Math::PACKED);
+  rest /= WARP * Math::PACKED;
   const int n = static_cast<int>(rest % (CHANNELS / MMA_COLUMNS));
   rest /= CHANNELS / MMA_COLUMNS;
   const int slot = region_first[region] + static_cast<int>(rest % region_slots);

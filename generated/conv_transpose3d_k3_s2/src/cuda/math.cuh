@@ -4,12 +4,14 @@
 //   Input      what the staged tile holds: a float, or a pair of 16-bit channels
 //   CHANNELS   input channels per word
 //   PACKED     weight words per lane and 16 x 8 product
+//   multiply_group  the products of four warps, by wgmma, of N blocks of 8 columns
 //   FLUSH      whether sums leave the tensor core after every 8 words (see Tf32x3)
 #pragma once
 
 #include <type_traits>
 
 #include "mma.cuh"
+#include "tf32.cuh"
 
 namespace convgen {
 
@@ -27,7 +29,11 @@ struct Tf32 {
   };
 
   __device__ static __forceinline__ void set(A& a, int i, float x) {
-    a.word[i] = round_tf32<ROUNDING>(x);
+    if constexpr (ROUNDING == Rounding::NEAREST_AWAY) {
+      a.word[i] = nearest_tf32(__float_as_uint(x));  // fewer instructions than the conversion
+    } else {
+      a.word[i] = round_tf32<ROUNDING>(x);
+    }
   }
   // Packed word `i` of a lane; word i % 2 of B, from channel `low`.
   __device__ static __forceinline__ uint32_t pack(int, float low, float) {
@@ -39,6 +45,11 @@ struct Tf32 {
   }
   __device__ static __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
     mma_tf32(d, a.word, b.word);
+  }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const A& a,
+                                                        SharedColumns<1> b) {
+    wgmma_tf32(d, a.word, b);
   }
 };
 
@@ -77,6 +88,13 @@ struct Tf32x3 {
     mma_tf32(d, a.high, b.low);
     mma_tf32(d, a.high, b.high);
   }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const A& a,
+                                                        SharedColumns<2> b) {
+    wgmma_tf32(d, a.low, b);  // small terms first
+    wgmma_tf32(d, a.high, b + 64);
+    wgmma_tf32(d, a.high, b);
+  }
 };
 
 // Pairs of 16-bit channels, products accumulated in fp32.
@@ -110,6 +128,15 @@ struct Pairs {
       mma_f16(d, a.word, b.word);
     } else {
       mma_bf16(d, a.word, b.word);
+    }
+  }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const A& a,
+                                                        SharedColumns<1> b) {
+    if constexpr (std::is_same_v<T, half>) {
+      wgmma_f16(d, a.word, b);
+    } else {
+      wgmma_bf16(d, a.word, b);
     }
   }
 };

@@ -3,6 +3,7 @@
 
 #include "mma.cuh"
 #include "mma_wgrad_cut.cuh"
+#include "tf32.cuh"
 
 namespace convgen {
 
@@ -67,68 +68,108 @@ __device__ __forceinline__ uint2 pack_place(int element, int plane, int row, int
 
 // Where a tile's part of a tensor starts, as the copies see it.
 struct ProductOrigin {
-  int64_t element;  // of the block's first channel of the tile's sample
+  const void* channel;  // the block's first one, of the tile's sample
   int d, h, w;      // may be negative: padding
   int channels;     // of the group, from that one on
 };
 
-// Both tensors' origins of a tile lie in shared memory, and so do those of the tile after it.
+// Both tensors' origins of a tile lie in shared memory, so do those of the tile after it, and last
+// what all tiles' have in common. The number of the tile after these follows.
 struct ProductOrigins {
   ProductOrigin coarse, fine;
 };
 
-// COPY_CHANNELS channels at one place: `valid` of them from the tensor, zeros in the others.
+// `whole` times COPY_CHANNELS channels at one place, from the tensor if `inside`, else zeros; after
+// them `rest` channels one at a time, the first `valid` from the tensor and zeros in the others.
+// Where nothing is read, `from` still lies in the tensor, and so do all whole and valid channels.
 template <int ACCESS, typename Raw>
 __device__ __forceinline__ void copy_channels(Raw* to, int pitch, const Raw* from,
-                                              int64_t channel_stride, int valid) {
-  if constexpr (ACCESS * sizeof(Raw) >= 4) {
+                                              int channel_stride, bool inside, int whole, int rest,
+                                              int valid) {
+  const Raw* const any = from;
+#pragma unroll 1
+  for (; whole > 0; --whole) {
+    // Known as 32 bits in here, its multiples are added in one instruction.
+    const uint64_t stride = static_cast<unsigned>(opaque(channel_stride));
+    if constexpr (ACCESS * sizeof(Raw) >= 4) {
 #pragma unroll
-    for (int i = 0; i < COPY_CHANNELS; ++i) {
-      copy_async<ACCESS * sizeof(Raw)>(to + i * pitch, from + i * channel_stride, i < valid);
+      for (int i = 0; i < COPY_CHANNELS; ++i) {
+        copy_async<ACCESS * sizeof(Raw)>(to + i * pitch, from + stride * i, inside);
+      }
+    } else {
+      Raw value[COPY_CHANNELS];
+#pragma unroll
+      for (int i = 0; i < COPY_CHANNELS; ++i) {
+        value[i] = 0;
+        if (inside) value[i] = from[stride * i];
+      }
+#pragma unroll
+      for (int i = 0; i < COPY_CHANNELS; ++i) to[i * pitch] = value[i];
     }
-  } else {
-    Raw value[COPY_CHANNELS];
-#pragma unroll
-    for (int i = 0; i < COPY_CHANNELS; ++i) {
-      value[i] = 0;
-      if (i < valid) value[i] = from[i * channel_stride];
-    }
-#pragma unroll
-    for (int i = 0; i < COPY_CHANNELS; ++i) to[i * pitch] = value[i];
+    to += COPY_CHANNELS * pitch, from += stride * COPY_CHANNELS;
   }
+#pragma unroll 1
+  for (; rest > 0; --rest, --valid) {
+    const bool read = inside && valid > 0;
+    if constexpr (ACCESS * sizeof(Raw) >= 4) {
+      copy_async<ACCESS * sizeof(Raw)>(to, valid > 0 ? from : any, read);
+    } else {
+      Raw value = 0;
+      if (read) value = *from;
+      *to = value;
+    }
+    to += pitch, from += channel_stride;
+  }
+}
+
+// A place of `width` elements in accesses of ACCESS: they are neighbours in the tensor too, and all
+// of them inside it or none.
+template <int ACCESS, typename Raw>
+__device__ __forceinline__ void copy_wide(const ProductCopies& c, Raw* to, const Raw* from,
+                                          int stride, bool inside, int valid) {
+  const int whole = max(min(valid, c.channels), 0) / unsigned{COPY_CHANNELS};
+  const int rest = c.channels - whole * COPY_CHANNELS;
+  int left = c.width;
+#pragma unroll 1
+  do {
+    // Of the pitch the compiler would keep multiples beside the sums.
+    copy_channels<ACCESS>(to, opaque(c.pitch), from, stride, inside, whole, rest,
+                          valid - whole * COPY_CHANNELS);
+    to += ACCESS, from += ACCESS;
+  } while ((left -= ACCESS) > 0);
 }
 
 // Copies the index-th (place, block of channels) of a tile to `to`. The tensor's planes, rows and
 // columns between those of places lie `steps` apart; Column maps a staged column to the tensor's.
-template <class Column, typename Raw>
+// No access has more than MOST elements.
+template <class Column, int MOST, typename Raw>
 __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* table, Raw* to,
-                                           const Raw* tensor, const ProductOrigin& origin,
-                                           int64_t channel_stride, int3 extent, int plane_step,
-                                           int row_step, int index) {
+                                           const ProductOrigin& origin, int stride, int3 extent,
+                                           int plane_step, int row_step, int index) {
   int channel = index;
   const uint2 place = table[c.by_places.split(channel)];
-  channel *= COPY_CHANNELS;
+  channel *= c.channels;
   const int z = origin.d + static_cast<int>(place.x >> 20) * plane_step;
   const int y = origin.h + static_cast<int>(place.y >> 16) * row_step;
   const int x = origin.w + Column::offset(static_cast<int>(place.y & 0xffff));
-  int valid = 0;
-  const Raw* from = tensor;
-  if (static_cast<unsigned>(z) < static_cast<unsigned>(extent.x) &&
-      static_cast<unsigned>(y) < static_cast<unsigned>(extent.y) &&
-      static_cast<unsigned>(x) < static_cast<unsigned>(extent.z)) {
-    valid = origin.channels - channel;
-    from += origin.element + channel * channel_stride + ((z * extent.y + y) * extent.z + x);
-  }
+  const int valid = origin.channels - channel;
+  const bool inside = static_cast<unsigned>(z) < static_cast<unsigned>(extent.x) &&
+                      static_cast<unsigned>(y) < static_cast<unsigned>(extent.y) &&
+                      static_cast<unsigned>(x) < static_cast<unsigned>(extent.z);
+  const unsigned within = inside ? (z * extent.y + y) * extent.z + x : 0;
+  const Raw* const from = static_cast<const Raw*>(origin.channel) +
+                          uint64_t{static_cast<unsigned>(stride)} *
+                              static_cast<unsigned>(valid > 0 ? channel : 0) +
+                          within;
   to += (place.x & 0xfffff) + channel * c.pitch;
-  // Elements of a place are neighbours in the tensor too, and all of them inside it or none.
-#pragma unroll 1
-  for (int i = 0; i < c.width; i += c.access) {
-    if constexpr (sizeof(Raw) == 2) {
-      if (c.access == 8) copy_channels<8>(to + i, c.pitch, from + i, channel_stride, valid);
-    }
-    if (c.access == 4) copy_channels<4>(to + i, c.pitch, from + i, channel_stride, valid);
-    if (c.access == 2) copy_channels<2>(to + i, c.pitch, from + i, channel_stride, valid);
-    if (c.access == 1) copy_channels<1>(to + i, c.pitch, from + i, channel_stride, valid);
+  if (MOST >= 8 && c.access == 8) {
+    if constexpr (MOST >= 8) copy_wide<8>(c, to, from, stride, inside, valid);
+  } else if (MOST >= 4 && c.access == 4) {
+    if constexpr (MOST >= 4) copy_wide<4>(c, to, from, stride, inside, valid);
+  } else if (MOST >= 2 && c.access == 2) {
+    if constexpr (MOST >= 2) copy_wide<2>(c, to, from, stride, inside, valid);
+  } else {
+    copy_wide<1>(c, to, from, stride, inside, valid);
   }
 }
 
@@ -140,14 +181,6 @@ __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* 
 //   so
 //     that a tap's second product reads what its right neighbour's first one does
 //   16-bit elements: one product takes all four, as two words of two.
-
-// Nearest TF32 value of x, away from zero between two, as far as the tensor core looks: it ignores
-// the 13 bits below. Half a unit in the last place is 2^-11 of x's power of two; NaNs and
-// infinities stay (two instructions, cvt.rna.tf32.f32 takes three).
-__device__ __forceinline__ uint32_t nearest_tf32(uint32_t bits) {
-  const float power = __uint_as_float(bits & 0xff800000u);
-  return __float_as_uint(__fmaf_rz(power, 0x1p-11f, __uint_as_float(bits)));
-}
 
 struct Tf32Product {
   using Raw = uint32_t;

@@ -5,14 +5,18 @@
 
 namespace convgen {
 
-constexpr int QUAD = 4;        // neighbouring positions along W that one lane feeds to a product
+constexpr int QUAD = 4;         // neighbouring positions along W that one lane feeds to a product
 constexpr int CHUNK_QUADS = 4;  // quads of one chunk: one for each lane of a row of a product
 constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 
-constexpr int PRODUCT_WARPS = 12;  // of a block, at most; 168 registers a thread
+// Warps of a block, at most. With 12 of them a thread may have 168 registers, with 16 128: enough
+// for so few sums, and more warps hide more of each other's waiting.
+constexpr int LEAST_WARPS = 12, MOST_WARPS = 16, FEW_SUMS = 72;
+constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? MOST_WARPS : LEAST_WARPS; }
 constexpr int PRODUCT_STAGES = 2;
-constexpr int ORIGINS_WORDS = 24;  // of shared memory: see ProductOrigins
-constexpr int COPY_CHANNELS = 4;  // channels that a thread copies at one place of a tile
+constexpr int ORIGINS_WORDS = 40;      // of shared memory: see ProductOrigins
+constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
+constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile
 constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
 constexpr int PRODUCT_MAX_SPLITS = 1024;
 constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256}
@@ -21,20 +25,22 @@ constexpr int64_t PRODUCT_WORKSPACE_LIMIT = int64_t{256}
 // ---- A call, cut into thread blocks ---------------------------------------------------------
 
 // How one tensor's part of a tile is copied: `width` neighbouring elements at each of some places
-// (a table in shared memory lists them), COPY_CHANNELS channels at a time.
+// (a table in shared memory lists them). A thread finds a place and copies `channels` channels.
 struct ProductCopies {
   int places;
   Divisor by_places;
-  int total;  // places x blocks of channels
-  int width;  // elements at a place, by the tensor's extents
-  int access;  // elements per access, by the tensor's address too: divides `width`
-  int pitch;  // elements between channels in shared memory
+  int channels;  // a multiple of COPY_CHANNELS
+  int total;     // places x blocks of channels
+  int width;     // elements at a place, by the tensor's extents
+  int access;    // elements per access, by the tensor's address too: divides `width`
+  int pitch;     // elements between channels in shared memory
 };
 
 struct ProductShape {
   int coarse_d, coarse_h, coarse_w;
   int fine_d, fine_h, fine_w;
-  int64_t coarse_channel_stride, fine_channel_stride;  // elements
+  int64_t coarse_channel_stride, fine_channel_stride;  // elements; below INDEX_LIMIT
+  int64_t coarse_sample, fine_sample;                  // elements from sample to sample
   int coarse_channels, fine_channels;                  // per group
   int groups;
   uint32_t zero;  // see CoarseFragment
@@ -52,8 +58,8 @@ struct ProductShape {
   int tiles, splits, tiles_per_split;
   int tiles_per_store;  // after which a warp adds its sums to its partial results
 
-  // Shared memory, in words: the origins of two tiles, the table of quads, the two tables of
-  // places, then the stages, each
+  // Shared memory, in words: the origins, the table of quads, the two tables of places, then the
+  // stages, each
   //   coarse [channel][tile_d][tile_h][tile_w], fine [channel][plane][row][column].
   // Staged planes lie plane_step apart in the fine tensor, rows row_step.
   int planes, rows, columns, plane_step, row_step;
@@ -62,6 +68,8 @@ struct ProductShape {
   int row_words, coarse_pitch, fine_pitch;
   int coarse_table, fine_table, stages, coarse_words, stage_words;
   int rounds, rounds_per_chunk;  // of copies, by all threads
+  int copy_instructions;         // of a warp and tile
+  int coarse_slots, slots;  // threads over all rounds that copy coarse places (whole warps), all
   int shared_bytes;
   ProductCopies coarse, fine;
 };
@@ -72,10 +80,11 @@ struct ProductTraits {
   int stride_d, stride_h, stride_w, dilation_d, dilation_h;
   int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
   int m_tiles, n_tiles, products;  // products per chunk and warp
+  int warps;                       // of a block, at most
   int element_bytes;
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
-  bool joins_w;  // whether a block may own several blocks of taps along W
-  int coarse_residue, fine_residue;      // of the channel pitches, mod 32 words
+  bool joins_w;                            // whether a block may own several blocks of taps along W
+  int coarse_residue, fine_residue;        // of the channel pitches, mod 32 words
   int coarse_wavefronts, fine_wavefronts;  // of shared memory, per chunk and warp
 };
 
@@ -95,7 +104,9 @@ struct ProductSpan {
   int64_t count, step, position, tap;
 
   ProductSpan(int64_t positions, int64_t taps, int64_t stride, int64_t dilation)
-      : step(positions == 1 ? dilation : taps == 1 ? stride : greatest_divisor(stride, dilation)),
+      : step(positions == 1 ? dilation
+             : taps == 1    ? stride
+                            : greatest_divisor(stride, dilation)),
         position(stride / step),
         tap(dilation / step) {
     count = (positions - 1) * position + (taps - 1) * tap + 1;
@@ -118,28 +129,65 @@ int access_within(const void* address, int width) {
 
 // How one cut is expected to do, in clocks of a multiprocessor.
 struct ProductCost {
-  double tile;   // one tile of all blocks on a multiprocessor
-  double total;  // the whole call
+  double tile;       // one tile of all blocks on a multiprocessor
+  double total;      // the whole call
   int64_t resident;  // blocks on a multiprocessor
 };
 
 // The numbers of a cut that its cost depends on.
 struct ProductCut {
-  int64_t m, n, w, h, d, parts;         // units and parts
-  int64_t tile_d, tile_h, quads;        // positions
+  int64_t m, n, w, h, d, parts;   // units and parts
+  int64_t tile_d, tile_h, quads;  // positions
 };
 
-constexpr double PRODUCT_CLOCKS = 1.5;     // of a multiprocessor with all four quarters at work
-constexpr double LEVEL2_BYTES = 28;        // per clock and multiprocessor
-constexpr double TILE_CLOCKS = 300;        // barrier, first loads, last products
+constexpr double PRODUCT_CLOCKS = 1.5;  // of a multiprocessor with all four quarters at work
+constexpr double LEVEL2_BYTES = 28;     // per clock and multiprocessor
+constexpr double TILE_CLOCKS = 300;     // barrier, first loads, last products
+constexpr double WARP_CLOCKS = 6;       // from one instruction of a warp to the next; measured
+constexpr int64_t COPY_PLACE = 40,
+                  COPY_ONE = 4;  // instructions: to find a place, to copy a channel
+
+// Instructions of a warp that copies `channels` channels at its places.
+constexpr int64_t copy_instructions(int64_t channels) { return COPY_PLACE + COPY_ONE * channels; }
+
+// How many channels a thread copies at a place: more take less time to find places, fewer leave
+// less of the last round idle. The least time of the busiest warp.
+inline void deal_copies(ProductShape& s, int64_t coarse_channels, int64_t fine_channels,
+                        int64_t warps) {
+  int64_t best = -1;
+  for (int64_t coarse = COPY_CHANNELS; coarse <= COPY_MOST; coarse += COPY_CHANNELS) {
+    if (coarse_channels % coarse != 0) continue;
+    const int64_t coarse_total = s.coarse.places * (coarse_channels / coarse);
+    const int64_t coarse_warps = ceil_div(coarse_total, WARP);
+    for (int64_t fine = COPY_CHANNELS; fine <= COPY_MOST; fine += COPY_CHANNELS) {
+      if (fine_channels % fine != 0) continue;
+      const int64_t fine_total = s.fine.places * (fine_channels / fine);
+      const int64_t all_warps = coarse_warps + ceil_div(fine_total, WARP);
+      // Rounds of coarse places only, of both, and of fine ones only.
+      const int64_t rounds = ceil_div(all_warps, warps), pure = coarse_warps / warps;
+      const bool mixed = coarse_warps % warps != 0;
+      const int64_t a = copy_instructions(coarse), b = copy_instructions(fine);
+      const int64_t time = pure * a + (mixed ? (a > b ? a : b) : 0) + (rounds - pure - mixed) * b;
+      if (best >= 0 && time >= best) continue;
+      best = time;
+      s.coarse.channels = static_cast<int>(coarse), s.fine.channels = static_cast<int>(fine);
+      s.coarse.total = static_cast<int>(coarse_total);
+      s.fine.total = static_cast<int>(fine_total);
+      s.coarse_slots = static_cast<int>(coarse_warps * WARP);
+      s.slots = s.coarse_slots + s.fine.total;
+      s.rounds = static_cast<int>(rounds);
+      s.copy_instructions = static_cast<int>(time);
+    }
+  }
+}
 
 // Shared memory of a cut, in words; fills in what depends on the tile alone.
 inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
   const int elements = 4 / t.element_bytes;
   const ProductSpan d(cut.tile_d, cut.d, t.stride_d, t.dilation_d);
   const ProductSpan h(cut.tile_h, cut.h * t.taps_h, t.stride_h, t.dilation_h);
-  const int64_t columns = (cut.quads - 1) * t.quad_columns +
-                          (cut.w - 1) * t.taps_w * t.tap_columns + t.window_columns;
+  const int64_t columns =
+      (cut.quads - 1) * t.quad_columns + (cut.w - 1) * t.taps_w * t.tap_columns + t.window_columns;
   // A copy's table packs these, and computes with 32 bits.
   if (d.count >= 1 << 12 || h.count >= 1 << 16 || columns >= 1 << 16) return INDEX_LIMIT;
   if (d.count * d.step >= 1 << 30 || h.count * h.step >= 1 << 30) return INDEX_LIMIT;
@@ -154,12 +202,11 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   const int64_t fine_pitch = pitch(d.count * h.count * row_words, t.fine_residue);
   const int64_t coarse_words = cut.m * t.m_tiles * PRODUCT_ROWS * coarse_pitch;
   const int64_t fine_words = cut.n * t.n_tiles * PRODUCT_COLUMNS * fine_pitch;
-  const int coarse_width =
-      row_width(s.coarse_w, cut.quads % 2 == 0 ? 16 / t.element_bytes : QUAD);
+  const int coarse_width = row_width(s.coarse_w, cut.quads % 2 == 0 ? 16 / t.element_bytes : QUAD);
   const int fine_width = row_width(s.fine_w, t.column_align);
   const int64_t coarse_places = cut.tile_d * cut.tile_h * cut.quads * QUAD / coarse_width;
   const int64_t fine_places = d.count * h.count * columns / fine_width;
-  const int64_t coarse_table = ORIGINS_WORDS + chunks * CHUNK_QUADS;
+  const int64_t coarse_table = ORIGINS_WORDS + (chunks + cut.parts) * CHUNK_QUADS;
   const int64_t fine_table = coarse_table + 2 * coarse_places;
   const int64_t stages = round_up(fine_table + 2 * fine_places, 4);
   const int64_t words = stages + PRODUCT_STAGES * (coarse_words + fine_words);
@@ -181,10 +228,8 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
-  s.coarse.total =
-      static_cast<int>(coarse_places * cut.m * t.m_tiles * PRODUCT_ROWS / COPY_CHANNELS);
-  s.fine.total =
-      static_cast<int>(fine_places * cut.n * t.n_tiles * PRODUCT_COLUMNS / COPY_CHANNELS);
+  deal_copies(s, cut.m * t.m_tiles * PRODUCT_ROWS, cut.n * t.n_tiles * PRODUCT_COLUMNS,
+              cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts);
   return words;
 }
 
@@ -213,28 +258,28 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
                            int64_t words, int64_t batch, int multiprocessors, int shared_limit) {
   const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d, warps = units * cut.parts;
   ProductCost cost;
-  cost.resident = PRODUCT_WARPS / warps;
+  cost.resident = t.warps / warps;
   // A block's own 1 KiB; the limit of one block is the multiprocessor's less that.
   const int64_t fit = (int64_t{shared_limit} + 1024) / (words * 4 + 1024);
   if (cost.resident > fit) cost.resident = fit;
   if (cost.resident < 1) cost.resident = 1;
   const double resident = double(cost.resident);
   const double chunks = double(ceil_div(s.chunks, cut.parts));
-  const double products = double(ceil_div(cost.resident * warps, 4)) * 4 * chunks * t.products *
-                          PRODUCT_CLOCKS;
-  const double copies = double(s.coarse.total) + s.fine.total;  // of COPY_CHANNELS accesses
+  const double products =
+      double(ceil_div(cost.resident * warps, 4)) * 4 * chunks * t.products * PRODUCT_CLOCKS;
+  const double copies =
+      (double(s.coarse.total) * s.coarse.channels + double(s.fine.total) * s.fine.channels) /
+      WARP;  // of warps
   const double shared = resident * (warps * chunks * (t.coarse_wavefronts + t.fine_wavefronts) +
-                                    s.stage_words / 32.0 + copies * COPY_CHANNELS / 32.0);
-  // About 20 instructions to find a place, 4 to copy one channel, four schedulers.
-  const double issue = resident * (copies / 32 * (20 + 4 * COPY_CHANNELS) / 4 +
-                                   warps * chunks * t.products * 3.4 / 4);
+                                    s.stage_words / 32.0 + copies);
+  // A scheduler issues an instruction per clock, but a warp only one in WARP_CLOCKS.
+  const double turn = resident * warps / 4 > WARP_CLOCKS ? resident * warps / 4 : WARP_CLOCKS;
+  const double issue = (s.copy_instructions + chunks * t.products * 3.0) * turn;
   const double level2 = resident * s.stage_words * 4 / LEVEL2_BYTES;
   double most = products > shared ? products : shared;
   if (issue > most) most = issue;
   if (level2 > most) most = level2;
-  // Few warps hide little of each other's waiting.
-  const double idle = resident * warps < 8 ? 8 / (resident * warps) : 1;
-  cost.tile = most * idle + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
+  cost.tile = most + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
   const double slots = resident * multiprocessors;
   double waves = double(blocks) * tiles / slots;
@@ -242,8 +287,8 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
   double splits = slots / blocks;
   if (splits > tiles) splits = double(tiles);
   if (splits < 1) splits = 1;
-  cost.total = waves * cost.tile +
-               splits * cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
+  cost.total =
+      waves * cost.tile + splits * cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
   return cost;
 }
 
@@ -287,20 +332,20 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
       }
     }
   };
-  for (cut.m = 1; cut.m <= PRODUCT_WARPS; ++cut.m) {
+  for (cut.m = 1; cut.m <= t.warps; ++cut.m) {
     if (!even(tiles_m, cut.m)) continue;
-    for (cut.n = 1; cut.m * cut.n <= PRODUCT_WARPS; ++cut.n) {
+    for (cut.n = 1; cut.m * cut.n <= t.warps; ++cut.n) {
       if (!even(tiles_n, cut.n)) continue;
-      for (cut.w = 1; cut.m * cut.n * cut.w <= PRODUCT_WARPS; ++cut.w) {
+      for (cut.w = 1; cut.m * cut.n * cut.w <= t.warps; ++cut.w) {
         if (!even(t.tap_blocks_w, cut.w) || (cut.w > 1 && !t.joins_w)) continue;
-        for (cut.h = 1; cut.m * cut.n * cut.w * cut.h <= PRODUCT_WARPS; ++cut.h) {
+        for (cut.h = 1; cut.m * cut.n * cut.w * cut.h <= t.warps; ++cut.h) {
           if (!even(t.tap_blocks_h, cut.h)) continue;
-          for (cut.d = 1; cut.m * cut.n * cut.w * cut.h * cut.d <= PRODUCT_WARPS; ++cut.d) {
+          for (cut.d = 1; cut.m * cut.n * cut.w * cut.h * cut.d <= t.warps; ++cut.d) {
             if (!even(t.kernel_d, cut.d)) continue;
             const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d;
             // Whole quarters of the multiprocessor, or as many warps as there can be.
-            for (cut.parts = 1; cut.parts * units <= PRODUCT_WARPS; ++cut.parts) {
-              const bool most = (cut.parts + 1) * units > PRODUCT_WARPS;
+            for (cut.parts = 1; cut.parts * units <= t.warps; ++cut.parts) {
+              const bool most = (cut.parts + 1) * units > t.warps;
               if (cut.parts * units % 4 == 0 || most) consider_tiles();
             }
           }
@@ -331,7 +376,6 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   s.tiles_d = Divisor(ceil_div(s.coarse_d, s.tile_d));
   s.coarse.by_places = Divisor(s.coarse.places), s.fine.by_places = Divisor(s.fine.places);
   // All copies of the next tile are on their way by two thirds of this one.
-  s.rounds = static_cast<int>(ceil_div(s.coarse.total + s.fine.total, s.threads));
   const int64_t chunks = ceil_div(2 * ceil_div(s.chunks, s.parts), 3);
   s.rounds_per_chunk = static_cast<int>(ceil_div(s.rounds, chunks));
   const int64_t run = ceil_div(s.chunks, s.parts);  // chunks of a warp and tile

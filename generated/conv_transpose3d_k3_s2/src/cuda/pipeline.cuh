@@ -85,6 +85,24 @@ __device__ __forceinline__ void bulk_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// ---- Registers, traded between the warps of a block (sm_90a) --------------------------------
+
+// All warps of a group of four come here; COUNT, a multiple of 8, is what each thread keeps. A
+// claim waits until others have released enough.
+template <int COUNT>
+__device__ __forceinline__ void release_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+
+template <int COUNT>
+__device__ __forceinline__ void claim_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+
 }  // namespace convgen
 
 #endif  // CONVGEN_PIPELINE_CUH

@@ -19,7 +19,8 @@
 // (two buffers, asynchronous copies between the products of the tile before)
 //   coarse: [channel][tile_d][tile_h][tile_w], zero beyond the tensor: those positions add nothing
 //   fine:   [channel][plane][row][column], with the halo that the block's taps reach
-// with channel pitches that put the lanes of a load into different banks. The tiles are dealt to
+// with channel pitches that put the lanes of a load into different banks. A thread finds a place of
+// a tile and copies many channels there. The tiles are dealt to
 // `splits` blocks, whose partial sums lie in the workspace and are added in a fixed order: the
 // result is the same to the bit in every run.
 
@@ -122,8 +123,13 @@ __device__ __forceinline__ void accumulate(const uint32_t* coarse, int half_rows
   }
 }
 
+// Operands that are split take the registers that few sums leave.
 template <int M_TILES, int N_TILES>
-__global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
+constexpr int BLOCK_WARPS =
+    Product::SPLIT ? LEAST_WARPS : most_warps(M_TILES * N_TILES * TAPS_H * TAPS_W * 4);
+
+template <int M_TILES, int N_TILES>
+__global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     wgrad_kernel(const ProductShape s, const T* coarse, const T* fine, float4* partial) {
   constexpr int ELEMENTS = Product::ELEMENTS;
   uint32_t* const shared = dynamic_shared<uint32_t>();
@@ -144,13 +150,16 @@ __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
 
   // The tables, and zeros behind the last quad of each coarse channel.
   const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
-  for (int i = threadIdx.x; i < s.chunks * CHUNK_QUADS; i += blockDim.x) {
-    const int row = i / row_quads, plane = row / s.tile_h;
+  for (int i = threadIdx.x; i < (s.chunks + s.parts) * CHUNK_QUADS; i += blockDim.x) {
+    // Behind a warp's last chunk comes its first one again, that of the next tile.
+    const int chunk = i / CHUNK_QUADS;
+    const int quad = i - (chunk < s.chunks ? 0 : chunk - chunk % s.parts) * CHUNK_QUADS;
+    const int row = quad / row_quads, plane = row / s.tile_h;
     const int at =
         (plane * s.position_planes * s.rows + (row - plane * s.tile_h) * s.position_rows) *
             s.row_words +
-        (i - row * row_quads) * QUAD_PITCH;
-    windows[i] = i < quads ? at : 0;
+        (quad - row * row_quads) * QUAD_PITCH;
+    windows[i] = quad < quads ? at : 0;
   }
   for (int i = threadIdx.x; i < s.coarse.places; i += blockDim.x) {
     const int per_row = s.tile_w / s.coarse.width;
@@ -174,46 +183,59 @@ __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
     word[0] = word[s.stage_words] = 0;
   }
 
-  // One thread says where tiles start. It finds its block anew, which then takes no registers in
-  // the loop.
+  // One thread says where tiles start, from what lies in shared memory of its block and of the next
+  // tile, and takes no registers in the loop. Of tiles the loop only counts those that are `left`
+  // (this one too), for the same reason; buffers and origins go by the parity of that.
   const int first = block.split * s.tiles_per_split;
-  const int end = min(first + s.tiles_per_split, s.tiles);
-  auto aim = [&](int index) {
-    const ProductBlock block =
-        locate_products<M_TILES, N_TILES, TAPS_H, TAPS_W>(s, opaque(blockIdx.x));
-    const ProductTile tile = locate_product_tile(s, index);
-    const int64_t group = int64_t{tile.n} * s.groups + block.group;
-    ProductOrigins& o = origins[index & 1];
-    o.coarse.element = (group * s.coarse_channels + block.coarse0) * s.coarse_channel_stride;
-    o.fine.element = (group * s.fine_channels + block.fine0) * s.fine_channel_stride;
+  int left = min(s.tiles_per_split, s.tiles - first);
+  int* const next_tile = reinterpret_cast<int*>(&origins[3]);
+  auto aim = [&](int left) {
+    const ProductTile tile = locate_product_tile(s, *next_tile);
+    ++*next_tile;
+    ProductOrigins o = origins[2];
+    o.coarse.channel = static_cast<const T*>(o.coarse.channel) + tile.n * s.coarse_sample;
+    o.fine.channel = static_cast<const T*>(o.fine.channel) + tile.n * s.fine_sample;
     o.coarse.d = tile.d0, o.coarse.h = tile.h0, o.coarse.w = tile.w0;
-    o.fine.d = tile.d0 * STRIDE_D - PADDING_D + block.tap_d * DILATION_D;
-    o.fine.h = tile.h0 * STRIDE_H - PADDING_H + block.tap_h * DILATION_H;
-    o.fine.w = tile.w0 * STRIDE_W - PADDING_W + block.tap_w * DILATION_W - SHIFT;
-    o.coarse.channels = s.coarse_channels - block.coarse0,
-    o.fine.channels = s.fine_channels - block.fine0;
+    o.fine.d += tile.d0 * STRIDE_D;
+    o.fine.h += tile.h0 * STRIDE_H;
+    o.fine.w += tile.w0 * STRIDE_W;
+    origins[left & 1] = o;
   };
   if (threadIdx.x == 0) {
-    aim(first);
-    if (first + 1 < end) aim(first + 1);
+    ProductOrigins& o = origins[2];
+    o.coarse.channel = coarse + (int64_t{block.group} * s.coarse_channels + block.coarse0) *
+                                    s.coarse_channel_stride;
+    o.fine.channel =
+        fine + (int64_t{block.group} * s.fine_channels + block.fine0) * s.fine_channel_stride;
+    o.coarse.d = o.coarse.h = o.coarse.w = 0;
+    o.fine.d = block.tap_d * DILATION_D - PADDING_D;
+    o.fine.h = block.tap_h * DILATION_H - PADDING_H;
+    o.fine.w = block.tap_w * DILATION_W - PADDING_W - SHIFT;
+    o.coarse.channels = s.coarse_channels - block.coarse0;
+    o.fine.channels = s.fine_channels - block.fine0;
+    *next_tile = first;
+    aim(left);
+    if (left > 1) aim(left - 1);
   }
   __syncthreads();
 
-  // One round of copies of a tile by all threads. Buffers, like origins, go by the tiles' parity:
-  // beside the sums no register is left for the first tile's number.
-  auto stage = [&](int tile, int round) {
-    static_assert(sizeof(ProductOrigins) * 2 == ORIGINS_WORDS * 4, "the room for them");
+  // The compiler would keep the tables' addresses beside the sums.
+  auto table = [&](int at) { return reinterpret_cast<const uint2*>(shared + opaque(at)); };
+  // The index-th copy of the tile with `tile` left.
+  auto stage = [&](int tile, int index) {
+    static_assert(sizeof(ProductOrigins) * 3 + 16 == ORIGINS_WORDS * 4, "the room for them");
     Raw* const to = reinterpret_cast<Raw*>(stages + (tile & 1) * s.stage_words);
-    const int index = round * blockDim.x + threadIdx.x;
-    if (index < s.coarse.total) {
-      copy_place<CoarseColumn>(s.coarse, coarse_table, to, reinterpret_cast<const Raw*>(coarse),
-                               origins[tile & 1].coarse, s.coarse_channel_stride,
-                               make_int3(s.coarse_d, s.coarse_h, s.coarse_w), 1, 1, index);
-    } else if (index < s.coarse.total + s.fine.total) {
-      copy_place<FineColumn>(s.fine, fine_table, to + s.coarse_words * ELEMENTS,
-                             reinterpret_cast<const Raw*>(fine), origins[tile & 1].fine,
-                             s.fine_channel_stride, make_int3(s.fine_d, s.fine_h, s.fine_w),
-                             s.plane_step, s.row_step, index - s.coarse.total);
+    if (index < s.coarse_slots) {  // whole warps
+      if (index >= s.coarse.total) return;
+      copy_place<CoarseColumn, 4 * ELEMENTS>(
+          s.coarse, table(s.coarse_table), to, origins[tile & 1].coarse,
+          static_cast<int>(s.coarse_channel_stride),
+          make_int3(s.coarse_d, s.coarse_h, s.coarse_w), 1, 1, index);
+    } else {
+      copy_place<FineColumn, COLUMN_ALIGN>(
+          s.fine, table(s.fine_table), to + s.coarse_words * ELEMENTS, origins[tile & 1].fine,
+          static_cast<int>(s.fine_channel_stride), make_int3(s.fine_d, s.fine_h, s.fine_w),
+          s.plane_step, s.row_step, index - s.coarse_slots);
     }
   };
 
@@ -231,37 +253,45 @@ __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
   Sums<M_TILES, N_TILES> sum = {};
 
   int until_store = s.tiles_per_store;
+  int window = windows[part * CHUNK_QUADS + t];
 
-  for (int round = 0; round < s.rounds; ++round) stage(first, round);
+#pragma unroll 1
+  for (int copy = threadIdx.x; copy < s.slots; copy += blockDim.x) stage(left, copy);
   copy_commit();
-  for (int index = first; index < end; ++index) {
+  for (; left > 0; --left) {
     copy_wait<0>();
     __syncthreads();  // the tile has arrived, and nobody reads the other buffer or this tile's
                       // origin any more
-    if (threadIdx.x == 0 && index + 2 < end) aim(index + 2);
-    const int rounds = index + 1 < end ? s.rounds : 0;
-    int round = 0;
-    const uint32_t* const staged = stages + (index & 1) * s.stage_words;
+    if (threadIdx.x == 0 && left > 2) aim(left - 2);
+    const uint32_t* const staged = stages + (left & 1) * s.stage_words;
     const uint32_t* const coarse_tile = staged + coarse_offset;
     const uint32_t* const fine_tile = staged + fine_offset;
-    for (int chunk = part; chunk < s.chunks; chunk += s.parts) {
+    for (int chunk = part;; chunk += s.parts) {
       // The next tile's copies are dealt to this one's chunks, beside whose products they go
-      // unnoticed.
-      for (int i = 0; i < s.rounds_per_chunk && round < rounds; ++i, ++round)
-        stage(index + 1, round);
+      // unnoticed; what is left of them follows the last. Which are this chunk's follows from its
+      // number: beside the sums there is no register to count them.
+      if (left > 1) {
+        const int step = s.rounds_per_chunk * s.units * WARP;
+        int copy = opaque(threadIdx.x) + (chunk - part) * step;
+        const int until = chunk < s.chunks ? min(copy + step * s.parts, s.slots) : s.slots;
+#pragma unroll 1
+        for (; copy < until; copy += blockDim.x) stage(left - 1, copy);
+      }
+      if (chunk >= s.chunks) break;
       if (active) {
+        const int at = window;
+        window = windows[(chunk + s.parts) * CHUNK_QUADS + t];
         accumulate<M_TILES, N_TILES>(
             coarse_tile + chunk * (CHUNK_QUADS * QUAD / ELEMENTS), opaque(8 * s.coarse_pitch),
-            fine_tile + windows[chunk * CHUNK_QUADS + t], opaque(PRODUCT_COLUMNS * s.fine_pitch),
+            fine_tile + at, opaque(PRODUCT_COLUMNS * s.fine_pitch),
             opaque(tap_row), s.zero, sum);
       }
     }
-    for (; round < rounds; ++round) stage(index + 1, round);
     copy_commit();
 
     // The sums leave the registers now and then, and at the end: tensor cores truncate when they
     // add, and the loss grows with the length of a run.
-    if (--until_store > 0 && index + 1 < end) continue;
+    if (--until_store > 0 && left > 1) continue;
     // Every warp stores its sums, also one beyond the channels or taps: they are zero, and nobody
     // reads them.
     const int self = opaque(threadIdx.x / WARP), kind = opaque(blockIdx.x) % s.blocks;
@@ -269,7 +299,8 @@ __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 1)
     const int64_t slice = int64_t{split} * s.parts + self / s.units;
     float4* to = partial + ((slice * s.blocks + kind) * s.units + self % s.units) *
                                (M_TILES * N_TILES * TAPS_H * TAPS_W * WARP) + lane;
-    const bool begun = index >= split * s.tiles_per_split + s.tiles_per_store;
+    const int all = min(s.tiles_per_split, s.tiles - split * s.tiles_per_split);
+    const bool begun = all - left >= s.tiles_per_store;
     store_sums<N_TILES * TAPS_H * TAPS_W * M_TILES>(to, &sum[0][0][0][0], begun);
     until_store = s.tiles_per_store;
   }
@@ -283,7 +314,7 @@ ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
   t.dilation_d = DILATION_D, t.dilation_h = DILATION_H;
   t.taps_h = TAPS_H, t.taps_w = TAPS_W, t.tap_blocks_h = TAP_BLOCKS_H,
   t.tap_blocks_w = TAP_BLOCKS_W;
-  t.m_tiles = M_TILES, t.n_tiles = N_TILES;
+  t.m_tiles = M_TILES, t.n_tiles = N_TILES, t.warps = BLOCK_WARPS<M_TILES, N_TILES>;
   t.products =
       M_TILES * N_TILES * TAPS_H * TAPS_W * PRODUCT_STEPS<Product> * (Product::SPLIT ? 3 : 1);
   t.element_bytes = sizeof(T);
@@ -318,6 +349,8 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
     blank.groups = GROUPS, blank.zero = 0;
     blank.coarse_channels = static_cast<int>(call.coarse_channels / GROUPS);
     blank.fine_channels = static_cast<int>(call.fine_channels / GROUPS);
+    blank.coarse_sample = call.coarse_channels * blank.coarse_channel_stride;
+    blank.fine_sample = call.fine_channels * blank.fine_channel_stride;
     const ProductTraits tiles[] = {
         traits<1, 2>(8, 72),
         traits<2, 1>(16, 36),
