@@ -252,7 +252,8 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
 
   Sums<M_TILES, N_TILES> sum = {};
 
-  int until_store = s.tiles_per_store;
+  constexpr int TILE = 1;
+  int until_store = s.tiles_per_store * TILE;
   int window = windows[part * CHUNK_QUADS + t];
 
 #pragma unroll 1
@@ -279,6 +280,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
       }
       if (chunk >= s.chunks) break;
       if (active) {
+        // The next chunk's comes in time; beside two sets of sums there is no register for it.
         const int at = window;
         window = windows[(chunk + s.parts) * CHUNK_QUADS + t];
         accumulate<M_TILES, N_TILES>(
@@ -291,7 +293,8 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
 
     // The sums leave the registers now and then, and at the end: tensor cores truncate when they
     // add, and the loss grows with the length of a run.
-    if (--until_store > 0 && left > 1) continue;
+    until_store -= TILE;
+    if (until_store >= TILE && left > 1) continue;
     // Every warp stores its sums, also one beyond the channels or taps: they are zero, and nobody
     // reads them.
     const int self = opaque(threadIdx.x / WARP), kind = opaque(blockIdx.x) % s.blocks;
@@ -302,7 +305,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     const int all = min(s.tiles_per_split, s.tiles - split * s.tiles_per_split);
     const bool begun = all - left >= s.tiles_per_store;
     store_sums<N_TILES * TAPS_H * TAPS_W * M_TILES>(to, &sum[0][0][0][0], begun);
-    until_store = s.tiles_per_store;
+    until_store = s.tiles_per_store * TILE;
   }
 }
 

@@ -254,10 +254,12 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
 
   Sums<M_TILES, N_TILES> sum = {};
   Sums<M_TILES, N_TILES> chain = {};
-  int chained = 0;
 
-  int until_store = s.tiles_per_store;
-  int window = windows[part * CHUNK_QUADS + t];
+  // The low bits count chunks since sums left the tensor cores: two counters would be a register
+  // more beside two sets of sums.
+  constexpr int TILE = 8;
+  static_assert(FLUSH < TILE, "the room for them");
+  int until_store = s.tiles_per_store * TILE;
 
 #pragma unroll 1
   for (int copy = threadIdx.x; copy < s.slots; copy += blockDim.x) stage(left, copy);
@@ -283,16 +285,15 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
       }
       if (chunk >= s.chunks) break;
       if (active) {
-        const int at = window;
-        window = windows[(chunk + s.parts) * CHUNK_QUADS + t];
+        const int at = windows[chunk * CHUNK_QUADS + t];
         accumulate<M_TILES, N_TILES>(
             coarse_tile + chunk * (CHUNK_QUADS * QUAD / ELEMENTS), opaque(8 * s.coarse_pitch),
             fine_tile + at, opaque(PRODUCT_COLUMNS * s.fine_pitch),
             opaque(tap_row), s.zero, chain);
-        if (++chained == FLUSH) {
+        if ((++until_store & (TILE - 1)) == FLUSH) {
           flush<N_TILES * TAPS_H * TAPS_W * M_TILES * 4>(&sum[0][0][0][0][0],
                                                          &chain[0][0][0][0][0]);
-          chained = 0;
+          until_store -= FLUSH;
         }
       }
     }
@@ -300,9 +301,9 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
 
     // The sums leave the registers now and then, and at the end: tensor cores truncate when they
     // add, and the loss grows with the length of a run.
-    if (--until_store > 0 && left > 1) continue;
+    until_store -= TILE;
+    if (until_store >= TILE && left > 1) continue;
     flush<N_TILES * TAPS_H * TAPS_W * M_TILES * 4>(&sum[0][0][0][0][0], &chain[0][0][0][0][0]);
-    chained = 0;
     // Every warp stores its sums, also one beyond the channels or taps: they are zero, and nobody
     // reads them.
     const int self = opaque(threadIdx.x / WARP), kind = opaque(blockIdx.x) % s.blocks;
@@ -313,7 +314,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     const int all = min(s.tiles_per_split, s.tiles - split * s.tiles_per_split);
     const bool begun = all - left >= s.tiles_per_store;
     store_sums<N_TILES * TAPS_H * TAPS_W * M_TILES>(to, &sum[0][0][0][0], begun);
-    until_store = s.tiles_per_store;
+    until_store = s.tiles_per_store * TILE;
   }
 }
 
