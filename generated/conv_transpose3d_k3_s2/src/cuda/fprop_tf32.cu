@@ -85,7 +85,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (d, 0, 0)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
   {  // h +0, w +1
     Math::A x[3];
@@ -93,7 +93,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (d, 0, 1)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
   {  // h +0, w +2
     Math::A x[3];
@@ -101,7 +101,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 2 * SLOT);  // tap (d, 0, 2)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
   {  // h +1, w +0
     Math::A x[3];
@@ -109,7 +109,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (d, 1, 0)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
   {  // h +1, w +1
     Math::A x[3];
@@ -117,7 +117,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (d, 1, 1)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
   {  // h +1, w +2
     Math::A x[3];
@@ -125,7 +125,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 5 * SLOT);  // tap (d, 1, 2)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
   {  // h +2, w +0
     Math::A x[3];
@@ -133,7 +133,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (d, 2, 0)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
   {  // h +2, w +1
     Math::A x[3];
@@ -141,7 +141,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (d, 2, 1)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
   {  // h +2, w +2
     Math::A x[3];
@@ -149,7 +149,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x7>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 8 * SLOT);  // tap (d, 2, 2)
-    end_column<Math, CHANNELS>();
+    end_column<Math, CHANNELS, VARIANTS>();
   }
 }
 

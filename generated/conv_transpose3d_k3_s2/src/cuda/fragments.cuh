@@ -141,17 +141,19 @@ __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
 
 // Around the taps of one column, whose fragments have been loaded. Where registers hold the
 // fragments of two columns, a column's products go on while the next fragments are loaded, and
-// those of the column before it end here; in 3xTF32 (FLUSH) they hold only one.
+// those of the column before it end here. They hold only one in 3xTF32 (FLUSH), and of 16-bit
+// channels beside the sums of several phases.
 template <int CHANNELS>
 __device__ __forceinline__ void begin_column() {
   if constexpr (BY_GROUPS<CHANNELS>) wgmma_begin();
 }
 
-template <class Math, int CHANNELS>
+template <class Math, int CHANNELS, int VARIANTS>
 __device__ __forceinline__ void end_column() {
   if constexpr (BY_GROUPS<CHANNELS>) {
+    constexpr bool ONE = Math::FLUSH || (Math::CHANNELS > 1 && VARIANTS > 1);
     wgmma_commit();
-    wgmma_wait<Math::FLUSH ? 0 : 1>();
+    wgmma_wait<ONE ? 0 : 1>();
   }
 }
 
