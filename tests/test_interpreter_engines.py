@@ -217,18 +217,6 @@ def test_groups_of_warps_agree_with_float64(case: Case) -> None:
             given.check()
 
 
-def test_products_that_nothing_waits_for_are_caught() -> None:
-    case = WGMMA_CASES[-2]
-    sources = grouped(case, ("dgrad",))
-    file = "fragments.cuh"
-    assert "wgmma_wait<0>();" in sources[file]
-    buggy = {**sources, file: sources[file].replace("wgmma_wait<0>();", "")}
-    loaded = Library(interpret.library("buggy_wait", buggy, "checked", architecture="90a"))
-    given = next(p for p in case.problems() if p.contraction == "dgrad")
-    with pytest.raises(Fault, match=r"race on shared memory|wgmma_wait is missing"):
-        solve(loaded, given)
-
-
 @pytest.mark.parametrize(
     "case", [*(CASES[i] for i in (0, 4, 8, 15)), *(MMA_CASES[i] for i in (6, 10))], ids=str
 )
