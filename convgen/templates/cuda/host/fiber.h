@@ -119,7 +119,8 @@ class Stacks {
   char* memory_;
 };
 
-// Stacks outlive a launch: mapping them takes longer than a small kernel.
+// A few stacks outlive a launch: mapping them takes longer than a small kernel. Not many: each takes
+// two of the process's mappings (65530 by Linux's default), and every library keeps its own.
 class StackCache {
  public:
   Stacks* take(int count) {
@@ -135,13 +136,20 @@ class StackCache {
   }
   void give_back(Stacks* stacks) {
     std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(stacks);
+    int kept = stacks->count();
+    for (const Stacks* each : free_) kept += each->count();
+    if (kept > MOST) {
+      delete stacks;
+    } else {
+      free_.push_back(stacks);
+    }
   }
   ~StackCache() {
     for (Stacks* stacks : free_) delete stacks;
   }
 
  private:
+  static constexpr int MOST = 256;  // kept stacks
   std::mutex mutex_;
   std::vector<Stacks*> free_;
 };
