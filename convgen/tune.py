@@ -238,8 +238,10 @@ def candidates(job: Job, gpu: Gpu, most: int = CANDIDATES) -> Outcome:
     others = [candidate(schedule) for schedule in legal if schedule != default.schedule]
     others.sort(key=lambda c: c.predicted.ms)
     # What the model cannot tell apart differs in sizes that this layer does not use.
-    distinct = list({c.predicted: c for c in reversed(others)}.values())[::-1]
-    chosen = [candidate(default.schedule), *distinct[: most - 1]]
+    distinct: dict[Prediction, Candidate] = {}
+    for other in others:
+        distinct.setdefault(other.predicted, other)
+    chosen = [candidate(default.schedule), *list(distinct.values())[: most - 1]]
     return Outcome(job, len(others) + 1, chosen)
 
 

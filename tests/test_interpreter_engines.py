@@ -30,6 +30,7 @@ from convgen.dtypes import DTYPES, MODES
 from convgen.engines import Engine
 from convgen.engines.mma import ENGINE as MMA
 from convgen.engines.simt import ENGINE as SIMT
+from convgen.interpret import library as compile_interpreted
 from convgen.render import render_kernels
 from convgen.spec import ConvSpec
 
@@ -207,14 +208,29 @@ def grouped(case: Case, contractions: tuple[str, ...] = GATHERS) -> dict[str, st
     return engine_sources(case.spec, case.dtype, contractions, schedules)
 
 
+def compile_sm_90a(name: str, sources: dict[str, str]) -> Path:
+    return compile_interpreted(name, sources, "checked", architecture="90a")
+
+
 @pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
 def test_groups_of_warps_agree_with_float64(case: Case) -> None:
-    library = interpret.library(f"{case.library}_90a", grouped(case), "checked", architecture="90a")
-    loaded = Library(library)
+    loaded = Library(compile_sm_90a(f"{case.spec.name}_{case.dtype}_90a", grouped(case)))
     for given in case.problems():
         if given.contraction in GATHERS:
             solve(loaded, given)
             given.check()
+
+
+def test_products_that_nothing_waits_for_are_caught() -> None:
+    case = WGMMA_CASES[-2]
+    sources = grouped(case, ("dgrad",))
+    file = "fragments.cuh"
+    assert "wgmma_wait<0>();" in sources[file]
+    buggy = {**sources, file: sources[file].replace("wgmma_wait<0>();", "")}
+    loaded = Library(compile_sm_90a("buggy_wait", buggy))
+    given = next(p for p in case.problems() if p.contraction == "dgrad")
+    with pytest.raises(Fault, match=r"race on shared memory|wgmma_wait is missing"):
+        solve(loaded, given)
 
 
 @pytest.mark.parametrize(

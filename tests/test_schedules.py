@@ -11,8 +11,9 @@ import pytest
 
 from convgen.engines import CONTRACTIONS, Engine, KernelPlan, units
 from convgen.engines.cost import GPUS, H200, Problem, typical_problems
+from convgen.engines.mma import GROUP_CHANNELS
 from convgen.layers import Layer, read_suite, suites
-from convgen.render import render_unit
+from convgen.render import TEMPLATES, render_unit
 from convgen.spec import ConvSpec
 from convgen.tune import problem_of
 
@@ -112,6 +113,11 @@ MEASURED = {
     ("77", "fprop", "tf32"): 0.45,
 }
 MEASURED_SIMT = {"dgrad": 7.96, "fprop": 6.55, "wgrad": 6.96}
+
+
+def test_the_space_and_the_templates_agree_when_warps_multiply_together() -> None:
+    text = (TEMPLATES / "cuda" / "mma" / "fragments.cuh").read_text()
+    assert f"constexpr int GROUP_LEAST_CHANNELS = {GROUP_CHANNELS};" in text
 
 
 class TestModel:

@@ -130,10 +130,9 @@ def _tuned_refusal(
     geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule
 ) -> str:
     """Why a gather cannot have a tuned schedule; empty if it can."""
-    if not _refusal(geometry, contraction, mode, schedule):
-        return ""
-    if not _grouped(schedule):
-        return _refusal(geometry, contraction, mode, schedule)
+    refusal = _refusal(geometry, contraction, mode, schedule)
+    if not refusal or not _grouped(schedule):
+        return refusal
     most = PRODUCTS_GROUPED[mode]
     return _misfit(geometry, contraction, mode, schedule, most, GROUPED_REGISTERS[mode])
 
