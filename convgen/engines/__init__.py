@@ -90,7 +90,10 @@ def schedule_from(kind: type, fields: Mapping[str, Any]) -> Any:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
     names = {field.name for field in dataclasses.fields(kind)}
-    if names != set(fields):
+    needed = {
+        field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING
+    }
+    if not needed <= set(fields) <= names:
         raise TypeError(f"{kind.__name__} has the fields {sorted(names)}, not {sorted(fields)}")
     return kind(**{name: tuples(value) for name, value in fields.items()})
 

@@ -309,6 +309,7 @@ class Mma:
         "fragments.cuh": "cuda/mma/fragments.cuh",
         "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
         "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
+        "mma_wgrad_groups.cuh": "cuda/mma/wgrad_groups.cuh",
     }
 
     def plan(self, geometry: Geometry, contraction: str, dtype: str) -> KernelPlan:

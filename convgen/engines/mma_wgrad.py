@@ -8,7 +8,7 @@ wavefront, in one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import gcd
@@ -35,6 +35,17 @@ REGISTERS, REGISTERS_SPLIT, REGISTERS_LASTING = 142, 146, 116
 FLUSH = 4
 # Staged columns of one window; a longer reach along W is split into blocks of taps.
 MAX_REACH = 96
+# Where four warps multiply together: registers that sums and operands of a lane may take, of the 152
+# that twelve such warps have beside four that stage.
+GROUP_REGISTERS = 126
+GROUPS_OF_WARPS = 3
+GROUP_LATENCY = 200
+"""Clocks of a group from the end of its products to its next ones."""
+GROUP_COPY_CLOCKS = 12
+"""Of a warp's asynchronous copy, whatever its width."""
+GROUP_LEAST_COARSE = 16
+MAX_GROUP_BLOCKS, MAX_GROUP_TILES = 8, 2
+UNKNOWN_GROUP_BLOCKS = (4, 6, 8)
 # Coarse tiles to compile where the channels are not known: 16, 32 and 48 pad little of any count.
 UNKNOWN_M_TILES = (1, 2, 3)
 MAX_M_TILES, MAX_N_TILES = 4, 8
@@ -48,12 +59,19 @@ class WgradSchedule:
     ``tiles`` lists the compiled tiles (coarse tiles of 16 channels, fine tiles of 8), each at
     ``taps_h x taps_w`` taps; a call takes the one that suits its channels. ``flush`` is the number
     of chunks that are summed in the tensor cores at once, 0 for all.
+
+    ``group_tiles`` are tiles (fine tiles of 16 channels, coarse blocks of 8), each at
+    ``group_taps`` taps along H and W, where four warps multiply together (wgmma, sm_90a): such
+    devices run these instead. Without them, with operands that are split or few channels in a
+    group, they run the others too.
     """
 
     taps_h: int
     taps_w: int
     tiles: tuple[tuple[int, int], ...]
     flush: int
+    group_taps: tuple[int, int] = (0, 0)
+    group_tiles: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -248,6 +266,105 @@ def _clocks(
     return max(tensor, 1.1 * shared, issue, level2) + 0.2 * (tensor + shared + issue + level2)
 
 
+def _group_registers(layout: Layout, elements: int, taps_h: int, taps_w: int, m: int) -> int:
+    """Registers of a lane's operands, where groups of warps multiply."""
+    window = 2 * layout.used_vectors * layout.vector
+    # In 16 bits also the pairs that taps read.
+    pairs = 4 * taps_w if elements == 2 else 0
+    return m * taps_h * (window + pairs)
+
+
+def _group_clocks(
+    mode: str, layout: Layout, taps: tuple[int, int], m: int, blocks: int
+) -> float | None:
+    """Time of a chunk of four warps that multiply together, or None if registers do not fit."""
+    elements = _elements(mode)
+    taps_h, taps_w = taps
+    sums = 4 * m * blocks * taps_h * taps_w
+    if sums + _group_registers(layout, elements, taps_h, taps_w, m) > GROUP_REGISTERS:
+        return None
+    products = m * taps_h * taps_w * 2 // elements
+    # wgmma takes half a clock per column, and reads its second operand in half of that.
+    tensor = 4.0 * blocks * products
+    windows = 2 * m * taps_h * layout.used_vectors * layout.wavefronts
+    shared = tensor / 2 + 4 * windows
+    latency = (tensor + GROUP_LATENCY) / GROUPS_OF_WARPS
+    return max(tensor, shared, latency) + 0.1 * (tensor + shared)
+
+
+def _group_cost(
+    geometry: Geometry, mode: str, layout: Layout, taps: tuple[int, int], tile: tuple[int, int]
+) -> float | None:
+    """As ``_cost``, where groups of warps multiply: clocks per chunk, of all taps and channels."""
+    m, blocks = tile
+    elements = _elements(mode)
+    clocks = _group_clocks(mode, layout, taps, m, blocks)
+    if clocks is None:
+        return None
+    coarse, fine = geometry.coarse_channels_per_group, geometry.fine_channels_per_group
+    tiles = -(-(fine or 16 * m) // (ROWS * m))
+    counts = (tiles, *(-(-k // t) for k, t in zip(geometry.kernel, (1, *taps), strict=True)))
+    best = math.inf
+    # How a block of three groups takes the units, and what it stages for them.
+    for split in product(*(range(1, count + 1) for count in counts)):
+        n, d, h, w = split
+        units = n * d * h * w
+        if units > GROUPS_OF_WARPS * 4 or (w > 1 and not layout.joins):
+            continue
+        blocks_of_units = math.prod(-(-a // b) for a, b in zip(counts, split, strict=True))
+        halo = (1.0 + 0.3 * min(2, d * h - 1)) * (1.5 if w < counts[3] else 1.0)
+        words = 16 * (8 * blocks + ROWS * m * n * halo * layout.position_columns) / elements
+        copies = ROWS * m * n * 16 * halo * layout.position_columns / 32 / layout.column_align
+        staging = max(4 * words / LEVEL2_BYTES, copies * GROUP_COPY_CLOCKS)
+        # Half a tile's chunks wait for nobody.
+        clocks_of_all = max(-(-units // 4) * clocks, staging) + 0.2 * staging
+        best = min(best, blocks_of_units * clocks_of_all)
+    if coarse:
+        best *= -(-coarse // (8 * blocks))
+    return best / ((1 if coarse else blocks) * (1 if fine else m))
+
+
+def _group_schedule(
+    geometry: Geometry, mode: str
+) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+    """Default ``group_taps`` and ``group_tiles``."""
+    none: tuple[tuple[int, int], tuple[tuple[int, int], ...]] = (0, 0), ()
+    coarse, fine = geometry.coarse_channels_per_group, geometry.fine_channels_per_group
+    few = (coarse or GROUP_LEAST_COARSE) < GROUP_LEAST_COARSE or (fine or ROWS) < ROWS
+    if mode == "tf32x3" or few or (geometry.groups > 1 and not (coarse and fine)):
+        return none
+    layouts = _layouts(geometry, mode)
+    needed = -(-coarse // 8) if coarse else 0
+    sizes = range(1, min(needed, MAX_GROUP_BLOCKS) + 1) if coarse else UNKNOWN_GROUP_BLOCKS
+    most_m = min(MAX_GROUP_TILES, -(-fine // ROWS)) if fine else 1
+    costs = {
+        (taps, (m, blocks)): cost
+        for taps, m, blocks in product(
+            _tap_blocks(geometry, layouts), range(1, most_m + 1), sizes
+        )
+        if (cost := _group_cost(geometry, mode, layouts[taps[1]], taps, (m, blocks))) is not None
+    }
+    if not costs:
+        return none
+    if coarse:
+        taps, tile = min(costs, key=lambda key: (costs[key], key))
+        return taps, (tile,)
+    # The taps with the least time for all sizes together; one that does not fit falls back to
+    # several smaller ones.
+    def time(taps: tuple[int, int], size: int) -> float:
+        return min(
+            (
+                costs[taps, (1, b)] * -(-size // b) * b / size
+                for b in sizes
+                if (taps, (1, b)) in costs
+            ),
+            default=math.inf,
+        )
+
+    taps = min((t for t, _ in costs), key=lambda t: (sum(time(t, b) for b in sizes), t))
+    return taps, tuple((1, b) for b in sizes if (taps, (1, b)) in costs)
+
+
 def _layouts(geometry: Geometry, mode: str) -> dict[int, Layout]:
     """The layouts that blocks of so many taps along W may have."""
     elements = _elements(mode)
@@ -333,7 +450,7 @@ def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
         tiles = tuple(
             best([taps], (m,))[1] for m in UNKNOWN_M_TILES if cost(taps, m, 1) is not None
         )
-    return WgradSchedule(*taps, tiles, _flush(mode))
+    return WgradSchedule(*taps, tiles, _flush(mode), *_group_schedule(geometry, mode))
 
 
 def _flush(mode: str) -> int:
@@ -353,6 +470,26 @@ def wgrad_refusal(geometry: Geometry, mode: str, schedule: WgradSchedule) -> str
             return f"tiles have at most {MAX_M_TILES} x {MAX_N_TILES} products, not {m} x {n}"
         if _clocks(mode, layouts[taps[1]], 1, *taps, m, n) is None:
             return f"a tile of {m} x {n} products for {taps[0]} x {taps[1]} taps spills"
+    return _group_refusal(geometry, mode, schedule)
+
+
+def _group_refusal(geometry: Geometry, mode: str, schedule: WgradSchedule) -> str:
+    taps = schedule.group_taps
+    if not schedule.group_tiles:
+        return "" if taps == (0, 0) else "taps of groups of warps need tiles"
+    if mode == "tf32x3":
+        return "groups of warps do not multiply operands that are split"
+    layouts = _layouts(geometry, mode)
+    if taps not in _tap_blocks(geometry, layouts):
+        return f"{taps[0]} x {taps[1]} taps do not fill their blocks, or reach too far for a window"
+    for m, blocks in schedule.group_tiles:
+        if not (1 <= m <= MAX_GROUP_TILES and 1 <= blocks <= MAX_GROUP_BLOCKS):
+            return (
+                f"tiles of groups have at most {MAX_GROUP_TILES} x {MAX_GROUP_BLOCKS} products, "
+                f"not {m} x {blocks}"
+            )
+        if _group_clocks(mode, layouts[taps[1]], taps, m, blocks) is None:
+            return f"a group's tile of {m} x {blocks} for {taps[0]} x {taps[1]} taps spills"
     return ""
 
 
@@ -384,21 +521,32 @@ def wgrad_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction
     """Time of a call: the chunks of its positions, dealt to all multiprocessors."""
     geometry, schedule = plan.geometry, plan.schedule
     channels = problem.coarse_channels // geometry.groups, problem.fine_channels // geometry.groups
-    taps = schedule.taps_h, schedule.taps_w
-    layout = _layout(geometry, _elements(plan.dtype), schedule.taps_w)
+    elements = _elements(plan.dtype)
     # The kernel takes the compiled tile that suits a call's channels.
-    costs = [
-        clocks
-        for tile in schedule.tiles
-        if (clocks := _cost(geometry, plan.dtype, layout, taps, tile, channels)) is not None
-    ]
+    grouped = gpu.grouped_product_clocks > 0 and schedule.group_tiles
+    known = replace(
+        geometry,
+        coarse_channels=problem.coarse_channels,
+        fine_channels=problem.fine_channels,
+    )
+    if grouped:
+        taps = schedule.group_taps
+        layout = _layout(geometry, elements, taps[1])
+        found = [_group_cost(known, plan.dtype, layout, taps, t) for t in schedule.group_tiles]
+    else:
+        taps = schedule.taps_h, schedule.taps_w
+        layout = _layout(geometry, elements, schedule.taps_w)
+        found = [_cost(geometry, plan.dtype, layout, taps, t, channels) for t in schedule.tiles]
+    costs = [clocks for clocks in found if clocks is not None]
     if not costs:
         return Prediction(math.inf, "registers")
     d, h, w = problem.coarse_extent
     # Rows are padded to whole quads.
     chunks = problem.batch * d * h * -(-w // QUAD) * QUAD / 16
-    clocks = chunks * geometry.groups * geometry.kernel[0] * min(costs)
-    ms = clocks * gpu.product_clocks / PRODUCT_CLOCKS / gpu.multiprocessors / gpu.ghz * 1e-6
+    clocks = chunks * geometry.groups * min(costs)
+    if not grouped:
+        clocks *= geometry.kernel[0] * gpu.product_clocks / PRODUCT_CLOCKS
+    ms = clocks / gpu.multiprocessors / gpu.ghz * 1e-6
     # Adding up the partial results of all blocks.
     ms += 0.01
     floor = memory_ms(geometry, problem, MODES[plan.dtype].size_bytes, gpu)
@@ -416,6 +564,7 @@ def wgrad_context(plan: KernelPlan) -> dict[str, Any]:
     schedule: WgradSchedule = plan.schedule
     elements = _elements(plan.dtype)
     layout = _layout(plan.geometry, elements, schedule.taps_w)
+    group_layout = _layout(plan.geometry, elements, max(schedule.group_taps[1], 1))
     element, product_type = {
         "tf32": ("float", "Tf32Product"),
         "tf32x3": ("float", "SplitTf32Product"),
@@ -427,4 +576,9 @@ def wgrad_context(plan: KernelPlan) -> dict[str, Any]:
         "product": product_type,
         "layout": layout,
         "tiles": [_tile(layout, elements, schedule.taps_h, m, n) for m, n in schedule.tiles],
+        "group_layout": group_layout,
+        "group_tiles": [
+            Tile(m, n, 0, 2 * m * schedule.group_taps[0] * group_layout.used_vectors * group_layout.wavefronts)
+            for m, n in schedule.group_tiles
+        ],
     }

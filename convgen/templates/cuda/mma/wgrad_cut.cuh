@@ -46,8 +46,9 @@ struct ProductShape {
   uint32_t zero;  // see CoarseFragment
 
   // A block's warps: units (coarse tiles x fine tiles x blocks of taps along W, H and D) times
-  // `parts`, which share the chunks of a tile and have a partial result each.
-  int units_m, units_n, units_w, units_h, units_d, units, parts;
+  // `parts`, which share the chunks of a tile and have a partial result each. Of warps that multiply
+  // together, each part has whole groups: `unit_warps`.
+  int units_m, units_n, units_w, units_h, units_d, units, unit_warps, parts;
   Divisor blocks_m, blocks_n, blocks_w, blocks_h, blocks_d;
   int blocks, threads;
 
@@ -79,8 +80,12 @@ struct ProductTraits {
   int kernel_d, kernel_h;
   int stride_d, stride_h, stride_w, dilation_d, dilation_h;
   int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
-  int m_tiles, n_tiles, products;  // products per chunk and warp
-  int warps;                       // of a block, at most
+  int coarse_tile, fine_tile;  // channels of a unit
+  int fragments;               // of a unit's sums: 16 x 8 channels at one tap
+  int products;                // per chunk and warp
+  int warps;                   // of a block, at most, those that multiply
+  int group_warps = 1;         // of them, those that multiply together
+  int staging_warps = 0;       // others, which stage; 0 if all of them do
   int element_bytes;
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
   bool joins_w;                            // whether a block may own several blocks of taps along W
@@ -144,6 +149,9 @@ constexpr double PRODUCT_CLOCKS = 1.5;  // of a multiprocessor with all four qua
 constexpr double LEVEL2_BYTES = 28;     // per clock and multiprocessor
 constexpr double TILE_CLOCKS = 300;     // barrier, first loads, last products
 constexpr double WARP_CLOCKS = 6;       // from one instruction of a warp to the next; measured
+// Where groups multiply: from the wait for products to the next ones, with loads between; a quad of
+// eight channels through registers; the first copies of a tile.
+constexpr double GROUP_LATENCY = 200, QUAD_CLOCKS = 100, STAGING_LATENCY = 1000;
 constexpr int64_t COPY_PLACE = 40,
                   COPY_ONE = 4;  // instructions: to find a place, to copy a channel
 
@@ -198,13 +206,18 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   auto pitch = [](int64_t words, int residue) {
     return words + ((residue - words) % WARP + WARP) % WARP;
   };
-  const int64_t coarse_pitch = pitch(chunks * CHUNK_QUADS * QUAD / elements, t.coarse_residue);
+  const bool staged_by_all = t.staging_warps == 0;
+  const int64_t coarse_row = chunks * CHUNK_QUADS * QUAD / elements;
+  // The tensor core reads coarse channels where wgmma wants them, without gaps.
+  const int64_t coarse_pitch = staged_by_all ? pitch(coarse_row, t.coarse_residue) : coarse_row;
   const int64_t fine_pitch = pitch(d.count * h.count * row_words, t.fine_residue);
-  const int64_t coarse_words = cut.m * t.m_tiles * PRODUCT_ROWS * coarse_pitch;
-  const int64_t fine_words = cut.n * t.n_tiles * PRODUCT_COLUMNS * fine_pitch;
-  const int coarse_width = row_width(s.coarse_w, cut.quads % 2 == 0 ? 16 / t.element_bytes : QUAD);
+  const int64_t coarse_words = cut.m * t.coarse_tile * coarse_pitch;
+  const int64_t fine_words = cut.n * t.fine_tile * fine_pitch;
+  const bool wide = staged_by_all && cut.quads % 2 == 0;
+  const int coarse_width = row_width(s.coarse_w, wide ? 16 / t.element_bytes : QUAD);
   const int fine_width = row_width(s.fine_w, t.column_align);
-  const int64_t coarse_places = cut.tile_d * cut.tile_h * cut.quads * QUAD / coarse_width;
+  const int64_t coarse_places =
+      cut.tile_d * cut.tile_h * cut.quads * QUAD / (staged_by_all ? coarse_width : QUAD);
   const int64_t fine_places = d.count * h.count * columns / fine_width;
   const int64_t coarse_table = ORIGINS_WORDS + (chunks + cut.parts) * CHUNK_QUADS;
   const int64_t fine_table = coarse_table + 2 * coarse_places;
@@ -228,14 +241,15 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
-  deal_copies(s, cut.m * t.m_tiles * PRODUCT_ROWS, cut.n * t.n_tiles * PRODUCT_COLUMNS,
-              cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts);
+  const int64_t coarse_channels = staged_by_all ? cut.m * t.coarse_tile : 0;
+  deal_copies(s, coarse_channels, cut.n * t.fine_tile,
+              staged_by_all ? cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts : t.staging_warps);
   return words;
 }
 
 inline int64_t count_blocks(const ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
-  return ceil_div(ceil_div(s.coarse_channels, t.m_tiles * PRODUCT_ROWS), cut.m) *
-         ceil_div(ceil_div(s.fine_channels, t.n_tiles * PRODUCT_COLUMNS), cut.n) *
+  return ceil_div(ceil_div(s.coarse_channels, t.coarse_tile), cut.m) *
+         ceil_div(ceil_div(s.fine_channels, t.fine_tile), cut.n) *
          ceil_div(t.tap_blocks_w, cut.w) * ceil_div(t.tap_blocks_h, cut.h) *
          ceil_div(t.kernel_d, cut.d) * s.groups;
 }
@@ -249,8 +263,36 @@ inline int64_t count_tiles(const ProductShape& s, const ProductCut& cut, int64_t
 inline double reduction_clocks(const ProductTraits& t, int64_t blocks, const ProductCut& cut,
                                int multiprocessors) {
   const double units = double(cut.m) * cut.n * cut.w * cut.h * cut.d;
-  const double bytes = 512.0 * t.m_tiles * t.n_tiles * t.taps_h * t.taps_w * units * blocks;
+  const double bytes = 512.0 * t.fragments * units * blocks;
   return 2 * bytes / (LEVEL2_BYTES * multiprocessors);
+}
+
+// Warps of a cut that multiply: each part has whole groups.
+inline int64_t multiplying_warps(const ProductTraits& t, const ProductCut& cut) {
+  return round_up(cut.m * cut.n * cut.w * cut.h * cut.d, t.group_warps) * cut.parts;
+}
+
+// Clocks of one tile where groups of warps multiply (wgmma) what others stage, per multiprocessor.
+inline double group_clocks(const ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
+  const double chunks = double(ceil_div(s.chunks, cut.parts));
+  const double groups = double(multiplying_warps(t, cut) / t.group_warps);
+  // A product takes half a clock per column, and its second operand shared memory for half of that.
+  const double product = t.products * t.coarse_tile / 2.0;
+  const double tensor = groups * chunks * product;
+  const double copies = double(s.fine.total) * s.fine.channels / WARP;
+  const double shared = tensor / 2 + groups * chunks * t.group_warps * t.fine_wavefronts +
+                        s.stage_words / 32.0 + copies;
+  // A group waits for its products before it loads the next chunk.
+  const double serial = chunks * (product + GROUP_LATENCY);
+  // Quads of coarse channels pass through registers, a few at a time.
+  const double quads = double(s.chunks) * t.coarse_tile / 8 / t.staging_warps;
+  const double staging = s.copy_instructions * WARP_CLOCKS + quads * QUAD_CLOCKS + STAGING_LATENCY;
+  const double level2 = s.stage_words * 4 / LEVEL2_BYTES;
+  double most = tensor > shared ? tensor : shared;
+  if (serial > most) most = serial;
+  if (staging > most) most = staging;
+  if (level2 > most) most = level2;
+  return most + 0.1 * (tensor + shared + staging + level2 - most) + TILE_CLOCKS / 2;
 }
 
 // Expected time of a cut that lay_out() has laid out in `words` words.
@@ -280,8 +322,12 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
   if (issue > most) most = issue;
   if (level2 > most) most = level2;
   cost.tile = most + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
+  if (t.staging_warps) {
+    cost.resident = 1;
+    cost.tile = group_clocks(s, t, cut);
+  }
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
-  const double slots = resident * multiprocessors;
+  const double slots = double(cost.resident) * multiprocessors;
   double waves = double(blocks) * tiles / slots;
   if (waves < 1) waves = 1;
   double splits = slots / blocks;
@@ -295,8 +341,8 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
 // Chooses who computes what: of all cuts that fit, the one expected to be fastest.
 inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, int multiprocessors,
                         int shared_limit, double& expected) {
-  const int64_t tiles_m = ceil_div(s.coarse_channels, t.m_tiles * PRODUCT_ROWS);
-  const int64_t tiles_n = ceil_div(s.fine_channels, t.n_tiles * PRODUCT_COLUMNS);
+  const int64_t tiles_m = ceil_div(s.coarse_channels, t.coarse_tile);
+  const int64_t tiles_n = ceil_div(s.fine_channels, t.fine_tile);
   // A count that leaves the last block emptier than a smaller one would is not tried.
   auto even = [](int64_t total, int64_t count) {
     return count <= total && ceil_div(total, ceil_div(total, count)) == count;
@@ -332,7 +378,8 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
       }
     }
   };
-  for (cut.m = 1; cut.m <= t.warps; ++cut.m) {
+  // Warps that multiply together have the same coarse channels.
+  for (cut.m = 1; cut.m <= (t.group_warps > 1 ? 1 : t.warps); ++cut.m) {
     if (!even(tiles_m, cut.m)) continue;
     for (cut.n = 1; cut.m * cut.n <= t.warps; ++cut.n) {
       if (!even(tiles_n, cut.n)) continue;
@@ -344,9 +391,10 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
             if (!even(t.kernel_d, cut.d)) continue;
             const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d;
             // Whole quarters of the multiprocessor, or as many warps as there can be.
-            for (cut.parts = 1; cut.parts * units <= t.warps; ++cut.parts) {
-              const bool most = (cut.parts + 1) * units > t.warps;
-              if (cut.parts * units % 4 == 0 || most) consider_tiles();
+            const int64_t whole = round_up(units, t.group_warps);
+            for (cut.parts = 1; cut.parts * whole <= t.warps; ++cut.parts) {
+              const bool most = (cut.parts + 1) * whole > t.warps;
+              if (cut.parts * whole % 4 == 0 || most) consider_tiles();
             }
           }
         }
@@ -362,7 +410,8 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   s.units_w = static_cast<int>(cut.w), s.units_h = static_cast<int>(cut.h);
   s.units_d = static_cast<int>(cut.d), s.parts = static_cast<int>(cut.parts);
   s.units = s.units_m * s.units_n * s.units_w * s.units_h * s.units_d;
-  s.threads = s.units * s.parts * WARP;
+  s.unit_warps = static_cast<int>(multiplying_warps(t, cut) / cut.parts);
+  s.threads = (s.unit_warps * s.parts + t.staging_warps) * WARP;
   s.blocks_m = Divisor(ceil_div(tiles_m, cut.m));
   s.blocks_n = Divisor(ceil_div(tiles_n, cut.n));
   s.blocks_w = Divisor(ceil_div(t.tap_blocks_w, cut.w));
@@ -385,7 +434,7 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   const int64_t slots = best_cost.resident * multiprocessors;
   const double reduction = cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
   const int64_t split_bytes =
-      int64_t{512} * t.m_tiles * t.n_tiles * t.taps_h * t.taps_w * s.units * blocks * s.parts;
+      int64_t{512} * t.fragments * s.units * blocks * s.parts;
   int64_t most = PRODUCT_WORKSPACE_LIMIT / split_bytes;
   if (most > PRODUCT_MAX_SPLITS) most = PRODUCT_MAX_SPLITS;
   if (most > tiles) most = tiles;
