@@ -35,9 +35,9 @@ REGISTERS, REGISTERS_SPLIT, REGISTERS_LASTING = 142, 146, 116
 FLUSH = 4
 # Staged columns of one window; a longer reach along W is split into blocks of taps.
 MAX_REACH = 96
-# Where four warps multiply together: registers that sums and operands of a lane may take, of the 152
+# Where four warps multiply together: registers that sums and operands of a lane may take, of the 144
 # that twelve such warps have beside four that stage.
-GROUP_REGISTERS = 126
+GROUP_REGISTERS = 112
 GROUPS_OF_WARPS = 3
 GROUP_LATENCY = 200
 """Clocks of a group from the end of its products to its next ones."""
@@ -267,11 +267,14 @@ def _clocks(
 
 
 def _group_registers(layout: Layout, elements: int, taps_h: int, taps_w: int, m: int) -> int:
-    """Registers of a lane's operands, where groups of warps multiply."""
-    window = 2 * layout.used_vectors * layout.vector
-    # In 16 bits also the pairs that taps read.
-    pairs = 4 * taps_w if elements == 2 else 0
-    return m * taps_h * (window + pairs)
+    """Registers of a lane's operands, where groups of warps multiply: four for each product.
+
+    A tap's second product in TF32 reads what its neighbour's first one does, where taps are as far
+    apart as positions.
+    """
+    shared = elements == 2 or layout.tap_columns == layout.position_columns
+    products = taps_w + 1 if shared else 2 * taps_w
+    return 4 * m * taps_h * products
 
 
 def _group_clocks(

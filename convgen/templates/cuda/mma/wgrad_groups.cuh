@@ -11,118 +11,126 @@ namespace convgen {
 // Three groups of warps multiply, one stages. Together they have all registers.
 constexpr int GROUP_WARPS = 4, GROUPS_OF_WARPS = 3, STAGING_WARPS = 4;
 constexpr int GROUP_THREADS = (GROUPS_OF_WARPS * GROUP_WARPS + STAGING_WARPS) * WARP;
-constexpr int MULTIPLYING_REGISTERS = 152, STAGING_REGISTERS = 4 * 128 - 3 * MULTIPLYING_REGISTERS;
+constexpr int MULTIPLYING_REGISTERS = 144, STAGING_REGISTERS = 4 * 128 - 3 * MULTIPLYING_REGISTERS;
 
 // Launch bound where there is wgmma, and where the kernel is empty. The host tells devices apart by
 // it.
 constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS : WARP;
 
 // Named barriers of the two buffers: warps that stage arrive at FULL, those that multiply at EMPTY.
+// Those that stage meet at COPIED.
 constexpr int PRODUCT_FULL = 1, PRODUCT_EMPTY = PRODUCT_FULL + PRODUCT_STAGES;
+constexpr int PRODUCT_COPIED = PRODUCT_EMPTY + PRODUCT_STAGES;
 
 // Words of a staged chunk of N_BLOCKS x 8 coarse channels: for each product and 8 channels two
 // matrices of 8 channels x 4 words, which SharedColumns describes. Word t of a channel belongs to
 // quad t, in the order that Tf32Product and HalfProduct say.
-constexpr int COLUMNS_WORDS = 2 * PRODUCT_COLUMNS * 4;
+constexpr int MATRIX_WORDS = PRODUCT_COLUMNS * 4, COLUMNS_WORDS = 2 * MATRIX_WORDS;
 template <class Product, int N_BLOCKS>
-constexpr int CHUNK_WORDS = PRODUCT_STEPS<Product>* N_BLOCKS* COLUMNS_WORDS;
+constexpr int CHUNK_WORDS = PRODUCT_STEPS<Product> * N_BLOCKS * COLUMNS_WORDS;
 
-// Of the words of a quad the first, for its number within a chunk and its channel.
-__device__ __forceinline__ int quad_word(int quad, int channel) {
-  return channel / PRODUCT_COLUMNS * COLUMNS_WORDS + channel % PRODUCT_COLUMNS * 4 + quad;
-}
-
-// And the i-th of them from there.
+// A channel's share of a chunk is a row of each of MATRICES matrices. Quads are copied into these
+// rows one after the other; afterwards a thread puts the words of all into their places. The rows
+// of a channel begin at row(chunk and 8 channels, channel), the i-th of them is step(i) further.
 template <class Product, int N_BLOCKS>
-__device__ __forceinline__ constexpr int quad_step(int i) {
-  return i % PRODUCT_STEPS<Product> * N_BLOCKS * COLUMNS_WORDS +
-         i / PRODUCT_STEPS<Product> * (COLUMNS_WORDS / 2);
-}
-
-// Four neighbouring positions of a channel, in words as tensor cores take them.
-template <class Product>
-struct CoarseQuad {
-  static constexpr int WORDS = QUAD / Product::ELEMENTS;
+struct CoarseRows {
+  static constexpr int QUAD_WORDS = QUAD / Product::ELEMENTS;
+  static constexpr int MATRICES = QUAD_WORDS;
   using Raw = typename Product::Raw;
-  uint32_t word[WORDS];
 
-  // From memory in accesses of ACCESS elements; `valid` positions lie in the tensor (a multiple of
-  // ACCESS, if there are any), the others are zero.
+  __device__ static __forceinline__ int row(int piece, int channel) {
+    return piece / N_BLOCKS * CHUNK_WORDS<Product, N_BLOCKS> + piece % N_BLOCKS * COLUMNS_WORDS +
+           channel * 4;
+  }
+  __device__ static __forceinline__ constexpr int step(int i) {
+    return i % PRODUCT_STEPS<Product> * N_BLOCKS * COLUMNS_WORDS +
+           i / PRODUCT_STEPS<Product> * MATRIX_WORDS;
+  }
+  // Where quad t is copied, from the channel's first row.
+  __device__ static __forceinline__ int quad(int t) {
+    constexpr int PER_ROW = 4 / QUAD_WORDS;  // quads
+    return step(t / PER_ROW) + t % PER_ROW * QUAD_WORDS;
+  }
+
+  // Copies a quad, of which the first `valid` positions exist (a multiple of ACCESS), in accesses
+  // of ACCESS elements; the others are zero.
   template <int ACCESS>
-  __device__ __forceinline__ void load(const Raw* from, int valid) {
+  __device__ static __forceinline__ void copy(uint32_t* to, const Raw* from, int valid) {
     constexpr int BYTES = ACCESS * sizeof(Raw);
+    if constexpr (BYTES >= 4) {
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) word[i] = 0;
-    if constexpr (BYTES == 16) {
-      if (valid > 0) load_vector<4>(word, reinterpret_cast<const uint32_t*>(from));
-    } else if constexpr (BYTES == 8) {
-#pragma unroll
-      for (int i = 0; i < WORDS; i += 2) {
-        if (i * Product::ELEMENTS < valid) {
-          load_vector<2>(word + i, reinterpret_cast<const uint32_t*>(from) + i);
-        }
-      }
-    } else if constexpr (BYTES == 4) {
-#pragma unroll
-      for (int i = 0; i < WORDS; ++i) {
-        if (i * Product::ELEMENTS < valid) word[i] = reinterpret_cast<const uint32_t*>(from)[i];
+      for (int i = 0; i < QUAD; i += ACCESS) {
+        copy_async<BYTES>(to + i / Product::ELEMENTS, i < valid ? from + i : from, i < valid);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < QUAD; ++i) {
-        if (i < valid) word[i / 2] |= uint32_t{from[i]} << i % 2 * 16;
+      for (int i = 0; i < QUAD_WORDS; ++i) {
+        uint32_t word = 0;
+        if (2 * i < valid) word = from[2 * i];
+        if (2 * i + 1 < valid) word |= uint32_t{from[2 * i + 1]} << 16;
+        to[i] = word;
       }
     }
   }
 
-  template <int N_BLOCKS>
-  __device__ __forceinline__ void store(uint32_t* to) const {
+  // Puts the words of a channel's four quads into place, rounded.
+  __device__ static __forceinline__ void arrange(uint32_t* rows) {
+    uint32_t word[4 * QUAD_WORDS];  // quad after quad
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) to[quad_step<Product, N_BLOCKS>(i)] = Product::high(word[i]);
+    for (int i = 0; i < MATRICES; ++i) load_vector<4>(word + 4 * i, rows + step(i));
+#pragma unroll
+    for (int i = 0; i < MATRICES; ++i) {
+      uint4 row;
+      row.x = Product::high(word[i]);
+      row.y = Product::high(word[i + QUAD_WORDS]);
+      row.z = Product::high(word[i + 2 * QUAD_WORDS]);
+      row.w = Product::high(word[i + 3 * QUAD_WORDS]);
+      *reinterpret_cast<uint4*>(rows + step(i)) = row;
+    }
   }
 };
 
-// Stages the coarse channels of a tile by one group's warps: a warp takes a chunk of 8 channels, a
-// lane a quad of one. Channels and positions beyond the tensor are zero.
+// Starts copying the coarse channels of a tile: a warp takes 8 channels of a chunk at a time (a
+// piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero.
 template <class Product, int N_BLOCKS, int ACCESS>
-__device__ __forceinline__ void stage_coarse(const ProductShape& s, int thread, const uint2* table,
-                                             uint32_t* to, const ProductOrigin& origin) {
-  constexpr int AT_ONCE = 4;  // loads on their way
-  using Quad = CoarseQuad<Product>;
+__device__ __forceinline__ void copy_coarse(const ProductShape& s, int thread, const uint2* table,
+                                            uint32_t* to, const ProductOrigin& origin) {
+  using Rows = CoarseRows<Product, N_BLOCKS>;
   const int lane = thread % WARP, channel = lane / 4, t = lane % 4;
-  const int quads = s.coarse.places;
   const auto* const tensor = static_cast<const typename Product::Raw*>(origin.channel);
-  const int pieces = s.chunks * N_BLOCKS;
 #pragma unroll 1
-  for (int first = thread / WARP; first < pieces; first += AT_ONCE * STAGING_WARPS) {
-    Quad quad[AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int piece = first + i * STAGING_WARPS, chunk = piece / N_BLOCKS;
-      const int c = piece % N_BLOCKS * PRODUCT_COLUMNS + channel;
-      const int index = chunk * CHUNK_QUADS + t;
-      int valid = 0;
-      const auto* from = tensor;
-      if (index < quads && c < origin.channels) {
-        const uint2 place = table[index];
-        const int z = origin.d + static_cast<int>(place.x >> 20);
-        const int y = origin.h + static_cast<int>(place.y >> 16);
-        const int x = origin.w + static_cast<int>(place.y & 0xffff);
-        if (z < s.coarse_d && y < s.coarse_h) valid = s.coarse_w - x;
-        if (valid > 0) {
-          from += s.coarse_channel_stride * c + ((z * s.coarse_h + y) * s.coarse_w + x);
-        }
-      }
-      quad[i].template load<ACCESS>(from, valid);
+  for (int chunk = thread / WARP; chunk < s.chunks; chunk += STAGING_WARPS) {
+    const int index = chunk * CHUNK_QUADS + t;
+    int valid = 0;
+    const auto* from = tensor;
+    if (index < s.coarse.places) {
+      const uint2 place = table[index];
+      const int z = origin.d + static_cast<int>(place.x >> 20);
+      const int y = origin.h + static_cast<int>(place.y >> 16);
+      const int x = origin.w + static_cast<int>(place.y & 0xffff);
+      if (z < s.coarse_d && y < s.coarse_h) valid = s.coarse_w - x;
+      if (valid > 0) from += (z * s.coarse_h + y) * s.coarse_w + x;
     }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int piece = first + i * STAGING_WARPS, chunk = piece / N_BLOCKS;
-      if (piece < pieces) {
-        quad[i].template store<N_BLOCKS>(to + chunk * CHUNK_WORDS<Product, N_BLOCKS> +
-                                         quad_word(t, piece % N_BLOCKS * PRODUCT_COLUMNS + channel));
-      }
+    uint32_t* const rows = to + Rows::row(chunk * N_BLOCKS, channel) + Rows::quad(t);
+    from += s.coarse_channel_stride * channel;
+#pragma unroll 2
+    for (int n = 0; n < N_BLOCKS; ++n) {
+      const bool exists = n * PRODUCT_COLUMNS + channel < origin.channels;
+      Rows::template copy<ACCESS>(rows + n * COLUMNS_WORDS, exists ? from : tensor,
+                                  exists ? valid : 0);
+      from += s.coarse_channel_stride * PRODUCT_COLUMNS;
     }
+  }
+}
+
+// And arranges them, once all copies of all these warps have landed.
+template <class Product, int N_BLOCKS>
+__device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread, uint32_t* to) {
+  using Rows = CoarseRows<Product, N_BLOCKS>;
+  const int shares = s.chunks * N_BLOCKS * PRODUCT_COLUMNS;
+#pragma unroll 2
+  for (int i = thread; i < shares; i += STAGING_WARPS * WARP) {
+    Rows::arrange(to + Rows::row(i / PRODUCT_COLUMNS, i % PRODUCT_COLUMNS));
   }
 }
 
