@@ -35,8 +35,8 @@ REGISTERS, REGISTERS_SPLIT, REGISTERS_LASTING = 142, 146, 116
 FLUSH = 4
 # Staged columns of one window; a longer reach along W is split into blocks of taps.
 MAX_REACH = 96
-# Where four warps multiply together: registers that sums and operands of a lane may take, of the 144
-# that twelve such warps have beside four that stage.
+# Where four warps multiply together: registers that sums and operands of a lane may take, of the
+# 144 that twelve such warps have beside four that stage.
 GROUP_REGISTERS = 112
 GROUPS_OF_WARPS = 3
 GROUP_LATENCY = 200
@@ -114,6 +114,8 @@ class Tile:
     n: int
     coarse_wavefronts: int
     fine_wavefronts: int
+    loose_wavefronts: int = 0
+    """Instead of the latter, where lines are staged as they lie in memory."""
 
 
 def _wavefronts(vector: int, lane_pitch: int, channel_pitch: int) -> int:
@@ -208,6 +210,19 @@ def _tile(layout: Layout, elements: int, taps_h: int, m: int, n: int) -> Tile:
     # A fragment is two rows of a quad: 512 bytes for 32-bit elements.
     coarse = m * 8 // elements
     return Tile(m, n, coarse, n * taps_h * layout.used_vectors * layout.wavefronts)
+
+
+def _group_tile(layout: Layout, taps: tuple[int, int], m: int, blocks: int) -> Tile:
+    """A tile of groups of warps: ``m`` tiles of 16 fine channels, 8 ``blocks`` coarse ones."""
+    rows = 2 * m * taps[0]
+    columns = {
+        p * layout.position_columns + w * layout.tap_columns
+        for p, w in product(range(QUAD), range(taps[1]))
+    }
+    # Loads of single elements; lanes of two channels meet in a bank.
+    return Tile(
+        m, blocks, 0, rows * layout.used_vectors * layout.wavefronts, rows * 2 * len(columns)
+    )
 
 
 def _staging(layout: Layout, elements: int, m: int, n: int, rows: int) -> tuple[float, float]:
@@ -342,9 +357,7 @@ def _group_schedule(
     most_m = min(MAX_GROUP_TILES, -(-fine // ROWS)) if fine else 1
     costs = {
         (taps, (m, blocks)): cost
-        for taps, m, blocks in product(
-            _tap_blocks(geometry, layouts), range(1, most_m + 1), sizes
-        )
+        for taps, m, blocks in product(_tap_blocks(geometry, layouts), range(1, most_m + 1), sizes)
         if (cost := _group_cost(geometry, mode, layouts[taps[1]], taps, (m, blocks))) is not None
     }
     if not costs:
@@ -352,6 +365,7 @@ def _group_schedule(
     if coarse:
         taps, tile = min(costs, key=lambda key: (costs[key], key))
         return taps, (tile,)
+
     # The taps with the least time for all sizes together; one that does not fit falls back to
     # several smaller ones.
     def time(taps: tuple[int, int], size: int) -> float:
@@ -581,7 +595,6 @@ def wgrad_context(plan: KernelPlan) -> dict[str, Any]:
         "tiles": [_tile(layout, elements, schedule.taps_h, m, n) for m, n in schedule.tiles],
         "group_layout": group_layout,
         "group_tiles": [
-            Tile(m, n, 0, 2 * m * schedule.group_taps[0] * group_layout.used_vectors * group_layout.wavefronts)
-            for m, n in schedule.group_tiles
+            _group_tile(group_layout, schedule.group_taps, *t) for t in schedule.group_tiles
         ],
     }

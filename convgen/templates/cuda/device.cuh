@@ -87,6 +87,22 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
 #endif
 }
 
+// Copies the first `bytes` of 16, both addresses multiples of 16, and writes zeros over the others
+// (of which none is then read). A tensor that begins in the middle of the 16 bytes, at `begin`, has
+// them all in memory, but the first are none of its: what is copied of them means nothing.
+__device__ __forceinline__ void copy_granule(void* to, const void* from, int bytes,
+                                             const void* /*begin*/) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+#else
+  for (int i = 0; i < 16; ++i) {
+    static_cast<char*>(to)[i] = i < bytes ? static_cast<const char*>(from)[i] : 0;
+  }
+#endif
+}
+
 // Closes the group of copies that this thread has issued since the last call.
 __device__ __forceinline__ void copy_commit() {
 #if __CUDA_ARCH__ >= 800

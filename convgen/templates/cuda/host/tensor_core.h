@@ -96,6 +96,7 @@ inline void wgmma_wait() {
 }
 
 inline void wgmma_settle(float&) {}
+inline void wgmma_settle(uint32_t&) {}
 
 template <int N, int PARTS>
 inline void wgmma_tf32(float (&d)[N][4], const uint32_t (&a)[4], SharedColumns<PARTS> b,

@@ -15,6 +15,8 @@ constexpr int LEAST_WARPS = 12, MOST_WARPS = 16, FEW_SUMS = 72;
 constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? MOST_WARPS : LEAST_WARPS; }
 constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;      // of shared memory: see ProductOrigins
+constexpr int GRANULE_BYTES = 16, GRANULE_WORDS = 4;
+constexpr int LOOSE_RESIDUE = 4;       // of the channel pitch, where lines are loose
 constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
 constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile
 constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
@@ -41,6 +43,7 @@ struct ProductShape {
   int fine_d, fine_h, fine_w;
   int64_t coarse_channel_stride, fine_channel_stride;  // elements; below INDEX_LIMIT
   int64_t coarse_sample, fine_sample;                  // elements from sample to sample
+  int64_t fine_elements;                               // of the whole tensor
   int coarse_channels, fine_channels;                  // per group
   int groups;
   uint32_t zero;  // see CoarseFragment
@@ -71,6 +74,10 @@ struct ProductShape {
   int rounds, rounds_per_chunk;  // of copies, by all threads
   int copy_instructions;         // of a warp and tile
   int coarse_slots, slots;  // threads over all rounds that copy coarse places (whole warps), all
+  // Whether lines of the fine tensor are staged as they lie in memory, in granules of 16 bytes
+  // (places are granules then): each starts with up to 15 bytes that lie before it.
+  bool loose;
+  int line;  // elements of a loose line
   int shared_bytes;
   ProductCopies coarse, fine;
 };
@@ -78,13 +85,15 @@ struct ProductShape {
 // What the specification and the schedule say; lengths along W in staged columns (see the kernel).
 struct ProductTraits {
   int kernel_d, kernel_h;
-  int stride_d, stride_h, stride_w, dilation_d, dilation_h;
+  int stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w;
   int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
   int coarse_tile, fine_tile;  // channels of a unit
   int fragments;               // of a unit's sums: 16 x 8 channels at one tap
   int products;                // per chunk and warp
   int warps;                   // of a block, at most, those that multiply
   int group_warps = 1;         // of them, those that multiply together
+  bool loosens = false;        // whether lines may be loose
+  int loose_wavefronts = 0;    // then instead of fine_wavefronts
   int staging_warps = 0;       // others, which stage; 0 if all of them do
   int element_bytes;
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
@@ -149,14 +158,17 @@ constexpr double PRODUCT_CLOCKS = 1.5;  // of a multiprocessor with all four qua
 constexpr double LEVEL2_BYTES = 28;     // per clock and multiprocessor
 constexpr double TILE_CLOCKS = 300;     // barrier, first loads, last products
 constexpr double WARP_CLOCKS = 6;       // from one instruction of a warp to the next; measured
-// Where groups multiply: from the wait for products to the next ones, with loads between; a quad of
-// eight channels through registers; the first copies of a tile.
-constexpr double GROUP_LATENCY = 200, QUAD_CLOCKS = 100, STAGING_LATENCY = 1000;
-constexpr int64_t COPY_PLACE = 40,
-                  COPY_ONE = 4;  // instructions: to find a place, to copy a channel
+// Where groups multiply: from the wait for products to the next ones, with loads between; a turn of
+// putting coarse channels in order; from a tile's last copy to its arrival. And the instructions of a
+// coarse copy beside COPY_ONE.
+constexpr double GROUP_LATENCY = 200, ARRANGE_CLOCKS = 120, STAGING_LATENCY = 1500, COARSE_COPY = 4;
+// Instructions: to find a place, to copy a channel there, as a granule.
+constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4, COPY_GRANULE = 12;
 
 // Instructions of a warp that copies `channels` channels at its places.
-constexpr int64_t copy_instructions(int64_t channels) { return COPY_PLACE + COPY_ONE * channels; }
+constexpr int64_t copy_instructions(int64_t channels, int64_t one = COPY_ONE) {
+  return COPY_PLACE + one * channels;
+}
 
 // How many channels a thread copies at a place: more take less time to find places, fewer leave
 // less of the last round idle. The least time of the busiest warp.
@@ -174,7 +186,8 @@ inline void deal_copies(ProductShape& s, int64_t coarse_channels, int64_t fine_c
       // Rounds of coarse places only, of both, and of fine ones only.
       const int64_t rounds = ceil_div(all_warps, warps), pure = coarse_warps / warps;
       const bool mixed = coarse_warps % warps != 0;
-      const int64_t a = copy_instructions(coarse), b = copy_instructions(fine);
+      const int64_t a = copy_instructions(coarse);
+      const int64_t b = copy_instructions(fine, s.loose ? COPY_GRANULE : COPY_ONE);
       const int64_t time = pure * a + (mixed ? (a > b ? a : b) : 0) + (rounds - pure - mixed) * b;
       if (best >= 0 && time >= best) continue;
       best = time;
@@ -199,9 +212,15 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   // A copy's table packs these, and computes with 32 bits.
   if (d.count >= 1 << 12 || h.count >= 1 << 16 || columns >= 1 << 16) return INDEX_LIMIT;
   if (d.count * d.step >= 1 << 30 || h.count * h.step >= 1 << 30) return INDEX_LIMIT;
-  const int64_t last = columns - elements;
+  const int fine_width = row_width(s.fine_w, t.column_align);
+  const bool loose = t.loosens && fine_width * t.element_bytes < 8;
+  const int64_t last = columns - elements, granule = GRANULE_BYTES / t.element_bytes;
+  const int64_t line =
+      (cut.quads * QUAD - 1) * t.stride_w + (cut.w * t.taps_w - 1) * t.dilation_w + 1;
+  const int64_t granules = (line + granule - 2) / granule + 1;  // from any start
   const int64_t row_words =
-      column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
+      loose ? granules * GRANULE_WORDS
+            : column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
   const int64_t chunks = ceil_div(cut.tile_d * cut.tile_h * cut.quads, CHUNK_QUADS);
   auto pitch = [](int64_t words, int residue) {
     return words + ((residue - words) % WARP + WARP) % WARP;
@@ -210,15 +229,15 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   const int64_t coarse_row = chunks * CHUNK_QUADS * QUAD / elements;
   // The tensor core reads coarse channels where wgmma wants them, without gaps.
   const int64_t coarse_pitch = staged_by_all ? pitch(coarse_row, t.coarse_residue) : coarse_row;
-  const int64_t fine_pitch = pitch(d.count * h.count * row_words, t.fine_residue);
+  const int64_t fine_pitch =
+      pitch(d.count * h.count * row_words, loose ? LOOSE_RESIDUE : t.fine_residue);
   const int64_t coarse_words = cut.m * t.coarse_tile * coarse_pitch;
   const int64_t fine_words = cut.n * t.fine_tile * fine_pitch;
   const bool wide = staged_by_all && cut.quads % 2 == 0;
   const int coarse_width = row_width(s.coarse_w, wide ? 16 / t.element_bytes : QUAD);
-  const int fine_width = row_width(s.fine_w, t.column_align);
   const int64_t coarse_places =
       cut.tile_d * cut.tile_h * cut.quads * QUAD / (staged_by_all ? coarse_width : QUAD);
-  const int64_t fine_places = d.count * h.count * columns / fine_width;
+  const int64_t fine_places = d.count * h.count * (loose ? granules : columns / fine_width);
   const int64_t coarse_table = ORIGINS_WORDS + (chunks + cut.parts) * CHUNK_QUADS;
   const int64_t fine_table = coarse_table + 2 * coarse_places;
   const int64_t stages = round_up(fine_table + 2 * fine_places, 4);
@@ -238,6 +257,7 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   s.coarse_words = static_cast<int>(coarse_words);
   s.stage_words = static_cast<int>(coarse_words + fine_words);
   s.shared_bytes = static_cast<int>(words * 4);
+  s.loose = loose, s.line = static_cast<int>(line);
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
@@ -280,13 +300,17 @@ inline double group_clocks(const ProductShape& s, const ProductTraits& t, const 
   const double product = t.products * t.coarse_tile / 2.0;
   const double tensor = groups * chunks * product;
   const double copies = double(s.fine.total) * s.fine.channels / WARP;
-  const double shared = tensor / 2 + groups * chunks * t.group_warps * t.fine_wavefronts +
+  const int wavefronts = s.loose ? t.loose_wavefronts : t.fine_wavefronts;
+  const double shared = tensor / 2 + groups * chunks * t.group_warps * wavefronts +
                         s.stage_words / 32.0 + copies;
   // A group waits for its products before it loads the next chunk.
   const double serial = chunks * (product + GROUP_LATENCY);
-  // Quads of coarse channels pass through registers, a few at a time.
-  const double quads = double(s.chunks) * t.coarse_tile / 8 / t.staging_warps;
-  const double staging = s.copy_instructions * WARP_CLOCKS + quads * QUAD_CLOCKS + STAGING_LATENCY;
+  // Coarse channels are copied, eight at a time, and put in order.
+  const double blocks = double(s.chunks) * t.coarse_tile / 8;
+  const double coarse = blocks * (COPY_ONE + COARSE_COPY) + s.chunks * COPY_PLACE;
+  const double staging =
+      (s.copy_instructions + coarse / t.staging_warps) * WARP_CLOCKS +
+      blocks * PRODUCT_COLUMNS / (t.staging_warps * WARP) * ARRANGE_CLOCKS + STAGING_LATENCY;
   const double level2 = s.stage_words * 4 / LEVEL2_BYTES;
   double most = tensor > shared ? tensor : shared;
   if (serial > most) most = serial;

@@ -134,6 +134,123 @@ __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread
   }
 }
 
+// ---- Loose lines ----------------------------------------------------------------------------
+//
+// Where no access of 8 bytes divides the lines of the fine tensor, these are staged as they lie in
+// memory: every line's 16-byte granules, the first of which may begin with elements of the line
+// before. A lane adds how many; it is the same for channels 8 apart.
+
+// How many elements after a multiple of 16 bytes an element lies.
+template <typename Raw>
+__device__ __forceinline__ int within_granule(int64_t element) {
+  return static_cast<int>(element) & (GRANULE_BYTES / static_cast<int>(sizeof(Raw)) - 1);
+}
+
+// As fill_windows, in elements. The bits from LOOSE_SHIFT on hold how far within a granule the
+// quad's line lies, compared with the tile's first line.
+constexpr int LOOSE_SHIFT = 24;
+template <typename Raw, int STRIDE_D, int STRIDE_H, int STRIDE_W>
+__device__ __forceinline__ void fill_loose_windows(const ProductShape& s, uint32_t* windows) {
+  constexpr int ELEMENTS = 4 / sizeof(Raw);
+  const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
+  for (int i = threadIdx.x; i < s.chunks * CHUNK_QUADS; i += blockDim.x) {
+    const int row = i / row_quads, plane = row / s.tile_h, h = row - plane * s.tile_h;
+    const int line = plane * s.position_planes * s.rows + h * s.position_rows;
+    const int at =
+        line * s.row_words * ELEMENTS + (i - row * row_quads) * QUAD * STRIDE_W;
+    const int64_t from = (int64_t{plane} * STRIDE_D * s.fine_h + h * STRIDE_H) * s.fine_w;
+    windows[i] = i < quads ? at | within_granule<Raw>(from) << LOOSE_SHIFT : 0;
+  }
+}
+
+// The table of granules: their word in a channel, plane, row, and number within the line.
+__device__ __forceinline__ void fill_granule_table(const ProductShape& s, uint2* table) {
+  const int per_row = s.row_words / GRANULE_WORDS;
+  for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
+    const int row = i / per_row, plane = row / s.rows;
+    table[i] = pack_place(i * GRANULE_WORDS, plane, row - plane * s.rows, i - row * per_row);
+  }
+}
+
+// An element of the fine tensor: column `origin.w` of a staged line, of the tile's first channel.
+__device__ __forceinline__ int64_t loose_element(const ProductShape& s,
+                                                 const ProductOrigin& origin, int plane, int row) {
+  return (int64_t{origin.d + plane * s.plane_step} * s.fine_h + origin.h + row * s.row_step) *
+             s.fine_w +
+         origin.w;
+}
+
+__device__ __forceinline__ bool line_inside(const ProductShape& s, const ProductOrigin& origin,
+                                            int plane, int row) {
+  return static_cast<unsigned>(origin.d + plane * s.plane_step) <
+             static_cast<unsigned>(s.fine_d) &&
+         static_cast<unsigned>(origin.h + row * s.row_step) < static_cast<unsigned>(s.fine_h);
+}
+
+// Starts copying all loose lines of a tile to `to`. `tensor` is the whole one.
+template <typename Raw>
+__device__ __forceinline__ void copy_granules(const ProductShape& s, int thread,
+                                              const uint2* table, uint32_t* to,
+                                              const ProductOrigin& origin, const Raw* tensor) {
+  constexpr int64_t GRANULE = GRANULE_BYTES;
+  const Raw* const first = static_cast<const Raw*>(origin.channel);
+  const int64_t begin = reinterpret_cast<int64_t>(tensor);
+  const int64_t end = begin + s.fine_elements * int64_t{sizeof(Raw)};
+  const int64_t stride = s.fine_channel_stride * int64_t{sizeof(Raw)};
+#pragma unroll 1
+  for (int copy = thread; copy < s.fine.total; copy += STAGING_WARPS * WARP) {
+    int channel = copy;
+    const uint2 place = table[s.fine.by_places.split(channel)];
+    channel *= s.fine.channels;
+    const int plane = static_cast<int>(place.x >> 20), row = static_cast<int>(place.y >> 16);
+    const int number = static_cast<int>(place.y & 0xffff);
+    const int existing = line_inside(s, origin, plane, row)
+                             ? min(max(origin.channels - channel, 0), s.fine.channels)
+                             : 0;
+    uint32_t* word = to + (place.x & 0xfffff) + channel * s.fine_pitch;
+    int64_t at = reinterpret_cast<int64_t>(first) + channel * stride +
+                 loose_element(s, origin, plane, row) * int64_t{sizeof(Raw)};
+#pragma unroll 4
+    for (int i = 0; i < s.fine.channels; ++i) {
+      const int64_t granule = (at & -GRANULE) + number * GRANULE;
+      int bytes = 0;
+      if (i < existing && granule + GRANULE > begin && granule < end) {
+        bytes = end - granule < GRANULE ? static_cast<int>(end - granule) : GRANULE_BYTES;
+      }
+      copy_granule(word, reinterpret_cast<const void*>(bytes > 0 ? granule : begin & -GRANULE),
+                   bytes, tensor);
+      at += stride;
+      word += s.fine_pitch;
+    }
+  }
+}
+
+// Writes zeros over what was copied from beside the lines' ends, when all copies have landed.
+template <typename Raw>
+__device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread, uint32_t* to,
+                                                   const ProductOrigin& origin) {
+  const int left = min(-origin.w, s.line), right = max(s.fine_w - origin.w, 0);
+  if (left <= 0 && right >= s.line) return;
+  const int lines = s.planes * s.rows;
+  const int channels = s.fine.total / s.fine.places * s.fine.channels;
+  const int base = within_granule<Raw>(reinterpret_cast<int64_t>(origin.channel) / sizeof(Raw));
+#pragma unroll 1
+  for (int i = thread; i < lines * channels; i += STAGING_WARPS * WARP) {
+    const int channel = i / lines, line = i - channel * lines;
+    const int plane = line / s.rows, row = line - plane * s.rows;
+    const int shift = within_granule<Raw>(base + s.fine_channel_stride * channel +
+                                          loose_element(s, origin, plane, row));
+    Raw* const at =
+        reinterpret_cast<Raw*>(to + channel * s.fine_pitch + line * s.row_words) + shift;
+#pragma unroll 1
+    for (int column = 0; column < left; ++column) at[column] = 0;
+#pragma unroll 1
+    for (int column = right; column < s.line; ++column) at[column] = 0;
+  }
+}
+
+// ---- Operands -------------------------------------------------------------------------------
+
 // What the taps of one row read at a lane's quad, for 16 fine channels.
 template <class Product, int VECTORS, int VECTOR>
 struct FineRows {
@@ -143,6 +260,34 @@ struct FineRows {
   __device__ __forceinline__ void load(const uint32_t* from, int half_rows) {
     half[0].template load<QUAD_COLUMNS, QUAD_PITCH>(from);
     half[1].template load<QUAD_COLUMNS, QUAD_PITCH>(from + half_rows);
+  }
+
+  // The same from a loose line, whose element `from` is column SHIFT of the window. Only what the
+  // TAPS taps read.
+  template <class Column, int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS>
+  __device__ __forceinline__ void load_loose(const typename Product::Raw* from, int half_rows) {
+    constexpr int ELEMENTS = Product::ELEMENTS;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int word = 0; word < VECTORS * VECTOR; ++word) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < ELEMENTS; ++i) {
+          const int column = word * ELEMENTS + i - SHIFT;
+          bool read = false;
+#pragma unroll
+          for (int position = 0; position < QUAD; ++position) {
+#pragma unroll
+            for (int tap = 0; tap < TAPS; ++tap) {
+              read |= column == position * POSITION_COLUMNS + tap * TAP_COLUMNS;
+            }
+          }
+          if (read) bits |= uint32_t{from[h * half_rows + Column::offset(column)]} << i * 16;
+        }
+        half[h].high[word] = Product::high(bits);
+      }
+    }
   }
 
   // The operand of the tap whose first position reads column `first`, for one product's depth.
