@@ -2,8 +2,10 @@
 
 For each contraction the engine lists its legal schedules, the cost model orders them, and the most
 promising are compiled side by side and timed in turns from cold caches, the slower ones dropping
-out round by round. A schedule can only win if its results agree with float64. What won against the
-default goes into a table (:mod:`convgen.tuned`), where ``convgen generate`` finds it.
+out round by round. Layers of one specification share their kernels: where their best tiles make one
+schedule together, it is compiled and timed too. A schedule can only win if its results agree with
+float64. What won against the default goes into a table (:mod:`convgen.tuned`), where ``convgen
+generate`` finds it.
 """
 
 from __future__ import annotations
@@ -275,6 +277,8 @@ def agree(outcomes: Iterable[Outcome]) -> None:
     Of those that all of them have timed, the one with the least product of times.
     """
     for group in _shared(outcomes):
+        for outcome in group:
+            outcome.agreed = None
         by_schedule = [{c.plan.schedule: c for c in o.candidates if c.spread} for o in group]
         common = set.intersection(*(set(timed) for timed in by_schedule))
         if common:
@@ -283,9 +287,40 @@ def agree(outcomes: Iterable[Outcome]) -> None:
                 outcome.agreed = timed[best]
 
 
+def combined(group: Sequence[Outcome]) -> KernelPlan | None:
+    """What layers of one specification would have together of the tiles that each is fastest with.
+
+    None unless, by their candidates' times, it beats what they agree on.
+    """
+    engine = group[0].job.engine
+    timed = [[c for c in outcome.candidates if c.spread] for outcome in group]
+    known = {c.plan.schedule for outcome in group for c in outcome.candidates}
+
+    def combine(chosen: Sequence[Candidate], outcomes: Sequence[Outcome]) -> Any | None:
+        pairs = zip(chosen, outcomes, strict=True)
+        return engine.combine([(c.plan, outcome.job.problem) for c, outcome in pairs])
+
+    agreed = [outcome.agreed for outcome in group if outcome.agreed]
+    least = math.prod(map(_median, agreed)) / _GAIN if agreed else math.inf
+    best = None
+    for first in timed[0]:
+        # Of every other layer the fastest that goes together with this one.
+        chosen = [first]
+        for outcome, others in zip(group[1:], timed[1:], strict=True):
+            fitting = [c for c in others if combine([first, c], [group[0], outcome])]
+            chosen += [min(fitting, key=_median)] if fitting else []
+        if len(chosen) < len(group) or math.prod(map(_median, chosen)) >= least:
+            continue
+        schedule = combine(chosen, group)
+        if schedule is not None and schedule not in known:
+            least = math.prod(map(_median, chosen))
+            best = replace(first.plan, schedule=schedule)
+    return best
+
+
 def gpu_of(architectures: Sequence[str]) -> Gpu:
     """What the model knows of the first architecture, or of the nearest older one."""
-    if not architectures:
+    if not any(architectures):
         return H200
     number = int(architectures[0].partition("+")[0].rstrip("af"))
     known = [each for each in GPUS if each <= number]
@@ -356,13 +391,15 @@ def tune(
         now = time.monotonic()
         left = _JOB_S if seconds is None else (start + seconds - now) / (len(outcomes) - index)
         if left > 0:
-            _race(outcome, clock, device, now + left, seed + index)
+            _race(outcome, clock, device, now + left, seed + index, outcome.candidates)
         else:
             for candidate in outcome.candidates:
                 candidate.note = "not run: the seconds were used up"
         if on_job:
             on_job(outcome, index + 1)
     agree(outcomes)
+    end = math.inf if seconds is None else start + seconds
+    _race_combined(outcomes, clock, device, gpu_of([architecture]), end, seed)
     for outcome in outcomes:
         best, default = outcome.best, outcome.default
         if best is not None:
@@ -389,12 +426,48 @@ def tune(
     return winners
 
 
-def _race(outcome: Outcome, clock: Clock, device: torch.device, deadline: float, seed: int) -> None:
-    """Verifies and times the candidates of one job until the time (of time.monotonic) has come."""
+def _race_combined(
+    outcomes: Sequence[Outcome],
+    clock: Clock,
+    device: torch.device,
+    gpu: Gpu,
+    end: float,
+    seed: int,
+) -> None:
+    """Compiles, verifies and times what layers have together, against what they agree on."""
+    works: list[tuple[Outcome, Candidate]] = []
+    for group in _shared(outcomes):
+        if (plan := combined(group)) is not None:
+            for outcome in group:
+                predicted = outcome.job.engine.predict(plan, outcome.job.problem, gpu)
+                works.append((outcome, Candidate(plan, predicted, False)))
+    if not works:
+        return
+    compile_candidates([replace(o, candidates=[new]) for o, new in works], device.type)
+    for index, (outcome, new) in enumerate(works):
+        outcome.candidates.append(new)
+        contenders = [new] if outcome.agreed is None else [outcome.agreed, new]
+        deadline = min(end, time.monotonic() + _JOB_S)
+        _race(outcome, clock, device, deadline, seed + index, contenders)
+    agree(outcomes)
+
+
+def _race(
+    outcome: Outcome,
+    clock: Clock,
+    device: torch.device,
+    deadline: float,
+    seed: int,
+    contenders: Sequence[Candidate],
+) -> None:
+    """Verifies and times candidates of one job until the time (of time.monotonic) has come.
+
+    Whatever the time, each of them runs in one round.
+    """
     job = outcome.job
     operands = _Operands(job, device, seed)
     calls: dict[int, Callable[[], None]] = {}
-    for index, candidate in enumerate(outcome.candidates):
+    for index, candidate in enumerate(contenders):
         assert candidate.library is not None
         try:
             kernel = Kernel(candidate.library, f"convgen_{job.contraction}_{job.kind}")
@@ -410,8 +483,9 @@ def _race(outcome: Outcome, clock: Clock, device: torch.device, deadline: float,
         else:
             if not candidate.error <= LIMITS[job.kind]:
                 candidate.note = f"wrong: error {candidate.error:.1e}"
-    alive = [index for index, c in enumerate(outcome.candidates) if not c.note]
+    alive = [index for index, c in enumerate(contenders) if not c.note]
     flushed = None if device.type == "cuda" else torch.zeros(_FLUSHED_BYTES // 4)
+    runs = 0
     while alive:
         for _ in range(_ROUND_RUNS):
             intervals = []
@@ -421,23 +495,21 @@ def _race(outcome: Outcome, clock: Clock, device: torch.device, deadline: float,
                 intervals.append((index, clock.time(calls[index])[1]))
             clock.wait()
             for index, interval in intervals:
-                outcome.candidates[index].times_ms.append(interval.ms)
-        fastest = min(min(outcome.candidates[index].times_ms) for index in alive)
-        alive = [
-            index
-            for index in alive
-            if min(outcome.candidates[index].times_ms) <= _HOPELESS * fastest
-        ]
-        runs = len(outcome.candidates[alive[0]].times_ms)
+                contenders[index].times_ms.append(interval.ms)
+        fastest = min(min(contenders[index].times_ms) for index in alive)
+        alive = [index for index in alive if min(contenders[index].times_ms) <= _HOPELESS * fastest]
+        runs += _ROUND_RUNS
         if runs >= _TARGET_RUNS or time.monotonic() > deadline:
             break
     # What is timed last must still be right: nothing may depend on what ran before.
-    if (best := outcome.best) is not None:
-        operands.poison()
-        calls[outcome.candidates.index(best)]()
-        best.error = max(best.error, operands.error())
-        if not best.error <= LIMITS[job.kind]:
-            best.note = f"wrong: error {best.error:.1e}"
+    best = outcome.best
+    for index, candidate in enumerate(contenders):
+        if candidate is best or index in alive:
+            operands.poison()
+            calls[index]()
+            candidate.error = max(candidate.error, operands.error())
+            if not candidate.error <= LIMITS[job.kind]:
+                candidate.note = f"wrong: error {candidate.error:.1e}"
 
 
 class _Operands:

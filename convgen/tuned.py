@@ -120,6 +120,7 @@ def schedules(
     winners = [w for w in _all() if w.spec == spec.name]
     if not winners:
         return found
+    architectures = tuple(architectures)
     wanted = {name.partition("+")[0].rstrip("af") for name in architectures}
     for engine, kind in units(backend, spec.geometry, dtypes):
         for contraction in CONTRACTIONS:
@@ -152,7 +153,10 @@ def schedules(
                     TunedWarning,
                     stacklevel=2,
                 )
-            else:
+                continue
+            # What spills on an architecture that it was not measured on is not for a module for it.
+            others = [a for a in architectures if a.partition("+")[0] != winner.architecture]
+            if not engine.refusal(plan, others):
                 found[contraction, kind] = schedule
     return found
 

@@ -199,12 +199,11 @@ GATHERS = ("fprop", "dgrad")
 
 def grouped(case: Case, contractions: tuple[str, ...] = GATHERS) -> dict[str, str]:
     """Sources with enough channels per warp that warps multiply in groups."""
-    schedules = {
-        (contraction, case.dtype): replace(
-            MMA.plan(case.spec.geometry, contraction, case.dtype).schedule, channels=(24,)
-        )
-        for contraction in contractions
-    }
+    schedules = {}
+    for contraction in contractions:
+        default = MMA.plan(case.spec.geometry, contraction, case.dtype).schedule
+        (rows, _), *_ = default.tiles
+        schedules[contraction, case.dtype] = replace(default, tiles=((rows, 24),))
     return engine_sources(case.spec, case.dtype, contractions, schedules)
 
 
@@ -302,8 +301,10 @@ def test_other_schedules_agree_with_float64(
     schedules = {}
     for contraction in ("fprop", "dgrad"):
         default = engine.plan(case.spec.geometry, contraction, case.dtype).schedule
-        schedules[contraction, case.dtype] = replace(
-            default, unroll=style, rows=rows, channels=(channels,)
+        schedules[contraction, case.dtype] = (
+            replace(default, unroll=style, tiles=((rows, channels),))
+            if engine is MMA
+            else replace(default, unroll=style, rows=rows, channels=(channels,))
         )
     sources = engine_sources(case.spec, case.dtype, ("fprop", "dgrad"), schedules)
     loaded = Library(interpret.library(f"{case.library}_{style}{rows}", sources, "checked"))
@@ -311,6 +312,71 @@ def test_other_schedules_agree_with_float64(
         if given.contraction in ("fprop", "dgrad"):
             solve(loaded, given)
             given.check()
+
+
+ROWS_CASES = [
+    # All taps; slabs, of phases. Calls take the tiles in turn.
+    (Case(spec("conv2d", 3, 1, 1), "tf32", ((1, (9, 40), (9, 7)), (1, (33, 24), (5, 8)))), "taps"),
+    (
+        Case(
+            spec(UP, 3, (2, 1, 2), 1), "tf32x3", ((1, (9, 16), (5, 4, 6)), (1, (5, 8), (4, 3, 5)))
+        ),
+        "slab",
+    ),
+    # Positions scattered over the plane, a line at a time, and a tap at a time.
+    (Case(spec("conv1d", 5, 1, 2), "bf16tc", ((1, (9, 40), (70,)), (2, (48, 24), (33,)))), "line"),
+    (
+        Case(
+            spec("conv_transpose1d", 40, 20, 10), "tf32", ((1, (9, 16), (23,)), (1, (8, 8), (9,)))
+        ),
+        "none",
+    ),
+]
+
+
+def tiles_of(case: Case, style: str) -> dict[tuple[str, str], object]:
+    """Schedules whose tiles have rows of their own for either number of channels of the calls."""
+    tiles = ((1, 16), (2, 8)) if case.spec.transposed else ((2, 48), (3, 24))
+    return {
+        (contraction, case.dtype): replace(
+            MMA.plan(case.spec.geometry, contraction, case.dtype).schedule,
+            unroll=style,
+            tiles=tiles,
+        )
+        for contraction in GATHERS
+    }
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(("case", "style"), ROWS_CASES, ids=str)
+def test_every_number_of_channels_has_rows_of_its_own(
+    case: Case, style: str, architecture: str
+) -> None:
+    sources = engine_sources(case.spec, case.dtype, GATHERS, tiles_of(case, style))
+    name = f"{case.library}_rows_{architecture}"
+    loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+    for given in case.problems():
+        if given.contraction in GATHERS:
+            solve(loaded, given)
+            given.check()
+
+
+def test_a_call_takes_the_rows_of_its_channels() -> None:
+    """A tap that is wrong for one number of rows is wrong in the calls with its channels alone."""
+    case, style = ROWS_CASES[0]
+    sources = engine_sources(case.spec, case.dtype, ("fprop",), tiles_of(case, style))
+    file = f"fprop_{case.dtype}.cu"
+    for rows, wrong in (2, (True, False)), (3, (False, True)):
+        before, after = sources[file].split(f"for 8 input words and {rows} rows.")
+        assert "opaque(1)" in after
+        buggy = before + after.replace("opaque(1)", "opaque(2)", 1)
+        loaded = Library(
+            interpret.library(f"buggy_rows_{rows}", {**sources, file: buggy}, "checked")
+        )
+        problems = [given for given in case.problems() if given.contraction == "fprop"]
+        for given in problems:
+            solve(loaded, given)
+        assert tuple(given.error() > 100 * LIMITS[case.dtype] for given in problems) == wrong
 
 
 def test_every_style_of_kernel_is_run() -> None:

@@ -84,6 +84,57 @@ class TestSpace:
             text = json.dumps(dataclasses.asdict(plan.schedule))
             assert engine.read_schedule(plan.contraction, json.loads(text)) == plan.schedule
 
+    def test_each_tile_is_judged_by_its_own_rows(self) -> None:
+        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+
+        def refusal(*tiles: tuple[int, int]) -> str:
+            return engine.refusal(replace(plan, schedule=replace(plan.schedule, tiles=tiles)))
+
+        assert refusal((3, 48), (4, 24), (6, 16)) == ""
+        assert refusal((6, 16)) == ""
+        assert "products of a warp spill" in refusal((3, 24), (6, 48))
+        assert "tiles are told apart by their channels" in refusal((3, 48), (4, 48))
+        assert "tiles are told apart by their channels" in refusal()
+
+    def test_a_prediction_is_that_of_the_tile_which_the_call_takes(self) -> None:
+        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+
+        def time(layer: str, *tiles: tuple[int, int]) -> float:
+            other = replace(plan, schedule=replace(plan.schedule, tiles=tiles))
+            return engine.predict(other, problem_of(LAYERS[layer]), H200).ms
+
+        for layer, tile in ("61", (3, 48)), ("70", (4, 24)):
+            assert time(layer, (3, 48), (4, 24)) == time(layer, tile)
+        assert time("70", (3, 48), (3, 24)) == time("70", (3, 24)) > time("70", (4, 24))
+
+    def test_layers_combine_the_tiles_that_each_of_them_takes(self) -> None:
+        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+
+        def combine(*choices: tuple[str, tuple[tuple[int, int], ...]]) -> object:
+            return engine.combine(
+                [
+                    (
+                        replace(plan, schedule=replace(plan.schedule, tiles=tiles)),
+                        problem_of(LAYERS[layer]),
+                    )
+                    for layer, tiles in choices
+                ]
+            )
+
+        ours, theirs = ("61", ((3, 48), (3, 32), (3, 16))), ("70", ((4, 48), (4, 24)))
+        combined = combine(ours, theirs)
+        assert combined == replace(plan.schedule, tiles=((3, 48), (3, 32), (4, 24), (3, 16)))
+        # 61 would take the 48 channels of 70's.
+        assert combine(("61", ((4, 24), (4, 16))), ("70", ((3, 24),))) is None
+        assert combine(("61", ((3, 24),)), ("70", ((3, 24),))) == replace(
+            plan.schedule, tiles=((3, 24),)
+        )
+        slab = replace(plan, schedule=replace(plan.schedule, unroll="slab"))
+        problem = problem_of(LAYERS["61"])
+        assert engine.combine([(plan, problem), (slab, problem)]) is None
+        wgrad = engine.plan(plan.geometry, "wgrad", "tf32")
+        assert engine.combine([(wgrad, problem)]) is None
+
     def test_fields_of_another_schedule_are_refused(self) -> None:
         engine, plan = plan_of(LAYERS["61"], "wgrad", "tf32")
         with pytest.raises(TypeError, match=r"WgradSchedule has the fields .*, not"):

@@ -119,6 +119,77 @@ class TestLayersOfOneSpecification:
             assert outcome.best is not None
             assert outcome.best.plan.schedule == schedule
 
+    def wanting(self, *times_ms: dict[str, float]) -> list[tune.Outcome]:
+        """Layers of 48 and of 24 output channels, with times by the tile that they take.
+
+        Schedules of the two numbers of channels alone, in all the same rows.
+        """
+        spec = ConvSpec.make(kernel_size=3)
+        layers = [Layer(str(c), spec, (1, 48, 9, 9, 9), c, False) for c in (48, 24)]
+        found = [
+            tune.candidates(job, H200, 1)
+            for job in tune.jobs(layers, "cuda", "f32", True, ["dgrad"])
+        ]
+        for outcome, channels, times in zip(found, (48, 24), times_ms, strict=True):
+            default = outcome.default
+            for tiles in (((3, 48), (3, 24)), ((4, 48), (4, 24))):
+                schedule = replace(default.plan.schedule, tiles=tiles)
+                plan = replace(default.plan, schedule=schedule)
+                tile = next(f"{rows}x{each}" for rows, each in tiles if each == channels)
+                outcome.candidates.append(
+                    tune.Candidate(plan, default.predicted, False, times_ms=[times[tile]] * 3)
+                )
+        tune.agree(found)
+        return found
+
+    def test_combine_the_tiles_that_each_of_them_is_fastest_with(self) -> None:
+        found = self.wanting({"3x48": 1.25, "4x48": 1.5}, {"3x24": 3.29, "4x24": 2.79})
+        plan = tune.combined(found)
+        assert plan is not None
+        assert plan.schedule.tiles == ((3, 48), (4, 24))
+        # Nothing to gain: one schedule is the best of both; or they differ by noise.
+        assert tune.combined(self.wanting({"3x48": 1, "4x48": 2}, {"3x24": 1, "4x24": 2})) is None
+        close = self.wanting({"3x48": 1.00, "4x48": 1.5}, {"3x24": 1.01, "4x24": 1.0})
+        assert tune.combined(close) is None
+
+    @pytest.mark.parametrize("outcome", ["right", "wrong", "slow"])
+    def test_what_they_combine_is_verified_and_timed_before_it_wins(
+        self, monkeypatch: pytest.MonkeyPatch, outcome: str
+    ) -> None:
+        found = self.wanting({"3x48": 1.25, "4x48": 1.5}, {"3x24": 3.29, "4x24": 2.79})
+        compiled: list[object] = []
+
+        def compile_candidates(outcomes: list[tune.Outcome], backend: str) -> None:
+            assert backend == "cpu"
+            compiled.extend(c.plan.schedule.tiles for o in outcomes for c in o.candidates)
+
+        def race(
+            of: tune.Outcome,
+            clock: object,
+            device: object,
+            deadline: float,
+            seed: int,
+            contenders: list[tune.Candidate],
+        ) -> None:
+            agreed, new = contenders
+            assert agreed is of.agreed
+            assert new is of.candidates[-1]
+            new.times_ms = [9.0] if outcome == "slow" else [0.9]
+            new.note = "wrong" if outcome == "wrong" else ""
+
+        monkeypatch.setattr(tune, "compile_candidates", compile_candidates)
+        monkeypatch.setattr(tune, "_race", race)
+        agreed = found[0].agreed
+        assert agreed is not None
+        tune._race_combined(found, tune.clock_for(CPU), CPU, H200, 0.0, 0)
+        assert compiled == [((3, 48), (4, 24))] * 2
+        for each in found:
+            assert each.best is not None
+            tiles = each.best.plan.schedule.tiles
+            assert tiles == (
+                ((3, 48), (4, 24)) if outcome == "right" else agreed.plan.schedule.tiles
+            )
+
     def test_one_layer_chooses_alone(self) -> None:
         (outcome,) = tune.all_candidates([self.WORK[0]], H200, 4)
         outcome.candidates[0].times_ms = [1.0]
@@ -146,6 +217,25 @@ class TestRace:
             assert (winner.size, winner.channels) == (9, (6, 5))
             assert (winner.device, winner.architecture) == (tuned.processor_name(), "")
             json.dumps(outcome.to_dict(), allow_nan=False)
+
+    def test_layers_that_combine_compile_and_race_once_more(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On the CPU, whose engine combines nothing by itself."""
+        work = tune.jobs([LAYER, replace(LAYER, name="again")], "cpu", "f32", True, ["fprop"])
+        found = tune.all_candidates(work, H200, 2)
+        tune.compile_candidates(found, "cpu")
+        default = found[0].default.plan
+        plan = replace(default, schedule=replace(default.schedule, buffer_bytes=16 << 10))
+        monkeypatch.setattr(tune, "combined", lambda group: plan)
+        winners = tune.tune(found, CPU, seconds=2)
+        for outcome in found:
+            new = outcome.candidates[-1]
+            assert new.plan == plan
+            assert new.note == ""
+            assert 0 <= new.error < 1e-6
+            assert new.spread is not None
+        assert winners[0].schedule == winners[1].schedule
 
     def test_a_wrong_schedule_cannot_win(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = tune.render_unit

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from convgen import tuned
-from convgen.engines import units
+from convgen.engines import KernelPlan, units
+from convgen.layers import read_suite
 from convgen.spec import ConvSpec
 from convgen.specialize import generate
 from convgen.tuned import TunedError, TunedWarning, Winner
@@ -21,7 +22,7 @@ from convgen.tuned import TunedError, TunedWarning, Winner
 SPEC = ConvSpec.make(kernel_size=3, stride=2)
 ENGINES = {kind: engine for engine, kind in units("cuda", SPEC.geometry, ["f32"])}
 DEFAULT = ENGINES["tf32"].plan(SPEC.geometry, "dgrad", "tf32").schedule
-OTHER = replace(DEFAULT, channels=(16, 8))
+OTHER = replace(DEFAULT, tiles=((1, 16), (2, 8)))
 
 
 def as_json(schedule: Any) -> dict[str, Any]:
@@ -83,6 +84,20 @@ class TestTable:
     ) -> None:
         tuned.store([winner()], table)
         assert len(found(archs)) == hits
+
+    def test_a_schedule_that_counts_on_groups_of_warps_is_for_their_architecture_alone(
+        self, table: Path
+    ) -> None:
+        """By mma.sync, which has fewer registers, it would spill."""
+        grouped = replace(DEFAULT, tiles=((3, 32), (2, 24)))
+        plan = ENGINES["tf32"].plan(SPEC.geometry, "dgrad", "tf32")
+        assert ENGINES["tf32"].refusal(replace(plan, schedule=grouped)) == ""
+        tuned.store([winner(schedule=as_json(grouped))], table)
+        assert found(("90a",)) == {("dgrad", "tf32"): grouped}
+        assert found(("90",)) == found(("80", "90a")) == {}
+        # Where it was measured it is judged by its time.
+        tuned.store([winner(schedule=as_json(grouped), architecture="80")], table)
+        assert found(("80",)) == {("dgrad", "tf32"): grouped}
 
     def test_processors_go_by_their_name(self, table: Path) -> None:
         engine = units("cpu", SPEC.geometry, ["f32"])[0][0]
@@ -156,7 +171,7 @@ class TestFaults:
             tuned.read(table)
 
     def test_a_schedule_that_cannot_be_is_left_out_with_a_warning(self, table: Path) -> None:
-        illegal = replace(DEFAULT, rows=8, channels=(64,))
+        illegal = replace(DEFAULT, tiles=((2, 16), (8, 64)))
         tuned.store([winner(schedule=as_json(illegal))], table)
         with pytest.warns(TunedWarning, match=r"dgrad tf32 .* not used: .* spill; .*tune again"):
             assert found() == {}
@@ -164,6 +179,12 @@ class TestFaults:
     def test_a_schedule_of_another_version_is_left_out_with_a_warning(self, table: Path) -> None:
         tuned.store([winner(schedule={"tile": 3})], table)
         with pytest.warns(TunedWarning, match="has the fields"):
+            assert found() == {}
+
+    def test_a_schedule_with_one_number_of_rows_is_of_another_version(self, table: Path) -> None:
+        fields = {name: value for name, value in as_json(OTHER).items() if name != "tiles"}
+        tuned.store([winner(schedule=fields | {"rows": 2, "channels": [16, 8]})], table)
+        with pytest.warns(TunedWarning, match=r"has the fields .*'tiles'.* run convgen tune again"):
             assert found() == {}
 
     def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
@@ -188,6 +209,20 @@ class TestFaults:
 def _store_some(path: Path, process: int) -> None:
     for size in range(5):
         tuned.store([winner(size=10 * process + size)], path)
+
+
+def test_this_version_can_have_every_schedule_of_the_packages_tables() -> None:
+    specs = {layer.spec.name: layer.spec for layer in read_suite("kernelbench3d")}
+    winners = [winner for path in tuned._SHIPPED.glob("*.json") for winner in tuned.read(path)]
+    assert winners
+    for each in winners:
+        geometry = specs[each.spec].geometry
+        kinds = {kind: engine for engine, kind in units("cuda", geometry, ["f32", "bf16"])}
+        engine = kinds[each.kind]
+        schedule = engine.read_schedule(each.contraction, each.schedule)
+        assert as_json(schedule) == each.schedule
+        plan = KernelPlan(geometry, each.contraction, each.kind, engine.name, schedule)
+        assert engine.refusal(plan) == "", each
 
 
 def test_generate_takes_the_tables_schedules(

@@ -7,7 +7,7 @@ templates are given) and one folder of templates. :func:`units` is the only regi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,8 +65,18 @@ class Engine(Protocol):
     def space(self, geometry: Geometry, contraction: str, dtype: str) -> list[Candidate]:
         """All schedules that ``convgen tune`` may consider, legal ones and refused ones."""
 
-    def refusal(self, plan: KernelPlan) -> str:
-        """Why a plan's schedule is not legal; empty if it is. Any schedule may be asked for."""
+    def refusal(self, plan: KernelPlan, architectures: Iterable[str] = ()) -> str:
+        """Why a plan's schedule is not legal; empty if it is. Any schedule may be asked for.
+
+        ``architectures``, as ``90a``, are those that it must suit beside the one that it was
+        measured on.
+        """
+
+    def combine(self, choices: Sequence[tuple[KernelPlan, Problem]]) -> Any | None:
+        """A schedule of several plans of one kernel, which serves each one's problem as it does.
+
+        None where there is no such schedule.
+        """
 
     def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
         """What a call is expected to take; ``gpu`` means nothing to engines of the CPU."""

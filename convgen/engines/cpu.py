@@ -187,7 +187,7 @@ class CpuEngine:
         ]
         return [Candidate(plan.schedule, self.refusal(plan)) for plan in plans]
 
-    def refusal(self, plan: KernelPlan) -> str:
+    def refusal(self, plan: KernelPlan, architectures: Iterable[str] = ()) -> str:
         for registers, tiles in ((32, plan.schedule.tiles), (16, plan.schedule.tiles_of_16)):
             for height, width in tiles:
                 # Sums and operands; those of one channel come from memory.
@@ -206,6 +206,9 @@ class CpuEngine:
         default = self.plan(plan.geometry, plan.contraction, plan.dtype).schedule
         unroll: str = default.unroll
         return unroll
+
+    def combine(self, choices: Sequence[tuple[KernelPlan, Problem]]) -> None:
+        return None
 
     def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
         """Clocks of one core's vector units, at one multiply-add and one load each per clock."""

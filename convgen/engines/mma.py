@@ -7,8 +7,8 @@ fprop and dgrad share one kernel, a gather (``templates/cuda/mma/gather.cu.j2``)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -79,6 +79,7 @@ SPILL_FREE_REGISTERS = {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84}
 # Where warps trade registers (sm_90a), those that multiply together keep more. A tuned schedule may
 # count on it; no default does, which must suit every GPU.
 GROUP_CHANNELS = 24  # GROUP_LEAST_CHANNELS of the templates
+GROUPED_ARCHITECTURE = "90a"
 PRODUCTS_GROUPED = {"tf32": 24, "tf32x3": 12, "f16tc": 24, "bf16tc": 24}
 GROUPED_REGISTERS = {"tf32": 120, "tf32x3": 128, "f16tc": 120, "bf16tc": 120}
 # What the model chooses must be faster than the rule's by more than the model may be wrong.
@@ -90,6 +91,30 @@ UNROLL_LIMIT = 1600
 # Two stages of a representative tile and its weights: what a block on sm_90 may hold, less a margin
 # for wider tiles. Smaller GPUs cut narrower tiles at launch.
 STAGES_LIMIT_BYTES = 200 * 1024
+
+
+@dataclass(frozen=True)
+class GatherTiles:
+    """fprop and dgrad: what the template unrolls, and the tiles that one warp may compute.
+
+    As :class:`convgen.engines.gather.GatherSchedule`, but each number of output channels has its
+    own register rows: a tile is (rows, channels), all of them are compiled, and a call takes the
+    one whose channels suit it best.
+    """
+
+    unroll: str
+    row_axis: str
+    variants: int
+    tiles: tuple[tuple[int, int], ...]
+
+    def gather(self, tile: tuple[int, int]) -> GatherSchedule:
+        """What a warp does with one of the tiles."""
+        rows, channels = tile
+        return GatherSchedule(self.unroll, self.row_axis, rows, self.variants, (channels,))
+
+    @property
+    def gathers(self) -> tuple[GatherSchedule, ...]:
+        return tuple(map(self.gather, self.tiles))
 
 
 def _block_cost(blocks: int, out_blocks: int) -> float:
@@ -105,9 +130,9 @@ def _budget(mode: str) -> int:
     return PRODUCTS if mode == "tf32" else PRODUCTS_FEW
 
 
-def _grouped(schedule: GatherSchedule) -> bool:
-    """Whether all its warps multiply in groups where a GPU has that."""
-    return min(schedule.channels) >= GROUP_CHANNELS
+def _grouped(gather: GatherSchedule) -> bool:
+    """Whether its warps multiply in groups where a GPU has that."""
+    return min(gather.channels) >= GROUP_CHANNELS
 
 
 def _few(mode: str) -> int:
@@ -120,31 +145,49 @@ def _fragment_registers(mode: str) -> int:
     return 8 if mode == "tf32x3" else 4
 
 
-def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule) -> str:
+def _products(gather: GatherSchedule) -> int:
+    """16 x 8 products that a warp keeps."""
+    return gather.rows * gather.variants * max(gather.channels) // 8
+
+
+def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
     """Why a gather cannot have a schedule by default; empty if it can."""
-    refusal = _misfit(geometry, contraction, mode, schedule, _budget(mode), MAX_TILE_REGISTERS)
-    return refusal or _strided_spill(geometry, contraction, mode, schedule)
+    return _first_refusal(schedule, lambda gather: _unfit(geometry, contraction, mode, gather))
 
 
-def _tuned_refusal(
-    geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule
-) -> str:
+def _tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
     """Why a gather cannot have a tuned schedule; empty if it can."""
-    refusal = _refusal(geometry, contraction, mode, schedule)
-    if not refusal or not _grouped(schedule):
-        return refusal
-    most = PRODUCTS_GROUPED[mode]
-    return _misfit(geometry, contraction, mode, schedule, most, GROUPED_REGISTERS[mode])
+
+    def refusal(gather: GatherSchedule) -> str:
+        unfit = _unfit(geometry, contraction, mode, gather)
+        if not unfit or not _grouped(gather):
+            return unfit
+        most = PRODUCTS_GROUPED[mode]
+        return _misfit(geometry, contraction, mode, gather, most, GROUPED_REGISTERS[mode])
+
+    return _first_refusal(schedule, refusal)
 
 
-def _strided_spill(
-    geometry: Geometry, contraction: str, mode: str, schedule: GatherSchedule
-) -> str:
+def _first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], str]) -> str:
+    """Why one of a schedule's tiles cannot be; empty if all of them can."""
+    sizes = {channels for _, channels in schedule.tiles}
+    if not sizes or len(sizes) < len(schedule.tiles):
+        return "tiles are told apart by their channels: each has a number of its own"
+    return next(filter(None, map(refusal, schedule.gathers)), "")
+
+
+def _unfit(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
+    """Why warps that multiply alone cannot have a tile; empty if they can."""
+    refusal = _misfit(geometry, contraction, mode, gather, _budget(mode), MAX_TILE_REGISTERS)
+    return refusal or _strided_spill(geometry, contraction, mode, gather)
+
+
+def _strided_spill(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
     """Why the sums spill beside columns of a strided window, which lie far apart; or empty."""
     r, _, x = arrange(gather_axes(geometry, contraction))
-    products = schedule.rows * schedule.variants * max(schedule.channels) // 8
-    tile = (products + schedule.planes(r)) * _fragment_registers(mode)
-    if not schedule.window_r or x.step == 1 or tile <= MAX_STRIDED_TILE_REGISTERS:
+    products = _products(gather)
+    tile = (products + gather.planes(r)) * _fragment_registers(mode)
+    if not gather.window_r or x.step == 1 or tile <= MAX_STRIDED_TILE_REGISTERS:
         return ""
     if products <= _few(mode):
         return ""
@@ -155,25 +198,25 @@ def _misfit(
     geometry: Geometry,
     contraction: str,
     mode: str,
-    schedule: GatherSchedule,
+    gather: GatherSchedule,
     most_products: int,
     most_registers: int,
 ) -> str:
-    """Why a schedule does not fit into registers, shared memory or the instruction cache.
+    """Why a tile does not fit into registers, shared memory or the instruction cache.
 
     ``most_registers`` are for sums and a column together.
     """
     r, y, x = arrange(gather_axes(geometry, contraction))
-    style, rows, variants = schedule.unroll, schedule.rows, schedule.variants
-    blocks = max(schedule.channels) // 8
+    style, rows = gather.unroll, gather.rows
+    blocks = max(gather.channels) // 8
     if refusal := style_refusal(geometry, x, style):
         return refusal
-    products = rows * variants * blocks
+    products = _products(gather)
     if products > most_products:
         return f"{products} products of a warp spill; {most_products} fit in its registers"
-    taps_r = sum(r.counts) if schedule.window_r else 1
-    taps_y, span_y = (sum(y.counts), max(y.spans)) if schedule.window_y else (1, 0)
-    planes = schedule.planes(r)
+    taps_r = sum(r.counts) if gather.window_r else 1
+    taps_y, span_y = (sum(y.counts), max(y.spans)) if gather.window_y else (1, 0)
+    planes = gather.planes(r)
     if style in ("line", "none"):
         return ""
     code = taps_r * taps_y * sum(x.counts) * rows * blocks
@@ -186,9 +229,9 @@ def _misfit(
     if tile > most_registers:
         return f"sums and a column take {tile} registers of at most {most_registers}"
     # 64 positions in a strip 32 wide: up to three lines.
-    lines = 2 * (y.step if schedule.window_y else 1) + span_y + 1
+    lines = 2 * (y.step if gather.window_y else 1) + span_y + 1
     columns = 31 * x.step + max(x.spans) + 4
-    most = (max(r.counts) if schedule.window_r else 1) * (max(y.counts) if schedule.window_y else 1)
+    most = (max(r.counts) if gather.window_r else 1) * (max(y.counts) if gather.window_y else 1)
     weights = most * sum(x.counts) * blocks * 8
     weights *= 2 if mode == "tf32x3" else 1
     stages = 2 * 8 * 4 * (planes * lines * columns + weights)
@@ -201,21 +244,19 @@ def _spills(
     geometry: Geometry,
     contraction: str,
     mode: str,
-    schedule: GatherSchedule,
+    gather: GatherSchedule,
     limits: Mapping[str, int],
 ) -> str:
-    """Why a schedule is likely to spill, having more registers than the limits; or empty."""
+    """Why a tile is likely to spill, having more registers than the limits; or empty."""
     r, _, _ = arrange(gather_axes(geometry, contraction))
-    planes = schedule.planes(r)
-    products = schedule.rows * schedule.variants * max(schedule.channels) // 8
-    registers = (products + planes) * _fragment_registers(mode)
+    registers = (_products(gather) + gather.planes(r)) * _fragment_registers(mode)
     if registers <= limits[mode]:
         return ""
     return f"sums and a column take {registers} registers, and spill"
 
 
 @cache
-def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherSchedule:
+def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherTiles:
     """The default schedule: the rule's, or where channels are known and no whole window fits, the
     model's.
 
@@ -225,19 +266,20 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
     per_group = output_channels(geometry, contraction)
     if per_group is None or ruled.unroll not in ("plane", "line") or ruled.row_axis == "scattered":
         return ruled
-    sizes = [(8 * blocks,) for blocks in range(1, min(4, -(-per_group // 8)) + 1)]
+    sizes = [8 * blocks for blocks in range(1, min(4, -(-per_group // 8)) + 1)]
     problems = typical_problems(geometry)
 
-    def time(schedule: GatherSchedule) -> float:
+    def time(schedule: GatherTiles) -> float:
         plan = KernelPlan(geometry, contraction, mode, Mma.name, schedule)
         return sum(ENGINE.predict(plan, problem, H200).ms for problem in problems)
 
     most = MODEL_MARGIN * time(ruled)
     best = ruled
     for style, rows, channels in product(("taps", "slab"), (2, 3, 4, 6), sizes):
-        other = replace(ruled, unroll=style, rows=rows, channels=channels)
+        other = replace(ruled, unroll=style, tiles=((rows, channels),))
+        (gather,) = other.gathers
         if _refusal(geometry, contraction, mode, other) or _spills(
-            geometry, contraction, mode, other, SPILL_FREE_REGISTERS
+            geometry, contraction, mode, gather, SPILL_FREE_REGISTERS
         ):
             continue
         if (expected := time(other)) < most:
@@ -245,7 +287,7 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherS
     return best
 
 
-def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherSchedule:
+def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherTiles:
     """As many rows and channels as fit, and the largest pass that they allow."""
     r, _, x = arrange(gather_axes(geometry, contraction))
     flushed = mode == "tf32x3"
@@ -266,30 +308,31 @@ def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherSc
     scattered = max(geometry.kernel[0], geometry.kernel[1]) == 1
     row_axis = "scattered" if scattered else r.name
 
-    def schedule(style: str, products: int) -> GatherSchedule:
-        channels = tuple(8 * b for b in channel_blocks(products))
-        return GatherSchedule(style, row_axis, rows, variants, channels)
+    def schedule(style: str, products: int) -> GatherTiles:
+        tiles = tuple((rows, 8 * blocks) for blocks in channel_blocks(products))
+        return GatherTiles(style, row_axis, variants, tiles)
 
     if loops_over_taps(x):
         return schedule("none", _budget(mode))
     for style in ("taps", "plane"):
         chosen = schedule(style, _budget(mode))
-        if _misfit(geometry, contraction, mode, chosen, _budget(mode), MAX_TILE_REGISTERS):
+        # All have the same rows: what suits the one with the most channels suits all.
+        widest = max(chosen.gathers, key=_products)
+        if _misfit(geometry, contraction, mode, widest, _budget(mode), MAX_TILE_REGISTERS):
             continue
-        if _strided_spill(geometry, contraction, mode, chosen):
+        if _strided_spill(geometry, contraction, mode, widest):
             chosen = schedule(style, _few(mode))
         if not _refusal(geometry, contraction, mode, chosen):
             return chosen
     return schedule("line", _budget(mode))
 
 
-def _channels_of(plan: KernelPlan, problem: Problem) -> int:
-    """Output channels of a warp, of those compiled: as the kernel chooses them."""
+def _tile_of(schedule: GatherTiles, plan: KernelPlan, problem: Problem) -> tuple[int, int]:
+    """A warp's tile, of those compiled: as the kernel chooses it."""
     fprop = plan.contraction == "fprop"
     channels = problem.coarse_channels if fprop else problem.fine_channels
     needed = -(-channels // plan.geometry.groups // 8)
-    sizes: tuple[int, ...] = plan.schedule.channels
-    return min(sizes, key=lambda size: _block_cost(size // 8, needed))
+    return min(schedule.tiles, key=lambda tile: _block_cost(tile[1] // 8, needed))
 
 
 class Mma:
@@ -326,31 +369,59 @@ class Mma:
         default = _gather_schedule(geometry, contraction, dtype)
         per_group = output_channels(geometry, contraction)
         most = 8 if per_group is None else -(-per_group // 8)
-        sizes: list[tuple[int, ...]] = [(8 * blocks,) for blocks in range(1, min(most, 8) + 1)]
+        sizes: list[tuple[int, ...]] = [(blocks,) for blocks in range(1, min(most, 8) + 1)]
         if per_group is None:
-            sizes = [tuple(8 * b for b in blocks) for blocks in UNKNOWN_CHOICES]
+            sizes = list(UNKNOWN_CHOICES)
+        # One number of rows: layers that want several combine what each of them wants.
         schedules = [
-            replace(default, unroll=style, rows=rows, channels=channels)
-            for style, rows, channels in product(STYLES, (1, 2, 3, 4, 6, 8), sizes)
+            replace(default, unroll=style, tiles=tuple((rows, 8 * b) for b in blocks))
+            for style, rows, blocks in product(STYLES, (1, 2, 3, 4, 6, 8), sizes)
         ]
+
+        def spills(gather: GatherSchedule) -> str:
+            limits = GROUPED_REGISTERS if _grouped(gather) else SPILL_FREE_REGISTERS
+            return _spills(geometry, contraction, dtype, gather, limits)
+
         candidates = [Candidate(default, "")]
         for schedule in dict.fromkeys(schedules):
             if schedule != default:
                 refusal = _tuned_refusal(geometry, contraction, dtype, schedule)
-                limits = GROUPED_REGISTERS if _grouped(schedule) else SPILL_FREE_REGISTERS
-                spills = _spills(geometry, contraction, dtype, schedule, limits)
-                candidates.append(Candidate(schedule, refusal or spills))
+                candidates.append(Candidate(schedule, refusal or _first_refusal(schedule, spills)))
         return candidates
 
-    def refusal(self, plan: KernelPlan) -> str:
+    def refusal(self, plan: KernelPlan, architectures: Iterable[str] = ()) -> str:
         if plan.contraction == "wgrad":
             return wgrad_refusal(plan.geometry, plan.dtype, plan.schedule)
-        return _tuned_refusal(plan.geometry, plan.contraction, plan.dtype, plan.schedule)
+        grouped = all(name.partition("+")[0] == GROUPED_ARCHITECTURE for name in architectures)
+        refusal = _tuned_refusal if grouped else _refusal
+        return refusal(plan.geometry, plan.contraction, plan.dtype, plan.schedule)
+
+    def combine(self, choices: Sequence[tuple[KernelPlan, Problem]]) -> GatherTiles | None:
+        plans = [plan for plan, _ in choices]
+        first = plans[0].schedule
+        if plans[0].contraction == "wgrad" or any(
+            replace(plan.schedule, tiles=first.tiles) != first for plan in plans
+        ):
+            return None
+        wanted = {_tile_of(plan.schedule, plan, problem) for plan, problem in choices}
+        rows_of = {channels: rows for rows, channels in [*first.tiles, *wanted]}
+        by_channels = sorted(rows_of.items(), reverse=True)
+        combined: GatherTiles = replace(
+            first, tiles=tuple((rows, channels) for channels, rows in by_channels)
+        )
+        # Every call must take the tile that it has in its own schedule.
+        if any(
+            _tile_of(combined, plan, problem) != _tile_of(plan.schedule, plan, problem)
+            for plan, problem in choices
+        ):
+            return None
+        return combined
 
     def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
         if plan.contraction == "wgrad":
             return wgrad_prediction(plan, problem, gpu)
-        channels = _channels_of(plan, problem)
+        rows, channels = tile = _tile_of(plan.schedule, plan, problem)
+        gather = replace(plan, schedule=plan.schedule.gather(tile))
         blocks = channels // 8
         mode = plan.dtype
         split = 2 if mode == "tf32x3" else 1
@@ -362,7 +433,7 @@ class Mma:
         # group and each row.
         weight = (2.0 * blocks * split, 1.0 * blocks * split)
         if grouped:
-            weight = (0.5 * blocks * products * plan.schedule.rows, 4.0)
+            weight = (0.5 * blocks * products * rows, 4.0)
         clocks = gpu.grouped_product_clocks if grouped else gpu.product_clocks
         warp = Warp(
             lanes=16,
@@ -379,10 +450,10 @@ class Mma:
             staged_clocks=60,
         )
         size_bytes = MODES[mode].size_bytes
-        return gather_prediction(plan, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4)
+        return gather_prediction(gather, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4)
 
     def read_schedule(self, contraction: str, fields: Mapping[str, Any]) -> Any:
-        return schedule_from(WgradSchedule if contraction == "wgrad" else GatherSchedule, fields)
+        return schedule_from(WgradSchedule if contraction == "wgrad" else GatherTiles, fields)
 
     def template(self, contraction: str) -> str:
         return "cuda/mma/wgrad.cu.j2" if contraction == "wgrad" else "cuda/mma/gather.cu.j2"
@@ -400,7 +471,13 @@ class Mma:
             "bf16tc": "Pairs<bfloat16>",
         }[plan.dtype]
         element = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}
-        return gather_context(plan.geometry, plan.contraction, plan.schedule) | {
+        # What is unrolled depends on the rows, all else on the style alone.
+        by_rows = {
+            gather.rows: gather_context(plan.geometry, plan.contraction, gather)
+            for gather in plan.schedule.gathers
+        }
+        return next(iter(by_rows.values())) | {
+            "units_of": {rows: context["units"] for rows, context in by_rows.items()},
             "element": element[MODES[plan.dtype].torch_name],
             "math": math,
         }

@@ -7,7 +7,7 @@ on the call and are chosen at launch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -256,10 +256,13 @@ class Simt:
         ]
         return [Candidate(plan.schedule, self.refusal(plan)) for plan in plans]
 
-    def refusal(self, plan: KernelPlan) -> str:
+    def refusal(self, plan: KernelPlan, architectures: Iterable[str] = ()) -> str:
         if plan.contraction == "wgrad":
             return _wgrad_refusal(plan.geometry, plan.dtype, plan.schedule)
         return _refusal(plan.geometry, plan.contraction, plan.dtype, plan.schedule)
+
+    def combine(self, choices: Sequence[tuple[KernelPlan, Problem]]) -> None:
+        return None
 
     def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
         if plan.contraction == "wgrad":
