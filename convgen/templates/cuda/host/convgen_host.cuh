@@ -148,6 +148,10 @@ inline float __fmaf_rz(float a, float b, float c) {
                                                                          : nearest;
 }
 // Bytes 0 to 3 are x's, 4 to 7 y's; the nibbles of the selector pick four.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = x | uint64_t{y} << 32;
   unsigned result = 0;

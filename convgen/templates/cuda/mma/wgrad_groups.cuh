@@ -13,6 +13,16 @@ constexpr int GROUP_WARPS = 4, GROUPS_OF_WARPS = 3, STAGING_WARPS = 4;
 constexpr int GROUP_THREADS = (GROUPS_OF_WARPS * GROUP_WARPS + STAGING_WARPS) * WARP;
 constexpr int MULTIPLYING_REGISTERS = 144, STAGING_REGISTERS = 4 * 128 - 3 * MULTIPLYING_REGISTERS;
 
+// Chunks in a row whose products overlap with the loads of the next.
+constexpr int RUN = 4;
+
+// Whether a lane has registers for the operands of two chunks beside its sums, of TILES tiles of 16
+// rows and N_BLOCKS x 8 columns each. In 16 bits there is also what operands are made of.
+template <class Product, int TILES, int N_BLOCKS>
+constexpr bool OVERLAPS = TILES * 4 * (N_BLOCKS + 2 * PRODUCT_STEPS<Product>) +
+                              (Product::ELEMENTS == 2 ? 16 : 0) <=
+                          120;
+
 // Launch bound where there is wgmma, and where the kernel is empty. The host tells devices apart by
 // it.
 constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS : WARP;
@@ -153,13 +163,15 @@ template <typename Raw, int STRIDE_D, int STRIDE_H, int STRIDE_W>
 __device__ __forceinline__ void fill_loose_windows(const ProductShape& s, uint32_t* windows) {
   constexpr int ELEMENTS = 4 / sizeof(Raw);
   const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
-  for (int i = threadIdx.x; i < s.chunks * CHUNK_QUADS; i += blockDim.x) {
-    const int row = i / row_quads, plane = row / s.tile_h, h = row - plane * s.tile_h;
+  for (int i = threadIdx.x; i < (s.chunks + s.parts) * CHUNK_QUADS; i += blockDim.x) {
+    const int chunk = i / CHUNK_QUADS;
+    const int quad = i - (chunk < s.chunks ? 0 : chunk - chunk % s.parts) * CHUNK_QUADS;
+    const int row = quad / row_quads, plane = row / s.tile_h, h = row - plane * s.tile_h;
     const int line = plane * s.position_planes * s.rows + h * s.position_rows;
     const int at =
-        line * s.row_words * ELEMENTS + (i - row * row_quads) * QUAD * STRIDE_W;
+        line * s.row_words * ELEMENTS + (quad - row * row_quads) * QUAD * STRIDE_W;
     const int64_t from = (int64_t{plane} * STRIDE_D * s.fine_h + h * STRIDE_H) * s.fine_w;
-    windows[i] = i < quads ? at | within_granule<Raw>(from) << LOOSE_SHIFT : 0;
+    windows[i] = quad < quads ? at | within_granule<Raw>(from) << LOOSE_SHIFT : 0;
   }
 }
 
@@ -209,10 +221,24 @@ __device__ __forceinline__ void copy_granules(const ProductShape& s, int thread,
                              : 0;
     uint32_t* word = to + (place.x & 0xfffff) + channel * s.fine_pitch;
     int64_t at = reinterpret_cast<int64_t>(first) + channel * stride +
-                 loose_element(s, origin, plane, row) * int64_t{sizeof(Raw)};
-#pragma unroll 4
+                 loose_element(s, origin, plane, row) * int64_t{sizeof(Raw)} + number * GRANULE;
+    const int64_t last = at + (s.fine.channels - 1) * stride;
+    if (existing == s.fine.channels && at >= begin + GRANULE && last + GRANULE <= end) {
+      // Nearly all of them: every granule lies within the tensor.
+#pragma unroll 1
+      for (int i = 0; i < s.fine.channels; i += COPY_CHANNELS) {
+#pragma unroll
+        for (int j = 0; j < COPY_CHANNELS; ++j) {
+          copy_async<GRANULE_BYTES>(word, reinterpret_cast<const void*>(at & -GRANULE), true);
+          at += stride;
+          word += s.fine_pitch;
+        }
+      }
+      continue;
+    }
+#pragma unroll 1
     for (int i = 0; i < s.fine.channels; ++i) {
-      const int64_t granule = (at & -GRANULE) + number * GRANULE;
+      const int64_t granule = at & -GRANULE;
       int bytes = 0;
       if (i < existing && granule + GRANULE > begin && granule < end) {
         bytes = end - granule < GRANULE ? static_cast<int>(end - granule) : GRANULE_BYTES;
@@ -266,7 +292,29 @@ struct FineRows {
   // TAPS taps read.
   template <class Column, int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS>
   __device__ __forceinline__ void load_loose(const typename Product::Raw* from, int half_rows) {
+    using Raw = typename Product::Raw;
     constexpr int ELEMENTS = Product::ELEMENTS;
+    if constexpr (ELEMENTS == 2 && Column::STEP == 1) {
+      // Neighbouring pairs, of words that the window's first column may halve.
+      const Raw* const first = from - SHIFT;
+      const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(first) / sizeof(Raw)) & 1;
+      constexpr int END = SHIFT + (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS + 1;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t* const words =
+            reinterpret_cast<const uint32_t*>(first - odd + h * half_rows);
+        uint32_t low = words[SHIFT / 2];
+#pragma unroll
+        for (int i = SHIFT / 2; 2 * i < END; ++i) {
+          // Nothing beyond the last column that is read.
+          const bool last = 2 * i + 2 >= END;
+          const uint32_t next = !last ? words[i + 1] : END % 2 == 1 ? low : words[i + odd];
+          half[h].high[i] = __funnelshift_r(low, next, odd * 16);
+          low = next;
+        }
+      }
+      return;
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
