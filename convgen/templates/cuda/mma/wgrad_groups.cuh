@@ -290,50 +290,52 @@ struct FineRows {
 
   // The same from a loose line, whose element `from` is column SHIFT of the window. Only what the
   // TAPS taps read.
-  template <class Column, int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS>
+  template <class Column, int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS, int STEP>
   __device__ __forceinline__ void load_loose(const typename Product::Raw* from, int half_rows) {
     using Raw = typename Product::Raw;
     constexpr int ELEMENTS = Product::ELEMENTS;
-    if constexpr (ELEMENTS == 2 && Column::STEP == 1) {
-      // Neighbouring pairs, of words that the window's first column may halve.
+    constexpr int END = SHIFT + (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS + 1;
+    if constexpr (ELEMENTS == 2 && STEP == 1) {
+      // Neighbouring pairs, of words that the window's first column may halve. Nothing is read
+      // before the first column that a tap reads, nor behind the last.
       const Raw* const first = from - SHIFT;
       const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(first) / sizeof(Raw)) & 1;
-      constexpr int END = SHIFT + (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS + 1;
+      constexpr int BEGIN = SHIFT / 2, PAIRS = (END + 1) / 2 - BEGIN;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t* const words =
-            reinterpret_cast<const uint32_t*>(first - odd + h * half_rows);
-        uint32_t low = words[SHIFT / 2];
+            reinterpret_cast<const uint32_t*>(first - odd + h * half_rows) + BEGIN;
+        uint32_t word[PAIRS + 1];
+        word[0] = words[SHIFT % 2 == 1 ? odd : 0];
 #pragma unroll
-        for (int i = SHIFT / 2; 2 * i < END; ++i) {
-          // Nothing beyond the last column that is read.
-          const bool last = 2 * i + 2 >= END;
-          const uint32_t next = !last ? words[i + 1] : END % 2 == 1 ? low : words[i + odd];
-          half[h].high[i] = __funnelshift_r(low, next, odd * 16);
-          low = next;
+        for (int i = 1; i < PAIRS; ++i) word[i] = words[i];
+        word[PAIRS] = END % 2 == 1 ? 0 : words[PAIRS - 1 + odd];
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+          half[h].high[BEGIN + i] = __funnelshift_r(word[i], word[i + 1], odd * 16);
         }
       }
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < 2; ++h) {
 #pragma unroll
-      for (int word = 0; word < VECTORS * VECTOR; ++word) {
-        uint32_t bits = 0;
+        for (int word = 0; word < VECTORS * VECTOR; ++word) {
+          uint32_t bits = 0;
 #pragma unroll
-        for (int i = 0; i < ELEMENTS; ++i) {
-          const int column = word * ELEMENTS + i - SHIFT;
-          bool read = false;
+          for (int i = 0; i < ELEMENTS; ++i) {
+            const int column = word * ELEMENTS + i - SHIFT;
+            bool read = false;
 #pragma unroll
-          for (int position = 0; position < QUAD; ++position) {
+            for (int position = 0; position < QUAD; ++position) {
 #pragma unroll
-            for (int tap = 0; tap < TAPS; ++tap) {
-              read |= column == position * POSITION_COLUMNS + tap * TAP_COLUMNS;
+              for (int tap = 0; tap < TAPS; ++tap) {
+                read |= column == position * POSITION_COLUMNS + tap * TAP_COLUMNS;
+              }
             }
+            if (read) bits |= uint32_t{from[h * half_rows + Column::offset(column)]} << i * 16;
           }
-          if (read) bits |= uint32_t{from[h * half_rows + Column::offset(column)]} << i * 16;
+          half[h].high[word] = Product::high(bits);
         }
-        half[h].high[word] = Product::high(bits);
       }
     }
   }
