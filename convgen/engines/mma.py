@@ -307,6 +307,7 @@ class Mma:
         "tf32.cuh": "cuda/mma/tf32.cuh",
         "math.cuh": "cuda/mma/math.cuh",
         "fragments.cuh": "cuda/mma/fragments.cuh",
+        "staging.cuh": "cuda/mma/staging.cuh",
         "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
         "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
     }

@@ -214,14 +214,14 @@ inline const T* opaque(const T* x) {
   return x;
 }
 
-inline uint32_t load_half_word(const void* from, bool valid) {
-  return valid ? *static_cast<const uint16_t*>(from) : 0;
-}
-
 template <int BYTES>
 inline void copy_async(void* to, const void* from, bool valid, CONVGEN_SITE) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "sizes that one access can have");
   host::copy_async(to, from, BYTES, valid, {file, line});
+}
+
+inline void copy_granule(void* to, const void* from, int bytes, const void* begin, CONVGEN_SITE) {
+  host::copy_granule(to, from, bytes, begin, {file, line});
 }
 
 inline void copy_commit() { host::copy_commit(); }

@@ -425,20 +425,50 @@ unsigned warp_ballot(unsigned mask, bool predicate, Site site) {
 
 // ---- Asynchronous copies --------------------------------------------------------------------
 
-void copy_async(void* to, const void* from, int bytes, bool valid, Site site) {
-  Fiber& fiber = *worker->running;
+namespace {
+
+void require_aligned(const void* to, const void* from, int bytes, Site site) {
   const uintptr_t alignment = static_cast<uintptr_t>(bytes) - 1;
-  for (const void* address : {static_cast<const void*>(to), from}) {
+  for (const void* address : {to, from}) {
     if ((reinterpret_cast<uintptr_t>(address) & alignment) != 0) {
-      worker->fault(fiber, "unaligned " + std::string(address == to ? "destination" : "source") +
-                               " of an asynchronous copy of " + std::to_string(bytes) + " bytes (" +
-                               text(site) + ")");
+      worker->fault(*worker->running,
+                    "unaligned " + std::string(address == to ? "destination" : "source") +
+                        " of an asynchronous copy of " + std::to_string(bytes) + " bytes (" +
+                        text(site) + ")");
     }
   }
-  const AsyncCopy copy = {to, valid ? from : nullptr, bytes, fiber.committed};
+}
+
+// Zeros where `from` is null.
+void issue(void* to, const void* from, int bytes, Site site) {
+  Fiber& fiber = *worker->running;
+  const AsyncCopy copy = {to, from, bytes, fiber.committed};
   check::issue_copy(fiber, copy, site);
   memset(to, 0xff, static_cast<size_t>(bytes));
   fiber.copies.push_back(copy);
+}
+
+}  // namespace
+
+void copy_async(void* to, const void* from, int bytes, bool valid, Site site) {
+  require_aligned(to, from, bytes, site);
+  issue(to, valid ? from : nullptr, bytes, site);
+}
+
+void copy_granule(void* to, const void* from, int bytes, const void* begin, Site site) {
+  constexpr int SIZE = 16;
+  require_aligned(to, from, SIZE, site);
+  if (bytes < 0 || bytes > SIZE) {
+    worker->fault(*worker->running, "an asynchronous copy of " + std::to_string(bytes) + " of 16 bytes (" +
+                                        text(site) + ")");
+  }
+  // What lies before the tensor has no contents here.
+  const ptrdiff_t before = static_cast<const char*>(begin) - static_cast<const char*>(from);
+  const int skipped = before > 0 && before < bytes ? static_cast<int>(before) : 0;
+  char* const at = static_cast<char*>(to);
+  if (skipped > 0) issue(at, nullptr, skipped, site);
+  if (bytes > 0) issue(at + skipped, static_cast<const char*>(from) + skipped, bytes - skipped, site);
+  if (bytes < SIZE) issue(at + bytes, nullptr, SIZE - bytes, site);
 }
 
 void copy_commit() { ++worker->running->committed; }
