@@ -92,6 +92,12 @@ UNROLL_LIMIT = 1600
 STAGES_LIMIT_BYTES = 200 * 1024
 
 
+# Staging by way of raw lines (``staging.cuh``), by elements of a word: a warp's 32 words are written
+# to a raw buffer, read (of 16 bits partly by halves) and written to the tile; about 3 instructions
+# are for copying them, 6 or 10 for moving them, and the others for what each item takes.
+NARROW = {1: (3.0, 16.0), 2: (3.5, 19.0)}
+
+
 def _block_cost(blocks: int, out_blocks: int) -> float:
     """Time of ``out_blocks`` blocks of 8 channels in warps of ``blocks``: few share a fragment."""
     padded = -(-out_blocks // blocks) * blocks
@@ -377,6 +383,7 @@ class Mma:
             weight_bytes=32 * blocks * split,
             staged_words=8,
             staged_clocks=60,
+            narrow=NARROW[elements],
         )
         size_bytes = MODES[mode].size_bytes
         return gather_prediction(plan, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4)

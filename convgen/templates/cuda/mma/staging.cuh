@@ -135,11 +135,13 @@ class RawLines {
  public:
   using Word = typename Math::Input;
 
-  // `buffers` are those of all warps; `input` is the whole tensor.
-  __device__ __forceinline__ RawLines(const GatherShape& s, void* buffers, int warp_of_block,
-                                      int warp, int lane, const T* input)
+  // The buffers of this warp, at an offset in shared memory; `warp` is that of a crew. `input` is
+  // the whole tensor.
+  __device__ __forceinline__ RawLines(const GatherShape& s, void* shared, int buffers, int warp,
+                                      int lane, const T* input)
       : s_(s),
-        buffers_(static_cast<unsigned char*>(buffers) + warp_of_block * RAW_BUFFERS * s.raw_bytes),
+        shared_(static_cast<unsigned char*>(shared)),
+        buffers_(opaque(buffers)),
         input_(input),
         warp_(warp),
         lane_(lane) {}
@@ -155,11 +157,11 @@ class RawLines {
     items_ = words * s_.planes * static_cast<int>(s_.raw_parts.divisor);
   }
 
-  // Stages this warp's items of the oldest step that has been copied. `next_step` calls begin_step
+  // Stages this warp's items of the oldest step that has been copied, at the offset of its tile. `next_step` calls begin_step
   // for the next one, and returns false after the last. Returns the number of items, each of which
   // has closed a group of copies.
   template <class NextStep>
-  __device__ __forceinline__ int stage(Word* tile, int words, int x, NextStep&& next_step) {
+  __device__ __forceinline__ int stage(int tile, int words, int x, NextStep&& next_step) {
     const Margins margins(s_, x);
     const int all = words * s_.planes * static_cast<int>(s_.raw_parts.divisor);
     const int items = (all - warp_ + CREW_WARPS - 1) / CREW_WARPS;
@@ -169,21 +171,21 @@ class RawLines {
       __syncwarp();  // all lanes' copies have landed, and all have moved the elements before
       const uint32_t note = copy_next(next_step);
       if (left > items) continue;
-      unsigned char* const raw = buffers_ + buffer_ * s_.raw_bytes;
+      const int raw = opaque(buffers_ + buffer_ * s_.raw_bytes);
       const int lines = note >> 4 & RAW_MOST_LINES;
       const uint32_t shift = note % GRANULE_BYTES;
       if (margins.before + margins.behind > 0) {
         clear_margins(raw, shift, lines, margins);
         __syncwarp();
       }
-      move(tile + (note >> 10), raw, shift, lines);
+      move(opaque(tile + static_cast<int>(note >> 10) * WORD), raw, shift, lines);
     }
     missing_ = 0;
     return items;
   }
 
  private:
-  static constexpr int SIZE = sizeof(T), CHANNELS = Math::CHANNELS;
+  static constexpr int SIZE = sizeof(T), WORD = sizeof(Word), CHANNELS = Math::CHANNELS;
   // Neighbouring columns that a lane moves: where two residues take turns, one of each, so that
   // lanes write neighbouring words.
   static constexpr bool PAIRS = STEP_X == 2;
@@ -209,14 +211,14 @@ class RawLines {
     return note;
   }
 
-  __device__ __forceinline__ uint32_t copy_item(unsigned char* raw) const {
+  __device__ __forceinline__ uint32_t copy_item(int raw) const {
     int word = item_;
     const int first = s_.raw_parts.split(word) * s_.raw_lines;
     const int plane = s_.raw_planes.split(word);
     const int lines = min(s_.raw_lines, s_.rows - first);
     const int r = origin_.r + plane * PLANE_STEP, y = origin_.y + first * LINE_STEP;
     // Offsets within a channel are 32-bit.
-    const uint32_t line_stride = LINE_STEP * static_cast<uint32_t>(s_.y.input_stride);
+    const uint32_t line_stride = line_elements();
     const uint32_t offset = static_cast<uint32_t>(r) * static_cast<uint32_t>(s_.r.input_stride) +
                             static_cast<uint32_t>(y) * static_cast<uint32_t>(s_.y.input_stride);
     const uint64_t channel_bytes = uint64_t{static_cast<uint32_t>(s_.in_channel_stride)} * SIZE;
@@ -235,73 +237,75 @@ class RawLines {
     const bool plain = plane_inside && y >= 0 && y + (lines - 1) * LINE_STEP < s_.y.input &&
                        margins.before <= NEAR<T> && margins.behind <= NEAR<T> &&
                        (from & -uint64_t{GRANULE_BYTES}) >= begin && last <= end && word * CHANNELS + CHANNELS <= channels_;
+    unsigned char* const to = shared_ + raw;
     const int granules = lines * static_cast<int>(s_.raw_granules.divisor);
+    // The granule of a line of a channel.
+    auto find = [&](uint32_t line, int granule, int c) {
+      const uint64_t at = from + c * channel_bytes + uint64_t{line * line_stride} * SIZE;
+      return (at & -uint64_t{GRANULE_BYTES}) + granule;
+    };
     if (plain) {
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
 #pragma unroll 2
-        for (int i = lane_; i < granules; i += WARP) {
-          int line = i;
-          const int granule = s_.raw_granules.split(line) * GRANULE_BYTES;
-          const uint64_t at = from + c * channel_bytes + uint64_t{line * line_stride} * SIZE;
-          const uint64_t address = (at & -uint64_t{GRANULE_BYTES}) + granule;
-          copy_async<GRANULE_BYTES>(raw + c * channel_bytes_of_buffer() + i * GRANULE_BYTES,
-                                    reinterpret_cast<const void*>(address), true);
+      for (int i = lane_; i < granules; i += WARP) {
+        int line = i;
+        const int granule = s_.raw_granules.split(line) * GRANULE_BYTES;
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
+          copy_async<GRANULE_BYTES>(to + c * raw_channel_bytes() + i * GRANULE_BYTES,
+                                    reinterpret_cast<const void*>(find(line, granule, c)), true);
         }
       }
     } else {
 #pragma unroll 1
-      for (int c = 0; c < CHANNELS; ++c) {
-        const bool channel_inside = plane_inside && word * CHANNELS + c < channels_;
-#pragma unroll 1
-        for (int i = lane_; i < granules; i += WARP) {
-          int line = i;
-          const int granule = s_.raw_granules.split(line) * GRANULE_BYTES;
-          const uint64_t at = from + c * channel_bytes + uint64_t{line * line_stride} * SIZE;
-          const uint64_t address = (at & -uint64_t{GRANULE_BYTES}) + granule;
-          const bool line_inside =
-              static_cast<unsigned>(y + line * LINE_STEP) < static_cast<unsigned>(s_.y.input);
+      for (int i = lane_; i < granules; i += WARP) {
+        int line = i;
+        const int granule = s_.raw_granules.split(line) * GRANULE_BYTES;
+        const bool line_inside = plane_inside && static_cast<unsigned>(y + line * LINE_STEP) <
+                                                     static_cast<unsigned>(s_.y.input);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
           // Of the columns inside: the first one's place, and the last one's end, in the granule.
+          const uint32_t at = static_cast<uint32_t>(from) + c * static_cast<uint32_t>(channel_bytes) +
+                              line * line_stride * SIZE;
           const int shift = static_cast<int>(at % GRANULE_BYTES) - granule;
           const int low = shift + margins.before * SIZE;
           const int high = shift + (s_.row_pitch - margins.behind) * SIZE;
-          const bool inside = channel_inside && line_inside && low < GRANULE_BYTES && high > 0;
-          copy_granule(raw + c * channel_bytes_of_buffer() + i * GRANULE_BYTES,
-                       reinterpret_cast<const void*>(address), inside ? min(high, GRANULE_BYTES) : 0, input_);
+          const bool inside = line_inside && word * CHANNELS + c < channels_ &&
+                              low < GRANULE_BYTES && high > 0;
+          copy_granule(to + c * raw_channel_bytes() + i * GRANULE_BYTES,
+                       reinterpret_cast<const void*>(find(line, granule, c)),
+                       inside ? min(high, GRANULE_BYTES) : 0, input_);
         }
       }
     }
-    const int to = word * s_.channel_pitch + plane * s_.plane_pitch + first * s_.row_pitch;
-    return static_cast<uint32_t>(to) << 10 | static_cast<uint32_t>(lines) << 4 |
+    const int place = word * s_.channel_pitch + plane * s_.plane_pitch + first * s_.row_pitch;
+    return static_cast<uint32_t>(place) << 10 | static_cast<uint32_t>(lines) << 4 |
            static_cast<uint32_t>(from % GRANULE_BYTES);
   }
 
-  __device__ __forceinline__ int channel_bytes_of_buffer() const {
+  // Of the input, modulo 2^32; of a buffer.
+  __device__ __forceinline__ uint32_t line_elements() const {
+    return LINE_STEP * static_cast<uint32_t>(s_.y.input_stride);
+  }
+  __device__ __forceinline__ uint32_t channel_bytes() const {
+    return static_cast<uint32_t>(s_.in_channel_stride) * SIZE;
+  }
+  __device__ __forceinline__ int raw_channel_bytes() const {
     return s_.raw_lines * s_.raw_line_bytes;
   }
 
-  // The first column of a channel's line in a buffer.
-  __device__ __forceinline__ unsigned char* find_line(unsigned char* raw, uint32_t shift, int line,
-                                                      int channel) const {
-    return raw + channel * channel_bytes_of_buffer() + line * s_.raw_line_bytes +
-           find_shift(shift, line, channel);
-  }
-
-  __device__ __forceinline__ uint32_t find_shift(uint32_t shift, int line, int channel) const {
-    const uint32_t elements = line * LINE_STEP * static_cast<uint32_t>(s_.y.input_stride) +
-                              channel * static_cast<uint32_t>(s_.in_channel_stride);
-    return (shift + elements * SIZE) % GRANULE_BYTES;
-  }
-
-  __device__ __forceinline__ void clear_margins(unsigned char* raw, uint32_t shift, int lines,
+  __device__ __forceinline__ void clear_margins(int raw, uint32_t shift, int lines,
                                                 const Margins& margins) const {
     using Bits = std::conditional_t<SIZE == 4, float, uint16_t>;
     const int before = min(margins.before, NEAR<T>), behind = min(margins.behind, NEAR<T>);
 #pragma unroll 1
     for (int line = lane_; line < lines; line += WARP) {
+      const uint32_t of_line = shift + line * line_elements() * SIZE;
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
-        Bits* const columns = reinterpret_cast<Bits*>(find_line(raw, shift, line, c));
+        Bits* const columns = reinterpret_cast<Bits*>(
+            shared_ + raw + c * raw_channel_bytes() + line * s_.raw_line_bytes +
+            (of_line + c * channel_bytes()) % GRANULE_BYTES);
 #pragma unroll 1
         for (int i = 1; i <= before; ++i) columns[margins.before - i] = 0;
 #pragma unroll 1
@@ -310,10 +314,9 @@ class RawLines {
     }
   }
 
-  // Moves an item's elements to the tile, from `to` on: as many lanes as fit side by side along a
-  // line, and what is left of all lines together.
-  __device__ __forceinline__ void move(Word* to, unsigned char* raw, uint32_t shift,
-                                       int lines) const {
+  // Moves an item's elements to the tile, from offset `to` on: as many lanes as fit side by side
+  // along a line, and what is left of all lines together.
+  __device__ __forceinline__ void move(int to, int raw, uint32_t shift, int lines) const {
     // Units of a lane, of which the first may begin a column early.
     const int units = PAIRS ? s_.row_pitch / 2 + 1 : s_.row_pitch;
     const int full = (PAIRS ? s_.row_pitch / 2 : s_.row_pitch) / WARP * WARP;
@@ -338,79 +341,125 @@ class RawLines {
   // COUNT units of a lane, WARP apart, of the lines `line`, `line` + `line_step`, ... Where ENDS,
   // they may reach beyond the tile's line.
   template <int COUNT, bool ENDS>
-  __device__ __forceinline__ void move_units(Word* to, unsigned char* raw, uint32_t shift, int line,
+  __device__ __forceinline__ void move_units(int to, int raw, uint32_t shift, int line,
                                              int line_step, int lines, int unit) const {
-    if constexpr (PAIRS) {
-#pragma unroll 2
-      for (; line < lines; line += line_step) {
-        // Pairs are aligned in the buffer: in every other line they begin a column early.
-        const uint32_t at = find_shift(shift, line, 0);
-        const int odd = at / SIZE % 2;
-        const int column = 2 * unit - odd;
-        const unsigned char* const low =
-            raw + line * s_.raw_line_bytes + (at - odd * SIZE) + unit * (2 * SIZE);
-        [[maybe_unused]] const unsigned char* const high =
-            find_line(raw, shift, line, CHANNELS - 1) + column * SIZE;
-        Word* const to_line = to + line * s_.row_pitch + unit;
-        Word* const to_first = to_line + (odd ? s_.residue_pitch - 1 : 0);
-        Word* const to_second = to_line + (odd ? 0 : s_.residue_pitch);
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-          const bool second = !ENDS || column + 1 < s_.row_pitch;
-          const bool first = (i > 0 || column >= 0) && (!ENDS || column < s_.row_pitch);
-          Pair pair;
-          load_pair(pair, low + i * (WARP * 2 * SIZE), high + i * (WARP * 2 * SIZE), second);
-          if (first) to_first[i * WARP] = pair.first;
-          if (second) to_second[i * WARP] = pair.second;
-        }
-      }
-    } else {
-      const int place =
-          STEP_X == 1 ? unit : unit % STEP_X * s_.residue_pitch + unit / STEP_X;
-#pragma unroll 2
-      for (; line < lines; line += line_step) {
-        const unsigned char* const low = find_line(raw, shift, line, 0) + unit * SIZE;
-        [[maybe_unused]] const unsigned char* const high =
-            find_line(raw, shift, line, CHANNELS - 1) + unit * SIZE;
-        Word* const to_line = to + line * s_.row_pitch + place;
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-          to_line[i * (WARP / STEP_X)] = load_word(low + i * (WARP * SIZE), high + i * (WARP * SIZE));
-        }
-      }
+    constexpr int TOGETHER = ENDS ? 1 : 2;
+    Walk walk;
+    walk.to_step = line_step * s_.row_pitch * WORD;
+    walk.raw_step = line_step * s_.raw_line_bytes;
+    walk.shift_step = line_step * line_elements() * SIZE;
+    int place = unit;
+    if (!PAIRS && STEP_X > 1) place = unit % STEP_X * s_.residue_pitch + unit / STEP_X;
+    walk.to = to + line * s_.row_pitch * WORD + place * WORD;
+    walk.raw = raw + line * s_.raw_line_bytes + unit * (PAIRS ? 2 * SIZE : SIZE);
+    walk.shift = shift + line * line_elements() * SIZE;
+#pragma unroll 1
+    for (; line + (TOGETHER - 1) * line_step < lines; line += TOGETHER * line_step) {
+      move_lines<TOGETHER, COUNT, ENDS>(walk, unit);
     }
+    if (TOGETHER > 1 && line < lines) move_lines<1, COUNT, ENDS>(walk, unit);
   }
 
-  struct alignas(2 * sizeof(Word)) Pair {
-    Word first, second;
+  // A lane's place in a line of the tile and of the buffer, the address of the line's first column
+  // in the input, and how far the lane's next line is.
+  struct Walk {
+    int to, raw, to_step, raw_step;
+    uint32_t shift, shift_step;
   };
 
-  __device__ static __forceinline__ Word load_word(const unsigned char* low,
-                                                   const unsigned char* high) {
-    if constexpr (CHANNELS == 1) {
-      return *reinterpret_cast<const Word*>(low);
-    } else {
-      return *reinterpret_cast<const uint16_t*>(low) |
-             static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(high)) << 16;
+  // So many lines are loaded before they are stored.
+  template <int LINES, int COUNT, bool ENDS>
+  __device__ __forceinline__ void move_lines(Walk& walk, int unit) const {
+    Units<COUNT> loaded[LINES];
+#pragma unroll
+    for (int i = 0; i < LINES; ++i) {
+      load<ENDS>(loaded[i], walk.raw + i * walk.raw_step, walk.shift + i * walk.shift_step, unit);
+    }
+#pragma unroll
+    for (int i = 0; i < LINES; ++i) {
+      store<ENDS>(loaded[i], walk.to + i * walk.to_step, walk.shift + i * walk.shift_step, unit);
+    }
+    walk.to += LINES * walk.to_step;
+    walk.raw += LINES * walk.raw_step;
+    walk.shift += LINES * walk.shift_step;
+  }
+
+  // What a lane moves of a line: columns or pairs of them.
+  struct alignas(PAIRS ? 2 * WORD : WORD) Unit {
+    Word word[PAIRS ? 2 : 1];
+  };
+  template <int COUNT>
+  struct Units {
+    Unit unit[COUNT];
+  };
+
+  // Whether a line's first column is the second one of a pair that is aligned in the buffer.
+  __device__ static __forceinline__ bool is_odd(uint32_t shift) { return (shift & SIZE) != 0; }
+
+  // `raw` is the place of the lane's unit in a line that begins at a granule, `shift` the address of
+  // the line's first column. A second column that may lie behind the buffer is not needed.
+  template <bool ENDS, int COUNT>
+  __device__ __forceinline__ void load(Units<COUNT>& to, int raw, uint32_t shift, int unit) const {
+    const uint32_t in_granule = shift % GRANULE_BYTES;
+    const uint32_t odd_bytes = PAIRS ? shift & SIZE : 0;
+    const unsigned char* const low = shared_ + raw + (in_granule - odd_bytes);
+    [[maybe_unused]] const unsigned char* const high =
+        shared_ + raw + raw_channel_bytes() +
+        static_cast<int>((shift + channel_bytes()) % GRANULE_BYTES - odd_bytes);
+    [[maybe_unused]] const bool second =
+        !ENDS || 2 * unit - is_odd(shift) + 1 < s_.row_pitch;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      constexpr int STEP = WARP * SIZE * (PAIRS ? 2 : 1);
+      if constexpr (CHANNELS == 1) {
+        to.unit[i] = *reinterpret_cast<const Unit*>(low + i * STEP);
+      } else {
+        const uint16_t* const halves = reinterpret_cast<const uint16_t*>(high + i * STEP);
+        if constexpr (PAIRS) {
+          const uint32_t both = *reinterpret_cast<const uint32_t*>(low + i * STEP);
+          to.unit[i].word[0] = __byte_perm(both, halves[0], 0x5410);
+          to.unit[i].word[1] = __byte_perm(both, second ? halves[1] : 0, 0x5432);
+        } else {
+          const uint32_t of_low = *reinterpret_cast<const uint16_t*>(low + i * STEP);
+          to.unit[i].word[0] = __byte_perm(of_low, halves[0], 0x5410);
+        }
+      }
     }
   }
 
-  // The words of two neighbouring columns, aligned as a pair in the first channel; of the second
-  // column only if it is needed: it may lie behind the buffer.
-  __device__ static __forceinline__ void load_pair(Pair& pair, const unsigned char* low,
-                                                   const unsigned char* high, bool second) {
-    if constexpr (CHANNELS == 1) {
-      pair = *reinterpret_cast<const Pair*>(low);
+  // `to` is the place of a single column, or of a pair's first one were it not odd.
+  template <bool ENDS, int COUNT>
+  __device__ __forceinline__ void store(const Units<COUNT>& from, int to, uint32_t shift,
+                                        int unit) const {
+    if constexpr (PAIRS) {
+      const bool odd = is_odd(shift);
+      const int residue = s_.residue_pitch * WORD;
+      [[maybe_unused]] const int column = 2 * unit - odd;
+      const int first = to + (odd ? residue - WORD : 0), second = to + (odd ? 0 : residue);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        if ((i > 0 || unit > 0 || !odd) && (!ENDS || column < s_.row_pitch)) {
+          *find_word(first + i * WARP * WORD) = from.unit[i].word[0];
+        }
+        if (!ENDS || column + 1 < s_.row_pitch) {
+          *find_word(second + i * WARP * WORD) = from.unit[i].word[1];
+        }
+      }
     } else {
-      const uint32_t both = *reinterpret_cast<const uint32_t*>(low);
-      const uint16_t* const halves = reinterpret_cast<const uint16_t*>(high);
-      pair.first = __byte_perm(both, halves[0], 0x5410);
-      if (second) pair.second = __byte_perm(both, halves[1], 0x5432);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        *find_word(to + i * (WARP / STEP_X) * WORD) = from.unit[i].word[0];
+      }
     }
+  }
+
+  __device__ __forceinline__ Word* find_word(int offset) const {
+    return reinterpret_cast<Word*>(shared_ + offset);
   }
 
   const GatherShape& s_;
-  unsigned char* const buffers_;
+  unsigned char* const shared_;  // offsets, in bytes, count from here
+  const int buffers_;
   const T* const input_;
   const int warp_, lane_;
   int buffer_ = 0;                 // that is filled next
