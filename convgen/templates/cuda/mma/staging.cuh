@@ -150,16 +150,16 @@ class RawLines {
   // channels `channels` exist, from `from` on.
   __device__ __forceinline__ void begin_step(const T* from, int words, int channels,
                                              const TileOrigin& origin) {
-    from_ = reinterpret_cast<uint64_t>(from) + origin.x * SIZE;
+    from_ = reinterpret_cast<uint64_t>(from) + int64_t{origin.x} * SIZE;
     channels_ = channels;
     origin_ = origin;
     item_ = warp_;
     items_ = words * s_.planes * static_cast<int>(s_.raw_parts.divisor);
   }
 
-  // Stages this warp's items of the oldest step that has been copied, at the offset of its tile. `next_step` calls begin_step
-  // for the next one, and returns false after the last. Returns the number of items, each of which
-  // has closed a group of copies.
+  // Stages this warp's items of the oldest step that has been copied, at the offset of its tile.
+  // `next_step` calls begin_step for the next one, and returns false after the last. Returns the
+  // number of items, each of which has closed a group of copies.
   template <class NextStep>
   __device__ __forceinline__ int stage(int tile, int words, int x, NextStep&& next_step) {
     const Margins margins(s_, x);
@@ -236,7 +236,8 @@ class RawLines {
                           uint64_t{(lines - 1) * line_stride} * SIZE + s_.raw_line_bytes;
     const bool plain = plane_inside && y >= 0 && y + (lines - 1) * LINE_STEP < s_.y.input &&
                        margins.before <= NEAR<T> && margins.behind <= NEAR<T> &&
-                       (from & -uint64_t{GRANULE_BYTES}) >= begin && last <= end && word * CHANNELS + CHANNELS <= channels_;
+                       (from & -uint64_t{GRANULE_BYTES}) >= begin && last <= end &&
+                       word * CHANNELS + CHANNELS <= channels_;
     unsigned char* const to = shared_ + raw;
     const int granules = lines * static_cast<int>(s_.raw_granules.divisor);
     // The granule of a line of a channel.
@@ -265,13 +266,13 @@ class RawLines {
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
           // Of the columns inside: the first one's place, and the last one's end, in the granule.
-          const uint32_t at = static_cast<uint32_t>(from) + c * static_cast<uint32_t>(channel_bytes) +
-                              line * line_stride * SIZE;
+          const uint32_t at = static_cast<uint32_t>(from) +
+                              c * static_cast<uint32_t>(channel_bytes) + line * line_stride * SIZE;
           const int shift = static_cast<int>(at % GRANULE_BYTES) - granule;
           const int low = shift + margins.before * SIZE;
           const int high = shift + (s_.row_pitch - margins.behind) * SIZE;
-          const bool inside = line_inside && word * CHANNELS + c < channels_ &&
-                              low < GRANULE_BYTES && high > 0;
+          const bool inside =
+              line_inside && word * CHANNELS + c < channels_ && low < GRANULE_BYTES && high > 0;
           copy_granule(to + c * raw_channel_bytes() + i * GRANULE_BYTES,
                        reinterpret_cast<const void*>(find(line, granule, c)),
                        inside ? min(high, GRANULE_BYTES) : 0, input_);
@@ -396,8 +397,8 @@ class RawLines {
   // Whether a line's first column is the second one of a pair that is aligned in the buffer.
   __device__ static __forceinline__ bool is_odd(uint32_t shift) { return (shift & SIZE) != 0; }
 
-  // `raw` is the place of the lane's unit in a line that begins at a granule, `shift` the address of
-  // the line's first column. A second column that may lie behind the buffer is not needed.
+  // `raw` is the place of the lane's unit in a line that begins at a granule, `shift` the address
+  // of the line's first column. A second column that may lie behind the buffer is not needed.
   template <bool ENDS, int COUNT>
   __device__ __forceinline__ void load(Units<COUNT>& to, int raw, uint32_t shift, int unit) const {
     const uint32_t in_granule = shift % GRANULE_BYTES;
@@ -406,8 +407,7 @@ class RawLines {
     [[maybe_unused]] const unsigned char* const high =
         shared_ + raw + raw_channel_bytes() +
         static_cast<int>((shift + channel_bytes()) % GRANULE_BYTES - odd_bytes);
-    [[maybe_unused]] const bool second =
-        !ENDS || 2 * unit - is_odd(shift) + 1 < s_.row_pitch;
+    [[maybe_unused]] const bool second = !ENDS || 2 * unit - is_odd(shift) + 1 < s_.row_pitch;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       constexpr int STEP = WARP * SIZE * (PAIRS ? 2 : 1);

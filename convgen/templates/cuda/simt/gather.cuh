@@ -40,10 +40,11 @@ struct GatherShape {
   int chunk, chunks, tile_elements, stage_elements;
   int stages;  // buffers that hold a staged tile and its weights
   int shared_bytes;
-  int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
+  int load_width;  // elements per staged access; above 1, tiles start at a multiple of it
 
-  // Lines that pass through raw buffers (GatherTraits::raw): how many a buffer holds, in how many
-  // parts that cuts a plane; bytes of a line there, in whole granules, and of a buffer.
+  // Lines that pass through raw buffers (GatherTraits::raw_buffers): how many a buffer holds, bytes
+  // of a line there, in whole granules, and of a buffer; parts that this cuts a plane into, planes,
+  // granules of a line.
   int raw_lines, raw_line_bytes, raw_bytes;
   Divisor raw_parts, raw_planes, raw_granules;
   int64_t input_elements;  // of the whole tensor
@@ -192,8 +193,8 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   }
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
   if (raw) {
-    shared_limit -= static_cast<int>(
-        raw_total(t, s.row_pitch, raw_lines(t, s.row_pitch, s.rows, raw_least)));
+    shared_limit -=
+        static_cast<int>(raw_total(t, s.row_pitch, raw_lines(t, s.row_pitch, s.rows, raw_least)));
   }
   s.threads = s.lanes / t.lanes_per_warp * t.warp_threads * s.warps_c + t.extra_threads;
 
