@@ -92,9 +92,9 @@ UNROLL_LIMIT = 1600
 STAGES_LIMIT_BYTES = 200 * 1024
 
 
-# Staging by way of raw lines (``staging.cuh``), by elements of a word: 32 words are written to a raw
-# buffer, read (those of 16 bits partly by halves) and written to the tile; about 3 instructions are
-# for copying them, 6 or 10 for moving them, and the others for what each item takes.
+# Staging by way of raw lines (``staging.cuh``), by elements of a word: 32 words are written to a
+# raw buffer, read (those of 16 bits partly by halves) and written to the tile; about 3 instructions
+# are for copying them, 6 or 10 for moving them, and the others for what each item takes.
 NARROW = {1: (3.0, 16.0), 2: (3.5, 19.0)}
 
 

@@ -155,6 +155,8 @@ class RawLines {
     origin_ = origin;
     item_ = warp_;
     items_ = words * s_.planes * static_cast<int>(s_.raw_parts.divisor);
+    plain_ = origin.x >= -NEAR<T> && origin.x + s_.row_pitch <= s_.x.input + NEAR<T> &&
+             s_.x.input >= 3 * NEAR<T>;
   }
 
   // Stages this warp's items of the oldest step that has been copied, at the offset of its tile.
@@ -221,23 +223,17 @@ class RawLines {
     const uint32_t line_stride = line_elements();
     const uint32_t offset = static_cast<uint32_t>(r) * static_cast<uint32_t>(s_.r.input_stride) +
                             static_cast<uint32_t>(y) * static_cast<uint32_t>(s_.y.input_stride);
-    const uint64_t channel_bytes = uint64_t{static_cast<uint32_t>(s_.in_channel_stride)} * SIZE;
-    const uint64_t of_word = from_ + static_cast<uint32_t>(word * CHANNELS) * channel_bytes;
-    const uint64_t from = of_word + uint64_t{offset} * SIZE;
+    const uint64_t stride = static_cast<uint32_t>(s_.in_channel_stride);
+    const uint64_t channel_bytes = stride * SIZE;
+    const uint64_t from = from_ + (static_cast<uint32_t>(word * CHANNELS) * stride + offset) * SIZE;
 
-    const Margins margins(s_, origin_.x);
-    const bool plane_inside = static_cast<unsigned>(r) < static_cast<unsigned>(s_.r.input) &&
-                              margins.before < s_.row_pitch && margins.behind < s_.row_pitch;
-    // Of most items, all granules lie within the tensor, and all that the tile needs of them within
-    // lines of the input.
-    const uint64_t begin = reinterpret_cast<uint64_t>(input_);
-    const uint64_t end = begin + static_cast<uint64_t>(s_.input_elements) * SIZE;
-    const uint64_t last = from + (CHANNELS - 1) * channel_bytes +
-                          uint64_t{(lines - 1) * line_stride} * SIZE + s_.raw_line_bytes;
-    const bool plain = plane_inside && y >= 0 && y + (lines - 1) * LINE_STEP < s_.y.input &&
-                       margins.before <= NEAR<T> && margins.behind <= NEAR<T> &&
-                       (from & -uint64_t{GRANULE_BYTES}) >= begin && last <= end &&
-                       word * CHANNELS + CHANNELS <= channels_;
+    const bool plane_inside = static_cast<unsigned>(r) < static_cast<unsigned>(s_.r.input);
+    // Of most items, all granules lie within the tensor, of which only a channel's first and last
+    // lines may be the ends, and all that the tile needs of them within lines of the input.
+    const int last = y + (lines - 1) * LINE_STEP;
+    const bool plain = plain_ && plane_inside && y >= 0 && last < s_.y.input && (y > 0 || r > 0) &&
+                       (last < s_.y.input - 1 || r < s_.r.input - 1) &&
+                       (CHANNELS == 1 || word * CHANNELS + CHANNELS <= channels_);
     unsigned char* const to = shared_ + raw;
     const int granules = lines * static_cast<int>(s_.raw_granules.divisor);
     // The granule of a line of a channel.
@@ -257,12 +253,15 @@ class RawLines {
         }
       }
     } else {
+      const Margins margins(s_, origin_.x);
+      const bool any_inside =
+          plane_inside && margins.before < s_.row_pitch && margins.behind < s_.row_pitch;
 #pragma unroll 1
       for (int i = lane_; i < granules; i += WARP) {
         int line = i;
         const int granule = s_.raw_granules.split(line) * GRANULE_BYTES;
-        const bool line_inside = plane_inside && static_cast<unsigned>(y + line * LINE_STEP) <
-                                                     static_cast<unsigned>(s_.y.input);
+        const bool line_inside = any_inside && static_cast<unsigned>(y + line * LINE_STEP) <
+                                                   static_cast<unsigned>(s_.y.input);
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
           // Of the columns inside: the first one's place, and the last one's end, in the granule.
@@ -468,6 +467,8 @@ class RawLines {
   // The step whose lines are being copied.
   uint64_t from_ = 0;
   int channels_ = 0, item_ = 0, items_ = 0;
+  // Whether granules of its lines reach less than a line beyond a line inside.
+  bool plain_ = false;
   TileOrigin origin_ = {};
 };
 

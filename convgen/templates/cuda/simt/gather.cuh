@@ -47,7 +47,6 @@ struct GatherShape {
   // granules of a line.
   int raw_lines, raw_line_bytes, raw_bytes;
   Divisor raw_parts, raw_planes, raw_granules;
-  int64_t input_elements;  // of the whole tensor
 
   bool vector_store;  // the phases of X that a thread computes leave in one access
 };
@@ -235,7 +234,6 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
 // The same, with raw buffers of one line where tiles leave no room for more.
 inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
                       int shared_limit) {
-  s.input_elements = batch * groups * s.in_channels * s.in_channel_stride;
   const int error = cut_tiles(s, t, batch, groups, shared_limit, RAW_LEAST_BYTES);
   if (error == CONVGEN_OK || t.raw_buffers == 0) return error;
   return cut_tiles(s, t, batch, groups, shared_limit, 0);
