@@ -111,7 +111,6 @@ def test_granules_are_copied_up_to_a_byte(mode: str, begin: int) -> None:
     np.testing.assert_array_equal(y.view("u1").reshape(17, 16), bytes_of_x)
 
 
-
 def test_blocks_and_threads_have_three_dimensions() -> None:
     out = np.zeros(12 * 40, "u4")
     library("warps.cu", "plain")("where", out, a0=OUTPUT)

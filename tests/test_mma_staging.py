@@ -24,14 +24,14 @@ INPUT = {"fprop": "fine", "dgrad": "coarse"}
 # few columns, and of more than a granule.
 SPECS = {
     1: ConvSpec("conv2d", 3, 1, 1),
-    2: ConvSpec("conv2d", (3, 4), (1, 2), (1, 11), dilation=(1, 3)),
+    2: ConvSpec("conv3d", (3, 3, 4), 2, (1, 1, 11), dilation=(1, 1, 3)),
     3: ConvSpec("conv2d", (2, 3), (2, 3), 1, groups=2),
 }
 # Batch, channels in and out, extents: odd widths, with several chunks of channels, strips and
 # tiles; widths below a granule; words and second channels that do not exist.
 CALLS = {
     1: ((2, (41, 9), (7, 37)), (1, (3, 2), (2, 1)), (1, (17, 1), (3, 5))),
-    2: ((2, (35, 9), (7, 77)), (1, (3, 2), (2, 2)), (1, (18, 1), (3, 131))),
+    2: ((2, (35, 9), (7, 5, 47)), (1, (3, 2), (2, 1, 2)), (1, (18, 1), (3, 4, 131))),
     3: ((2, (42, 6), (5, 67)), (1, (6, 2), (3, 3))),
 }
 

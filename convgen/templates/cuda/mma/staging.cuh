@@ -219,13 +219,15 @@ class RawLines {
     const int plane = s_.raw_planes.split(word);
     const int lines = min(s_.raw_lines, s_.rows - first);
     const int r = origin_.r + plane * PLANE_STEP, y = origin_.y + first * LINE_STEP;
-    // Offsets within a channel are 32-bit.
+    // Offsets within a channel are 32-bit: those of lines inside fit, and others are not used.
     const uint32_t line_stride = line_elements();
     const uint32_t offset = static_cast<uint32_t>(r) * static_cast<uint32_t>(s_.r.input_stride) +
                             static_cast<uint32_t>(y) * static_cast<uint32_t>(s_.y.input_stride);
-    const uint64_t stride = static_cast<uint32_t>(s_.in_channel_stride);
-    const uint64_t channel_bytes = stride * SIZE;
-    const uint64_t from = from_ + (static_cast<uint32_t>(word * CHANNELS) * stride + offset) * SIZE;
+    const uint64_t channel_bytes = uint64_t{static_cast<uint32_t>(s_.in_channel_stride)} * SIZE;
+    const uint64_t of_word = from_ + static_cast<uint32_t>(word * CHANNELS) * channel_bytes;
+
+    // The address of the first line's first column, as far as it tells the place in a granule.
+    const uint32_t shift_of_item = static_cast<uint32_t>(of_word) + offset * SIZE;
 
     const bool plane_inside = static_cast<unsigned>(r) < static_cast<unsigned>(s_.r.input);
     // Of most items, all granules lie within the tensor, of which only a channel's first and last
@@ -238,7 +240,8 @@ class RawLines {
     const int granules = lines * static_cast<int>(s_.raw_granules.divisor);
     // The granule of a line of a channel.
     auto find = [&](uint32_t line, int granule, int c) {
-      const uint64_t at = from + c * channel_bytes + uint64_t{line * line_stride} * SIZE;
+      const uint64_t at =
+          of_word + c * channel_bytes + uint64_t{offset + line * line_stride} * SIZE;
       return (at & -uint64_t{GRANULE_BYTES}) + granule;
     };
     if (plain) {
@@ -265,8 +268,8 @@ class RawLines {
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
           // Of the columns inside: the first one's place, and the last one's end, in the granule.
-          const uint32_t at = static_cast<uint32_t>(from) +
-                              c * static_cast<uint32_t>(channel_bytes) + line * line_stride * SIZE;
+          const uint32_t at =
+              shift_of_item + c * static_cast<uint32_t>(channel_bytes) + line * line_stride * SIZE;
           const int shift = static_cast<int>(at % GRANULE_BYTES) - granule;
           const int low = shift + margins.before * SIZE;
           const int high = shift + (s_.row_pitch - margins.behind) * SIZE;
@@ -280,7 +283,7 @@ class RawLines {
     }
     const int place = word * s_.channel_pitch + plane * s_.plane_pitch + first * s_.row_pitch;
     return static_cast<uint32_t>(place) << 10 | static_cast<uint32_t>(lines) << 4 |
-           static_cast<uint32_t>(from % GRANULE_BYTES);
+           shift_of_item % GRANULE_BYTES;
   }
 
   // Of the input, modulo 2^32; of a buffer.
