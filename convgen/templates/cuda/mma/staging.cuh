@@ -400,7 +400,7 @@ class RawLines {
   __device__ static __forceinline__ bool is_odd(uint32_t shift) { return (shift & SIZE) != 0; }
 
   // `raw` is the place of the lane's unit in a line that begins at a granule, `shift` the address
-  // of the line's first column. A second column that may lie behind the buffer is not needed.
+  // of the line's first column. Columns that the line does not have may lie beside it.
   template <bool ENDS, int COUNT>
   __device__ __forceinline__ void load(Units<COUNT>& to, int raw, uint32_t shift, int unit) const {
     const uint32_t in_granule = shift % GRANULE_BYTES;
@@ -409,6 +409,7 @@ class RawLines {
     [[maybe_unused]] const unsigned char* const high =
         shared_ + raw + raw_channel_bytes() +
         static_cast<int>((shift + channel_bytes()) % GRANULE_BYTES - odd_bytes);
+    [[maybe_unused]] const bool first = unit > 0 || odd_bytes == 0;
     [[maybe_unused]] const bool second = !ENDS || 2 * unit - is_odd(shift) + 1 < s_.row_pitch;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
@@ -419,7 +420,7 @@ class RawLines {
         const uint16_t* const halves = reinterpret_cast<const uint16_t*>(high + i * STEP);
         if constexpr (PAIRS) {
           const uint32_t both = *reinterpret_cast<const uint32_t*>(low + i * STEP);
-          to.unit[i].word[0] = __byte_perm(both, halves[0], 0x5410);
+          to.unit[i].word[0] = __byte_perm(both, i > 0 || first ? halves[0] : 0, 0x5410);
           to.unit[i].word[1] = __byte_perm(both, second ? halves[1] : 0, 0x5432);
         } else {
           const uint32_t of_low = *reinterpret_cast<const uint16_t*>(low + i * STEP);
