@@ -161,6 +161,9 @@ class Warp:
     staged_words: int
     """Words that the counts above are for, and what it takes to go on to the next ones."""
     staged_clocks: float
+    narrow: tuple[float, float] = (1.0, 7.0)
+    """What staging 32 words takes where lines of the input allow no wide access: times that they
+    pass through shared memory, and instructions. Wide accesses take a quarter of 7 instructions."""
 
 
 def gather_prediction(
@@ -221,23 +224,26 @@ def gather_prediction(
     tiles = blocks_c * geometry.groups * problem.batch
     tiles *= -(-positions[r] // (1 if scattered else rows)) * -(-plane // flat)
     phases = len(r.phases) * len(y.phases) * -(-len(x.phases) // schedule.variants)
-    # Staging accesses have four words where lines of the input allow it.
-    width = 4 if x.step == 1 and input_extent[at[x]] * element_bytes % 16 == 0 else 1
+    # Staging accesses have four words where lines of the input allow it; one of a warp is about
+    # seven instructions.
+    wide = x.step == 1 and input_extent[at[x]] * element_bytes % 16 == 0
+    passages, instructions = (1.0, 7 / 4) if wide else warp.narrow
     tile_outputs = lanes * rows * schedule.variants * warp.channels * warps_c
     stores = tile_outputs * element_bytes / (STORED_BYTES if len(x.phases) == 1 else SPREAD_BYTES)
     for loads, taps in counts:
         staged = tile(flat, positions[x]) * warp.staged_words
-        staged_bytes = staged * word_bytes + taps * warp.weight_bytes * warps_c * warp.staged_words
+        tile_bytes = staged * word_bytes
+        weight_bytes = taps * warp.weight_bytes * warps_c * warp.staged_words
         wavefronts = warps * (loads * warp.load[0] + taps * warp.weight[0])
         issue = warps * (
             loads * warp.load[1] + taps * (warp.weight[1] + rows * warp.tap_instructions) + 20
         )
-        # An access of a warp is about seven instructions; shared memory takes 128 bytes a clock.
+        # Shared memory takes 128 bytes a clock.
         work = Work(
             arithmetic=warps * taps * rows * warp.tap_clocks,
-            shared=wavefronts + staged_bytes / 128,
-            issue=(issue + 7 * staged / width / 32) / 4,
-            level2=staged_bytes / gpu.level2_bytes,
+            shared=wavefronts + (passages * tile_bytes + weight_bytes) / 128,
+            issue=(issue + instructions * staged / 32) / 4,
+            level2=(tile_bytes + weight_bytes) / gpu.level2_bytes,
         )
         step, bound = work.overlapped()
         steps = -(-warp.words // warp.staged_words) * passes

@@ -92,6 +92,11 @@ UNROLL_LIMIT = 1600
 # for wider tiles. Smaller GPUs cut narrower tiles at launch.
 STAGES_LIMIT_BYTES = 200 * 1024
 
+# Staging by way of raw lines (``staging.cuh``), by elements of a word: 32 words are written to a
+# raw buffer, read (those of 16 bits partly by halves) and written to the tile; about 3 instructions
+# are for copying them, 6 or 10 for moving them, and the others for what each item takes.
+NARROW = {1: (3.0, 16.0), 2: (3.5, 19.0)}
+
 
 @dataclass(frozen=True)
 class GatherTiles:
@@ -350,6 +355,7 @@ class Mma:
         "tf32.cuh": "cuda/mma/tf32.cuh",
         "math.cuh": "cuda/mma/math.cuh",
         "fragments.cuh": "cuda/mma/fragments.cuh",
+        "staging.cuh": "cuda/mma/staging.cuh",
         "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
         "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
         "mma_wgrad_groups.cuh": "cuda/mma/wgrad_groups.cuh",
@@ -448,6 +454,7 @@ class Mma:
             weight_bytes=32 * blocks * split,
             staged_words=8,
             staged_clocks=60,
+            narrow=NARROW[elements],
         )
         size_bytes = MODES[mode].size_bytes
         return gather_prediction(gather, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4)

@@ -524,10 +524,22 @@ def wgrad_space(geometry: Geometry, mode: str) -> list[Candidate]:
             tuple((m, n) for m in sizes)
             for sizes, n in product((UNKNOWN_M_TILES, (1, 2), (1,), (2,)), range(1, most_n + 1))
         ]
+    taps_blocks = _tap_blocks(geometry, _layouts(geometry, mode))
     schedules = [
-        WgradSchedule(*taps, tiles, _flush(mode))
-        for taps, tiles in product(_tap_blocks(geometry, _layouts(geometry, mode)), lists)
+        WgradSchedule(*taps, tiles, _flush(mode)) for taps, tiles in product(taps_blocks, lists)
     ]
+    if default.group_tiles:
+        most = min(MAX_GROUP_BLOCKS, -(-coarse // 8)) if coarse else MAX_GROUP_BLOCKS
+        most_m = min(MAX_GROUP_TILES, -(-fine // ROWS)) if fine else MAX_GROUP_TILES
+        tiles_of_groups = [
+            ((m, blocks),) for m, blocks in product(range(1, most_m + 1), range(2, most + 1))
+        ]
+        if not coarse:
+            tiles_of_groups += [tuple((1, b) for b in UNKNOWN_GROUP_BLOCKS), ((1, 4), (1, 6))]
+        schedules += [
+            replace(default, group_taps=taps, group_tiles=tiles)
+            for taps, tiles in product(taps_blocks, tiles_of_groups)
+        ]
     return [
         Candidate(schedule, wgrad_refusal(geometry, mode, schedule))
         for schedule in dict.fromkeys([default, *schedules])

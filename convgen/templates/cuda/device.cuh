@@ -41,22 +41,6 @@ __device__ __forceinline__ const T* opaque(const T* x) {
   return x;
 }
 
-// The 16 bits at `from`, which nobody writes during the kernel; zero where not `valid` (they are
-// then not read). Several such loads share one address, which conditions in C++ would find anew for
-// each.
-__device__ __forceinline__ uint32_t load_half_word(const void* from, bool valid) {
-  uint32_t bits;
-  asm("{\n"
-      ".reg .pred valid;\n"
-      "setp.ne.b32 valid, %2, 0;\n"
-      "mov.b32 %0, 0;\n"
-      "@valid ld.global.nc.u16 %0, [%1];\n"
-      "}"
-      : "=r"(bits)
-      : "l"(from), "r"(static_cast<int>(valid)));
-  return bits;
-}
-
 // ---- Asynchronous copies, global to shared ------------------------------------------------
 
 // Copies BYTES (4, 8 or 16, both addresses aligned to it), or writes zeros where `valid` is false

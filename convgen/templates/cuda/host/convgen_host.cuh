@@ -218,10 +218,6 @@ inline const T* opaque(const T* x) {
   return x;
 }
 
-inline uint32_t load_half_word(const void* from, bool valid) {
-  return valid ? *static_cast<const uint16_t*>(from) : 0;
-}
-
 template <int BYTES>
 inline void copy_async(void* to, const void* from, bool valid, CONVGEN_SITE) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "sizes that one access can have");

@@ -459,15 +459,16 @@ void copy_granule(void* to, const void* from, int bytes, const void* begin, Site
   constexpr int SIZE = 16;
   require_aligned(to, from, SIZE, site);
   if (bytes < 0 || bytes > SIZE) {
-    worker->fault(*worker->running, "an asynchronous copy of " + std::to_string(bytes) + " of 16 bytes (" +
-                                        text(site) + ")");
+    worker->fault(*worker->running, "an asynchronous copy of " + std::to_string(bytes) +
+                                        " of 16 bytes (" + text(site) + ")");
   }
   // What lies before the tensor has no contents here.
   const ptrdiff_t before = static_cast<const char*>(begin) - static_cast<const char*>(from);
   const int skipped = before > 0 && before < bytes ? static_cast<int>(before) : 0;
   char* const at = static_cast<char*>(to);
+  const char* const first = static_cast<const char*>(from) + skipped;
   if (skipped > 0) issue(at, nullptr, skipped, site);
-  if (bytes > 0) issue(at + skipped, static_cast<const char*>(from) + skipped, bytes - skipped, site);
+  if (bytes > 0) issue(at + skipped, first, bytes - skipped, site);
   if (bytes < SIZE) issue(at + bytes, nullptr, SIZE - bytes, site);
 }
 

@@ -1,0 +1,140 @@
+"""How the mma engine's gathers stage lines that no wide access can copy, interpreted and checked.
+
+Such lines pass through raw buffers in 16-byte granules (``templates/cuda/mma/staging.cuh``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import Fault, Library, Problem, engine_sources, problem, solve
+from torch import Tensor
+
+from convgen import interpret
+from convgen.engines.mma import ENGINE as MMA
+from convgen.spec import ConvSpec
+
+INPUT = {"fprop": "fine", "dgrad": "coarse"}
+# Strides along W that are one, that make pairs of columns, and that do neither; with halos of a
+# few columns, and of more than a granule.
+SPECS = {
+    1: ConvSpec("conv2d", 3, 1, 1),
+    2: ConvSpec("conv3d", (3, 3, 4), 2, (1, 1, 11), dilation=(1, 1, 3)),
+    3: ConvSpec("conv2d", (2, 3), (2, 3), 1, groups=2),
+}
+# Batch, channels in and out, extents: odd widths, with several chunks of channels, strips and
+# tiles; widths below a granule; words and second channels that do not exist.
+CALLS = {
+    1: ((2, (41, 9), (7, 37)), (1, (3, 2), (2, 1)), (1, (17, 1), (3, 5))),
+    2: ((2, (35, 9), (7, 5, 47)), (1, (3, 2), (2, 1, 2)), (1, (18, 1), (3, 4, 131))),
+    3: ((2, (42, 6), (5, 67)), (1, (6, 2), (3, 3))),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment(session_cache: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        yield
+
+
+def sources(stride: int, kind: str, contraction: str, architecture: str) -> dict[str, str]:
+    """On sm_90a with so many channels that warps multiply in groups, and two crews stage."""
+    plan = MMA.plan(SPECS[stride].geometry, contraction, kind)
+    channels = (24,) if architecture == "90a" else (8,)
+    schedules = {(contraction, kind): replace(plan.schedule, channels=channels)}
+    return engine_sources(SPECS[stride], kind, (contraction,), schedules)
+
+
+@cache
+def library(stride: int, kind: str, contraction: str, architecture: str) -> Path:
+    files = sources(stride, kind, contraction, architecture)
+    name = f"staging_{stride}_{contraction}_{kind}_{architecture}"
+    if architecture == "90a":
+        return interpret.library(name, files, "checked", architecture=architecture)
+    return interpret.library(name, files, "checked")
+
+
+def problems(stride: int, kind: str, contraction: str) -> list[Problem]:
+    return [
+        problem(
+            SPECS[stride], contraction, kind, extents, batch=batch, channels=channels, seed=seed
+        )
+        for seed, (batch, channels, extents) in enumerate(CALLS[stride])
+    ]
+
+
+def shifted(tensor: Tensor, elements: int) -> Tensor:
+    """The same values, so many elements behind an address that is a multiple of 16 bytes."""
+    storage = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
+    first = -storage.data_ptr() // tensor.element_size() % (16 // tensor.element_size())
+    view = storage[first + elements :][: tensor.numel()].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(
+    ("stride", "kind", "contraction"),
+    [
+        (1, "tf32", "dgrad"),
+        (1, "bf16tc", "fprop"),
+        (2, "tf32", "fprop"),
+        (2, "bf16tc", "fprop"),
+        (3, "tf32", "fprop"),
+        (3, "f16tc", "fprop"),
+    ],
+)
+def test_unaligned_lines_agree_with_float64(
+    stride: int,
+    kind: str,
+    contraction: str,
+    architecture: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One thread block, whose copies run ahead from tile to tile; addresses of any alignment."""
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
+    path = tmp_path / "one.so"
+    path.write_bytes(library(stride, kind, contraction, architecture).read_bytes())
+    loaded = Library(path)
+    for index, given in enumerate(problems(stride, kind, contraction)):
+        name = INPUT[contraction]
+        given.operands[name] = shifted(given.operands[name], (0, 3, 1)[index])
+        solve(loaded, given)
+        given.check()
+
+
+@pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
+def test_small_buffers_hold_parts_of_planes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU with so little shared memory that raw buffers hold one line each."""
+    monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", str(50 * 1024))
+    path = tmp_path / "small.so"
+    path.write_bytes(library(2, kind, "fprop", "80").read_bytes())
+    loaded = Library(path)
+    given = problems(2, kind, "fprop")[0]
+    solve(loaded, given)
+    given.check()
+
+
+@pytest.mark.parametrize(
+    ("statement", "report"),
+    [
+        ("copy_wait<RAW_BUFFERS - 2>();", "asynchronous copy"),
+        ("__syncwarp();  // all lanes' copies", "race on shared memory|asynchronous copy"),
+    ],
+)
+def test_lines_that_are_moved_too_early_are_caught(statement: str, report: str) -> None:
+    files = sources(2, "bf16tc", "fprop", "80")
+    assert statement in files["staging.cuh"]
+    text = files["staging.cuh"].replace(statement, statement.partition(";")[2])
+    path = interpret.library("buggy_staging", {**files, "staging.cuh": text}, "checked")
+    with pytest.raises(Fault, match=report):
+        solve(Library(path), problems(2, "bf16tc", "fprop")[0])
