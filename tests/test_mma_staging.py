@@ -46,8 +46,9 @@ def environment(session_cache: Path) -> Iterator[None]:
 def sources(stride: int, kind: str, contraction: str, architecture: str) -> dict[str, str]:
     """On sm_90a with so many channels that warps multiply in groups, and two crews stage."""
     plan = MMA.plan(SPECS[stride].geometry, contraction, kind)
-    channels = (24,) if architecture == "90a" else (8,)
-    schedules = {(contraction, kind): replace(plan.schedule, channels=channels)}
+    rows, _ = plan.schedule.tiles[0]
+    tiles = ((rows, 24 if architecture == "90a" else 8),)
+    schedules = {(contraction, kind): replace(plan.schedule, tiles=tiles)}
     return engine_sources(SPECS[stride], kind, (contraction,), schedules)
 
 

@@ -356,6 +356,7 @@ class Mma:
         "math.cuh": "cuda/mma/math.cuh",
         "fragments.cuh": "cuda/mma/fragments.cuh",
         "staging.cuh": "cuda/mma/staging.cuh",
+        "lines.cuh": "cuda/mma/lines.cuh",
         "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
         "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
         "mma_wgrad_groups.cuh": "cuda/mma/wgrad_groups.cuh",

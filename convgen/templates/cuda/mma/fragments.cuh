@@ -18,16 +18,19 @@ constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
 
 // A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
 // tensor cores nothing. 12 warps leave a thread 168 registers. Where warps can trade registers
-// (sm_90a) there are 16, with 128 on average: those that stage need few, and are two crews, which
-// take turns, so that one issues copies while the other's are on their way.
+// (sm_90a), or 128 suffice for few products (of 16 x 8 sums, PRODUCTS rows and phases of them for
+// each 8 channels), there are 16: those that stage are two crews, which take turns, so that one
+// issues copies while the other's are on their way.
 constexpr int CONSUMER_WARPS = 8, CREW_WARPS = 4;
-constexpr int GROUPED_CREWS = 2;
-template <int CHANNELS>
-constexpr int CREWS = BY_GROUPS<CHANNELS> ? GROUPED_CREWS : 1;
+constexpr int MOST_CREWS = 2, FEW_PRODUCTS = 12;
+template <int CHANNELS, int PRODUCTS>
+constexpr int BLOCK_CREWS =
+    BY_GROUPS<CHANNELS> || (HAS_WGMMA && PRODUCTS * CHANNELS / MMA_COLUMNS <= FEW_PRODUCTS)
+        ? MOST_CREWS
+        : 1;
 constexpr int CONSUMER_REGISTERS = 184, PRODUCER_REGISTERS = 2 * 128 - CONSUMER_REGISTERS;
 
-template <int CHANNELS>
-constexpr int BLOCK_THREADS = (CONSUMER_WARPS + CREWS<CHANNELS> * CREW_WARPS) * WARP;
+constexpr int block_threads(int crews) { return (CONSUMER_WARPS + crews * CREW_WARPS) * WARP; }
 
 // Warps whose products are issued together. Those of a group have the same output channels.
 template <int CHANNELS>
@@ -40,9 +43,10 @@ struct Roles {
   int max_groups_c;  // groups with different output channels
 };
 
-inline Roles roles_of(int launch_bound) {
-  const int grouped = (CONSUMER_WARPS + GROUPED_CREWS * CREW_WARPS) * WARP;
-  return launch_bound >= grouped ? Roles{4, GROUPED_CREWS, 2} : Roles{1, 1, 6};
+inline Roles roles_of(int launch_bound, int channels) {
+  const int crews = launch_bound >= block_threads(MOST_CREWS) ? MOST_CREWS : 1;
+  const bool grouped = crews > 1 && channels >= GROUP_LEAST_CHANNELS;
+  return grouped ? Roles{4, crews, 2} : Roles{1, crews, 6};
 }
 
 // Named barriers of the buffers: a crew of producers arrives at FULL, consumers at EMPTY. A buffer
@@ -246,21 +250,20 @@ __device__ __forceinline__ void add_bias(float (&acc)[VARIANTS][ROWS][BLOCKS_N][
   }
 }
 
-// Stores WIDTH neighbouring outputs.
+// WIDTH neighbouring outputs, as they are stored.
 template <int WIDTH, typename T>
-__device__ __forceinline__ void store_run(T* to, const float* from) {
-  struct alignas(WIDTH * sizeof(float)) Wide {
-    float element[WIDTH];
-  };
-  struct alignas(WIDTH * sizeof(T)) Narrow {
-    T element[WIDTH];
-  };
-  const Wide wide = *reinterpret_cast<const Wide*>(from);
-  Narrow narrowed;
+struct alignas(WIDTH * sizeof(T)) Run {
+  T element[WIDTH];
+
+  __device__ __forceinline__ void load(const float* from) {
+    struct alignas(WIDTH * sizeof(float)) Wide {
+      float element[WIDTH];
+    };
+    const Wide wide = *reinterpret_cast<const Wide*>(from);
 #pragma unroll
-  for (int i = 0; i < WIDTH; ++i) narrow(narrowed.element[i], wide.element[i]);
-  *reinterpret_cast<Narrow*>(to) = narrowed;
-}
+    for (int i = 0; i < WIDTH; ++i) narrow(element[i], wide.element[i]);
+  }
+};
 
 // Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
 // [8 input words][slot of the region][8 outputs][lane][Math::PACKED], the words that the lanes of a

@@ -16,6 +16,7 @@ constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? MOST_WARPS : LEAS
 constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;      // of shared memory: see ProductOrigins
 constexpr int GRANULE_BYTES = 16, GRANULE_WORDS = 4;
+constexpr int COPY_BYTES = 4;  // that an asynchronous copy has at least
 constexpr int LOOSE_RESIDUE = 4;       // of the channel pitch, where lines are loose
 constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
 constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile
@@ -213,7 +214,7 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   if (d.count >= 1 << 12 || h.count >= 1 << 16 || columns >= 1 << 16) return INDEX_LIMIT;
   if (d.count * d.step >= 1 << 30 || h.count * h.step >= 1 << 30) return INDEX_LIMIT;
   const int fine_width = row_width(s.fine_w, t.column_align);
-  const bool loose = t.loosens && fine_width * t.element_bytes < 8;
+  const bool loose = t.loosens && fine_width * t.element_bytes < COPY_BYTES;
   const int64_t last = columns - elements, granule = GRANULE_BYTES / t.element_bytes;
   const int64_t line =
       (cut.quads * QUAD - 1) * t.stride_w + (cut.w * t.taps_w - 1) * t.dilation_w + 1;

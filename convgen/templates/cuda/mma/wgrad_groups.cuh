@@ -146,9 +146,10 @@ __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread
 
 // ---- Loose lines ----------------------------------------------------------------------------
 //
-// Where no access of 8 bytes divides the lines of the fine tensor, these are staged as they lie in
-// memory: every line's 16-byte granules, the first of which may begin with elements of the line
-// before. A lane adds how many; it is the same for channels 8 apart.
+// Where no asynchronous copy of 4 bytes divides the lines of the fine tensor, as 16-bit elements may
+// have it, these are staged as they lie in memory: every line's 16-byte granules, the first of which
+// may begin with elements of the line before. A lane adds how many; it is the same for channels 8
+// apart.
 
 // How many elements after a multiple of 16 bytes an element lies.
 template <typename Raw>
