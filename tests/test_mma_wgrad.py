@@ -23,6 +23,7 @@ from convgen.engines.mma_wgrad import (
     _elements,
     _layout,
     _wavefronts,
+    wgrad_refusal,
     wgrad_schedule,
 )
 from convgen.spec import ConvSpec, Geometry
@@ -126,19 +127,25 @@ COMPILED = [
 ]
 
 
+@pytest.mark.parametrize("architecture", ["80", "90a"])
 @pytest.mark.parametrize(("spec", "mode"), COMPILED, ids=lambda x: getattr(x, "name", x))
-def test_kernels_compile_without_spills(spec: ConvSpec, mode: str, tmp_path: Path) -> None:
+def test_kernels_compile_without_spills(
+    spec: ConvSpec, mode: str, architecture: str, tmp_path: Path
+) -> None:
     compiler = toolchain.find_cuda()
     for name, text in engine_sources(spec, mode, ("wgrad",)).items():
         (tmp_path / name).write_text(text)
     command = [compiler.path, "-ccbin", compiler.host, "-std=c++17", "-O3", "-Xptxas", "-v"]
-    command += ["-arch=sm_80", "-cubin", f"wgrad_{mode}.cu", "-o", "wgrad.cubin"]
+    command += [f"-arch=sm_{architecture}", "-cubin", f"wgrad_{mode}.cu", "-o", "wgrad.cubin"]
     environment = toolchain.build_environment()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     kernels = toolchain.ptxas_resources(done.stdout + done.stderr)
-    compiled = [kernel for kernel in kernels if "wgrad_kernel" in kernel.kernel]
-    assert len(compiled) == len(wgrad_schedule(spec.geometry, mode).tiles)
+    schedule = wgrad_schedule(spec.geometry, mode)
+    for name, tiles in (("wgrad_kernel", schedule.tiles), ("groups", schedule.group_tiles)):
+        assert len([kernel for kernel in kernels if name in kernel.kernel]) == len(tiles)
+    # ptxas says so where it cannot overlap products of groups.
+    assert "wgmma.mma_async instructions are serialized" not in done.stdout + done.stderr
     for kernel in kernels:
         assert not kernel.spills, kernel
         assert kernel.registers <= 168
@@ -198,30 +205,67 @@ CASES = [
         ((1, (8, 20), (13, 14, 40)),),
     ),
 ]
+# On sm_90a, where four warps multiply together: channels beyond one block, both tensors' rows odd.
+GROUP_CASES = [
+    Case(ConvSpec(UP, 3), ("tf32", "bf16tc"), ((1, (48, 48), (3, 6, 8)),)),
+    Case(ConvSpec(CONV, 3, 1, 1), ("f16tc",), ((1, (40, 72), (3, 5, 9)),)),
+    Case(
+        ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=64),
+        ("bf16tc",),
+        ((1, (32, 64), (3, 5, 9)),),
+    ),
+]
 RUNS = [
-    pytest.param(case, mode, id=f"{case.spec.name}-{mode}") for case in CASES for mode in case.modes
+    pytest.param(case, mode, "80", id=f"{case.spec.name}-{mode}")
+    for case in CASES
+    for mode in case.modes
+]
+RUNS += [
+    pytest.param(case, mode, "90a", id=f"{case.spec.name}-{mode}-90a")
+    for case in GROUP_CASES + CASES
+    for mode in case.modes
+    if wgrad_schedule(case.spec.geometry, mode).group_tiles
 ]
 
 
 @cache
-def library(spec: ConvSpec, mode: str, checks: str) -> Path:
+def library(spec: ConvSpec, mode: str, checks: str, architecture: str = "80") -> Path:
     sources = engine_sources(spec, mode, ("wgrad",))
-    return interpret.library(f"{spec.name}_{mode}_wgrad", sources, checks)
+    name = f"{spec.name}_{mode}_wgrad" + ("" if architecture == "80" else f"_{architecture}")
+    return interpret.library(name, sources, checks, architecture=architecture)
 
 
-@pytest.mark.parametrize(("case", "mode"), RUNS)
-def test_checked_kernels_agree_with_float64(case: Case, mode: str) -> None:
-    loaded = Library(library(case.spec, mode, "checked"))
+@pytest.mark.parametrize(("case", "mode", "architecture"), RUNS)
+def test_checked_kernels_agree_with_float64(case: Case, mode: str, architecture: str) -> None:
+    loaded = Library(library(case.spec, mode, "checked", architecture))
     for made in case.problems(mode):
         solve(loaded, made)
         assert made.error() <= LIMITS[mode]
 
 
+@pytest.mark.parametrize(
+    ("tiles", "taps"), [(((2, 2),), (1, 3)), (((1, 3),), (3, 1)), (((1, 8),), (1, 2))]
+)
+def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[int, int]) -> None:
+    """Several tiles of fine channels, several rows of taps, blocks beyond the kernel."""
+    spec = ConvSpec(UP, 3, 2, 1)
+    schedule = replace(wgrad_schedule(spec.geometry, "bf16tc"), group_taps=taps, group_tiles=tiles)
+    assert not wgrad_refusal(spec.geometry, "bf16tc", schedule)
+    sources = engine_sources(spec, "bf16tc", ("wgrad",), {("wgrad", "bf16tc"): schedule})
+    loaded = Library(interpret.library("group_tiles", sources, architecture="90a"))
+    for made in Case(spec, (), ((2, (20, 33), (3, 5, 9)),)).problems("bf16tc"):
+        solve(loaded, made)
+        assert made.error() <= LIMITS["bf16tc"]
+
+
+@pytest.mark.parametrize("width", [24, 25])
+@pytest.mark.parametrize("architecture", ["80", "90a"])
 @pytest.mark.parametrize("mode", ["tf32", "bf16tc"])
 @pytest.mark.parametrize("skipped", [1, 2])
-def test_tensors_may_start_anywhere(mode: str, skipped: int) -> None:
-    """Rows that 16-byte accesses divide, at addresses that they do not: several per place."""
-    case = Case(ConvSpec(CONV, 3, 1, 1), (), ((2, (20, 40), (3, 7, 24)),))
+def test_tensors_may_start_anywhere(mode: str, skipped: int, architecture: str, width: int) -> None:
+    """Rows that 16-byte accesses divide, at addresses that they do not: several per place. And odd
+    rows."""
+    case = Case(ConvSpec(CONV, 3, 1, 1), (), ((2, (20, 40), (3, 7, width)),))
     (made,) = case.problems(mode)
     operands = dict(made.operands)
     for name in ("coarse", "fine"):
@@ -230,7 +274,7 @@ def test_tensors_may_start_anywhere(mode: str, skipped: int) -> None:
         moved = room[first : first + operands[name].numel()].view(operands[name].shape)
         operands[name] = moved.copy_(operands[name])
     moved_problem = replace(made, operands=operands)
-    solve(Library(library(case.spec, mode, "checked")), moved_problem)
+    solve(Library(library(case.spec, mode, "checked", architecture)), moved_problem)
     assert moved_problem.error() <= LIMITS[mode]
 
 
