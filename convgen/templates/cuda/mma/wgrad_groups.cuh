@@ -70,7 +70,7 @@ struct CoarseRows {
     if constexpr (BYTES >= 4) {
 #pragma unroll
       for (int i = 0; i < QUAD; i += ACCESS) {
-        copy_async<BYTES>(to + i / Product::ELEMENTS, i < valid ? from + i : from, i < valid);
+        copy_async<BYTES>(to + i / Product::ELEMENTS, from + i, i < valid);
       }
     } else {
 #pragma unroll
@@ -123,12 +123,23 @@ __device__ __forceinline__ void copy_coarse(const ProductShape& s, int thread, c
     }
     uint32_t* const rows = to + Rows::row(chunk * N_BLOCKS, channel) + Rows::quad(t);
     from += s.coarse_channel_stride * channel;
-#pragma unroll 2
-    for (int n = 0; n < N_BLOCKS; ++n) {
-      const bool exists = n * PRODUCT_COLUMNS + channel < origin.channels;
-      Rows::template copy<ACCESS>(rows + n * COLUMNS_WORDS, exists ? from : tensor,
-                                  exists ? valid : 0);
-      from += s.coarse_channel_stride * PRODUCT_COLUMNS;
+    // Below 2^31, as all strides of channels are.
+    const uint64_t stride =
+        uint64_t{static_cast<uint32_t>(s.coarse_channel_stride)} * PRODUCT_COLUMNS;
+    if (origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
+#pragma unroll
+      for (int n = 0; n < N_BLOCKS; ++n) {
+        Rows::template copy<ACCESS>(rows + n * COLUMNS_WORDS, from, valid);
+        from += stride;
+      }
+    } else {
+#pragma unroll 1
+      for (int n = 0; n < N_BLOCKS; ++n) {
+        const bool exists = n * PRODUCT_COLUMNS + channel < origin.channels;
+        Rows::template copy<ACCESS>(rows + n * COLUMNS_WORDS, exists ? from : tensor,
+                                    exists ? valid : 0);
+        from += stride;
+      }
     }
   }
 }
@@ -139,7 +150,7 @@ __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread
   using Rows = CoarseRows<Product, N_BLOCKS>;
   const int shares = s.chunks * N_BLOCKS * PRODUCT_COLUMNS;
 #pragma unroll 2
-  for (int i = thread; i < shares; i += STAGING_WARPS * WARP) {
+  for (int i = thread; i < shares; i += STAGING_WARPS * WARP) {  // two on their way
     Rows::arrange(to + Rows::row(i / PRODUCT_COLUMNS, i % PRODUCT_COLUMNS));
   }
 }
