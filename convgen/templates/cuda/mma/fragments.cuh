@@ -22,7 +22,7 @@ constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
 // each 8 channels), there are 16: those that stage are two crews, which take turns, so that one
 // issues copies while the other's are on their way.
 constexpr int CONSUMER_WARPS = 8, CREW_WARPS = 4;
-constexpr int MOST_CREWS = 2, FEW_PRODUCTS = 12;
+constexpr int MOST_CREWS = 2, FEW_PRODUCTS = 8;
 template <int CHANNELS, int PRODUCTS>
 constexpr int BLOCK_CREWS =
     BY_GROUPS<CHANNELS> || (HAS_WGMMA && PRODUCTS * CHANNELS / MMA_COLUMNS <= FEW_PRODUCTS)

@@ -159,10 +159,12 @@ constexpr double PRODUCT_CLOCKS = 1.5;  // of a multiprocessor with all four qua
 constexpr double LEVEL2_BYTES = 28;     // per clock and multiprocessor
 constexpr double TILE_CLOCKS = 300;     // barrier, first loads, last products
 constexpr double WARP_CLOCKS = 6;       // from one instruction of a warp to the next; measured
-// Where groups multiply: from the wait for products to the next ones, with loads between; a turn of
-// putting coarse channels in order; from a tile's last copy to its arrival. And the instructions of a
-// coarse copy beside COPY_ONE.
-constexpr double GROUP_LATENCY = 200, ARRANGE_CLOCKS = 120, STAGING_LATENCY = 1500, COARSE_COPY = 4;
+// Where groups multiply, in clocks: from the wait for products to the next ones, with loads between;
+// a turn of putting coarse channels in order; from a tile's last copy to its arrival; and what a
+// tile takes beyond what is counted, by the times of tiles of different sizes.
+constexpr double GROUP_LATENCY = 200, ARRANGE_CLOCKS = 120, STAGING_LATENCY = 1500,
+                 GROUP_TILE_CLOCKS = 2500;
+constexpr double COARSE_COPY = 4;  // instructions of a coarse copy beside COPY_ONE
 // Instructions: to find a place, to copy a channel there, as a granule.
 constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4, COPY_GRANULE = 12;
 
@@ -317,7 +319,7 @@ inline double group_clocks(const ProductShape& s, const ProductTraits& t, const 
   if (serial > most) most = serial;
   if (staging > most) most = staging;
   if (level2 > most) most = level2;
-  return most + 0.1 * (tensor + shared + staging + level2 - most) + TILE_CLOCKS / 2;
+  return most + 0.1 * (tensor + shared + staging + level2 - most) + GROUP_TILE_CLOCKS;
 }
 
 // Expected time of a cut that lay_out() has laid out in `words` words.

@@ -41,22 +41,6 @@ __device__ __forceinline__ const T* opaque(const T* x) {
   return x;
 }
 
-// The 16 bits at `from`, which nobody writes during the kernel; zero where not `valid` (they are
-// then not read). Several such loads share one address, which conditions in C++ would find anew for
-// each.
-__device__ __forceinline__ uint32_t load_half_word(const void* from, bool valid) {
-  uint32_t bits;
-  asm("{\n"
-      ".reg .pred valid;\n"
-      "setp.ne.b32 valid, %2, 0;\n"
-      "mov.b32 %0, 0;\n"
-      "@valid ld.global.nc.u16 %0, [%1];\n"
-      "}"
-      : "=r"(bits)
-      : "l"(from), "r"(static_cast<int>(valid)));
-  return bits;
-}
-
 // ---- Asynchronous copies, global to shared ------------------------------------------------
 
 // Copies BYTES (4, 8 or 16, both addresses aligned to it), or writes zeros where `valid` is false
@@ -83,6 +67,22 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
     *static_cast<uint2*>(to) = valid ? *static_cast<const uint2*>(from) : make_uint2(0, 0);
   } else {
     *static_cast<uint32_t*>(to) = valid ? *static_cast<const uint32_t*>(from) : 0u;
+  }
+#endif
+}
+
+// Copies the first `bytes` of 16, both addresses multiples of 16, and writes zeros over the others
+// (of which none is then read). A tensor that begins in the middle of the 16 bytes, at `begin`, has
+// them all in memory, but the first are none of its: what is copied of them means nothing.
+__device__ __forceinline__ void copy_granule(void* to, const void* from, int bytes,
+                                             const void* /*begin*/) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+#else
+  for (int i = 0; i < 16; ++i) {
+    static_cast<char*>(to)[i] = i < bytes ? static_cast<const char*>(from)[i] : 0;
   }
 #endif
 }

@@ -368,7 +368,6 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
   s.out_channel_stride = out[0] * out[1] * out[2];
 
   GatherTraits traits;
-  traits.rows_per_thread = ROWS;
   traits.phases = PHASES_R * PHASES_Y * GROUPS_X;
   traits.step_r = ROW_STEP;
   traits.step_y = LANE_STEP_Y;
@@ -378,6 +377,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
   traits.span_x = 1;
   traits.scattered = SCATTERED;
   traits.taps_per_pass = TAPS_PER_PASS;
+  traits.rows_per_thread = ROWS;
   traits.max_warps = GATHER_MAX_WARPS;
   traits.lanes_per_warp = WARP;
   traits.channels_per_warp = channels;

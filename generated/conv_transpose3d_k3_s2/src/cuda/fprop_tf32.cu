@@ -1,7 +1,7 @@
-// fprop of conv_transpose3d_k3_s2, float32.
+  // fprop of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"channels": [48, 32, 16], "row_axis": "d", "rows": 3, "unroll": "plane", "variants":
+// Schedule: {"row_axis": "d", "tiles": [[3, 48], [3, 32], [3, 16]], "unroll": "plane", "variants":
 //   1}
 //
 //   coarse[n, a, i] = bias[a] +
@@ -18,8 +18,9 @@
 //                with its halo; the pitch of a word is 8 or 24 mod 32, so that the lanes of a
 //                fragment read different banks
 //   the weights: fragments, packed beforehand by fprop_pack_kernel.
+// Lines come element by element (lines.cuh).
 
-#include "fragments.cuh"
+#include "lines.cuh"
 
 namespace {
 
@@ -43,7 +44,8 @@ using Word = Math::Input;
 // Axes of the tile: R = d, Y = h, X = w.
 constexpr int STEP_R = 2, STEP_Y = 2, STEP_X = 2;  // inputs per position
 constexpr int PHASES_R = 1, PHASES_Y = 1, PHASES_X = 1;
-constexpr int ROWS = 3;  // positions per thread, consecutive along R
+// Positions per thread, consecutive along R, where a warp has so many channels.
+__host__ __device__ constexpr int rows_of(int) { return 3; }
 constexpr int VARIANTS = 1;  // phases of X per thread
 constexpr int GROUPS_X = 1;  // thread blocks that share the phases of X
 constexpr bool SCATTERED = false;
@@ -69,13 +71,15 @@ __device__ const int SLOT_TAP[] = {
     26};
 __device__ const int REGION_FIRST[] = {0, 9, 18, 27};
 __device__ const int PHASE_REGION[] = {0};
+// Shared memory of the consumers' outputs.
+constexpr int SCRATCH_WORDS = CONSUMER_WARPS * OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS>;
 
 // The taps of one along d, for 8 input words.
 template <int CHANNELS>
 __device__ __forceinline__ void accumulate(
     const GatherShape& s, const Word* tile, Weights<Math, CHANNELS> weight,
     const int (&position)[2],
-    float (&acc)[VARIANTS][ROWS][CHANNELS / MMA_COLUMNS][4]) {
+    float (&acc)[VARIANTS][3][CHANNELS / MMA_COLUMNS][4]) {
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
   [[maybe_unused]] const int row_pitch = opaque(s.row_pitch), plane_pitch = opaque(s.plane_pitch);
   const int quarter = opaque(4 * s.channel_pitch);  // half the words of a product
@@ -163,6 +167,7 @@ struct Work {
   int passes;
 };
 
+template <int ROWS>
 __device__ __forceinline__ Work locate_work(const GatherShape& s, int index) {
   const GatherBlock block =
       locate_block(s, index, s.lanes * (SCATTERED ? ROWS : 1), SCATTERED ? 1 : ROWS);
@@ -175,6 +180,24 @@ __device__ __forceinline__ Work locate_work(const GatherShape& s, int index) {
   const int shift = (block.x0 * STEP_X + FIRST_X) & (s.load_width - 1);
   const int passes = COUNT_Y[phase_y] > 0 ? COUNT_R[phase_r] : 0;
   return {block, group_x, phase_y, phase_r, strip_positions, y0, shift, passes};
+}
+
+// Where the tile of one of its passes begins in the input.
+__device__ __forceinline__ TileOrigin locate_tile(const Work& work, int pass) {
+  const GatherBlock& block = work.block;
+  const int phase_r = work.phase_r, phase_y = work.phase_y, y0 = work.y0;
+  const int shift = work.shift;
+  const int r = block.r0 * STEP_R + FIRST_R[phase_r] + pass * DELTA_R;
+  const int y = y0 * STEP_Y + FIRST_Y[phase_y];
+  const int x = block.x0 * STEP_X + FIRST_X - shift;
+  return {r, y, x};
+}
+
+// The first of the input channels that a tile reads.
+__device__ __forceinline__ const T* locate_channels(const GatherShape& s, const GatherBlock& block,
+                                                    const T* input) {
+  return input + (int64_t{block.batch} * s.groups.divisor + block.group) * s.in_channels *
+                     s.in_channel_stride;
 }
 
 // Which of a tile's products a consumer's thread computes.
@@ -195,17 +218,22 @@ __device__ __forceinline__ Consumer locate_consumer(const GatherShape& s, int th
 }
 
 template <int CHANNELS>
+constexpr int BLOCK_THREADS =
+    block_threads(BLOCK_CREWS<CHANNELS, rows_of(CHANNELS) * VARIANTS>);
+
+template <int CHANNELS>
 __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
     fprop_kernel(const GatherShape s, const T* input, const uint32_t* packed, const T* bias,
                  T* output) {
-  constexpr int BLOCKS_N = CHANNELS / MMA_COLUMNS;
+  constexpr int ROWS = rows_of(CHANNELS), BLOCKS_N = CHANNELS / MMA_COLUMNS;
+  constexpr int CREWS = BLOCK_CREWS<CHANNELS, ROWS * VARIANTS>;
   uint32_t* const shared = dynamic_shared<uint32_t>();
   // Found anew by each role, and where it is needed.
   auto find_blocks_c = [&] { return (opaque(s.out_channels) + CHANNELS - 1) / CHANNELS; };
   auto find_warp_weights = [&] {
     return opaque(s.chunk) / MMA_WORDS * TAPS_PER_PASS * SLOT_WORDS<Math, CHANNELS>;
   };
-  const int consumers = blockDim.x - CREWS<CHANNELS> * CREW_WARPS * WARP;
+  const int consumers = blockDim.x - CREWS * CREW_WARPS * WARP;
   const int meeting = consumers + CREW_WARPS * WARP;  // threads that a buffer's barriers wait for
   int step = 0, buffer = 0;  // counts passes over all tiles of this block; buffers take turns
 
@@ -215,67 +243,76 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
     if constexpr (BY_GROUPS<CHANNELS>) release_registers<PRODUCER_REGISTERS>();
     constexpr int CREW_THREADS = CREW_WARPS * WARP;
     const int thread = static_cast<int>(threadIdx.x);
-    constexpr bool SEVERAL = CREWS<CHANNELS> > 1;
+    constexpr bool SEVERAL = CREWS > 1;
     const Crew crew = {SEVERAL ? thread % CREW_THREADS : thread - consumers, CREW_THREADS};
-    int turn_of_crew = thread / CREW_THREADS % CREWS<CHANNELS>;
+    int turn_of_crew = thread / CREW_THREADS % CREWS;
     // By a shuffle, which tells the compiler that lanes agree: what loops count stays uniform.
     if constexpr (SEVERAL) turn_of_crew = __shfl_sync(0xffffffffu, turn_of_crew, 0);
-    for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
-      const int index = tile_of_turn(turn);
-      if (index >= s.blocks) continue;
-      const Work work = locate_work(s, index);
-      const GatherBlock& block = work.block;
-      const int phase_r = work.phase_r, phase_y = work.phase_y, passes = work.passes;
-      const int y0 = work.y0;
-      const int shift = work.shift;
-      const T* const channels =
-          input + (int64_t{block.batch} * s.groups.divisor + block.group) * s.in_channels *
-                      s.in_channel_stride;
+    // Each of the crew's steps: stages the weights, and whatever else `stage` does of it.
+    auto produce = [&](auto&& stage) {
+      for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
+        const int index = tile_of_turn(turn);
+        if (index >= s.blocks) continue;
+        const Work work = locate_work<ROWS>(s, index);
+        const GatherBlock& block = work.block;
 #pragma unroll 1
-      for (int chunk = 0; chunk < s.chunks; ++chunk) {
-        const int first_word = chunk * s.chunk, first_channel = first_word * Math::CHANNELS;
-        const int count = min(s.chunk, s.words - first_word);
+        for (int chunk = 0; chunk < s.chunks; ++chunk) {
+          const int first_word = chunk * s.chunk, count = min(s.chunk, s.words - first_word);
 #pragma unroll 1
-        for (int pass = 0; pass < passes; ++pass, ++step, buffer = next_buffer(s, buffer)) {
-          if (CREWS<CHANNELS> > 1 && step % CREWS<CHANNELS> != turn_of_crew) continue;
-          if (step >= s.stages) named_barrier_sync(BARRIER_EMPTY + buffer, meeting);
-          const int r = block.r0 * STEP_R + FIRST_R[phase_r] + pass * DELTA_R;
-          const int y = y0 * STEP_Y + FIRST_Y[phase_y];
-          const int x = block.x0 * STEP_X + FIRST_X - shift;
-          uint32_t* const tile = shared + buffer * s.stage_elements;
-          stage_words<PLANE_STEP, LINE_STEP, STEP_X, Math>(
-              s, crew, reinterpret_cast<Word*>(tile),
-              channels + first_channel * s.in_channel_stride, count,
-              s.in_channels - first_channel, r, y, x);
-          const int region = PHASE_REGION[block.phase] + pass;
-          const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
-          for (int w = 0; w < s.warps_c; ++w) {
-            const int from_block = block.channel_block * s.warps_c + w, blocks_c = find_blocks_c();
-            if (from_block >= blocks_c) break;
-            const int64_t slot =
-                (int64_t{block.group} * blocks_c + from_block) * SLOTS + REGION_FIRST[region];
-            const uint32_t* from = packed + (slot * (opaque(s.words) / MMA_WORDS) +
-                                             first_word / MMA_WORDS * region_taps) *
-                                                SLOT_WORDS<Math, CHANNELS>;
-            stage_packed<true>(crew, tile + s.tile_elements + w * find_warp_weights(), from,
-                               count / MMA_WORDS * region_taps * SLOT_WORDS<Math, CHANNELS>);
-          }
-          copy_commit();
-          // A single crew with buffers to spare awaits copies when the next ones are on their way.
-          if (CREWS<CHANNELS> > 1 || s.stages == GATHER_LEAST_STAGES) {
-            announce_full<CHANNELS, 0>(buffer, meeting);
-          } else if (step > 0) {
-            announce_full<CHANNELS, 1>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+          for (int pass = 0; pass < work.passes; ++pass, ++step, buffer = next_buffer(s, buffer)) {
+            if (CREWS > 1 && step % CREWS != turn_of_crew) continue;
+            if (step >= s.stages) named_barrier_sync(BARRIER_EMPTY + buffer, meeting);
+            uint32_t* const tile = shared + buffer * s.stage_elements;
+            const int region = PHASE_REGION[block.phase] + pass;
+            const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
+            for (int w = 0; w < s.warps_c; ++w) {
+              const int from_block = block.channel_block * s.warps_c + w;
+              const int blocks_c = find_blocks_c();
+              if (from_block >= blocks_c) break;
+              const int64_t slot =
+                  (int64_t{block.group} * blocks_c + from_block) * SLOTS + REGION_FIRST[region];
+              const uint32_t* from = packed + (slot * (opaque(s.words) / MMA_WORDS) +
+                                               first_word / MMA_WORDS * region_taps) *
+                                                  SLOT_WORDS<Math, CHANNELS>;
+              stage_packed<true>(crew, tile + s.tile_elements + w * find_warp_weights(), from,
+                                 count / MMA_WORDS * region_taps * SLOT_WORDS<Math, CHANNELS>);
+            }
+            stage(work, pass, chunk, count, reinterpret_cast<Word*>(tile));
           }
         }
       }
-    }
-    if (CREWS<CHANNELS> == 1 && s.stages > GATHER_LEAST_STAGES && step > 0) {
-      announce_full<CHANNELS, 0>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
-    }
+    };
+    // As copies that land in the tile itself: `copy` is given its channels.
+    auto produce_by_copies = [&](auto&& copy) {
+      produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
+        const int first_channel = chunk * s.chunk * Math::CHANNELS;
+        copy(tile, locate_channels(s, work.block, input) + first_channel * s.in_channel_stride,
+             count, s.in_channels - first_channel, locate_tile(work, pass));
+        copy_commit();
+        // A single crew with buffers to spare awaits copies when the next ones are on their way.
+        if (CREWS > 1 || s.stages == GATHER_LEAST_STAGES) {
+          announce_full<CHANNELS, 0>(buffer, meeting);
+        } else if (step > 0) {
+          announce_full<CHANNELS, 1>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+        }
+      });
+      if (CREWS == 1 && s.stages > GATHER_LEAST_STAGES && step > 0) {
+        announce_full<CHANNELS, 0>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+      }
+    };
+    auto produce_by_elements = [&] {
+      produce_by_copies([&](Word* tile, const T* from, int count, int channels,
+                            const TileOrigin& origin) {
+        const int existing = min(count, channels);
+        copy_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, crew, tile, reinterpret_cast<const Word*>(from),
+                                                 existing, origin);
+        clear_words(s, crew, tile, existing, count);
+      });
+    };
+    produce_by_elements();
     // Meet the consumers' last arrivals, so that every one is answered.
     for (int last = max(step - s.stages, 0); last < step; ++last) {
-      if (CREWS<CHANNELS> > 1 && last % CREWS<CHANNELS> != turn_of_crew) continue;
+      if (CREWS > 1 && last % CREWS != turn_of_crew) continue;
       named_barrier_sync(BARRIER_EMPTY + last % s.stages, meeting);
     }
     return;
@@ -287,7 +324,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
   for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
     const int index = tile_of_turn(turn);
     if (index >= s.blocks) continue;
-    const Work work = locate_work(s, index);
+    const Work work = locate_work<ROWS>(s, index);
     const GatherBlock& block = work.block;
     const Consumer self = locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
     const bool active = block.channel_block * s.warps_c + self.warp_c < find_blocks_c();
@@ -345,7 +382,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
 
     // Epilogue: bias; then the outputs, by way of the warp's scratch, from where they leave as they
     // lie in memory.
-    const Work at = locate_work(s, tile_of_turn(opaque(turn)));
+    const Work at = locate_work<ROWS>(s, tile_of_turn(opaque(turn)));
     const Consumer me = locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
     const int first_out = (at.block.channel_block * s.warps_c + me.warp_c) * CHANNELS;
     if (bias) {
@@ -361,12 +398,17 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
     auto store = [&](auto width) {
       constexpr int WIDTH = decltype(width)::value;
       using Lanes = Storing<VARIANTS, WIDTH>;
-      const int channel = Lanes::channel(me.lane);
+      const bool stores = Lanes::active(me.lane);
+      const int channel = stores ? Lanes::channel(me.lane) : 0;
+      // From one of its channels to the next; below 2^31, as all strides of channels are.
+      const uint64_t step =
+          uint64_t{static_cast<uint32_t>(s.out_channel_stride)} * Lanes::CHANNELS;
 #pragma unroll
       for (int m = 0; m < ROWS; ++m) {
-        // Where this lane's outputs of the row lie in the first of its channels.
+        // Where this lane's outputs of the row lie in the first of its channels, and how many
+        // channels there are from that one on: none for outputs that do not exist.
         T* to[Lanes::TURNS];
-        bool inside[Lanes::TURNS];
+        int channels[Lanes::TURNS];
 #pragma unroll
         for (int i = 0; i < Lanes::TURNS; ++i) {
           const int run_output = Lanes::output(me.lane, i), v = run_output % VARIANTS;
@@ -377,8 +419,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
           const int at_y = position_y * PHASES_Y + at.phase_y;
           const int phase_x = at.group_x * VARIANTS + v;
           const int at_x = (at.block.x0 + position_x) * PHASES_X + phase_x;
-          inside[i] = Lanes::active(me.lane) && flat < at.strip_positions && phase_x < PHASES_X &&
-                      at_r < s.r.output && at_y < s.y.output && at_x < s.x.output;
+          const bool inside = stores && flat < at.strip_positions && phase_x < PHASES_X &&
+                              at_r < s.r.output && at_y < s.y.output && at_x < s.x.output;
+          channels[i] = inside ? s.out_channels - first_out - channel : 0;
           to[i] = out_channels + channel * s.out_channel_stride + at_r * s.r.output_stride +
                   at_y * s.y.output_stride + at_x;
         }
@@ -399,11 +442,11 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
             if (from_first >= CHANNELS) continue;
 #pragma unroll
             for (int i = 0; i < Lanes::TURNS; ++i) {
-              if (inside[i] && first_out + channel + from_first < s.out_channels) {
-                store_run<WIDTH>(to[i] + from_first * s.out_channel_stride,
-                                 scratch + (channel + c) * OUTPUT_PITCH<VARIANTS> +
-                                     Lanes::output(me.lane, i));
-              }
+              Run<WIDTH, T> run;
+              run.load(scratch + (channel + c) * OUTPUT_PITCH<VARIANTS> +
+                       Lanes::output(me.lane, i));
+              if (from_first < channels[i]) *reinterpret_cast<Run<WIDTH, T>*>(to[i]) = run;
+              to[i] += step;
             }
           }
           __syncwarp();
@@ -465,7 +508,6 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   s.out_channel_stride = out[0] * out[1] * out[2];
 
   GatherTraits traits;
-  traits.rows_per_thread = ROWS;
   traits.phases = PHASES_R * PHASES_Y * GROUPS_X;
   traits.step_r = ROW_STEP;
   traits.step_y = LANE_STEP_Y;
@@ -475,6 +517,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.span_x = 2;
   traits.scattered = SCATTERED;
   traits.taps_per_pass = TAPS_PER_PASS;
+  traits.rows_per_thread = rows_of(channels);
   traits.max_warps = CONSUMER_WARPS / roles.group_warps;
   traits.max_warps_c = roles.max_groups_c;
   traits.warp_threads = roles.group_warps * WARP;
@@ -482,8 +525,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.lanes_per_warp = roles.group_warps * MMA_ROWS;
   traits.most_stages = MOST_STAGES;
   traits.stage_step = roles.crews;
-  traits.scratch_bytes =
-      CONSUMER_WARPS * OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS> * sizeof(float);
+  traits.scratch_bytes = SCRATCH_WORDS * sizeof(float);
   traits.channels_per_warp = channels;
   traits.packed_per_slot = channels / MMA_COLUMNS * WARP * Math::PACKED / MMA_WORDS;
   traits.word_bytes = sizeof(Word);
@@ -491,6 +533,9 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.chunk_step = MMA_WORDS;
   traits.max_chunk = 4 * MMA_WORDS;
   traits.pitch_residue = 8;  // modulo 16: 8 or 24 modulo the 32 banks
+  traits.raw_buffers = 0;
+  traits.raw_channels = Math::CHANNELS;
+  traits.element_bytes = sizeof(T);
   return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
 }
 
@@ -558,7 +603,7 @@ int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) 
         cache.forget(cached);
         return error;
       }
-      if (cut(call, limits, roles_of(bound), channels, candidate.shape)) continue;
+      if (cut(call, limits, roles_of(bound, channels), channels, candidate.shape)) continue;
       best_cost = cost;
       cached = candidate;
     }

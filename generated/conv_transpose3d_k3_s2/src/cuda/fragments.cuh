@@ -18,16 +18,19 @@ constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
 
 // A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
 // tensor cores nothing. 12 warps leave a thread 168 registers. Where warps can trade registers
-// (sm_90a) there are 16, with 128 on average: those that stage need few, and are two crews, which
-// take turns, so that one issues copies while the other's are on their way.
+// (sm_90a), or 128 suffice for few products (of 16 x 8 sums, PRODUCTS rows and phases of them for
+// each 8 channels), there are 16: those that stage are two crews, which take turns, so that one
+// issues copies while the other's are on their way.
 constexpr int CONSUMER_WARPS = 8, CREW_WARPS = 4;
-constexpr int GROUPED_CREWS = 2;
-template <int CHANNELS>
-constexpr int CREWS = BY_GROUPS<CHANNELS> ? GROUPED_CREWS : 1;
+constexpr int MOST_CREWS = 2, FEW_PRODUCTS = 8;
+template <int CHANNELS, int PRODUCTS>
+constexpr int BLOCK_CREWS =
+    BY_GROUPS<CHANNELS> || (HAS_WGMMA && PRODUCTS * CHANNELS / MMA_COLUMNS <= FEW_PRODUCTS)
+        ? MOST_CREWS
+        : 1;
 constexpr int CONSUMER_REGISTERS = 184, PRODUCER_REGISTERS = 2 * 128 - CONSUMER_REGISTERS;
 
-template <int CHANNELS>
-constexpr int BLOCK_THREADS = (CONSUMER_WARPS + CREWS<CHANNELS> * CREW_WARPS) * WARP;
+constexpr int block_threads(int crews) { return (CONSUMER_WARPS + crews * CREW_WARPS) * WARP; }
 
 // Warps whose products are issued together. Those of a group have the same output channels.
 template <int CHANNELS>
@@ -40,9 +43,10 @@ struct Roles {
   int max_groups_c;  // groups with different output channels
 };
 
-inline Roles roles_of(int launch_bound) {
-  const int grouped = (CONSUMER_WARPS + GROUPED_CREWS * CREW_WARPS) * WARP;
-  return launch_bound >= grouped ? Roles{4, GROUPED_CREWS, 2} : Roles{1, 1, 6};
+inline Roles roles_of(int launch_bound, int channels) {
+  const int crews = launch_bound >= block_threads(MOST_CREWS) ? MOST_CREWS : 1;
+  const bool grouped = crews > 1 && channels >= GROUP_LEAST_CHANNELS;
+  return grouped ? Roles{4, crews, 2} : Roles{1, crews, 6};
 }
 
 // Named barriers of the buffers: a crew of producers arrives at FULL, consumers at EMPTY. A buffer
@@ -246,139 +250,20 @@ __device__ __forceinline__ void add_bias(float (&acc)[VARIANTS][ROWS][BLOCKS_N][
   }
 }
 
-// Stores WIDTH neighbouring outputs.
+// WIDTH neighbouring outputs, as they are stored.
 template <int WIDTH, typename T>
-__device__ __forceinline__ void store_run(T* to, const float* from) {
-  struct alignas(WIDTH * sizeof(float)) Wide {
-    float element[WIDTH];
-  };
-  struct alignas(WIDTH * sizeof(T)) Narrow {
-    T element[WIDTH];
-  };
-  const Wide wide = *reinterpret_cast<const Wide*>(from);
-  Narrow narrowed;
+struct alignas(WIDTH * sizeof(T)) Run {
+  T element[WIDTH];
+
+  __device__ __forceinline__ void load(const float* from) {
+    struct alignas(WIDTH * sizeof(float)) Wide {
+      float element[WIDTH];
+    };
+    const Wide wide = *reinterpret_cast<const Wide*>(from);
 #pragma unroll
-  for (int i = 0; i < WIDTH; ++i) narrow(narrowed.element[i], wide.element[i]);
-  *reinterpret_cast<Narrow*>(to) = narrowed;
-}
-
-// Words of two 16-bit channels, for stage_by_warps. Where the second does not exist, the first is
-// read twice.
-template <typename T>
-struct PairWords {
-  static constexpr int CHANNELS = 2;
-  static constexpr bool ASYNCHRONOUS = false;
-  const uint16_t *low, *high;
-  uint32_t selector;  // of the bytes of both: loaded elements are words whose other half is zero
-
-  template <int COUNT>
-  struct Columns {
-    uint32_t low[COUNT], high[COUNT];
-  };
-
-  __device__ __forceinline__ PairWords(const GatherShape& s, const T* from, int channels)
-      : low(opaque(reinterpret_cast<const uint16_t*>(from))),
-        high(opaque(
-            reinterpret_cast<const uint16_t*>(channels > 1 ? from + s.in_channel_stride : from))),
-        selector(channels > 1 ? 0x5410 : 0x3210) {}
-
-  template <int STRIDE, int COUNT>
-  __device__ __forceinline__ void load(Columns<COUNT>& columns, uint32_t at,
-                                       const bool (&inside)[COUNT]) const {
-    const uint16_t *const from_low = low + at, *const from_high = high + at;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      columns.low[i] = load_half_word(from_low + i * STRIDE, inside[i]);
-      columns.high[i] = load_half_word(from_high + i * STRIDE, inside[i]);
-    }
-  }
-
-  template <int PITCH, int COUNT>
-  __device__ __forceinline__ void store(uint32_t* to, const Columns<COUNT>& columns) const {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      to[i * PITCH] = __byte_perm(columns.low[i], columns.high[i], selector);
-    }
+    for (int i = 0; i < WIDTH; ++i) narrow(element[i], wide.element[i]);
   }
 };
-
-// Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels
-// exist. Positions and layout as in stage_lines. A thread has BATCH words on their way at once.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, typename T>
-__device__ __forceinline__ void stage_pair_lines(const GatherShape& s, const Crew& crew,
-                                                 uint32_t* tile, const T* input, int count,
-                                                 int channels, int r, int y, int x) {
-  struct alignas(WIDTH * sizeof(T)) Narrow {
-    T element[WIDTH];
-  };
-  struct alignas(WIDTH * sizeof(uint32_t)) Words {
-    uint32_t word[WIDTH];
-  };
-  constexpr int BATCH = MMA_WORDS / 2;
-  const int items = s.planes * s.rows * s.by_columns.divisor;
-  for (int item = crew.thread; item < items; item += crew.threads) {
-    int line = item;
-    const int column = s.by_columns.split(line) * WIDTH;
-    int plane = line;
-    const int row = s.by_rows.split(plane);
-    const int input_r = r + plane * PLANE_STEP, input_y = y + row * LINE_STEP;
-    const bool inside = static_cast<unsigned>(input_r) < static_cast<unsigned>(s.r.input) &&
-                        static_cast<unsigned>(input_y) < static_cast<unsigned>(s.y.input) &&
-                        static_cast<unsigned>(x + column) < static_cast<unsigned>(s.x.input);
-    const T* from = input;
-    if (inside) from += input_r * s.r.input_stride + input_y * s.y.input_stride + (x + column);
-    uint32_t* to = tile + line * s.row_pitch;
-    to += STEP_X == 1 ? column : (column % STEP_X) * s.residue_pitch + column / STEP_X;
-    const int existing = inside ? channels : 0;
-    for (int first = 0; first < count; first += BATCH) {
-      Narrow low[BATCH] = {}, high[BATCH] = {};
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        const int channel = 2 * (first + i);
-        const T* element = from + channel * s.in_channel_stride;
-        if (channel < existing) low[i] = *reinterpret_cast<const Narrow*>(element);
-        if (channel + 1 < existing) {
-          high[i] = *reinterpret_cast<const Narrow*>(element + s.in_channel_stride);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        Words words;
-#pragma unroll
-        for (int j = 0; j < WIDTH; ++j) {
-          words.word[j] = Pairs<T>::pair(low[i].element[j], high[i].element[j]);
-        }
-        *reinterpret_cast<Words*>(to + (first + i) * s.channel_pitch) = words;
-      }
-    }
-  }
-}
-
-// Stages a tile of words by the widest accesses that the call allows.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Math, typename T>
-__device__ __forceinline__ void stage_words(const GatherShape& s, const Crew& crew,
-                                            typename Math::Input* tile, const T* input, int count,
-                                            int channels, int r, int y, int x) {
-  if constexpr (Math::CHANNELS == 1) {
-    stage_tile<PLANE_STEP, LINE_STEP, STEP_X, MMA_WORDS>(s, crew, tile, input, count, channels, r,
-                                                         y, x);
-  } else {
-    if constexpr (STEP_X == 1) {
-      if (s.load_width == 4) {
-        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 4>(s, crew, tile, input, count, channels, r, y,
-                                                      x);
-        return;
-      }
-      if (s.load_width == 2) {
-        stage_pair_lines<PLANE_STEP, LINE_STEP, 1, 2>(s, crew, tile, input, count, channels, r, y,
-                                                      x);
-        return;
-      }
-    }
-    stage_by_warps<PLANE_STEP, LINE_STEP, STEP_X, PairWords<T>>(s, crew, tile, input, count,
-                                                                channels, {r, y, x});
-  }
-}
 
 // Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
 // [8 input words][slot of the region][8 outputs][lane][Math::PACKED], the words that the lanes of a

@@ -6,8 +6,6 @@
 // along the flattened (Y, X) plane, X fastest and contiguous in memory).
 #pragma once
 
-#include <type_traits>
-
 #include "common.cuh"
 
 namespace convgen {
@@ -42,7 +40,14 @@ struct GatherShape {
   int chunk, chunks, tile_elements, stage_elements;
   int stages;  // buffers that hold a staged tile and its weights
   int shared_bytes;
-  int load_width;     // elements per staged access; above 1, tiles start at a multiple of it
+  int load_width;  // elements per staged access; above 1, tiles start at a multiple of it
+
+  // Lines that pass through raw buffers (GatherTraits::raw_buffers): how many a buffer holds, bytes
+  // of a line there, in whole granules, and of a buffer; parts that this cuts a plane into, planes,
+  // granules of a line.
+  int raw_lines, raw_line_bytes, raw_bytes;
+  Divisor raw_parts, raw_planes, raw_granules;
+
   bool vector_store;  // the phases of X that a thread computes leave in one access
 };
 
@@ -68,15 +73,60 @@ struct GatherTraits {
   int words;                  // input words per group, rounded up to chunk_step
   int chunk_step, max_chunk;  // input words per stage: a multiple of the one, at most the other
   int pitch_residue = 0;      // of a word's tile, modulo 16 words; 0 if any will do
+  // Where accesses have one element each, lines pass through so many raw buffers, in granules, if
+  // any: of each of a word's channels, elements as they lie in the input.
+  int raw_buffers = 0;
+  int raw_channels = 1, element_bytes = 4;
 };
+
+// What an asynchronous copy takes at once, at addresses that are multiples of it.
+constexpr int GRANULE_BYTES = 16;
+// Of a raw buffer: at least so much, or one line; more than the other does not hide more.
+constexpr int RAW_LEAST_BYTES = 1024, RAW_MOST_BYTES = 3072;
+constexpr int RAW_MOST_LINES = 63;
+
+// Bytes of the granules that cover a line, wherever in a granule it begins.
+inline int64_t raw_line_bytes(const GatherTraits& t, int64_t columns) {
+  return round_up(columns * t.element_bytes + GRANULE_BYTES - t.element_bytes, GRANULE_BYTES);
+}
+
+// Lines that a raw buffer of so many bytes holds.
+inline int64_t raw_lines(const GatherTraits& t, int64_t columns, int64_t lines, int64_t bytes) {
+  const int64_t fit = bytes / (raw_line_bytes(t, columns) * t.raw_channels);
+  const int64_t most = lines < RAW_MOST_LINES ? lines : RAW_MOST_LINES;
+  return fit < 1 ? 1 : fit < most ? fit : most;
+}
+
+// Shared memory of all raw buffers that hold so many lines.
+inline int64_t raw_total(const GatherTraits& t, int64_t columns, int64_t lines) {
+  return t.raw_buffers * t.raw_channels * lines * raw_line_bytes(t, columns);
+}
 
 constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
 constexpr int GATHER_LEAST_STAGES = 2;
 
+// Cuts lines into what raw buffers hold: of a plane's as many as fit into these, each of which gets
+// its part of `spare` bytes on top of the least. Returns the bytes of all buffers.
+inline int cut_raw(GatherShape& s, const GatherTraits& t, int64_t spare, int64_t raw_least) {
+  const int64_t least = raw_lines(t, s.row_pitch, s.rows, raw_least);
+  int64_t bytes = (raw_total(t, s.row_pitch, least) + spare) / t.raw_buffers;
+  if (bytes > RAW_MOST_BYTES) bytes = RAW_MOST_BYTES;
+  int64_t lines = raw_lines(t, s.row_pitch, s.rows, bytes);
+  if (lines < least) lines = least;
+  const int64_t parts = ceil_div(s.rows, lines);
+  s.raw_lines = static_cast<int>(ceil_div(s.rows, parts));
+  s.raw_line_bytes = static_cast<int>(raw_line_bytes(t, s.row_pitch));
+  s.raw_bytes = s.raw_lines * s.raw_line_bytes * t.raw_channels;
+  s.raw_parts = Divisor(parts);
+  s.raw_planes = Divisor(s.planes);
+  s.raw_granules = Divisor(s.raw_line_bytes / GRANULE_BYTES);
+  return t.raw_buffers * s.raw_bytes;
+}
+
 // Cuts a call into tiles: blocks of warps by channels first, then the strip width that stages the
 // fewest elements, then as many input words per stage as keep the tile small.
-inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
-                      int shared_limit) {
+inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
+                     int shared_limit, int64_t raw_least) {
   shared_limit -= t.scratch_bytes;
   const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
   // Fewest blocks per output channel, then least idle warps.
@@ -89,6 +139,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   int warps_p = t.max_warps / s.warps_c;
   while (warps_p > 1 && int64_t{warps_p - 1} * t.lanes_per_warp * flat_rows >= plane) --warps_p;
 
+  const bool raw = t.raw_buffers > 0 && s.load_width == 1;
   double best_cost = -1;
   for (; warps_p >= 1; --warps_p) {
     if (best_cost >= 0 && warps_p * s.warps_c < t.max_warps / 2) break;  // too few to fill the chip
@@ -115,7 +166,10 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
       }
       const int64_t bytes = GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step *
                             (round_up(word, 4) + round_up(weights, 4));
-      if (bytes > shared_limit) continue;
+      const int64_t pitch = residue_pitch * t.step_x;
+      const int64_t raw_bytes =
+          raw ? raw_total(t, pitch, raw_lines(t, pitch, staged_rows, raw_least)) : 0;
+      if (bytes + raw_bytes > shared_limit) continue;
       const int64_t tiles = strips * ceil_div(positions, flat);
       // Staged accesses (a line costs about a warp's more than its length), and idle lanes; fewer
       // warps hide less.
@@ -137,6 +191,10 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
     }
   }
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
+  if (raw) {
+    shared_limit -=
+        static_cast<int>(raw_total(t, s.row_pitch, raw_lines(t, s.row_pitch, s.rows, raw_least)));
+  }
   s.threads = s.lanes / t.lanes_per_warp * t.warp_threads * s.warps_c + t.extra_threads;
 
   // Input words per stage: as many as let two stages fit into half of the shared memory (two blocks
@@ -158,6 +216,7 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   s.stages = shared_limit / stage_bytes / t.stage_step * t.stage_step;
   if (s.stages > t.most_stages) s.stages = t.most_stages;
   s.shared_bytes = s.stages * stage_bytes + t.scratch_bytes;
+  if (raw) s.shared_bytes += cut_raw(s, t, shared_limit - s.stages * stage_bytes, raw_least);
 
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
@@ -170,6 +229,14 @@ inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int6
   s.blocks =
       blocks_c * t.phases * row_tiles * s.lane_tiles.divisor * s.strips.divisor * groups * batch;
   return s.blocks <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
+}
+
+// The same, with raw buffers of one line where tiles leave no room for more.
+inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
+                      int shared_limit) {
+  const int error = cut_tiles(s, t, batch, groups, shared_limit, RAW_LEAST_BYTES);
+  if (error == CONVGEN_OK || t.raw_buffers == 0) return error;
+  return cut_tiles(s, t, batch, groups, shared_limit, 0);
 }
 
 // Where a thread block works: block `index` of s.blocks.
@@ -274,313 +341,24 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& cr
   }
 }
 
-// ---- Lines that no wide access can copy ------------------------------------------------------
-//
-// Warps that only stage are bound by how many instructions a copy takes. So each lane keeps its
-// columns, finds out once which of them lie inside the input, and walks down the lines of a plane
-// with constant steps: the copies of a line differ by offsets that are part of the instruction.
-
-// Where a staged tile begins in the input.
-struct TileOrigin {
-  int r, y, x;
-};
-
-// Words of one channel, copied asynchronously. `from` is where a lane's first column would be in
-// the input's line 0; of the channels from the word's on, `channels` exist.
-template <typename T>
-struct SingleWords {
-  static constexpr int CHANNELS = 1;
-  static constexpr bool ASYNCHRONOUS = true;
-  const T* from;
-
-  __device__ __forceinline__ SingleWords(const GatherShape&, const T* from, int /*channels*/)
-      : from(opaque(from)) {}
-
-  // COUNT words, PITCH apart, of elements STRIDE apart, `at` elements on; zeros if not inside.
-  template <int PITCH, int STRIDE, int COUNT>
-  __device__ __forceinline__ void copy(T* to, uint32_t at, const bool (&inside)[COUNT]) const {
-    const T* const elements = from + at;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      copy_async<sizeof(T)>(to + i * PITCH, elements + i * STRIDE, inside[i]);
-    }
-  }
-};
-
-// How lanes are dealt the columns of a line: LANES neighbouring ones at a time, so that a lane's
-// next column has the same residue and lies PITCH words further. Where STEP_X leaves too many lanes
-// idle that way, all of them take part, and find each place anew.
-template <int STEP_X>
-struct ColumnDeal {
-  static constexpr bool EVEN = WARP % STEP_X <= 4;
-  static constexpr int LANES = EVEN ? WARP - WARP % STEP_X : WARP;
-  static constexpr int PITCH = LANES / STEP_X;
-
-  __device__ static __forceinline__ int place(const GatherShape& s, int column) {
-    return STEP_X == 1 ? column : column % STEP_X * s.residue_pitch + column / STEP_X;
-  }
-};
-
-// What neighbouring lines or planes, STEP apart, have in the input: those of [begin, end).
-struct Inside {
-  int begin, end;
-};
-
-template <int STEP>
-__device__ __forceinline__ Inside find_inside(int origin, int count, int extent) {
-  return {origin < 0 ? min((-origin + STEP - 1) / STEP, count) : 0,
-          origin < extent ? min((extent - origin + STEP - 1) / STEP, count) : 0};
-}
-
-// The words that a warp stages together: one, or two that have `to_next` words between them in the
-// tile.
-template <class Words>
-struct WordPair {
-  Words words[2];
-  int to_next;
-  bool two;
-};
-
-// Neighbouring lines or planes of a tile: how far apart in the tile and in the input. Distances
-// within the input are 32-bit, so that an address is one instruction, and none waits for another.
-struct Walk {
-  int count;
-  int to;
-  uint32_t from;
-};
-
-// Stages COUNT columns of some lines (or planes).
-template <class Deal, int COUNT, class Words, typename Acc>
-__device__ __forceinline__ void copy_lines(const WordPair<Words>& pair, Acc* to, uint32_t from,
-                                           const Walk& lines, const bool (&inside)[COUNT]) {
-  if (pair.two) {
-#pragma unroll 2
-    for (int line = 0; line < lines.count; ++line) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        pair.words[i].template copy<Deal::PITCH, Deal::LANES>(to + i * pair.to_next, from, inside);
-      }
-      from += lines.from;
-      to += lines.to;
-    }
-  } else {
-    // Several lines by addresses of their own: a copy keeps its address for a while.
-    constexpr int TOGETHER = COUNT >= 4 ? 2 : 4;
-    int line = 0;
-    for (; line + TOGETHER <= lines.count; line += TOGETHER) {
-#pragma unroll
-      for (int i = 0; i < TOGETHER; ++i) {
-        pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to + i * lines.to,
-                                                              from + i * lines.from, inside);
-      }
-      from += TOGETHER * lines.from;
-      to += TOGETHER * lines.to;
-    }
-#pragma unroll 1
-    for (; line < lines.count; ++line) {
-      pair.words[0].template copy<Deal::PITCH, Deal::LANES>(to, from, inside);
-      from += lines.from;
-      to += lines.to;
-    }
-  }
-}
-
-// The same for some lines of some planes and one word, which passes through registers: as many
-// loads as a thread has room for are on their way at once.
-template <class Deal, int COUNT, class Words, typename Acc>
-__device__ __forceinline__ void load_lines(const Words& word, Acc* to, uint32_t from,
-                                           const Walk& lines, const Walk& planes,
-                                           const bool (&inside)[COUNT]) {
-  constexpr int BATCH = COUNT == 1 ? 4 : COUNT == 2 ? 2 : 1;
-  // From a plane's last line to the next one's first.
-  const int to_jump = planes.to - (lines.count - 1) * lines.to;
-  const uint32_t from_jump = planes.from - (lines.count - 1) * lines.from;
-  int line = 0;
-#pragma unroll 1
-  for (int left = lines.count * planes.count; left > 0; left -= BATCH) {
-    typename Words::template Columns<COUNT> columns[BATCH];
-    Acc* to_line[BATCH];
-#pragma unroll
-    for (int j = 0; j < BATCH; ++j) {
-      to_line[j] = to;
-      if (j < left) word.template load<Deal::LANES>(columns[j], from, inside);
-      const bool last = ++line == lines.count;
-      to += last ? to_jump : lines.to;
-      from += last ? from_jump : lines.from;
-      if (last) line = 0;
-    }
-#pragma unroll
-    for (int j = 0; j < BATCH; ++j) {
-      if (j < left) word.template store<Deal::PITCH>(to_line[j], columns[j]);
-    }
-  }
-}
-
-// Stages the columns `column`, `column` + LANES, ... (COUNT of them) of all lines, for `words`
-// words, which exist. Warps are dealt words, two at a time, and where those are few, planes.
-//
-// SHORT: the columns from `column` on, of which there are less than LANES; an access then takes
-// several lines.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, int COUNT, bool SHORT, class Words,
-          typename Acc, typename T>
-__device__ __forceinline__ void stage_columns(const GatherShape& s, const Crew& crew, Acc* tile,
-                                              const T* input, int words, int channels,
-                                              const TileOrigin& origin, int column) {
-  using Deal = ColumnDeal<STEP_X>;
-  static_assert(COUNT == 1 || (Deal::EVEN && !SHORT), "columns at constant distances");
-  const int lane = crew.thread % WARP;
-  int first_line = 0, access_lines = 1;
-  if constexpr (SHORT) {
-    const int columns = s.row_pitch - column, log2 = 32 - __clz(columns - 1);
-    first_line = lane >> log2;
-    access_lines = WARP >> log2;
-    const int lane_column = lane & ((1 << log2) - 1);
-    if (lane_column >= columns) return;
-    column += lane_column;
-  } else {
-    column += lane;
-    if (lane >= Deal::LANES || column >= s.row_pitch) return;
-  }
-  bool inside[COUNT];
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    inside[i] = static_cast<unsigned>(origin.x + column + i * Deal::LANES) <
-                static_cast<unsigned>(s.x.input);
-  }
-  const Inside planes = find_inside<PLANE_STEP>(origin.r, s.planes, s.r.input);
-  const Inside lines = find_inside<LINE_STEP>(origin.y, s.rows, s.y.input);
-  const int warp = crew.thread / WARP, warps = crew.threads / WARP;
-  const int share = (2 * words <= warps) + (4 * words <= warps);  // log2 of the warps of a word
-  const int slots = warps >> share, turn = warp & ((1 << share) - 1);
-  const int64_t word_stride = s.in_channel_stride * Words::CHANNELS;
-  // The first plane and line that are inside, and the others.
-  const uint32_t plane_stride = s.r.input_stride, line_stride = s.y.input_stride;
-  const uint32_t from = (origin.r + planes.begin * PLANE_STEP) * plane_stride +
-                        (origin.y + lines.begin * LINE_STEP) * line_stride;
-  const int to_first = planes.begin * s.plane_pitch + lines.begin * s.row_pitch;
-  const Walk walk_planes = {opaque(planes.end - planes.begin), s.plane_pitch,
-                            PLANE_STEP * plane_stride};
-  const Walk walk_lines = {opaque(lines.end - lines.begin), s.row_pitch, LINE_STEP * line_stride};
-  constexpr int TOGETHER = Words::ASYNCHRONOUS ? 2 : 1;
-  for (int word = warp >> share; word < words; word += TOGETHER * slots) {
-    const T* const from_word = input + (origin.x + column + word * word_stride);
-    const WordPair<Words> pair = {
-        {Words(s, from_word, channels - word * Words::CHANNELS),
-         Words(s, from_word + slots * word_stride, channels - (word + slots) * Words::CHANNELS)},
-        slots * s.channel_pitch,
-        TOGETHER == 2 && word + slots < words};
-    Acc* const to_word = tile + Deal::place(s, column) + word * s.channel_pitch;
-    Acc* const to = to_word + to_first;
-    if constexpr (SHORT) {
-      for (int line = first_line + turn * access_lines; line < walk_lines.count;
-           line += access_lines << share) {
-        Acc* const to_line = to + line * walk_lines.to;
-        const uint32_t from_line = from + line * walk_lines.from;
-        if constexpr (Words::ASYNCHRONOUS) {
-          copy_lines<Deal>(pair, to_line, from_line, walk_planes, inside);
-        } else {
-          load_lines<Deal>(pair.words[0], to_line, from_line, walk_planes, {1, 0, 0}, inside);
-        }
-      }
-    } else if constexpr (Words::ASYNCHRONOUS) {
-      for (int plane = turn; plane < walk_planes.count; plane += 1 << share) {
-        copy_lines<Deal>(pair, to + plane * walk_planes.to, from + plane * walk_planes.from,
-                         walk_lines, inside);
-      }
-    } else {
-      const Walk own_planes = {(walk_planes.count - turn + (1 << share) - 1) >> share,
-                               walk_planes.to << share, walk_planes.from << share};
-      load_lines<Deal>(pair.words[0], to + turn * walk_planes.to, from + turn * walk_planes.from,
-                       walk_lines, own_planes, inside);
-    }
-    if (walk_planes.count == s.planes && walk_lines.count == s.rows) continue;
-    // Lines outside of the input, which few tiles have.
-    const Acc zero = {};
-    for (int plane = turn; plane < s.planes; plane += 1 << share) {
-      const bool plane_inside = plane >= planes.begin && plane < planes.end;
-#pragma unroll 1
-      for (int line = first_line; line < s.rows; line += access_lines) {
-        if (plane_inside && line >= lines.begin && line < lines.end) continue;
-        Acc* const to_line = to_word + plane * s.plane_pitch + line * s.row_pitch;
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-          to_line[i * Deal::PITCH] = zero;
-          if (pair.two) to_line[i * Deal::PITCH + pair.to_next] = zero;
-        }
-      }
-    }
-  }
-}
-
-// Stages `count` words of a tile, of whose channels `channels` exist, by warps that do nothing
-// else. Positions and layout as in stage_lines; a word's pitch is a multiple of four words.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Words, typename Acc, typename T>
-__device__ __forceinline__ void stage_by_warps(const GatherShape& s, const Crew& crew, Acc* tile,
-                                               const T* input, int count, int channels,
-                                               const TileOrigin& origin) {
-  using Deal = ColumnDeal<STEP_X>;
-  const int words = min(count, (channels + Words::CHANNELS - 1) / Words::CHANNELS);
-  // Less than half an access is left to the short lines.
-  const int rest = s.row_pitch % Deal::LANES;
-  const int columns = s.row_pitch - (rest <= Deal::LANES / 2 ? rest : 0);
-  auto stage = [&](auto count, auto is_short, int column) {
-    stage_columns<PLANE_STEP, LINE_STEP, STEP_X, count.value, is_short.value, Words>(
-        s, crew, tile, input, words, channels, origin, column);
-  };
-  using Long = std::false_type;
-  int column = 0;
-  if constexpr (Deal::EVEN) {
-    for (; columns - column >= 4 * Deal::LANES; column += 4 * Deal::LANES) {
-      stage(std::integral_constant<int, 4>(), Long(), column);
-    }
-    if (columns - column >= 2 * Deal::LANES) {
-      stage(std::integral_constant<int, 2>(), Long(), column);
-      column += 2 * Deal::LANES;
-    }
-  }
-  for (; column < columns; column += Deal::LANES) {
-    stage(std::integral_constant<int, 1>(), Long(), column);
-  }
-  if (columns < s.row_pitch) {
-    stage(std::integral_constant<int, 1>(), std::true_type(), columns);
-  }
-  // Words without channels.
-  struct alignas(16) Four {
-    Acc element[4];
-  };
-  const int elements = count * s.channel_pitch;
-#pragma unroll 1
-  for (int i = words * s.channel_pitch + crew.thread * 4; i < elements; i += crew.threads * 4) {
-    *reinterpret_cast<Four*>(tile + i) = Four{};
-  }
-}
-
 // Stages a tile by the widest accesses that the call allows.
-template <int PLANE_STEP, int LINE_STEP, int STEP_X, int BATCH = 1, typename Acc, typename T>
+template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename Acc, typename T>
 __device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& crew, Acc* tile,
                                            const T* input, int count, int channels, int r, int y,
                                            int x) {
   if constexpr (STEP_X == 1) {
     if constexpr (sizeof(Acc) == 4) {
       if (s.load_width == 4) {
-        stage_lines<PLANE_STEP, LINE_STEP, 1, 4, BATCH>(s, crew, tile, input, count, channels, r, y,
-                                                        x);
+        stage_lines<PLANE_STEP, LINE_STEP, 1, 4, 1>(s, crew, tile, input, count, channels, r, y, x);
         return;
       }
     }
     if (s.load_width == 2) {
-      stage_lines<PLANE_STEP, LINE_STEP, 1, 2, BATCH>(s, crew, tile, input, count, channels, r, y,
-                                                      x);
+      stage_lines<PLANE_STEP, LINE_STEP, 1, 2, 1>(s, crew, tile, input, count, channels, r, y, x);
       return;
     }
   }
-  if constexpr (BATCH > 1) {
-    stage_by_warps<PLANE_STEP, LINE_STEP, STEP_X, SingleWords<T>>(s, crew, tile, input, count,
-                                                                  channels, {r, y, x});
-  } else {
-    stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, 1>(s, crew, tile, input, count, channels, r, y,
-                                                     x);
-  }
+  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, 1>(s, crew, tile, input, count, channels, r, y, x);
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.

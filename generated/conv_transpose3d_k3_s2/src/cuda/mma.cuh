@@ -137,6 +137,9 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Keeps what reads or writes x on its side of this place: wgmma_wait says nothing of registers.
 __device__ __forceinline__ void wgmma_settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+// What makes an operand, before wgmma_begin.
+__device__ __forceinline__ void wgmma_settle(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define CONVGEN_P1 "%0,%1,%2,%3"

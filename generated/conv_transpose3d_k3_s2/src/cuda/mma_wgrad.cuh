@@ -15,14 +15,15 @@ struct ProductBlock {
   int kind, split;
 };
 
-template <int M_TILES, int N_TILES, int TAPS_H, int TAPS_W>
+// COARSE and FINE are the channels of a unit.
+template <int COARSE, int FINE, int TAPS_H, int TAPS_W>
 __device__ __forceinline__ ProductBlock locate_products(const ProductShape& s, int index) {
   ProductBlock block;
   block.split = index / s.blocks;
   index -= block.split * s.blocks;
   block.kind = index;
-  block.coarse0 = s.blocks_m.split(index) * s.units_m * M_TILES * PRODUCT_ROWS;
-  block.fine0 = s.blocks_n.split(index) * s.units_n * N_TILES * PRODUCT_COLUMNS;
+  block.coarse0 = s.blocks_m.split(index) * s.units_m * COARSE;
+  block.fine0 = s.blocks_n.split(index) * s.units_n * FINE;
   block.tap_w = s.blocks_w.split(index) * s.units_w * TAPS_W;
   block.tap_h = s.blocks_h.split(index) * s.units_h * TAPS_H;
   block.tap_d = s.blocks_d.split(index) * s.units_d;
@@ -64,6 +65,46 @@ __device__ __forceinline__ ProductTile locate_product_tile(const ProductShape& s
 __device__ __forceinline__ uint2 pack_place(int element, int plane, int row, int column) {
   return make_uint2(static_cast<uint32_t>(element) | static_cast<uint32_t>(plane) << 20,
                     static_cast<uint32_t>(column) | static_cast<uint32_t>(row) << 16);
+}
+
+// windows[i] = where the window of the i-th quad of a tile's chunks starts in a staged fine channel;
+// behind the last quad 0. Behind a warp's last chunk comes its first one again, that of the next
+// tile. By all threads of a block, like the tables below.
+template <int QUAD_PITCH>
+__device__ __forceinline__ void fill_windows(const ProductShape& s, uint32_t* windows) {
+  const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
+  for (int i = threadIdx.x; i < (s.chunks + s.parts) * CHUNK_QUADS; i += blockDim.x) {
+    const int chunk = i / CHUNK_QUADS;
+    const int quad = i - (chunk < s.chunks ? 0 : chunk - chunk % s.parts) * CHUNK_QUADS;
+    const int row = quad / row_quads, plane = row / s.tile_h;
+    const int at =
+        (plane * s.position_planes * s.rows + (row - plane * s.tile_h) * s.position_rows) *
+            s.row_words +
+        (quad - row * row_quads) * QUAD_PITCH;
+    windows[i] = quad < quads ? at : 0;
+  }
+}
+
+// The places of a tile of the coarse tensor, of `width` positions each.
+__device__ __forceinline__ void fill_coarse_table(const ProductShape& s, uint2* table, int width) {
+  const int per_row = s.tile_w / width;
+  for (int i = threadIdx.x; i < s.coarse.places; i += blockDim.x) {
+    const int row = i / per_row, plane = row / s.tile_h;
+    table[i] =
+        pack_place(i * width, plane, row - plane * s.tile_h, (i - row * per_row) * width);
+  }
+}
+
+template <int QUAD_COLUMNS, int QUAD_PITCH, int ELEMENTS>
+__device__ __forceinline__ void fill_fine_table(const ProductShape& s, uint2* table) {
+  const int per_row = s.columns / s.fine.width;
+  for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
+    const int row = i / per_row, plane = row / s.rows;
+    const int column = (i - row * per_row) * s.fine.width;
+    const int element =
+        (row * s.row_words + column / QUAD_COLUMNS * QUAD_PITCH) * ELEMENTS + column % QUAD_COLUMNS;
+    table[i] = pack_place(element, plane, row - plane * s.rows, column);
+  }
 }
 
 // Where a tile's part of a tensor starts, as the copies see it.
@@ -193,6 +234,11 @@ struct Tf32Product {
                                                   const uint32_t (&b)[2]) {
     mma_tf32(d, a, b);
   }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const uint32_t (&a)[4],
+                                                        SharedColumns<1> b) {
+    wgmma_tf32(d, a, b);
+  }
 };
 
 // x = high + low to 22 bits; the sum of three products misses low * low. The mask is for the
@@ -219,12 +265,22 @@ struct HalfProduct {
                                                   const uint32_t (&b)[2]) {
     mma_f16(d, a, b);
   }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const uint32_t (&a)[4],
+                                                        SharedColumns<1> b) {
+    wgmma_f16(d, a, b);
+  }
 };
 
 struct Bfloat16Product : HalfProduct {
   __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[2]) {
     mma_bf16(d, a, b);
+  }
+  template <int N>
+  __device__ static __forceinline__ void multiply_group(float (&d)[N][4], const uint32_t (&a)[4],
+                                                        SharedColumns<1> b) {
+    wgmma_bf16(d, a, b);
   }
 };
 
@@ -364,15 +420,18 @@ __device__ __forceinline__ void store_sums(float4* to, float (*sum)[4], bool beg
 constexpr int SUM_ROWS = 8;
 
 // Partial results: [split][part][kind of block][unit][fragment][lane], four sums each; a fragment
-// is 16 coarse x 8 fine channels at one tap, in the order [fine tile][tap h][tap w][coarse tile].
-// Adds them in an order fixed by their number and writes weight[coarse][fine][tap].
+// is 16 coarse x 8 fine channels at one tap, or 16 fine x 8 coarse ones if FINE_ROWS, in the order
+// [fine tile][tap h][tap w][coarse tile]. Adds them in an order fixed by their number and writes
+// weight[coarse][fine][tap].
 // Five blocks of a multiprocessor leave 48 registers; ptxas would spill for a sixth.
-template <int M_TILES, int N_TILES, int TAPS_H, int TAPS_W, typename T>
+template <bool FINE_ROWS, int COARSE_TILES, int FINE_TILES, int TAPS_H, int TAPS_W, typename T>
 __global__ void __launch_bounds__(WARP* SUM_ROWS, 5)
     sum_products_kernel(const ProductShape s, int kernel_d, int kernel_h, int kernel_w, T* weight,
                         const float4* partial, int slices) {
   __shared__ float4 rows[SUM_ROWS][WARP];
-  constexpr int FRAGMENTS = M_TILES * N_TILES * TAPS_H * TAPS_W;
+  constexpr int FRAGMENTS = COARSE_TILES * FINE_TILES * TAPS_H * TAPS_W;
+  constexpr int COARSE = FINE_ROWS ? PRODUCT_COLUMNS : PRODUCT_ROWS;
+  constexpr int FINE = FINE_ROWS ? PRODUCT_ROWS : PRODUCT_COLUMNS;
   const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP;
   const int64_t slice_stride = int64_t{gridDim.x} * WARP;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -395,23 +454,26 @@ __global__ void __launch_bounds__(WARP* SUM_ROWS, 5)
   const int unit_index = blockIdx.x / FRAGMENTS;
   const ProductUnit unit = locate_unit(s, unit_index % s.units);
   const ProductBlock block =
-      locate_products<M_TILES, N_TILES, TAPS_H, TAPS_W>(s, unit_index / s.units);
-  const int m = fragment % M_TILES;
-  fragment /= M_TILES;
+      locate_products<COARSE_TILES * COARSE, FINE_TILES * FINE, TAPS_H, TAPS_W>(
+          s, unit_index / s.units);
+  const int m = fragment % COARSE_TILES;
+  fragment /= COARSE_TILES;
   const int w = block.tap_w + unit.w * TAPS_W + fragment % TAPS_W;
   fragment /= TAPS_W;
   const int h = block.tap_h + unit.h * TAPS_H + fragment % TAPS_H;
   const int n = fragment / TAPS_H;
   const int d = block.tap_d + unit.d;
   if (d >= kernel_d || h >= kernel_h || w >= kernel_w) return;
-  const int a = block.coarse0 + (unit.m * M_TILES + m) * PRODUCT_ROWS + lane / 4;
-  const int b = block.fine0 + (unit.n * N_TILES + n) * PRODUCT_COLUMNS + lane % 4 * 2;
+  const int coarse0 = block.coarse0 + (unit.m * COARSE_TILES + m) * COARSE;
+  const int fine0 = block.fine0 + (unit.n * FINE_TILES + n) * FINE;
   const int64_t taps = int64_t{kernel_d} * kernel_h * kernel_w;
   const int64_t tap = (int64_t{d} * kernel_h + h) * kernel_w + w;
   const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int coarse = a + i / 2 * 8, fine = b + i % 2;
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    const int coarse = coarse0 + (FINE_ROWS ? column : row);
+    const int fine = fine0 + (FINE_ROWS ? row : column);
     if (coarse < s.coarse_channels && fine < s.fine_channels) {
       const int64_t channel = int64_t{block.group} * s.coarse_channels + coarse;
       narrow(weight[(channel * s.fine_channels + fine) * taps + tap], values[i]);

@@ -15,6 +15,9 @@ constexpr int LEAST_WARPS = 12, MOST_WARPS = 16, FEW_SUMS = 72;
 constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? MOST_WARPS : LEAST_WARPS; }
 constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;      // of shared memory: see ProductOrigins
+constexpr int GRANULE_BYTES = 16, GRANULE_WORDS = 4;
+constexpr int COPY_BYTES = 4;  // that an asynchronous copy has at least
+constexpr int LOOSE_RESIDUE = 4;       // of the channel pitch, where lines are loose
 constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
 constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile
 constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
@@ -41,13 +44,15 @@ struct ProductShape {
   int fine_d, fine_h, fine_w;
   int64_t coarse_channel_stride, fine_channel_stride;  // elements; below INDEX_LIMIT
   int64_t coarse_sample, fine_sample;                  // elements from sample to sample
+  int64_t fine_elements;                               // of the whole tensor
   int coarse_channels, fine_channels;                  // per group
   int groups;
   uint32_t zero;  // see CoarseFragment
 
   // A block's warps: units (coarse tiles x fine tiles x blocks of taps along W, H and D) times
-  // `parts`, which share the chunks of a tile and have a partial result each.
-  int units_m, units_n, units_w, units_h, units_d, units, parts;
+  // `parts`, which share the chunks of a tile and have a partial result each. Of warps that multiply
+  // together, each part has whole groups: `unit_warps`.
+  int units_m, units_n, units_w, units_h, units_d, units, unit_warps, parts;
   Divisor blocks_m, blocks_n, blocks_w, blocks_h, blocks_d;
   int blocks, threads;
 
@@ -70,6 +75,10 @@ struct ProductShape {
   int rounds, rounds_per_chunk;  // of copies, by all threads
   int copy_instructions;         // of a warp and tile
   int coarse_slots, slots;  // threads over all rounds that copy coarse places (whole warps), all
+  // Whether lines of the fine tensor are staged as they lie in memory, in granules of 16 bytes
+  // (places are granules then): each starts with up to 15 bytes that lie before it.
+  bool loose;
+  int line;  // elements of a loose line
   int shared_bytes;
   ProductCopies coarse, fine;
 };
@@ -77,10 +86,16 @@ struct ProductShape {
 // What the specification and the schedule say; lengths along W in staged columns (see the kernel).
 struct ProductTraits {
   int kernel_d, kernel_h;
-  int stride_d, stride_h, stride_w, dilation_d, dilation_h;
+  int stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w;
   int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
-  int m_tiles, n_tiles, products;  // products per chunk and warp
-  int warps;                       // of a block, at most
+  int coarse_tile, fine_tile;  // channels of a unit
+  int fragments;               // of a unit's sums: 16 x 8 channels at one tap
+  int products;                // per chunk and warp
+  int warps;                   // of a block, at most, those that multiply
+  int group_warps = 1;         // of them, those that multiply together
+  bool loosens = false;        // whether lines may be loose
+  int loose_wavefronts = 0;    // then instead of fine_wavefronts
+  int staging_warps = 0;       // others, which stage; 0 if all of them do
   int element_bytes;
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
   bool joins_w;                            // whether a block may own several blocks of taps along W
@@ -144,11 +159,19 @@ constexpr double PRODUCT_CLOCKS = 1.5;  // of a multiprocessor with all four qua
 constexpr double LEVEL2_BYTES = 28;     // per clock and multiprocessor
 constexpr double TILE_CLOCKS = 300;     // barrier, first loads, last products
 constexpr double WARP_CLOCKS = 6;       // from one instruction of a warp to the next; measured
-constexpr int64_t COPY_PLACE = 40,
-                  COPY_ONE = 4;  // instructions: to find a place, to copy a channel
+// Where groups multiply, in clocks: from the wait for products to the next ones, with loads between;
+// a turn of putting coarse channels in order; from a tile's last copy to its arrival; and what a
+// tile takes beyond what is counted, by the times of tiles of different sizes.
+constexpr double GROUP_LATENCY = 200, ARRANGE_CLOCKS = 120, STAGING_LATENCY = 1500,
+                 GROUP_TILE_CLOCKS = 2500;
+constexpr double COARSE_COPY = 4;  // instructions of a coarse copy beside COPY_ONE
+// Instructions: to find a place, to copy a channel there, as a granule.
+constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4, COPY_GRANULE = 12;
 
 // Instructions of a warp that copies `channels` channels at its places.
-constexpr int64_t copy_instructions(int64_t channels) { return COPY_PLACE + COPY_ONE * channels; }
+constexpr int64_t copy_instructions(int64_t channels, int64_t one = COPY_ONE) {
+  return COPY_PLACE + one * channels;
+}
 
 // How many channels a thread copies at a place: more take less time to find places, fewer leave
 // less of the last round idle. The least time of the busiest warp.
@@ -166,7 +189,8 @@ inline void deal_copies(ProductShape& s, int64_t coarse_channels, int64_t fine_c
       // Rounds of coarse places only, of both, and of fine ones only.
       const int64_t rounds = ceil_div(all_warps, warps), pure = coarse_warps / warps;
       const bool mixed = coarse_warps % warps != 0;
-      const int64_t a = copy_instructions(coarse), b = copy_instructions(fine);
+      const int64_t a = copy_instructions(coarse);
+      const int64_t b = copy_instructions(fine, s.loose ? COPY_GRANULE : COPY_ONE);
       const int64_t time = pure * a + (mixed ? (a > b ? a : b) : 0) + (rounds - pure - mixed) * b;
       if (best >= 0 && time >= best) continue;
       best = time;
@@ -191,21 +215,32 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   // A copy's table packs these, and computes with 32 bits.
   if (d.count >= 1 << 12 || h.count >= 1 << 16 || columns >= 1 << 16) return INDEX_LIMIT;
   if (d.count * d.step >= 1 << 30 || h.count * h.step >= 1 << 30) return INDEX_LIMIT;
-  const int64_t last = columns - elements;
+  const int fine_width = row_width(s.fine_w, t.column_align);
+  const bool loose = t.loosens && fine_width * t.element_bytes < COPY_BYTES;
+  const int64_t last = columns - elements, granule = GRANULE_BYTES / t.element_bytes;
+  const int64_t line =
+      (cut.quads * QUAD - 1) * t.stride_w + (cut.w * t.taps_w - 1) * t.dilation_w + 1;
+  const int64_t granules = (line + granule - 2) / granule + 1;  // from any start
   const int64_t row_words =
-      column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
+      loose ? granules * GRANULE_WORDS
+            : column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
   const int64_t chunks = ceil_div(cut.tile_d * cut.tile_h * cut.quads, CHUNK_QUADS);
   auto pitch = [](int64_t words, int residue) {
     return words + ((residue - words) % WARP + WARP) % WARP;
   };
-  const int64_t coarse_pitch = pitch(chunks * CHUNK_QUADS * QUAD / elements, t.coarse_residue);
-  const int64_t fine_pitch = pitch(d.count * h.count * row_words, t.fine_residue);
-  const int64_t coarse_words = cut.m * t.m_tiles * PRODUCT_ROWS * coarse_pitch;
-  const int64_t fine_words = cut.n * t.n_tiles * PRODUCT_COLUMNS * fine_pitch;
-  const int coarse_width = row_width(s.coarse_w, cut.quads % 2 == 0 ? 16 / t.element_bytes : QUAD);
-  const int fine_width = row_width(s.fine_w, t.column_align);
-  const int64_t coarse_places = cut.tile_d * cut.tile_h * cut.quads * QUAD / coarse_width;
-  const int64_t fine_places = d.count * h.count * columns / fine_width;
+  const bool staged_by_all = t.staging_warps == 0;
+  const int64_t coarse_row = chunks * CHUNK_QUADS * QUAD / elements;
+  // The tensor core reads coarse channels where wgmma wants them, without gaps.
+  const int64_t coarse_pitch = staged_by_all ? pitch(coarse_row, t.coarse_residue) : coarse_row;
+  const int64_t fine_pitch =
+      pitch(d.count * h.count * row_words, loose ? LOOSE_RESIDUE : t.fine_residue);
+  const int64_t coarse_words = cut.m * t.coarse_tile * coarse_pitch;
+  const int64_t fine_words = cut.n * t.fine_tile * fine_pitch;
+  const bool wide = staged_by_all && cut.quads % 2 == 0;
+  const int coarse_width = row_width(s.coarse_w, wide ? 16 / t.element_bytes : QUAD);
+  const int64_t coarse_places =
+      cut.tile_d * cut.tile_h * cut.quads * QUAD / (staged_by_all ? coarse_width : QUAD);
+  const int64_t fine_places = d.count * h.count * (loose ? granules : columns / fine_width);
   const int64_t coarse_table = ORIGINS_WORDS + (chunks + cut.parts) * CHUNK_QUADS;
   const int64_t fine_table = coarse_table + 2 * coarse_places;
   const int64_t stages = round_up(fine_table + 2 * fine_places, 4);
@@ -225,17 +260,19 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   s.coarse_words = static_cast<int>(coarse_words);
   s.stage_words = static_cast<int>(coarse_words + fine_words);
   s.shared_bytes = static_cast<int>(words * 4);
+  s.loose = loose, s.line = static_cast<int>(line);
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
-  deal_copies(s, cut.m * t.m_tiles * PRODUCT_ROWS, cut.n * t.n_tiles * PRODUCT_COLUMNS,
-              cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts);
+  const int64_t coarse_channels = staged_by_all ? cut.m * t.coarse_tile : 0;
+  deal_copies(s, coarse_channels, cut.n * t.fine_tile,
+              staged_by_all ? cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts : t.staging_warps);
   return words;
 }
 
 inline int64_t count_blocks(const ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
-  return ceil_div(ceil_div(s.coarse_channels, t.m_tiles * PRODUCT_ROWS), cut.m) *
-         ceil_div(ceil_div(s.fine_channels, t.n_tiles * PRODUCT_COLUMNS), cut.n) *
+  return ceil_div(ceil_div(s.coarse_channels, t.coarse_tile), cut.m) *
+         ceil_div(ceil_div(s.fine_channels, t.fine_tile), cut.n) *
          ceil_div(t.tap_blocks_w, cut.w) * ceil_div(t.tap_blocks_h, cut.h) *
          ceil_div(t.kernel_d, cut.d) * s.groups;
 }
@@ -249,8 +286,40 @@ inline int64_t count_tiles(const ProductShape& s, const ProductCut& cut, int64_t
 inline double reduction_clocks(const ProductTraits& t, int64_t blocks, const ProductCut& cut,
                                int multiprocessors) {
   const double units = double(cut.m) * cut.n * cut.w * cut.h * cut.d;
-  const double bytes = 512.0 * t.m_tiles * t.n_tiles * t.taps_h * t.taps_w * units * blocks;
+  const double bytes = 512.0 * t.fragments * units * blocks;
   return 2 * bytes / (LEVEL2_BYTES * multiprocessors);
+}
+
+// Warps of a cut that multiply: each part has whole groups.
+inline int64_t multiplying_warps(const ProductTraits& t, const ProductCut& cut) {
+  return round_up(cut.m * cut.n * cut.w * cut.h * cut.d, t.group_warps) * cut.parts;
+}
+
+// Clocks of one tile where groups of warps multiply (wgmma) what others stage, per multiprocessor.
+inline double group_clocks(const ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
+  const double chunks = double(ceil_div(s.chunks, cut.parts));
+  const double groups = double(multiplying_warps(t, cut) / t.group_warps);
+  // A product takes half a clock per column, and its second operand shared memory for half of that.
+  const double product = t.products * t.coarse_tile / 2.0;
+  const double tensor = groups * chunks * product;
+  const double copies = double(s.fine.total) * s.fine.channels / WARP;
+  const int wavefronts = s.loose ? t.loose_wavefronts : t.fine_wavefronts;
+  const double shared = tensor / 2 + groups * chunks * t.group_warps * wavefronts +
+                        s.stage_words / 32.0 + copies;
+  // A group waits for its products before it loads the next chunk.
+  const double serial = chunks * (product + GROUP_LATENCY);
+  // Coarse channels are copied, eight at a time, and put in order.
+  const double blocks = double(s.chunks) * t.coarse_tile / 8;
+  const double coarse = blocks * (COPY_ONE + COARSE_COPY) + s.chunks * COPY_PLACE;
+  const double staging =
+      (s.copy_instructions + coarse / t.staging_warps) * WARP_CLOCKS +
+      blocks * PRODUCT_COLUMNS / (t.staging_warps * WARP) * ARRANGE_CLOCKS + STAGING_LATENCY;
+  const double level2 = s.stage_words * 4 / LEVEL2_BYTES;
+  double most = tensor > shared ? tensor : shared;
+  if (serial > most) most = serial;
+  if (staging > most) most = staging;
+  if (level2 > most) most = level2;
+  return most + 0.1 * (tensor + shared + staging + level2 - most) + GROUP_TILE_CLOCKS;
 }
 
 // Expected time of a cut that lay_out() has laid out in `words` words.
@@ -280,8 +349,12 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
   if (issue > most) most = issue;
   if (level2 > most) most = level2;
   cost.tile = most + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
+  if (t.staging_warps) {
+    cost.resident = 1;
+    cost.tile = group_clocks(s, t, cut);
+  }
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
-  const double slots = resident * multiprocessors;
+  const double slots = double(cost.resident) * multiprocessors;
   double waves = double(blocks) * tiles / slots;
   if (waves < 1) waves = 1;
   double splits = slots / blocks;
@@ -295,8 +368,8 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
 // Chooses who computes what: of all cuts that fit, the one expected to be fastest.
 inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, int multiprocessors,
                         int shared_limit, double& expected) {
-  const int64_t tiles_m = ceil_div(s.coarse_channels, t.m_tiles * PRODUCT_ROWS);
-  const int64_t tiles_n = ceil_div(s.fine_channels, t.n_tiles * PRODUCT_COLUMNS);
+  const int64_t tiles_m = ceil_div(s.coarse_channels, t.coarse_tile);
+  const int64_t tiles_n = ceil_div(s.fine_channels, t.fine_tile);
   // A count that leaves the last block emptier than a smaller one would is not tried.
   auto even = [](int64_t total, int64_t count) {
     return count <= total && ceil_div(total, ceil_div(total, count)) == count;
@@ -332,7 +405,8 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
       }
     }
   };
-  for (cut.m = 1; cut.m <= t.warps; ++cut.m) {
+  // Warps that multiply together have the same coarse channels.
+  for (cut.m = 1; cut.m <= (t.group_warps > 1 ? 1 : t.warps); ++cut.m) {
     if (!even(tiles_m, cut.m)) continue;
     for (cut.n = 1; cut.m * cut.n <= t.warps; ++cut.n) {
       if (!even(tiles_n, cut.n)) continue;
@@ -344,9 +418,10 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
             if (!even(t.kernel_d, cut.d)) continue;
             const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d;
             // Whole quarters of the multiprocessor, or as many warps as there can be.
-            for (cut.parts = 1; cut.parts * units <= t.warps; ++cut.parts) {
-              const bool most = (cut.parts + 1) * units > t.warps;
-              if (cut.parts * units % 4 == 0 || most) consider_tiles();
+            const int64_t whole = round_up(units, t.group_warps);
+            for (cut.parts = 1; cut.parts * whole <= t.warps; ++cut.parts) {
+              const bool most = (cut.parts + 1) * whole > t.warps;
+              if (cut.parts * whole % 4 == 0 || most) consider_tiles();
             }
           }
         }
@@ -362,7 +437,8 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   s.units_w = static_cast<int>(cut.w), s.units_h = static_cast<int>(cut.h);
   s.units_d = static_cast<int>(cut.d), s.parts = static_cast<int>(cut.parts);
   s.units = s.units_m * s.units_n * s.units_w * s.units_h * s.units_d;
-  s.threads = s.units * s.parts * WARP;
+  s.unit_warps = static_cast<int>(multiplying_warps(t, cut) / cut.parts);
+  s.threads = (s.unit_warps * s.parts + t.staging_warps) * WARP;
   s.blocks_m = Divisor(ceil_div(tiles_m, cut.m));
   s.blocks_n = Divisor(ceil_div(tiles_n, cut.n));
   s.blocks_w = Divisor(ceil_div(t.tap_blocks_w, cut.w));
@@ -385,7 +461,7 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   const int64_t slots = best_cost.resident * multiprocessors;
   const double reduction = cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
   const int64_t split_bytes =
-      int64_t{512} * t.m_tiles * t.n_tiles * t.taps_h * t.taps_w * s.units * blocks * s.parts;
+      int64_t{512} * t.fragments * s.units * blocks * s.parts;
   int64_t most = PRODUCT_WORKSPACE_LIMIT / split_bytes;
   if (most > PRODUCT_MAX_SPLITS) most = PRODUCT_MAX_SPLITS;
   if (most > tiles) most = tiles;

@@ -1,7 +1,8 @@
 // wgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"flush": 0, "taps_h": 3, "taps_w": 3, "tiles": [[1, 2], [2, 1]]}
+// Schedule: {"flush": 0, "group_taps": [1, 3], "group_tiles": [[1, 4], [1, 6]], "taps_h": 3,
+//   "taps_w": 3, "tiles": [[1, 2], [2, 1]]}
 //
 //   weight[a, b, t] = sum over n, i of coarse[n, a, i] * fine[n, b, i * STRIDE - PADDING + t *
 //   DILATION]
@@ -24,7 +25,7 @@
 // `splits` blocks, whose partial sums lie in the workspace and are added in a fixed order: the
 // result is the same to the bit in every run.
 
-#include "mma_wgrad.cuh"
+#include "mma_wgrad_groups.cuh"
 
 namespace {
 
@@ -57,14 +58,14 @@ constexpr int SHIFT = 0, COLUMN_ALIGN = 4;
 constexpr int WINDOW_VECTORS = 3, VECTOR = 4;
 constexpr int WINDOW_COLUMNS = WINDOW_VECTORS * VECTOR * Product::ELEMENTS;
 
-struct CoarseColumn {
-  __device__ static __forceinline__ int offset(int column) { return column; }
-};
-
 struct FineColumn {
   __device__ static __forceinline__ int offset(int column) {
     return column * COLUMN_STEP;
   }
+};
+
+struct CoarseColumn {
+  __device__ static __forceinline__ int offset(int column) { return column; }
 };
 
 template <int M_TILES, int N_TILES>
@@ -131,6 +132,7 @@ constexpr int BLOCK_WARPS =
 template <int M_TILES, int N_TILES>
 __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     wgrad_kernel(const ProductShape s, const T* coarse, const T* fine, float4* partial) {
+  if constexpr (HAS_WGMMA) return;  // such devices run wgrad_groups_kernel
   constexpr int ELEMENTS = Product::ELEMENTS;
   uint32_t* const shared = dynamic_shared<uint32_t>();
   ProductOrigins* const origins = reinterpret_cast<ProductOrigins*>(shared);  // of tiles, by parity
@@ -139,7 +141,9 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
   uint2* const fine_table = reinterpret_cast<uint2*>(shared + s.fine_table);
   uint32_t* const stages = shared + s.stages;
 
-  const ProductBlock block = locate_products<M_TILES, N_TILES, TAPS_H, TAPS_W>(s, blockIdx.x);
+  const ProductBlock block =
+      locate_products<M_TILES * PRODUCT_ROWS, N_TILES * PRODUCT_COLUMNS, TAPS_H, TAPS_W>(
+          s, blockIdx.x);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int part = warp / s.units;
   const ProductUnit unit = locate_unit(s, warp % s.units);
@@ -149,32 +153,10 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
                       block.tap_w + unit.w * TAPS_W < KERNEL_W;
 
   // The tables, and zeros behind the last quad of each coarse channel.
-  const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
-  for (int i = threadIdx.x; i < (s.chunks + s.parts) * CHUNK_QUADS; i += blockDim.x) {
-    // Behind a warp's last chunk comes its first one again, that of the next tile.
-    const int chunk = i / CHUNK_QUADS;
-    const int quad = i - (chunk < s.chunks ? 0 : chunk - chunk % s.parts) * CHUNK_QUADS;
-    const int row = quad / row_quads, plane = row / s.tile_h;
-    const int at =
-        (plane * s.position_planes * s.rows + (row - plane * s.tile_h) * s.position_rows) *
-            s.row_words +
-        (quad - row * row_quads) * QUAD_PITCH;
-    windows[i] = quad < quads ? at : 0;
-  }
-  for (int i = threadIdx.x; i < s.coarse.places; i += blockDim.x) {
-    const int per_row = s.tile_w / s.coarse.width;
-    const int row = i / per_row, plane = row / s.tile_h;
-    coarse_table[i] = pack_place(i * s.coarse.width, plane, row - plane * s.tile_h,
-                                 (i - row * per_row) * s.coarse.width);
-  }
-  for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
-    const int per_row = s.columns / s.fine.width;
-    const int row = i / per_row, plane = row / s.rows;
-    const int column = (i - row * per_row) * s.fine.width;
-    const int element =
-        (row * s.row_words + column / QUAD_COLUMNS * QUAD_PITCH) * ELEMENTS + column % QUAD_COLUMNS;
-    fine_table[i] = pack_place(element, plane, row - plane * s.rows, column);
-  }
+  fill_windows<QUAD_PITCH>(s, windows);
+  fill_coarse_table(s, coarse_table, s.coarse.width);
+  fill_fine_table<QUAD_COLUMNS, QUAD_PITCH, ELEMENTS>(s, fine_table);
+  const int quads = s.tile_d * s.tile_h * (s.tile_w / QUAD);
   const int first_words = quads * QUAD / ELEMENTS,
             all_words = s.chunks * CHUNK_QUADS * QUAD / ELEMENTS;
   const int zeros = all_words - first_words;
@@ -314,12 +296,13 @@ ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
   ProductTraits t;
   t.kernel_d = KERNEL_D, t.kernel_h = KERNEL_H;
   t.stride_d = STRIDE_D, t.stride_h = STRIDE_H, t.stride_w = STRIDE_W;
-  t.dilation_d = DILATION_D, t.dilation_h = DILATION_H;
+  t.dilation_d = DILATION_D, t.dilation_h = DILATION_H, t.dilation_w = DILATION_W;
   t.taps_h = TAPS_H, t.taps_w = TAPS_W, t.tap_blocks_h = TAP_BLOCKS_H,
   t.tap_blocks_w = TAP_BLOCKS_W;
-  t.m_tiles = M_TILES, t.n_tiles = N_TILES, t.warps = BLOCK_WARPS<M_TILES, N_TILES>;
-  t.products =
-      M_TILES * N_TILES * TAPS_H * TAPS_W * PRODUCT_STEPS<Product> * (Product::SPLIT ? 3 : 1);
+  t.coarse_tile = M_TILES * PRODUCT_ROWS, t.fine_tile = N_TILES * PRODUCT_COLUMNS;
+  t.fragments = M_TILES * N_TILES * TAPS_H * TAPS_W;
+  t.products = t.fragments * PRODUCT_STEPS<Product> * (Product::SPLIT ? 3 : 1);
+  t.warps = BLOCK_WARPS<M_TILES, N_TILES>;
   t.element_bytes = sizeof(T);
   t.quad_columns = QUAD_COLUMNS, t.quad_pitch = QUAD_PITCH, t.window_columns = WINDOW_COLUMNS;
   t.tap_columns = TAP_COLUMNS, t.column_align = COLUMN_ALIGN;
@@ -329,16 +312,349 @@ ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
   return t;
 }
 
+// ---- By wgmma, where there is such a thing --------------------------------------------------
+//
+// The roles are exchanged: fine channels are the rows (16 for each warp) of a product, from
+// registers, and coarse channels its columns (N_BLOCKS x 8), which the tensor core reads from
+// shared memory. A warp keeps M_TILES such tiles of fine channels at TAPS_H x TAPS_W taps. Four
+// warps multiply together: each has fine channels and taps of its own, all have the same coarse
+// channels and chunks. Other warps stage: the fine tensor by asynchronous copies as above, the
+// coarse one likewise, whose words they then put in order, TF32 operands rounded.
+
+namespace groups {
+
+constexpr int TAPS_H = 1, TAPS_W = 3;  // taps of one warp
+constexpr int TAP_BLOCKS_H = 3, TAP_BLOCKS_W = 1;
+// Staged columns: POSITION_COLUMNS for each position, COLUMN_STEP apart in the fine tensor. A
+// quad's columns lie in QUAD_PITCH words. Column 0 is SHIFT left of the first that is read, so that
+// copies are aligned.
+constexpr int POSITION_COLUMNS = 2, COLUMN_STEP = 1, TAP_COLUMNS = 1;
+constexpr int QUAD_COLUMNS = QUAD * POSITION_COLUMNS, QUAD_PITCH = 8;
+constexpr int SHIFT = 0, COLUMN_ALIGN = 4;
+// A window is WINDOW_VECTORS loads of VECTOR words.
+constexpr int WINDOW_VECTORS = 3, VECTOR = 4;
+constexpr int WINDOW_COLUMNS = WINDOW_VECTORS * VECTOR * Product::ELEMENTS;
+
+struct FineColumn {
+  __device__ static __forceinline__ int offset(int column) {
+    return column * COLUMN_STEP;
+  }
+};
+
+template <int M_TILES, int N_BLOCKS>
+using Sums = float[M_TILES][TAPS_H][TAPS_W][N_BLOCKS][4];
+
+// What a lane reads of a chunk's fine tensor.
+template <int M_TILES>
+using Windows = FineRows<Product, WINDOW_VECTORS, VECTOR>[M_TILES][TAPS_H];
+
+// `fine` is this lane's window of the first row of taps; `half_rows` is 8 fine channels, `tap_row`
+// one row of taps.
+template <int M_TILES>
+__device__ __forceinline__ void load_windows(Windows<M_TILES>& x, const uint32_t* fine,
+                                             int half_rows, int tap_row) {
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+    for (int h = 0; h < TAPS_H; ++h) {
+      x[m][h].template load<QUAD_COLUMNS, QUAD_PITCH>(fine + 2 * m * half_rows + h * tap_row,
+                                                      half_rows);
+    }
+  }
+}
+
+// The same from loose lines: `from` is the first row's, not yet moved by its place within a
+// granule, `shift`, to which each row of taps adds.
+template <int M_TILES>
+__device__ __forceinline__ void load_loose_windows(Windows<M_TILES>& x, const Raw* from,
+                                                   int half_rows, int tap_row, int shift,
+                                                   int fine_w) {
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+    for (int h = 0; h < TAPS_H; ++h) {
+      const int within = within_granule<Raw>(shift + h * DILATION_H * fine_w);
+      x[m][h].template load_loose<FineColumn, SHIFT, TAPS_W, TAP_COLUMNS, POSITION_COLUMNS,
+                                  COLUMN_STEP>(
+          from + 2 * m * half_rows + h * tap_row + within, half_rows);
+    }
+  }
+}
+
+// Starts the products of one chunk.
+template <int M_TILES, int N_BLOCKS>
+__device__ __forceinline__ void multiply(const Windows<M_TILES>& x, SharedColumns<1> coarse,
+                                         Sums<M_TILES, N_BLOCKS>& sum) {
+  // All operands first: between products there is no place for what makes them.
+  constexpr int STEPS = PRODUCT_STEPS<Product>;
+  uint32_t a[STEPS][M_TILES][TAPS_H][TAPS_W][4];
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+      for (int h = 0; h < TAPS_H; ++h) {
+        // tap (h0 + h, w0 + 0)
+        x[m][h].template find<POSITION_COLUMNS>(a[step][m][h][0], step,
+                                                SHIFT + 0 * TAP_COLUMNS);
+        // tap (h0 + h, w0 + 1)
+        x[m][h].template find<POSITION_COLUMNS>(a[step][m][h][1], step,
+                                                SHIFT + 1 * TAP_COLUMNS);
+        // tap (h0 + h, w0 + 2)
+        x[m][h].template find<POSITION_COLUMNS>(a[step][m][h][2], step,
+                                                SHIFT + 2 * TAP_COLUMNS);
+#pragma unroll
+        for (int i = 0; i < TAPS_W * 4; ++i) wgmma_settle(a[step][m][h][i / 4][i % 4]);
+      }
+    }
+  }
+  wgmma_begin();
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+      for (int h = 0; h < TAPS_H; ++h) {
+#pragma unroll
+        for (int w = 0; w < TAPS_W; ++w) {
+          Product::multiply_group(sum[m][h][w], a[step][m][h][w],
+                                  coarse + step * N_BLOCKS * COLUMNS_WORDS);
+        }
+      }
+    }
+  }
+  wgmma_commit();
+}
+
+template <int M_TILES, int N_BLOCKS>
+__global__ void __launch_bounds__(GROUP_BOUND, 1)
+    wgrad_groups_kernel(const ProductShape s, const T* coarse, const T* fine, float4* partial) {
+  if constexpr (HAS_WGMMA) {
+    constexpr int ELEMENTS = Product::ELEMENTS, COARSE = N_BLOCKS * PRODUCT_COLUMNS;
+    constexpr int CHUNK = CHUNK_WORDS<Product, N_BLOCKS>;
+    uint32_t* const shared = dynamic_shared<uint32_t>();
+    uint32_t* const windows = shared + ORIGINS_WORDS;  // by quad of a tile
+    uint2* const coarse_table = reinterpret_cast<uint2*>(shared + s.coarse_table);
+    uint2* const fine_table = reinterpret_cast<uint2*>(shared + s.fine_table);
+    uint32_t* const stages = shared + s.stages;
+
+    int* const tile_shift = reinterpret_cast<int*>(shared);  // of loose lines, by buffer
+    if (s.loose) {
+      fill_loose_windows<Raw, STRIDE_D, STRIDE_H, STRIDE_W>(s, windows);
+      fill_granule_table(s, fine_table);
+    } else {
+      fill_windows<QUAD_PITCH>(s, windows);
+      fill_fine_table<QUAD_COLUMNS, QUAD_PITCH, ELEMENTS>(s, fine_table);
+    }
+    fill_coarse_table(s, coarse_table, QUAD);
+    __syncthreads();
+
+    const ProductBlock block =
+        locate_products<COARSE, M_TILES * PRODUCT_ROWS, TAPS_H, TAPS_W>(s, blockIdx.x);
+    const int first = block.split * s.tiles_per_split;
+    const int tiles = min(s.tiles_per_split, s.tiles - first);
+    const int meeting = blockDim.x;
+
+    if (static_cast<int>(threadIdx.x) >= s.unit_warps * s.parts * WARP) {
+      release_registers<STAGING_REGISTERS>();
+      const int thread = threadIdx.x - s.unit_warps * s.parts * WARP;
+      for (int i = 0; i < tiles; ++i) {
+        const int buffer = i % PRODUCT_STAGES;
+        if (i >= PRODUCT_STAGES) named_barrier_sync(PRODUCT_EMPTY + buffer, meeting);
+        const ProductTile tile = locate_product_tile(s, first + i);
+        uint32_t* const stage = stages + buffer * s.stage_words;
+        ProductOrigin origin;
+        origin.channel = fine + tile.n * s.fine_sample +
+                         (int64_t{block.group} * s.fine_channels + block.fine0) *
+                             s.fine_channel_stride;
+        origin.d = tile.d0 * STRIDE_D + block.tap_d * DILATION_D - PADDING_D;
+        origin.h = tile.h0 * STRIDE_H + block.tap_h * DILATION_H - PADDING_H;
+        origin.w = tile.w0 * STRIDE_W + block.tap_w * DILATION_W - PADDING_W;
+        origin.channels = s.fine_channels - block.fine0;
+        const ProductOrigin fine_origin = origin;
+        if (s.loose) {
+          copy_granules(s, thread, fine_table, stage + s.coarse_words, origin,
+                        reinterpret_cast<const Raw*>(fine));
+          if (thread == 0) {
+            tile_shift[buffer] = within_granule<Raw>(
+                reinterpret_cast<int64_t>(origin.channel) / sizeof(Raw) +
+                loose_element(s, origin, 0, 0));
+          }
+        } else {
+          origin.w -= SHIFT;
+          Raw* const to = reinterpret_cast<Raw*>(stage + s.coarse_words);
+#pragma unroll 1
+          for (int copy = thread; copy < s.fine.total; copy += STAGING_WARPS * WARP) {
+            copy_place<FineColumn, COLUMN_ALIGN>(s.fine, fine_table, to, origin,
+                                                 static_cast<int>(s.fine_channel_stride),
+                                                 make_int3(s.fine_d, s.fine_h, s.fine_w),
+                                                 s.plane_step, s.row_step, copy);
+          }
+        }
+        origin.channel = coarse + tile.n * s.coarse_sample +
+                         (int64_t{block.group} * s.coarse_channels + block.coarse0) *
+                             s.coarse_channel_stride;
+        origin.d = tile.d0, origin.h = tile.h0, origin.w = tile.w0;
+        origin.channels = s.coarse_channels - block.coarse0;
+        if (s.coarse.access == 4) {
+          copy_coarse<Product, N_BLOCKS, 4>(s, thread, coarse_table, stage, origin);
+        } else if (s.coarse.access == 2) {
+          copy_coarse<Product, N_BLOCKS, 2>(s, thread, coarse_table, stage, origin);
+        } else {
+          copy_coarse<Product, N_BLOCKS, 1>(s, thread, coarse_table, stage, origin);
+        }
+        copy_commit();
+        copy_wait<0>();
+        named_barrier_sync(PRODUCT_COPIED, STAGING_WARPS * WARP);
+        arrange_coarse<Product, N_BLOCKS>(s, thread, stage);
+        if (s.loose) clear_beside_lines<Raw>(s, thread, stage + s.coarse_words, fine_origin);
+        bulk_fence();  // wgmma reads by the way of bulk copies
+        named_barrier_arrive(PRODUCT_FULL + buffer, meeting);
+      }
+      // Meet the last arrivals, so that every one is answered.
+      for (int i = max(tiles - PRODUCT_STAGES, 0); i < tiles; ++i) {
+        named_barrier_sync(PRODUCT_EMPTY + i % PRODUCT_STAGES, meeting);
+      }
+      return;
+    }
+
+    claim_registers<MULTIPLYING_REGISTERS>();
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int part = warp / s.unit_warps;
+    // A group's warps without a unit do what the last one does, and nobody reads it.
+    const ProductUnit unit = locate_unit(s, min(warp % s.unit_warps, s.units - 1));
+    // This lane's channels are g and g + 8 of each tile, its quad of a chunk is t.
+    const int g = lane / 4, t = lane % 4;
+    const int tap_row = s.tap_rows * s.row_words;
+    const int fine_offset =
+        s.coarse_words + (unit.n * M_TILES * PRODUCT_ROWS + g) * s.fine_pitch +
+        unit.d * s.tap_planes * s.rows * s.row_words + unit.h * TAPS_H * tap_row +
+        (s.loose ? 0
+                 : column_word(unit.w * TAPS_W * TAP_COLUMNS, QUAD_COLUMNS, QUAD_PITCH, ELEMENTS));
+    // Of loose lines: where a unit's taps begin, and from LOOSE_SHIFT on how far within a granule its
+    // lines lie, compared with the block's first.
+    const uint32_t unit_place =
+        unit.w * TAPS_W * DILATION_W |
+        within_granule<Raw>(
+            (int64_t{unit.d} * DILATION_D * s.fine_h + unit.h * TAPS_H * DILATION_H) * s.fine_w +
+            s.fine_channel_stride * (unit.n * M_TILES * PRODUCT_ROWS + g))
+            << LOOSE_SHIFT;
+
+    Sums<M_TILES, N_BLOCKS> sum = {};
+    int until_store = s.tiles_per_store;
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      const int buffer = i % PRODUCT_STAGES;
+      named_barrier_sync(PRODUCT_FULL + buffer, meeting);
+      const uint32_t* const stage = stages + buffer * s.stage_words;
+      const uint32_t* const fine_tile = stage + fine_offset;
+      Windows<M_TILES> x;
+      auto load = [&](uint32_t at) {
+        const int half_rows = opaque(PRODUCT_COLUMNS * s.fine_pitch);
+        if (s.loose) {
+          at += unit_place;
+          const int shift = tile_shift[buffer] + (at >> LOOSE_SHIFT);
+          const int element = at & ((1u << LOOSE_SHIFT) - 1);
+          load_loose_windows<M_TILES>(x, reinterpret_cast<const Raw*>(fine_tile) + element,
+                                      half_rows * ELEMENTS, opaque(tap_row) * ELEMENTS, shift,
+                                      s.fine_w);
+        } else {
+          load_windows<M_TILES>(x, fine_tile + at, half_rows, opaque(tap_row));
+        }
+      };
+      auto take = [&](int chunk) {
+        load(windows[chunk * CHUNK_QUADS + t]);
+        multiply<M_TILES, N_BLOCKS>(x, SharedColumns<1>(stage + chunk * CHUNK), sum);
+      };
+      // A chunk's products go on while the next one's windows are loaded, where registers hold both.
+      // ptxas keeps those that products read only where no loop's end lies between these and their
+      // wait, so that a run of chunks ends with all products done.
+      int chunk = part;
+      if constexpr (OVERLAPS<Product, M_TILES * TAPS_H * TAPS_W, N_BLOCKS>) {
+#pragma unroll 1
+        for (; chunk + (RUN - 1) * s.parts < s.chunks; chunk += s.parts) {
+#pragma unroll
+          for (int i = 0; i < RUN; ++i) {
+            take(chunk);
+            if (i + 1 < RUN) {
+              wgmma_wait<1>();
+              chunk += s.parts;
+            }
+          }
+          wgmma_wait<0>();
+        }
+      }
+#pragma unroll 1
+      for (; chunk < s.chunks; chunk += s.parts) {
+        take(chunk);
+        wgmma_wait<0>();
+      }
+      named_barrier_arrive(PRODUCT_EMPTY + buffer, meeting);
+
+      // The sums leave the registers now and then, and at the end: tensor cores truncate when they
+      // add, and the loss grows with the length of a run.
+      if (--until_store > 0 && i + 1 < tiles) continue;
+      constexpr int FRAGMENTS = M_TILES * TAPS_H * TAPS_W * N_BLOCKS;
+      float(*const sums)[4] = &sum[0][0][0][0];
+#pragma unroll
+      for (int j = 0; j < FRAGMENTS * 4; ++j) wgmma_settle(sums[j / 4][j % 4]);
+      // Found anew: beside the sums there are no registers to keep it.
+      const int self = opaque(threadIdx.x / WARP), own = self % s.unit_warps;
+      const int kind = opaque(blockIdx.x) % s.blocks, split = opaque(blockIdx.x) / s.blocks;
+      const int64_t slice = int64_t{split} * s.parts + self / s.unit_warps;
+      float4* const to = partial + ((slice * s.blocks + kind) * s.units + own) * (FRAGMENTS * WARP) +
+                         opaque(threadIdx.x) % WARP;
+      if (own < s.units) store_sums<FRAGMENTS>(to, sums, i + 1 > s.tiles_per_store);
+      until_store = s.tiles_per_store;
+    }
+  }
+}
+
+template <int M_TILES, int N_BLOCKS>
+ProductTraits traits(int fine_wavefronts, int loose_wavefronts) {
+  ProductTraits t;
+  t.kernel_d = KERNEL_D, t.kernel_h = KERNEL_H;
+  t.stride_d = STRIDE_D, t.stride_h = STRIDE_H, t.stride_w = STRIDE_W;
+  t.dilation_d = DILATION_D, t.dilation_h = DILATION_H, t.dilation_w = DILATION_W;
+  t.taps_h = TAPS_H, t.taps_w = TAPS_W, t.tap_blocks_h = TAP_BLOCKS_H,
+  t.tap_blocks_w = TAP_BLOCKS_W;
+  t.coarse_tile = N_BLOCKS * PRODUCT_COLUMNS, t.fine_tile = M_TILES * PRODUCT_ROWS;
+  t.fragments = M_TILES * N_BLOCKS * TAPS_H * TAPS_W;
+  t.products = M_TILES * TAPS_H * TAPS_W * PRODUCT_STEPS<Product>;
+  t.warps = GROUPS_OF_WARPS * GROUP_WARPS, t.group_warps = GROUP_WARPS;
+  t.staging_warps = STAGING_WARPS;
+  t.element_bytes = sizeof(T);
+  t.quad_columns = QUAD_COLUMNS, t.quad_pitch = QUAD_PITCH, t.window_columns = WINDOW_COLUMNS;
+  t.tap_columns = TAP_COLUMNS, t.column_align = COLUMN_ALIGN;
+  t.joins_w = false;
+  t.loosens = true;
+  t.coarse_residue = 0, t.fine_residue = 4;
+  t.coarse_wavefronts = 0, t.fine_wavefronts = fine_wavefronts;
+  t.loose_wavefronts = loose_wavefronts;
+  return t;
+}
+
+}  // namespace groups
+
 // A call's cut, and which of the compiled tiles it uses.
 struct Plan {
   ProductShape shape;
-  int tile;
+  int tile, fragments;
+  bool grouped;  // of those of wgrad_groups_kernel
 };
 
+// The plan of a call on the current device.
 int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
+  int bound = 0;
+  if (const cudaError_t error =
+          launch_bound<groups::wgrad_groups_kernel<1, 4>, GROUP_BOUND>(
+              static_cast<int>(call.device), bound)) {
+    return error;
+  }
+  const bool grouped = bound == GROUP_THREADS;
   thread_local ShapeCache<Plan> cache;
   bool known;
-  Plan& cached = cache.find(call, 0, known);
+  Plan& cached = cache.find(call, grouped, known);
   if (!known) {
     const int64_t* c = call.coarse_extent;
     const int64_t* f = call.fine_extent;
@@ -354,21 +670,26 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
     blank.fine_channels = static_cast<int>(call.fine_channels / GROUPS);
     blank.coarse_sample = call.coarse_channels * blank.coarse_channel_stride;
     blank.fine_sample = call.fine_channels * blank.fine_channel_stride;
-    const ProductTraits tiles[] = {
-        traits<1, 2>(8, 72),
-        traits<2, 1>(16, 36),
-    };
+    blank.fine_elements = call.batch * blank.fine_sample;
     double least = -1;
     int error = CONVGEN_TOO_LARGE;
-    for (int i = 0; i < 2; ++i) {
+    auto consider = [&](int tile, const ProductTraits& t) {
       ProductShape cut = blank;
       double expected;
-      const int refused = cut_products(cut, tiles[i], call.batch, limits.multiprocessors,
-                                       limits.shared_bytes, expected);
-      if (refused || (least >= 0 && expected >= least)) continue;
+      const int refused =
+          cut_products(cut, t, call.batch, limits.multiprocessors, limits.shared_bytes, expected);
+      if (refused || (least >= 0 && expected >= least)) return;
       error = CONVGEN_OK;
       least = expected;
-      cached.shape = cut, cached.tile = i;
+      cached.shape = cut, cached.tile = tile, cached.fragments = t.fragments;
+    };
+    cached.grouped = grouped;
+    if (grouped) {
+      consider(0, groups::traits<1, 4>(24, 36));
+      consider(1, groups::traits<1, 6>(24, 36));
+    } else {
+      consider(0, traits<1, 2>(8, 72));
+      consider(1, traits<2, 1>(16, 36));
     }
     if (error) {
       cache.forget(cached);
@@ -379,37 +700,39 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
   return CONVGEN_OK;
 }
 
-template <int M_TILES, int N_TILES>
-int run(const ConvgenCall& call, const ProductShape& s) {
+// Runs KERNEL, and SUM over its partial results.
+template <auto KERNEL, auto SUM>
+int run(const ConvgenCall& call, const Plan& p) {
+  const ProductShape& s = p.shape;
   const int device = static_cast<int>(call.device);
   float4* const partial = static_cast<float4*>(call.workspace);
   // Without positions, the sum over no splits is zero.
   const int slices = s.tiles > 0 ? s.splits * s.parts : 0;
   if (slices > 0) {
-    if (const int error = launch<wgrad_kernel<M_TILES, N_TILES>>(
+    if (const int error = launch<KERNEL>(
             dim3(s.blocks * s.splits), dim3(s.threads), s.shared_bytes, device, call.stream, s,
             static_cast<const T*>(call.coarse), static_cast<const T*>(call.fine), partial)) {
       return error;
     }
   }
-  const int fragments = s.blocks * s.units * (M_TILES * N_TILES * TAPS_H * TAPS_W);
-  return launch<sum_products_kernel<M_TILES, N_TILES, TAPS_H, TAPS_W, T>>(
-      dim3(fragments), dim3(WARP * SUM_ROWS), 0, device, call.stream, s, KERNEL_D, KERNEL_H,
-      KERNEL_W, static_cast<T*>(call.weight), static_cast<const float4*>(partial), slices);
+  return launch<SUM>(dim3(s.blocks * s.units * p.fragments), dim3(WARP * SUM_ROWS), 0, device,
+                     call.stream, s, KERNEL_D, KERNEL_H, KERNEL_W, static_cast<T*>(call.weight),
+                     static_cast<const float4*>(partial), slices);
 }
 
 }  // namespace
 
 CONVGEN_EXPORT int64_t convgen_wgrad_tf32_workspace(const ConvgenCall* call) {
-  constexpr int FRAGMENTS[] = {18, 18};
   DeviceLimits limits;
   Plan p;
-  if (!volumes_fit(*call) || device_limits(static_cast<int>(call->device), limits) != cudaSuccess)
+  const DeviceScope scope(static_cast<int>(call->device));
+  if (!volumes_fit(*call) || scope.error() != cudaSuccess ||
+      device_limits(static_cast<int>(call->device), limits) != cudaSuccess) {
     return 0;
+  }
   if (plan(*call, limits, p) != CONVGEN_OK) return 0;  // the call itself reports the error
   const ProductShape& s = p.shape;
-  return int64_t{s.splits} * s.parts * s.blocks * s.units * FRAGMENTS[p.tile] * WARP *
-         sizeof(float4);
+  return int64_t{s.splits} * s.parts * s.blocks * s.units * p.fragments * WARP * sizeof(float4);
 }
 
 CONVGEN_EXPORT int convgen_wgrad_tf32(const ConvgenCall* call) {
@@ -427,10 +750,22 @@ CONVGEN_EXPORT int convgen_wgrad_tf32(const ConvgenCall* call) {
   ProductShape& s = p.shape;
   s.coarse.access = access_within<T>(call->coarse, s.coarse.width);
   s.fine.access = access_within<T>(call->fine, s.fine.width);
+  if (p.grouped) {
+    switch (p.tile) {
+      case 0:
+        return run<groups::wgrad_groups_kernel<1, 4>,
+                   sum_products_kernel<true, 4, 1, groups::TAPS_H, groups::TAPS_W, T>>(*call, p);
+      default:
+        return run<groups::wgrad_groups_kernel<1, 6>,
+                   sum_products_kernel<true, 6, 1, groups::TAPS_H, groups::TAPS_W, T>>(*call, p);
+    }
+  }
   switch (p.tile) {
     case 0:
-      return run<1, 2>(*call, s);
+      return run<wgrad_kernel<1, 2>,
+                 sum_products_kernel<false, 1, 2, TAPS_H, TAPS_W, T>>(*call, p);
     default:
-      return run<2, 1>(*call, s);
+      return run<wgrad_kernel<2, 1>,
+                 sum_products_kernel<false, 2, 1, TAPS_H, TAPS_W, T>>(*call, p);
   }
 }

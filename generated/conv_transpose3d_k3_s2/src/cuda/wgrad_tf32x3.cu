@@ -1,7 +1,8 @@
 // wgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"flush": 4, "taps_h": 3, "taps_w": 3, "tiles": [[1, 1]]}
+// Schedule: {"flush": 4, "group_taps": [0, 0], "group_tiles": [], "taps_h": 3, "taps_w": 3,
+//   "tiles": [[1, 1]]}
 //
 //   weight[a, b, t] = sum over n, i of coarse[n, a, i] * fine[n, b, i * STRIDE - PADDING + t *
 //   DILATION]
@@ -56,17 +57,18 @@ constexpr int SHIFT = 0, COLUMN_ALIGN = 4;
 // A window is WINDOW_VECTORS loads of VECTOR words.
 constexpr int WINDOW_VECTORS = 3, VECTOR = 4;
 constexpr int WINDOW_COLUMNS = WINDOW_VECTORS * VECTOR * Product::ELEMENTS;
-// Chunks after which sums leave the tensor cores, which truncate when they add, for sums in fp32.
-constexpr int FLUSH = 4;
-
-struct CoarseColumn {
-  __device__ static __forceinline__ int offset(int column) { return column; }
-};
 
 struct FineColumn {
   __device__ static __forceinline__ int offset(int column) {
     return column * COLUMN_STEP;
   }
+};
+
+// Chunks after which sums leave the tensor cores, which truncate when they add, for sums in fp32.
+constexpr int FLUSH = 4;
+
+struct CoarseColumn {
+  __device__ static __forceinline__ int offset(int column) { return column; }
 };
 
 template <int M_TILES, int N_TILES>
@@ -141,7 +143,9 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
   uint2* const fine_table = reinterpret_cast<uint2*>(shared + s.fine_table);
   uint32_t* const stages = shared + s.stages;
 
-  const ProductBlock block = locate_products<M_TILES, N_TILES, TAPS_H, TAPS_W>(s, blockIdx.x);
+  const ProductBlock block =
+      locate_products<M_TILES * PRODUCT_ROWS, N_TILES * PRODUCT_COLUMNS, TAPS_H, TAPS_W>(
+          s, blockIdx.x);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int part = warp / s.units;
   const ProductUnit unit = locate_unit(s, warp % s.units);
@@ -151,32 +155,10 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
                       block.tap_w + unit.w * TAPS_W < KERNEL_W;
 
   // The tables, and zeros behind the last quad of each coarse channel.
-  const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
-  for (int i = threadIdx.x; i < (s.chunks + s.parts) * CHUNK_QUADS; i += blockDim.x) {
-    // Behind a warp's last chunk comes its first one again, that of the next tile.
-    const int chunk = i / CHUNK_QUADS;
-    const int quad = i - (chunk < s.chunks ? 0 : chunk - chunk % s.parts) * CHUNK_QUADS;
-    const int row = quad / row_quads, plane = row / s.tile_h;
-    const int at =
-        (plane * s.position_planes * s.rows + (row - plane * s.tile_h) * s.position_rows) *
-            s.row_words +
-        (quad - row * row_quads) * QUAD_PITCH;
-    windows[i] = quad < quads ? at : 0;
-  }
-  for (int i = threadIdx.x; i < s.coarse.places; i += blockDim.x) {
-    const int per_row = s.tile_w / s.coarse.width;
-    const int row = i / per_row, plane = row / s.tile_h;
-    coarse_table[i] = pack_place(i * s.coarse.width, plane, row - plane * s.tile_h,
-                                 (i - row * per_row) * s.coarse.width);
-  }
-  for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
-    const int per_row = s.columns / s.fine.width;
-    const int row = i / per_row, plane = row / s.rows;
-    const int column = (i - row * per_row) * s.fine.width;
-    const int element =
-        (row * s.row_words + column / QUAD_COLUMNS * QUAD_PITCH) * ELEMENTS + column % QUAD_COLUMNS;
-    fine_table[i] = pack_place(element, plane, row - plane * s.rows, column);
-  }
+  fill_windows<QUAD_PITCH>(s, windows);
+  fill_coarse_table(s, coarse_table, s.coarse.width);
+  fill_fine_table<QUAD_COLUMNS, QUAD_PITCH, ELEMENTS>(s, fine_table);
+  const int quads = s.tile_d * s.tile_h * (s.tile_w / QUAD);
   const int first_words = quads * QUAD / ELEMENTS,
             all_words = s.chunks * CHUNK_QUADS * QUAD / ELEMENTS;
   const int zeros = all_words - first_words;
@@ -323,12 +305,13 @@ ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
   ProductTraits t;
   t.kernel_d = KERNEL_D, t.kernel_h = KERNEL_H;
   t.stride_d = STRIDE_D, t.stride_h = STRIDE_H, t.stride_w = STRIDE_W;
-  t.dilation_d = DILATION_D, t.dilation_h = DILATION_H;
+  t.dilation_d = DILATION_D, t.dilation_h = DILATION_H, t.dilation_w = DILATION_W;
   t.taps_h = TAPS_H, t.taps_w = TAPS_W, t.tap_blocks_h = TAP_BLOCKS_H,
   t.tap_blocks_w = TAP_BLOCKS_W;
-  t.m_tiles = M_TILES, t.n_tiles = N_TILES, t.warps = BLOCK_WARPS<M_TILES, N_TILES>;
-  t.products =
-      M_TILES * N_TILES * TAPS_H * TAPS_W * PRODUCT_STEPS<Product> * (Product::SPLIT ? 3 : 1);
+  t.coarse_tile = M_TILES * PRODUCT_ROWS, t.fine_tile = N_TILES * PRODUCT_COLUMNS;
+  t.fragments = M_TILES * N_TILES * TAPS_H * TAPS_W;
+  t.products = t.fragments * PRODUCT_STEPS<Product> * (Product::SPLIT ? 3 : 1);
+  t.warps = BLOCK_WARPS<M_TILES, N_TILES>;
   t.element_bytes = sizeof(T);
   t.quad_columns = QUAD_COLUMNS, t.quad_pitch = QUAD_PITCH, t.window_columns = WINDOW_COLUMNS;
   t.tap_columns = TAP_COLUMNS, t.column_align = COLUMN_ALIGN;
@@ -341,13 +324,16 @@ ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
 // A call's cut, and which of the compiled tiles it uses.
 struct Plan {
   ProductShape shape;
-  int tile;
+  int tile, fragments;
+  bool grouped;  // of those of wgrad_groups_kernel
 };
 
+// The plan of a call on the current device.
 int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
+  const bool grouped = false;
   thread_local ShapeCache<Plan> cache;
   bool known;
-  Plan& cached = cache.find(call, 0, known);
+  Plan& cached = cache.find(call, grouped, known);
   if (!known) {
     const int64_t* c = call.coarse_extent;
     const int64_t* f = call.fine_extent;
@@ -363,21 +349,21 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
     blank.fine_channels = static_cast<int>(call.fine_channels / GROUPS);
     blank.coarse_sample = call.coarse_channels * blank.coarse_channel_stride;
     blank.fine_sample = call.fine_channels * blank.fine_channel_stride;
-    const ProductTraits tiles[] = {
-        traits<1, 1>(8, 36),
-    };
+    blank.fine_elements = call.batch * blank.fine_sample;
     double least = -1;
     int error = CONVGEN_TOO_LARGE;
-    for (int i = 0; i < 1; ++i) {
+    auto consider = [&](int tile, const ProductTraits& t) {
       ProductShape cut = blank;
       double expected;
-      const int refused = cut_products(cut, tiles[i], call.batch, limits.multiprocessors,
-                                       limits.shared_bytes, expected);
-      if (refused || (least >= 0 && expected >= least)) continue;
+      const int refused =
+          cut_products(cut, t, call.batch, limits.multiprocessors, limits.shared_bytes, expected);
+      if (refused || (least >= 0 && expected >= least)) return;
       error = CONVGEN_OK;
       least = expected;
-      cached.shape = cut, cached.tile = i;
-    }
+      cached.shape = cut, cached.tile = tile, cached.fragments = t.fragments;
+    };
+    cached.grouped = grouped;
+    consider(0, traits<1, 1>(8, 36));
     if (error) {
       cache.forget(cached);
       return error;
@@ -387,37 +373,39 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
   return CONVGEN_OK;
 }
 
-template <int M_TILES, int N_TILES>
-int run(const ConvgenCall& call, const ProductShape& s) {
+// Runs KERNEL, and SUM over its partial results.
+template <auto KERNEL, auto SUM>
+int run(const ConvgenCall& call, const Plan& p) {
+  const ProductShape& s = p.shape;
   const int device = static_cast<int>(call.device);
   float4* const partial = static_cast<float4*>(call.workspace);
   // Without positions, the sum over no splits is zero.
   const int slices = s.tiles > 0 ? s.splits * s.parts : 0;
   if (slices > 0) {
-    if (const int error = launch<wgrad_kernel<M_TILES, N_TILES>>(
+    if (const int error = launch<KERNEL>(
             dim3(s.blocks * s.splits), dim3(s.threads), s.shared_bytes, device, call.stream, s,
             static_cast<const T*>(call.coarse), static_cast<const T*>(call.fine), partial)) {
       return error;
     }
   }
-  const int fragments = s.blocks * s.units * (M_TILES * N_TILES * TAPS_H * TAPS_W);
-  return launch<sum_products_kernel<M_TILES, N_TILES, TAPS_H, TAPS_W, T>>(
-      dim3(fragments), dim3(WARP * SUM_ROWS), 0, device, call.stream, s, KERNEL_D, KERNEL_H,
-      KERNEL_W, static_cast<T*>(call.weight), static_cast<const float4*>(partial), slices);
+  return launch<SUM>(dim3(s.blocks * s.units * p.fragments), dim3(WARP * SUM_ROWS), 0, device,
+                     call.stream, s, KERNEL_D, KERNEL_H, KERNEL_W, static_cast<T*>(call.weight),
+                     static_cast<const float4*>(partial), slices);
 }
 
 }  // namespace
 
 CONVGEN_EXPORT int64_t convgen_wgrad_tf32x3_workspace(const ConvgenCall* call) {
-  constexpr int FRAGMENTS[] = {9};
   DeviceLimits limits;
   Plan p;
-  if (!volumes_fit(*call) || device_limits(static_cast<int>(call->device), limits) != cudaSuccess)
+  const DeviceScope scope(static_cast<int>(call->device));
+  if (!volumes_fit(*call) || scope.error() != cudaSuccess ||
+      device_limits(static_cast<int>(call->device), limits) != cudaSuccess) {
     return 0;
+  }
   if (plan(*call, limits, p) != CONVGEN_OK) return 0;  // the call itself reports the error
   const ProductShape& s = p.shape;
-  return int64_t{s.splits} * s.parts * s.blocks * s.units * FRAGMENTS[p.tile] * WARP *
-         sizeof(float4);
+  return int64_t{s.splits} * s.parts * s.blocks * s.units * p.fragments * WARP * sizeof(float4);
 }
 
 CONVGEN_EXPORT int convgen_wgrad_tf32x3(const ConvgenCall* call) {
@@ -437,6 +425,7 @@ CONVGEN_EXPORT int convgen_wgrad_tf32x3(const ConvgenCall* call) {
   s.fine.access = access_within<T>(call->fine, s.fine.width);
   switch (p.tile) {
     default:
-      return run<1, 1>(*call, s);
+      return run<wgrad_kernel<1, 1>,
+                 sum_products_kernel<false, 1, 1, TAPS_H, TAPS_W, T>>(*call, p);
   }
 }
