@@ -10,8 +10,8 @@
 
 namespace convgen {
 
-// Copies COUNT elements STRIDE apart, `at` elements behind `from`, to places PITCH apart; zeros where
-// not inside.
+// Copies COUNT elements STRIDE apart, `at` elements behind `from`, to places PITCH apart; zeros
+// where not inside.
 template <int PITCH, int STRIDE, int COUNT, typename T>
 __device__ __forceinline__ void copy_elements(T* to, const T* from, uint32_t at,
                                               const bool (&inside)[COUNT]) {
@@ -107,8 +107,8 @@ __device__ __forceinline__ void copy_lines(const ChannelPair<T>& pair, T* to, ui
 // several lines.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int COUNT, bool SHORT, typename T>
 __device__ __forceinline__ void copy_columns(const GatherShape& s, const Crew& crew, T* tile,
-                                             const T* input, int channels,
-                                             const TileOrigin& origin, int column) {
+                                             const T* input, int channels, const TileOrigin& origin,
+                                             int column) {
   using Deal = ColumnDeal<STEP_X>;
   static_assert(COUNT == 1 || (Deal::EVEN && !SHORT), "columns at constant distances");
   const int lane = crew.thread % WARP;
@@ -146,10 +146,9 @@ __device__ __forceinline__ void copy_columns(const GatherShape& s, const Crew& c
   const Walk walk_lines = {opaque(lines.end - lines.begin), s.row_pitch, LINE_STEP * line_stride};
   for (int channel = warp >> share; channel < channels; channel += 2 * slots) {
     const T* const first = input + (origin.x + column + channel * s.in_channel_stride);
-    const ChannelPair<T> pair = {
-        {opaque(first), opaque(first + slots * s.in_channel_stride)},
-        slots * s.channel_pitch,
-        channel + slots < channels};
+    const ChannelPair<T> pair = {{opaque(first), opaque(first + slots * s.in_channel_stride)},
+                                 slots * s.channel_pitch,
+                                 channel + slots < channels};
     T* const to_channel = tile + Deal::place(s, column) + channel * s.channel_pitch;
     T* const to = to_channel + to_first;
     if constexpr (SHORT) {
@@ -185,8 +184,7 @@ __device__ __forceinline__ void copy_columns(const GatherShape& s, const Crew& c
 // Stages `channels` channels of a tile, which exist. Positions and layout as in stage_lines.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename T>
 __device__ __forceinline__ void copy_tile(const GatherShape& s, const Crew& crew, T* tile,
-                                          const T* input, int channels,
-                                          const TileOrigin& origin) {
+                                          const T* input, int channels, const TileOrigin& origin) {
   using Deal = ColumnDeal<STEP_X>;
   // Less than half an access is left to the short lines.
   const int rest = s.row_pitch % Deal::LANES;

@@ -19,9 +19,8 @@ constexpr int RUN = 4;
 // Whether a lane has registers for the operands of two chunks beside its sums, of TILES tiles of 16
 // rows and N_BLOCKS x 8 columns each. In 16 bits there is also what operands are made of.
 template <class Product, int TILES, int N_BLOCKS>
-constexpr bool OVERLAPS = TILES * 4 * (N_BLOCKS + 2 * PRODUCT_STEPS<Product>) +
-                              (Product::ELEMENTS == 2 ? 16 : 0) <=
-                          120;
+constexpr bool OVERLAPS =
+    TILES * 4 * (N_BLOCKS + 2 * PRODUCT_STEPS<Product>)+(Product::ELEMENTS == 2 ? 16 : 0) <= 120;
 
 // Launch bound where there is wgmma, and where the kernel is empty. The host tells devices apart by
 // it.
@@ -157,10 +156,10 @@ __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread
 
 // ---- Loose lines ----------------------------------------------------------------------------
 //
-// Where no asynchronous copy of 4 bytes divides the lines of the fine tensor, as 16-bit elements may
-// have it, these are staged as they lie in memory: every line's 16-byte granules, the first of which
-// may begin with elements of the line before. A lane adds how many; it is the same for channels 8
-// apart.
+// Where no asynchronous copy of 4 bytes divides the lines of the fine tensor, as 16-bit elements
+// may have it, these are staged as they lie in memory: every line's 16-byte granules, the first of
+// which may begin with elements of the line before. A lane adds how many; it is the same for
+// channels 8 apart.
 
 // How many elements after a multiple of 16 bytes an element lies.
 template <typename Raw>
@@ -180,8 +179,7 @@ __device__ __forceinline__ void fill_loose_windows(const ProductShape& s, uint32
     const int quad = i - (chunk < s.chunks ? 0 : chunk - chunk % s.parts) * CHUNK_QUADS;
     const int row = quad / row_quads, plane = row / s.tile_h, h = row - plane * s.tile_h;
     const int line = plane * s.position_planes * s.rows + h * s.position_rows;
-    const int at =
-        line * s.row_words * ELEMENTS + (quad - row * row_quads) * QUAD * STRIDE_W;
+    const int at = line * s.row_words * ELEMENTS + (quad - row * row_quads) * QUAD * STRIDE_W;
     const int64_t from = (int64_t{plane} * STRIDE_D * s.fine_h + h * STRIDE_H) * s.fine_w;
     windows[i] = quad < quads ? at | within_granule<Raw>(from) << LOOSE_SHIFT : 0;
   }
@@ -197,8 +195,8 @@ __device__ __forceinline__ void fill_granule_table(const ProductShape& s, uint2*
 }
 
 // An element of the fine tensor: column `origin.w` of a staged line, of the tile's first channel.
-__device__ __forceinline__ int64_t loose_element(const ProductShape& s,
-                                                 const ProductOrigin& origin, int plane, int row) {
+__device__ __forceinline__ int64_t loose_element(const ProductShape& s, const ProductOrigin& origin,
+                                                 int plane, int row) {
   return (int64_t{origin.d + plane * s.plane_step} * s.fine_h + origin.h + row * s.row_step) *
              s.fine_w +
          origin.w;
@@ -206,16 +204,15 @@ __device__ __forceinline__ int64_t loose_element(const ProductShape& s,
 
 __device__ __forceinline__ bool line_inside(const ProductShape& s, const ProductOrigin& origin,
                                             int plane, int row) {
-  return static_cast<unsigned>(origin.d + plane * s.plane_step) <
-             static_cast<unsigned>(s.fine_d) &&
+  return static_cast<unsigned>(origin.d + plane * s.plane_step) < static_cast<unsigned>(s.fine_d) &&
          static_cast<unsigned>(origin.h + row * s.row_step) < static_cast<unsigned>(s.fine_h);
 }
 
 // Starts copying all loose lines of a tile to `to`. `tensor` is the whole one.
 template <typename Raw>
-__device__ __forceinline__ void copy_granules(const ProductShape& s, int thread,
-                                              const uint2* table, uint32_t* to,
-                                              const ProductOrigin& origin, const Raw* tensor) {
+__device__ __forceinline__ void copy_granules(const ProductShape& s, int thread, const uint2* table,
+                                              uint32_t* to, const ProductOrigin& origin,
+                                              const Raw* tensor) {
   constexpr int64_t GRANULE = GRANULE_BYTES;
   const Raw* const first = static_cast<const Raw*>(origin.channel);
   const int64_t begin = reinterpret_cast<int64_t>(tensor);

@@ -140,7 +140,6 @@ __device__ __forceinline__ void wgmma_settle(float& x) { asm volatile("" : "+f"(
 // What makes an operand, before wgmma_begin.
 __device__ __forceinline__ void wgmma_settle(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define CONVGEN_P1 "%0,%1,%2,%3"
 #define CONVGEN_P2 CONVGEN_P1 ",%4,%5,%6,%7"

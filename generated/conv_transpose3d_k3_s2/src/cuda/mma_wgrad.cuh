@@ -10,8 +10,8 @@ namespace convgen {
 // ---- Where a thread block works -------------------------------------------------------------
 
 struct ProductBlock {
-  int coarse0, fine0, group;     // first channels, within the group
-  int tap_d, tap_h, tap_w;       // first taps
+  int coarse0, fine0, group;  // first channels, within the group
+  int tap_d, tap_h, tap_w;    // first taps
   int kind, split;
 };
 
@@ -67,9 +67,9 @@ __device__ __forceinline__ uint2 pack_place(int element, int plane, int row, int
                     static_cast<uint32_t>(column) | static_cast<uint32_t>(row) << 16);
 }
 
-// windows[i] = where the window of the i-th quad of a tile's chunks starts in a staged fine channel;
-// behind the last quad 0. Behind a warp's last chunk comes its first one again, that of the next
-// tile. By all threads of a block, like the tables below.
+// windows[i] = where the window of the i-th quad of a tile's chunks starts in a staged fine
+// channel; behind the last quad 0. Behind a warp's last chunk comes its first one again, that of
+// the next tile. By all threads of a block, like the tables below.
 template <int QUAD_PITCH>
 __device__ __forceinline__ void fill_windows(const ProductShape& s, uint32_t* windows) {
   const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
@@ -90,8 +90,7 @@ __device__ __forceinline__ void fill_coarse_table(const ProductShape& s, uint2* 
   const int per_row = s.tile_w / width;
   for (int i = threadIdx.x; i < s.coarse.places; i += blockDim.x) {
     const int row = i / per_row, plane = row / s.tile_h;
-    table[i] =
-        pack_place(i * width, plane, row - plane * s.tile_h, (i - row * per_row) * width);
+    table[i] = pack_place(i * width, plane, row - plane * s.tile_h, (i - row * per_row) * width);
   }
 }
 
@@ -110,8 +109,8 @@ __device__ __forceinline__ void fill_fine_table(const ProductShape& s, uint2* ta
 // Where a tile's part of a tensor starts, as the copies see it.
 struct ProductOrigin {
   const void* channel;  // the block's first one, of the tile's sample
-  int d, h, w;      // may be negative: padding
-  int channels;     // of the group, from that one on
+  int d, h, w;          // may be negative: padding
+  int channels;         // of the group, from that one on
 };
 
 // Both tensors' origins of a tile lie in shared memory, so do those of the tile after it, and last
@@ -198,10 +197,10 @@ __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* 
                       static_cast<unsigned>(y) < static_cast<unsigned>(extent.y) &&
                       static_cast<unsigned>(x) < static_cast<unsigned>(extent.z);
   const unsigned within = inside ? (z * extent.y + y) * extent.z + x : 0;
-  const Raw* const from = static_cast<const Raw*>(origin.channel) +
-                          uint64_t{static_cast<unsigned>(stride)} *
-                              static_cast<unsigned>(valid > 0 ? channel : 0) +
-                          within;
+  const Raw* const from =
+      static_cast<const Raw*>(origin.channel) +
+      uint64_t{static_cast<unsigned>(stride)} * static_cast<unsigned>(valid > 0 ? channel : 0) +
+      within;
   to += (place.x & 0xfffff) + channel * c.pitch;
   if (MOST >= 8 && c.access == 8) {
     if constexpr (MOST >= 8) copy_wide<8>(c, to, from, stride, inside, valid);

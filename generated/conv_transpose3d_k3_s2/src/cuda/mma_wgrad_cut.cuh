@@ -14,9 +14,9 @@ constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 constexpr int LEAST_WARPS = 12, MOST_WARPS = 16, FEW_SUMS = 72;
 constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? MOST_WARPS : LEAST_WARPS; }
 constexpr int PRODUCT_STAGES = 2;
-constexpr int ORIGINS_WORDS = 40;      // of shared memory: see ProductOrigins
+constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
 constexpr int GRANULE_BYTES = 16, GRANULE_WORDS = 4;
-constexpr int COPY_BYTES = 4;  // that an asynchronous copy has at least
+constexpr int COPY_BYTES = 4;          // that an asynchronous copy has at least
 constexpr int LOOSE_RESIDUE = 4;       // of the channel pitch, where lines are loose
 constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
 constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile
@@ -50,8 +50,8 @@ struct ProductShape {
   uint32_t zero;  // see CoarseFragment
 
   // A block's warps: units (coarse tiles x fine tiles x blocks of taps along W, H and D) times
-  // `parts`, which share the chunks of a tile and have a partial result each. Of warps that multiply
-  // together, each part has whole groups: `unit_warps`.
+  // `parts`, which share the chunks of a tile and have a partial result each. Of warps that
+  // multiply together, each part has whole groups: `unit_warps`.
   int units_m, units_n, units_w, units_h, units_d, units, unit_warps, parts;
   Divisor blocks_m, blocks_n, blocks_w, blocks_h, blocks_d;
   int blocks, threads;
@@ -159,11 +159,11 @@ constexpr double PRODUCT_CLOCKS = 1.5;  // of a multiprocessor with all four qua
 constexpr double LEVEL2_BYTES = 28;     // per clock and multiprocessor
 constexpr double TILE_CLOCKS = 300;     // barrier, first loads, last products
 constexpr double WARP_CLOCKS = 6;       // from one instruction of a warp to the next; measured
-// Where groups multiply, in clocks: from the wait for products to the next ones, with loads between;
-// a turn of putting coarse channels in order; from a tile's last copy to its arrival; and what a
-// tile takes beyond what is counted, by the times of tiles of different sizes.
+// Where groups multiply, in clocks: from the wait for products to the next ones, with loads
+// between; a turn of putting coarse channels in order; from a tile's last copy to its arrival; a
+// tile's barriers.
 constexpr double GROUP_LATENCY = 200, ARRANGE_CLOCKS = 120, STAGING_LATENCY = 1500,
-                 GROUP_TILE_CLOCKS = 2500;
+                 GROUP_TILE_CLOCKS = 150;
 constexpr double COARSE_COPY = 4;  // instructions of a coarse copy beside COPY_ONE
 // Instructions: to find a place, to copy a channel there, as a granule.
 constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4, COPY_GRANULE = 12;
@@ -272,9 +272,8 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
 
 inline int64_t count_blocks(const ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
   return ceil_div(ceil_div(s.coarse_channels, t.coarse_tile), cut.m) *
-         ceil_div(ceil_div(s.fine_channels, t.fine_tile), cut.n) *
-         ceil_div(t.tap_blocks_w, cut.w) * ceil_div(t.tap_blocks_h, cut.h) *
-         ceil_div(t.kernel_d, cut.d) * s.groups;
+         ceil_div(ceil_div(s.fine_channels, t.fine_tile), cut.n) * ceil_div(t.tap_blocks_w, cut.w) *
+         ceil_div(t.tap_blocks_h, cut.h) * ceil_div(t.kernel_d, cut.d) * s.groups;
 }
 
 inline int64_t count_tiles(const ProductShape& s, const ProductCut& cut, int64_t batch) {
@@ -304,16 +303,16 @@ inline double group_clocks(const ProductShape& s, const ProductTraits& t, const 
   const double tensor = groups * chunks * product;
   const double copies = double(s.fine.total) * s.fine.channels / WARP;
   const int wavefronts = s.loose ? t.loose_wavefronts : t.fine_wavefronts;
-  const double shared = tensor / 2 + groups * chunks * t.group_warps * wavefronts +
-                        s.stage_words / 32.0 + copies;
+  const double shared =
+      tensor / 2 + groups * chunks * t.group_warps * wavefronts + s.stage_words / 32.0 + copies;
   // A group waits for its products before it loads the next chunk.
   const double serial = chunks * (product + GROUP_LATENCY);
   // Coarse channels are copied, eight at a time, and put in order.
   const double blocks = double(s.chunks) * t.coarse_tile / 8;
   const double coarse = blocks * (COPY_ONE + COARSE_COPY) + s.chunks * COPY_PLACE;
-  const double staging =
-      (s.copy_instructions + coarse / t.staging_warps) * WARP_CLOCKS +
-      blocks * PRODUCT_COLUMNS / (t.staging_warps * WARP) * ARRANGE_CLOCKS + STAGING_LATENCY;
+  const double staging = (s.copy_instructions + coarse / t.staging_warps) * WARP_CLOCKS +
+                         blocks * PRODUCT_COLUMNS / (t.staging_warps * WARP) * ARRANGE_CLOCKS +
+                         STAGING_LATENCY;
   const double level2 = s.stage_words * 4 / LEVEL2_BYTES;
   double most = tensor > shared ? tensor : shared;
   if (serial > most) most = serial;
@@ -460,8 +459,7 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   // Splits: the least time in waves of blocks.
   const int64_t slots = best_cost.resident * multiprocessors;
   const double reduction = cut.parts * reduction_clocks(t, blocks, cut, multiprocessors);
-  const int64_t split_bytes =
-      int64_t{512} * t.fragments * s.units * blocks * s.parts;
+  const int64_t split_bytes = int64_t{512} * t.fragments * s.units * blocks * s.parts;
   int64_t most = PRODUCT_WORKSPACE_LIMIT / split_bytes;
   if (most > PRODUCT_MAX_SPLITS) most = PRODUCT_MAX_SPLITS;
   if (most > tiles) most = tiles;

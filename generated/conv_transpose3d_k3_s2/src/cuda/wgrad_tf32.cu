@@ -531,8 +531,8 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
         unit.d * s.tap_planes * s.rows * s.row_words + unit.h * TAPS_H * tap_row +
         (s.loose ? 0
                  : column_word(unit.w * TAPS_W * TAP_COLUMNS, QUAD_COLUMNS, QUAD_PITCH, ELEMENTS));
-    // Of loose lines: where a unit's taps begin, and from LOOSE_SHIFT on how far within a granule its
-    // lines lie, compared with the block's first.
+    // Of loose lines: where a unit's taps begin, and from LOOSE_SHIFT on how far within a granule
+    // its lines lie, compared with the block's first.
     const uint32_t unit_place =
         unit.w * TAPS_W * DILATION_W |
         within_granule<Raw>(
@@ -566,9 +566,9 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
         load(windows[chunk * CHUNK_QUADS + t]);
         multiply<M_TILES, N_BLOCKS>(x, SharedColumns<1>(stage + chunk * CHUNK), sum);
       };
-      // A chunk's products go on while the next one's windows are loaded, where registers hold both.
-      // ptxas keeps those that products read only where no loop's end lies between these and their
-      // wait, so that a run of chunks ends with all products done.
+      // A chunk's products go on while the next one's windows are loaded, where registers hold
+      // both. ptxas keeps those that products read only where no loop's end lies between these and
+      // their wait, so that a run of chunks ends with all products done.
       int chunk = part;
       if constexpr (OVERLAPS<Product, M_TILES * TAPS_H * TAPS_W, N_BLOCKS>) {
 #pragma unroll 1
@@ -602,7 +602,8 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       const int self = opaque(threadIdx.x / WARP), own = self % s.unit_warps;
       const int kind = opaque(blockIdx.x) % s.blocks, split = opaque(blockIdx.x) / s.blocks;
       const int64_t slice = int64_t{split} * s.parts + self / s.unit_warps;
-      float4* const to = partial + ((slice * s.blocks + kind) * s.units + own) * (FRAGMENTS * WARP) +
+      float4* const to = partial +
+                         ((slice * s.blocks + kind) * s.units + own) * (FRAGMENTS * WARP) +
                          opaque(threadIdx.x) % WARP;
       if (own < s.units) store_sums<FRAGMENTS>(to, sums, i + 1 > s.tiles_per_store);
       until_store = s.tiles_per_store;
