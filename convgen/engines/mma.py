@@ -92,10 +92,12 @@ UNROLL_LIMIT = 1600
 # for wider tiles. Smaller GPUs cut narrower tiles at launch.
 STAGES_LIMIT_BYTES = 200 * 1024
 
-# Staging by way of raw lines (``staging.cuh``), by elements of a word: 32 words are written to a
-# raw buffer, read (those of 16 bits partly by halves) and written to the tile; about 3 instructions
-# are for copying them, 6 or 10 for moving them, and the others for what each item takes.
-NARROW = {1: (3.0, 16.0), 2: (3.5, 19.0)}
+# Staging 16-bit lines by way of raw buffers (``staging.cuh``): passages of 32 words through shared
+# memory (written to a buffer, read, partly by halves, and written to the tile), and instructions
+# (about 3 are for copying them, 10 for moving them, the others for what each item takes).
+NARROW_PAIRS = (3.5, 19.0)
+# And 32-bit ones, element by element.
+NARROW_ELEMENTS = (1.0, 7.0)
 
 
 @dataclass(frozen=True)
@@ -455,7 +457,7 @@ class Mma:
             weight_bytes=32 * blocks * split,
             staged_words=8,
             staged_clocks=60,
-            narrow=NARROW[elements],
+            narrow=NARROW_PAIRS if elements == 2 else NARROW_ELEMENTS,
         )
         size_bytes = MODES[mode].size_bytes
         return gather_prediction(gather, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4)

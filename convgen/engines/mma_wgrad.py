@@ -531,7 +531,7 @@ def wgrad_space(geometry: Geometry, mode: str) -> list[Candidate]:
     if default.group_tiles:
         most = min(MAX_GROUP_BLOCKS, -(-coarse // 8)) if coarse else MAX_GROUP_BLOCKS
         most_m = min(MAX_GROUP_TILES, -(-fine // ROWS)) if fine else MAX_GROUP_TILES
-        tiles_of_groups = [
+        tiles_of_groups: list[tuple[tuple[int, int], ...]] = [
             ((m, blocks),) for m, blocks in product(range(1, most_m + 1), range(2, most + 1))
         ]
         if not coarse:
