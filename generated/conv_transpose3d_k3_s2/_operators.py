@@ -54,7 +54,7 @@ from ._runtime import (
     prepare,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_ad7706be"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_f636c03e"
 NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)

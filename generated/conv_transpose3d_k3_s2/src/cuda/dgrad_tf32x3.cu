@@ -91,7 +91,7 @@ __device__ __forceinline__ void accumulate_d0_h0(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (2, 2, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (0, 2, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h -1, w +0
     Math::A x[2];
@@ -102,7 +102,7 @@ __device__ __forceinline__ void accumulate_d0_h0(
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 3 * SLOT);  // tap (2, 2, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (0, 2, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (0, 2, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +0, w -1
     Math::A x[2];
@@ -111,7 +111,7 @@ __device__ __forceinline__ void accumulate_d0_h0(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (2, 0, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (0, 0, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[2];
@@ -122,7 +122,7 @@ __device__ __forceinline__ void accumulate_d0_h0(
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 9 * SLOT);  // tap (2, 0, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 10 * SLOT);  // tap (0, 0, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 11 * SLOT);  // tap (0, 0, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, true>();
   }
 }
 
@@ -142,7 +142,7 @@ __device__ __forceinline__ void accumulate_d0_h1(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (2, 1, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (0, 1, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[2];
@@ -153,7 +153,7 @@ __device__ __forceinline__ void accumulate_d0_h1(
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 3 * SLOT);  // tap (2, 1, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (0, 1, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (0, 1, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, true>();
   }
 }
 
@@ -172,7 +172,7 @@ __device__ __forceinline__ void accumulate_d1_h0(
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (1, 2, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h -1, w +0
     Math::A x[1];
@@ -181,7 +181,7 @@ __device__ __forceinline__ void accumulate_d1_h0(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (1, 2, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 2 * SLOT);  // tap (1, 2, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +0, w -1
     Math::A x[1];
@@ -189,7 +189,7 @@ __device__ __forceinline__ void accumulate_d1_h0(
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (1, 0, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[1];
@@ -198,7 +198,7 @@ __device__ __forceinline__ void accumulate_d1_h0(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (1, 0, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (1, 0, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, true>();
   }
 }
 
@@ -217,7 +217,7 @@ __device__ __forceinline__ void accumulate_d1_h1(
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (1, 1, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[1];
@@ -226,7 +226,7 @@ __device__ __forceinline__ void accumulate_d1_h1(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (1, 1, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 2 * SLOT);  // tap (1, 1, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, true>();
   }
 }
 

@@ -89,7 +89,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (d, 0, 0)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +0, w +1
     Math::A x[2];
@@ -97,7 +97,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (d, 0, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +0, w +2
     Math::A x[2];
@@ -105,7 +105,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 2 * SLOT);  // tap (d, 0, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +1, w +0
     Math::A x[2];
@@ -113,7 +113,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (d, 1, 0)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +1, w +1
     Math::A x[2];
@@ -121,7 +121,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (d, 1, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +1, w +2
     Math::A x[2];
@@ -129,7 +129,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 5 * SLOT);  // tap (d, 1, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +2, w +0
     Math::A x[2];
@@ -137,7 +137,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (d, 2, 0)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +2, w +1
     Math::A x[2];
@@ -145,7 +145,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (d, 2, 1)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, false>();
   }
   {  // h +2, w +2
     Math::A x[2];
@@ -153,7 +153,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 8 * SLOT);  // tap (d, 2, 2)
-    end_column<Math, CHANNELS, VARIANTS>();
+    end_column<Math, CHANNELS, VARIANTS, true>();
   }
 }
 

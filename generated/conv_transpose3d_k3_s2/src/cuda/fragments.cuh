@@ -146,16 +146,18 @@ __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
 // Around the taps of one column, whose fragments have been loaded. Where registers hold the
 // fragments of two columns, a column's products go on while the next fragments are loaded, and
 // those of the column before it end here. They hold only one in 3xTF32 (FLUSH), and of 16-bit
-// channels beside the sums of several phases.
+// channels beside the sums of several phases. After the last column before a loop goes round (LAST)
+// all products have ended: ptxas keeps the registers that they read only as far as there is no
+// branch, and gives them to the next column's fragments beyond it.
 template <int CHANNELS>
 __device__ __forceinline__ void begin_column() {
   if constexpr (BY_GROUPS<CHANNELS>) wgmma_begin();
 }
 
-template <class Math, int CHANNELS, int VARIANTS>
+template <class Math, int CHANNELS, int VARIANTS, bool LAST>
 __device__ __forceinline__ void end_column() {
   if constexpr (BY_GROUPS<CHANNELS>) {
-    constexpr bool ONE = Math::FLUSH || (Math::CHANNELS > 1 && VARIANTS > 1);
+    constexpr bool ONE = LAST || Math::FLUSH || (Math::CHANNELS > 1 && VARIANTS > 1);
     wgmma_commit();
     wgmma_wait<ONE ? 0 : 1>();
   }

@@ -17,10 +17,14 @@ constexpr int MULTIPLYING_REGISTERS = 144, STAGING_REGISTERS = 4 * 128 - 3 * MUL
 constexpr int RUN = 4;
 
 // Whether a lane has registers for the operands of two chunks beside its sums, of TILES tiles of 16
-// rows and N_BLOCKS x 8 columns each. In 16 bits there is also what operands are made of.
-template <class Product, int TILES, int N_BLOCKS>
-constexpr bool OVERLAPS =
-    TILES * 4 * (N_BLOCKS + 2 * PRODUCT_STEPS<Product>)+(Product::ELEMENTS == 2 ? 16 : 0) <= 120;
+// rows and N_BLOCKS x 8 columns each. In 16 bits there is also what operands are made of; in TF32
+// neighbouring taps share it only where they are as far apart as positions.
+template <class Product, int TILES, int N_BLOCKS, bool SHARED>
+constexpr bool OVERLAPS = TILES * 4 *
+                              (N_BLOCKS + 2 * PRODUCT_STEPS<Product>)+(Product::ELEMENTS == 2 ? 16
+                                                                       : SHARED ? 0
+                                                                                : 8) <=
+                          120;
 
 // Launch bound where there is wgmma, and where the kernel is empty. The host tells devices apart by
 // it.

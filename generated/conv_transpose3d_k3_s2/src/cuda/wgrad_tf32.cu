@@ -570,7 +570,8 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       // both. ptxas keeps those that products read only where no loop's end lies between these and
       // their wait, so that a run of chunks ends with all products done.
       int chunk = part;
-      if constexpr (OVERLAPS<Product, M_TILES * TAPS_H * TAPS_W, N_BLOCKS>) {
+      if constexpr (OVERLAPS<Product, M_TILES * TAPS_H * TAPS_W, N_BLOCKS,
+                             TAP_COLUMNS == POSITION_COLUMNS>) {
 #pragma unroll 1
         for (; chunk + (RUN - 1) * s.parts < s.chunks; chunk += s.parts) {
 #pragma unroll
