@@ -25,7 +25,6 @@ from interpreted import (
     solve_exactly,
 )
 
-from convgen import interpret
 from convgen.dtypes import DTYPES, MODES
 from convgen.engines import Engine
 from convgen.engines.mma import ENGINE as MMA
@@ -183,7 +182,7 @@ WGMMA_CASES = [
 @cache
 def library(case: Case, mode: str) -> Path:
     sources = engine_sources(case.spec, case.dtype, case.contractions)
-    return interpret.library(case.library, sources, mode)
+    return compile_interpreted(case.library, sources, mode)
 
 
 @pytest.mark.parametrize("case", [*CASES, *MMA_CASES], ids=str)
@@ -307,7 +306,7 @@ def test_other_schedules_agree_with_float64(
             else replace(default, unroll=style, rows=rows, channels=(channels,))
         )
     sources = engine_sources(case.spec, case.dtype, ("fprop", "dgrad"), schedules)
-    loaded = Library(interpret.library(f"{case.library}_{style}{rows}", sources, "checked"))
+    loaded = Library(compile_interpreted(f"{case.library}_{style}{rows}", sources, "checked"))
     for given in case.problems():
         if given.contraction in ("fprop", "dgrad"):
             solve(loaded, given)
@@ -371,7 +370,7 @@ def test_a_call_takes_the_rows_of_its_channels() -> None:
         assert "opaque(1)" in after
         buggy = before + after.replace("opaque(1)", "opaque(2)", 1)
         loaded = Library(
-            interpret.library(f"buggy_rows_{rows}", {**sources, file: buggy}, "checked")
+            compile_interpreted(f"buggy_rows_{rows}", {**sources, file: buggy}, "checked")
         )
         problems = [given for given in case.problems() if given.contraction == "fprop"]
         for given in problems:
@@ -404,7 +403,7 @@ def plant(contraction: str, file: str, pattern: str, replacement: str) -> Librar
     sources = engine_sources(BUGGY.spec, BUGGY.dtype, (contraction,))
     text, count = re.subn(pattern, replacement, sources[file], count=1)
     assert count == 1
-    path = interpret.library(f"buggy_{contraction}", {**sources, file: text}, "checked")
+    path = compile_interpreted(f"buggy_{contraction}", {**sources, file: text}, "checked")
     return Library(path)
 
 

@@ -15,8 +15,8 @@ import torch
 from interpreted import Fault, Library, Problem, engine_sources, problem, solve
 from torch import Tensor
 
-from convgen import interpret
 from convgen.engines.mma import ENGINE as MMA
+from convgen.interpret import library as compile_interpreted
 from convgen.spec import ConvSpec
 
 INPUT = {"fprop": "fine", "dgrad": "coarse"}
@@ -57,8 +57,8 @@ def library(stride: int, kind: str, contraction: str, architecture: str) -> Path
     files = sources(stride, kind, contraction, architecture)
     name = f"staging_{stride}_{contraction}_{kind}_{architecture}"
     if architecture == "90a":
-        return interpret.library(name, files, "checked", architecture=architecture)
-    return interpret.library(name, files, "checked")
+        return compile_interpreted(name, files, "checked", architecture=architecture)
+    return compile_interpreted(name, files, "checked")
 
 
 def problems(stride: int, kind: str, contraction: str) -> list[Problem]:
@@ -136,6 +136,6 @@ def test_lines_that_are_moved_too_early_are_caught(statement: str, report: str) 
     files = sources(2, "bf16tc", "fprop", "80")
     assert statement in files["staging.cuh"]
     text = files["staging.cuh"].replace(statement, statement.partition(";")[2])
-    path = interpret.library("buggy_staging", {**files, "staging.cuh": text}, "checked")
+    path = compile_interpreted("buggy_staging", {**files, "staging.cuh": text}, "checked")
     with pytest.raises(Fault, match=report):
         solve(Library(path), problems(2, "bf16tc", "fprop")[0])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import Library, Problem, engine_sources, problem, solve, solve_exactly
 
-from convgen import interpret, toolchain
+from convgen import toolchain
 from convgen.dtypes import MODES
 from convgen.engines.mma_wgrad import (
     WgradSchedule,
@@ -26,6 +26,7 @@ from convgen.engines.mma_wgrad import (
     wgrad_refusal,
     wgrad_schedule,
 )
+from convgen.interpret import library as compile_interpreted
 from convgen.spec import ConvSpec, Geometry
 
 LIMITS = {"tf32": 5e-4, "tf32x3": 2e-6, "f16tc": 6e-4, "bf16tc": 5e-3}
@@ -232,7 +233,7 @@ RUNS += [
 def library(spec: ConvSpec, mode: str, checks: str, architecture: str = "80") -> Path:
     sources = engine_sources(spec, mode, ("wgrad",))
     name = f"{spec.name}_{mode}_wgrad" + ("" if architecture == "80" else f"_{architecture}")
-    return interpret.library(name, sources, checks, architecture=architecture)
+    return compile_interpreted(name, sources, checks, architecture=architecture)
 
 
 @pytest.mark.parametrize(("case", "mode", "architecture"), RUNS)
@@ -252,7 +253,7 @@ def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[i
     schedule = replace(wgrad_schedule(spec.geometry, "bf16tc"), group_taps=taps, group_tiles=tiles)
     assert not wgrad_refusal(spec.geometry, "bf16tc", schedule)
     sources = engine_sources(spec, "bf16tc", ("wgrad",), {("wgrad", "bf16tc"): schedule})
-    loaded = Library(interpret.library("group_tiles", sources, architecture="90a"))
+    loaded = Library(compile_interpreted("group_tiles", sources, architecture="90a"))
     for made in Case(spec, (), ((2, (20, 33), (3, 5, 9)),)).problems("bf16tc"):
         solve(loaded, made)
         assert made.error() <= LIMITS["bf16tc"]
