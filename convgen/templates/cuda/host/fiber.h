@@ -149,7 +149,7 @@ class StackCache {
   }
 
  private:
-  static constexpr int MOST = 256;  // kept stacks
+  static constexpr int MOST = 128;  // kept stacks: two mappings each, of 65530 in a process
   std::mutex mutex_;
   std::vector<Stacks*> free_;
 };
