@@ -54,7 +54,7 @@ class Case:
         return f"{self.spec.name}-{self.dtype}"
 
     @property
-    def library(self) -> str:
+    def stem(self) -> str:
         return f"{self.spec.name}_{self.dtype}"
 
     @property
@@ -182,7 +182,7 @@ WGMMA_CASES = [
 @cache
 def library(case: Case, mode: str) -> Path:
     sources = engine_sources(case.spec, case.dtype, case.contractions)
-    return compile_interpreted(case.library, sources, mode)
+    return compile_interpreted(case.stem, sources, mode)
 
 
 @pytest.mark.parametrize("case", [*CASES, *MMA_CASES], ids=str)
@@ -306,7 +306,7 @@ def test_other_schedules_agree_with_float64(
             else replace(default, unroll=style, rows=rows, channels=(channels,))
         )
     sources = engine_sources(case.spec, case.dtype, ("fprop", "dgrad"), schedules)
-    loaded = Library(compile_interpreted(f"{case.library}_{style}{rows}", sources, "checked"))
+    loaded = Library(compile_interpreted(f"{case.stem}_{style}{rows}", sources, "checked"))
     for given in case.problems():
         if given.contraction in ("fprop", "dgrad"):
             solve(loaded, given)
@@ -352,7 +352,7 @@ def test_every_number_of_channels_has_rows_of_its_own(
     case: Case, style: str, architecture: str
 ) -> None:
     sources = engine_sources(case.spec, case.dtype, GATHERS, tiles_of(case, style))
-    name = f"{case.library}_rows_{architecture}"
+    name = f"{case.stem}_rows_{architecture}"
     loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
     for given in case.problems():
         if given.contraction in GATHERS:

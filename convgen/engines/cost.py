@@ -138,6 +138,10 @@ def memory_ms(geometry: Geometry, problem: Problem, element_bytes: int, gpu: Gpu
     return 1e3 * elements * element_bytes / gpu.memory_bytes_per_s
 
 
+NARROW_ELEMENTS = (1.0, 7.0)
+"""``Warp.narrow`` where lines are staged element by element."""
+
+
 @dataclass(frozen=True)
 class Warp:
     """What one warp of a gather engine is: ``lanes`` positions by ``channels`` output channels.
@@ -161,7 +165,7 @@ class Warp:
     staged_words: int
     """Words that the counts above are for, and what it takes to go on to the next ones."""
     staged_clocks: float
-    narrow: tuple[float, float] = (1.0, 7.0)
+    narrow: tuple[float, float] = NARROW_ELEMENTS
     """What staging 32 words takes where lines of the input allow no wide access: times that they
     pass through shared memory, and instructions. Wide accesses take a quarter of 7 instructions."""
 

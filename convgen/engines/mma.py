@@ -17,6 +17,7 @@ from convgen.dtypes import MODES
 from convgen.engines import Candidate, KernelPlan, schedule_from
 from convgen.engines.cost import (
     H200,
+    NARROW_ELEMENTS,
     Gpu,
     Prediction,
     Problem,
@@ -96,8 +97,6 @@ STAGES_LIMIT_BYTES = 200 * 1024
 # memory (written to a buffer, read, partly by halves, and written to the tile), and instructions
 # (about 3 are for copying them, 10 for moving them, the others for what each item takes).
 NARROW_PAIRS = (3.5, 19.0)
-# And 32-bit ones, element by element.
-NARROW_ELEMENTS = (1.0, 7.0)
 
 
 @dataclass(frozen=True)

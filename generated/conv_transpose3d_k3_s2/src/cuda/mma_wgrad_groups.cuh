@@ -153,7 +153,7 @@ __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread
   using Rows = CoarseRows<Product, N_BLOCKS>;
   const int shares = s.chunks * N_BLOCKS * PRODUCT_COLUMNS;
 #pragma unroll 2
-  for (int i = thread; i < shares; i += STAGING_WARPS * WARP) {  // two on their way
+  for (int i = thread; i < shares; i += STAGING_WARPS * WARP) {
     Rows::arrange(to + Rows::row(i / PRODUCT_COLUMNS, i % PRODUCT_COLUMNS));
   }
 }
