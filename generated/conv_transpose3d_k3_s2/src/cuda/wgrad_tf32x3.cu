@@ -127,6 +127,16 @@ __device__ __forceinline__ void accumulate(const uint32_t* coarse, int half_rows
   }
 }
 
+// What the specification says of a cut, whichever kernel it is for.
+ProductTraits specified_traits() {
+  ProductTraits t;
+  t.kernel_d = KERNEL_D, t.kernel_h = KERNEL_H;
+  t.stride_d = STRIDE_D, t.stride_h = STRIDE_H, t.stride_w = STRIDE_W;
+  t.dilation_d = DILATION_D, t.dilation_h = DILATION_H, t.dilation_w = DILATION_W;
+  t.element_bytes = sizeof(T);
+  return t;
+}
+
 // Operands that are split take the registers that few sums leave.
 template <int M_TILES, int N_TILES>
 constexpr int BLOCK_WARPS =
@@ -302,17 +312,13 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
 
 template <int M_TILES, int N_TILES>
 ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
-  ProductTraits t;
-  t.kernel_d = KERNEL_D, t.kernel_h = KERNEL_H;
-  t.stride_d = STRIDE_D, t.stride_h = STRIDE_H, t.stride_w = STRIDE_W;
-  t.dilation_d = DILATION_D, t.dilation_h = DILATION_H, t.dilation_w = DILATION_W;
+  ProductTraits t = specified_traits();
   t.taps_h = TAPS_H, t.taps_w = TAPS_W, t.tap_blocks_h = TAP_BLOCKS_H,
   t.tap_blocks_w = TAP_BLOCKS_W;
   t.coarse_tile = M_TILES * PRODUCT_ROWS, t.fine_tile = N_TILES * PRODUCT_COLUMNS;
   t.fragments = M_TILES * N_TILES * TAPS_H * TAPS_W;
   t.products = t.fragments * PRODUCT_STEPS<Product> * (Product::SPLIT ? 3 : 1);
   t.warps = BLOCK_WARPS<M_TILES, N_TILES>;
-  t.element_bytes = sizeof(T);
   t.quad_columns = QUAD_COLUMNS, t.quad_pitch = QUAD_PITCH, t.window_columns = WINDOW_COLUMNS;
   t.tap_columns = TAP_COLUMNS, t.column_align = COLUMN_ALIGN;
   t.joins_w = false;
