@@ -1,4 +1,4 @@
-"""What the compiler does with registers that wgmma still reads. Needs nvdisasm (CUDA toolkit).
+"""What the compiler does with registers that wgmma still reads, by nvdisasm.
 
 A product's first operand comes from registers, which it may read until a wait ends it. ptxas knows
 that only as far as there is no branch: in a loop it has given them to the next loads, and results
@@ -7,9 +7,12 @@ were wrong. So the machine code is searched for writes to them, along all paths.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,6 @@ from interpreted import engine_sources
 
 from convgen import toolchain
 from convgen.spec import ConvSpec
-
-pytestmark = pytest.mark.skipif(shutil.which("nvdisasm") is None, reason="needs nvdisasm")
 
 UP = "conv_transpose3d"
 SPECS = [
@@ -47,6 +48,16 @@ def cubin(folder: Path, spec: ConvSpec, contraction: str, fault: tuple[str, str]
     environment = toolchain.build_environment()
     subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment)
     return folder / "unit.cubin"
+
+
+@cache
+def disassembler() -> str:
+    """nvdisasm of the CUDA toolkit, or of the pip wheel that the test extra has."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    wheels = [str(path) for folder in folders for path in folder.glob("cu*/bin")]
+    found = shutil.which("nvdisasm", path=os.pathsep.join([os.environ.get("PATH", ""), *wheels]))
+    return found or pytest.skip("needs nvdisasm, of the CUDA toolkit or nvidia-cuda-nvdisasm")
 
 
 def written(instruction: str) -> set[int]:
@@ -104,7 +115,7 @@ def overwritten(text: str) -> tuple[int, list[str]]:
 
 
 def search(path: Path) -> tuple[int, list[str]]:
-    done = subprocess.run(["nvdisasm", "-c", path], check=True, capture_output=True, text=True)
+    done = subprocess.run([disassembler(), "-c", path], check=True, capture_output=True, text=True)
     kernels = re.split(r"\n\s*\.section\s+\.text\.", done.stdout)[1:]
     results = [overwritten(kernel) for kernel in kernels]
     return sum(count for count, _ in results), [line for _, found in results for line in found]

@@ -54,7 +54,7 @@ from ._runtime import (
     prepare,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_40fb935f"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_450eb531"
 NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)

@@ -179,6 +179,20 @@ __device__ __forceinline__ void copy_wide(const ProductCopies& c, Raw* to, const
   } while ((left -= ACCESS) > 0);
 }
 
+// Staged columns are POSITION_COLUMNS for each position, STEP apart in the tensor, whose positions
+// are STRIDE apart.
+template <int POSITION_COLUMNS, int STRIDE, int STEP>
+struct StagedColumn {
+  // Where a staged column (0 and up) lies in the tensor.
+  __device__ static __forceinline__ int offset(int column) {
+    if constexpr (POSITION_COLUMNS * STEP == STRIDE) {
+      return column * STEP;
+    } else {
+      return column / POSITION_COLUMNS * STRIDE + column % POSITION_COLUMNS * STEP;
+    }
+  }
+};
+
 // Copies the index-th (place, block of channels) of a tile to `to`. The tensor's planes, rows and
 // columns between those of places lie `steps` apart; Column maps a staged column to the tensor's.
 // No access has more than MOST elements.

@@ -58,18 +58,12 @@ constexpr int SHIFT = 0, COLUMN_ALIGN = 4;
 constexpr int WINDOW_VECTORS = 3, VECTOR = 4;
 constexpr int WINDOW_COLUMNS = WINDOW_VECTORS * VECTOR * Product::ELEMENTS;
 
-struct FineColumn {
-  __device__ static __forceinline__ int offset(int column) {
-    return column * COLUMN_STEP;
-  }
-};
+using FineColumn = StagedColumn<POSITION_COLUMNS, STRIDE_W, COLUMN_STEP>;
 
 // Chunks after which sums leave the tensor cores, which truncate when they add, for sums in fp32.
 constexpr int FLUSH = 4;
 
-struct CoarseColumn {
-  __device__ static __forceinline__ int offset(int column) { return column; }
-};
+using CoarseColumn = StagedColumn<1, 1, 1>;
 
 template <int M_TILES, int N_TILES>
 using Sums = float[N_TILES][TAPS_H][TAPS_W][M_TILES][4];
