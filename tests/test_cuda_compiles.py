@@ -139,6 +139,8 @@ def compile_unit(
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
     assert "warning" not in log, log
+    # ptxas says so where products by wgmma wait for each other.
+    assert "Potential Performance Loss" not in log, log
     kernels = toolchain.ptxas_resources(log)
     main = [k.architecture for k in kernels if f"{plan.contraction}_kernel" in k.kernel]
     assert sorted(main) == sorted(architectures * kernels_of(plan)), log
@@ -174,6 +176,25 @@ def test_what_was_measured_on_sm_90a_brings_no_spills_to_sm_90(
         for kernel in compile_unit(tmp_path, plan, {"90": ["90"]}):
             assert not kernel.spills, kernel
             assert kernel.registers <= REGISTERS, kernel
+
+
+@pytest.mark.parametrize(
+    ("kind", "tiles"),
+    [("tf32", ((3, 48), (2, 64))), ("bf16tc", ((3, 48),)), ("tf32x3", ((2, 32),))],
+)
+def test_three_groups_of_warps_have_registers_enough(
+    kind: str, tiles: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    """With as many as a schedule may have."""
+    layer = spec(UP, 3)
+    default = MMA.plan(layer.geometry, "dgrad", kind)
+    plan = replace(default, schedule=replace(default.schedule, tiles=tiles, groups=3))
+    assert MMA.refusal(plan, ["90a"]) == ""
+    found = {("dgrad", kind): plan.schedule}
+    for name, text in engine_sources(layer, kind, ("dgrad",), found).items():
+        (tmp_path / name).write_text(text)
+    for kernel in compile_unit(tmp_path, plan, {"90a": ["90a"]}):
+        assert not kernel.spills, kernel
 
 
 def test_every_style_of_kernel_is_compiled() -> None:

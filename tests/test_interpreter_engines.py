@@ -196,13 +196,15 @@ def test_checked_kernels_agree_with_float64(case: Case) -> None:
 GATHERS = ("fprop", "dgrad")
 
 
-def grouped(case: Case, contractions: tuple[str, ...] = GATHERS) -> dict[str, str]:
+def grouped(case: Case, contractions: tuple[str, ...] = GATHERS, groups: int = 2) -> dict[str, str]:
     """Sources with enough channels per warp that warps multiply in groups."""
     schedules = {}
     for contraction in contractions:
         default = MMA.plan(case.spec.geometry, contraction, case.dtype).schedule
+        if contraction == "wgrad":
+            continue  # by groups wherever it can be
         (rows, _), *_ = default.tiles
-        schedules[contraction, case.dtype] = replace(default, tiles=((rows, 24),))
+        schedules[contraction, case.dtype] = replace(default, tiles=((rows, 24),), groups=groups)
     return engine_sources(case.spec, case.dtype, contractions, schedules)
 
 
@@ -217,6 +219,36 @@ def test_groups_of_warps_agree_with_float64(case: Case) -> None:
         if given.contraction in GATHERS:
             solve(loaded, given)
             given.check()
+
+
+# Three groups beside one crew that stages: by copies of elements and wide ones, with raw lines,
+# with sums that leave the tensor cores, and several phases.
+THREE_GROUPS = [WGMMA_CASES[i] for i in (0, 2, 3, 4, 6, 9, -2)]
+
+
+@pytest.mark.parametrize("case", THREE_GROUPS, ids=str)
+def test_three_groups_of_warps_agree_with_float64(case: Case) -> None:
+    name = f"{case.spec.name}_{case.dtype}_three"
+    loaded = Library(compile_sm_90a(name, grouped(case, groups=3)))
+    for given in case.problems():
+        if given.contraction in GATHERS:
+            solve(loaded, given)
+            given.check()
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
+    """As compiled for racecheck, whose tool does not follow named barriers."""
+    for case in (WGMMA_CASES[3], WGMMA_CASES[-2]):
+        sources = grouped(case, (*GATHERS, "wgrad"))
+        macro = "#define CONVGEN_RACECHECK\n"
+        sources = {**sources, "releases.cuh": macro + sources["releases.cuh"]}
+        name = f"{case.stem}_racecheck_{architecture}"
+        loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+        for given in case.problems():
+            if given.contraction != "bgrad":
+                solve(loaded, given)
+                given.check()
 
 
 def test_products_that_nothing_waits_for_are_caught() -> None:

@@ -96,6 +96,20 @@ class TestSpace:
         assert "tiles are told apart by their channels" in refusal((3, 48), (4, 48))
         assert "tiles are told apart by their channels" in refusal()
 
+    def test_three_groups_of_warps_are_for_tiles_that_leave_them_registers(self) -> None:
+        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+
+        def refusal(groups: int, *tiles: tuple[int, int]) -> str:
+            schedule = replace(plan.schedule, groups=groups, tiles=tiles)
+            return engine.refusal(replace(plan, schedule=schedule), ["90a"])
+
+        assert refusal(2, (4, 48)) == refusal(3, (3, 48), (6, 16)) == ""
+        assert "spill" in refusal(3, (4, 48))
+        assert "24 channels or more" in refusal(3, (6, 16))
+        assert "2 or 3 groups" in refusal(4, (3, 48))
+        space = engine.space(plan.geometry, "dgrad", "tf32")
+        assert {c.schedule.groups for c in space if not c.refusal} == {2, 3}
+
     def test_a_prediction_is_that_of_the_tile_which_the_call_takes(self) -> None:
         engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 

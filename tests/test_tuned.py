@@ -220,7 +220,8 @@ def test_this_version_can_have_every_schedule_of_the_packages_tables() -> None:
         kinds = {kind: engine for engine, kind in units("cuda", geometry, ["f32", "bf16"])}
         engine = kinds[each.kind]
         schedule = engine.read_schedule(each.contraction, each.schedule)
-        assert as_json(schedule) == each.schedule
+        # Fields that came later have their defaults.
+        assert as_json(schedule) == as_json(schedule) | dict(each.schedule)
         plan = KernelPlan(geometry, each.contraction, each.kind, engine.name, schedule)
         assert engine.refusal(plan) == "", each
 

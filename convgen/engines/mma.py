@@ -80,9 +80,14 @@ SPILL_FREE_REGISTERS = {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84}
 # Where warps trade registers (sm_90a), those that multiply together keep more. A tuned schedule may
 # count on it; no default does, which must suit every GPU.
 GROUP_CHANNELS = 24  # GROUP_LEAST_CHANNELS of the templates
+LONE_WARPS = 8  # that multiply each for itself in a thread block
 GROUPED_ARCHITECTURE = "90a"
 PRODUCTS_GROUPED = {"tf32": 24, "tf32x3": 12, "f16tc": 24, "bf16tc": 24}
 GROUPED_REGISTERS = {"tf32": 120, "tf32x3": 128, "f16tc": 120, "bf16tc": 120}
+# Three groups have 152 registers for each thread instead of 184, and keep the fragments of one
+# column instead of two. With more than this ptxas spills.
+GROUPS = (2, 3)
+THREE_GROUPS_REGISTERS = {"tf32": 92, "tf32x3": 96, "f16tc": 92, "bf16tc": 92}
 # What the model chooses must be faster than the rule's by more than the model may be wrong.
 MODEL_MARGIN = 0.85
 # Multiply instructions of an unrolled pass, over all phases: 16 bytes each, with about as many
@@ -106,12 +111,16 @@ class GatherTiles:
     As :class:`convgen.engines.gather.GatherSchedule`, but each number of output channels has its
     own register rows: a tile is (rows, channels), all of them are compiled, and a call takes the
     one whose channels suit it best.
+
+    ``groups`` is how many times four warps multiply in a thread block where they do so together
+    (sm_90a, 24 or more channels): 2, or 3 with fewer registers each.
     """
 
     unroll: str
     row_axis: str
     variants: int
     tiles: tuple[tuple[int, int], ...]
+    groups: int = 2
 
     def gather(self, tile: tuple[int, int]) -> GatherSchedule:
         """What a warp does with one of the tiles."""
@@ -158,7 +167,9 @@ def _products(gather: GatherSchedule) -> int:
 
 def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
     """Why a gather cannot have a schedule by default; empty if it can."""
-    return _first_refusal(schedule, lambda gather: _unfit(geometry, contraction, mode, gather))
+    return _first_refusal(
+        schedule, lambda gather: _unfit(geometry, contraction, mode, gather)
+    ) or _three_groups_refusal(geometry, contraction, mode, schedule)
 
 
 def _tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
@@ -171,7 +182,9 @@ def _tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: Ga
         most = PRODUCTS_GROUPED[mode]
         return _misfit(geometry, contraction, mode, gather, most, GROUPED_REGISTERS[mode])
 
-    return _first_refusal(schedule, refusal)
+    return _first_refusal(schedule, refusal) or _three_groups_refusal(
+        geometry, contraction, mode, schedule
+    )
 
 
 def _first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], str]) -> str:
@@ -180,6 +193,25 @@ def _first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], st
     if not sizes or len(sizes) < len(schedule.tiles):
         return "tiles are told apart by their channels: each has a number of its own"
     return next(filter(None, map(refusal, schedule.gathers)), "")
+
+
+def _three_groups_refusal(
+    geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles
+) -> str:
+    """Why a schedule cannot have its number of groups of warps; empty if it can."""
+    if schedule.groups not in GROUPS:
+        return f"a thread block has {' or '.join(map(str, GROUPS))} groups of warps that multiply"
+    if schedule.groups == GROUPS[0]:
+        return ""
+    if not any(map(_grouped, schedule.gathers)):
+        return f"three groups of warps need a tile of {GROUP_CHANNELS} channels or more"
+
+    def refusal(gather: GatherSchedule) -> str:
+        if not _grouped(gather):
+            return ""
+        return _spills(geometry, contraction, mode, gather, THREE_GROUPS_REGISTERS)
+
+    return _first_refusal(schedule, refusal)
 
 
 def _unfit(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
@@ -352,6 +384,7 @@ class Mma:
         "common.cuh": "cuda/simt/common.cuh",
         "gather.cuh": "cuda/simt/gather.cuh",
         "pipeline.cuh": "cuda/pipeline.cuh",
+        "releases.cuh": "cuda/mma/releases.cuh",
         "mma.cuh": "cuda/mma/mma.cuh",
         "tf32.cuh": "cuda/mma/tf32.cuh",
         "math.cuh": "cuda/mma/math.cuh",
@@ -382,8 +415,11 @@ class Mma:
             sizes = list(UNKNOWN_CHOICES)
         # One number of rows: layers that want several combine what each of them wants.
         schedules = [
-            replace(default, unroll=style, tiles=tuple((rows, 8 * b) for b in blocks))
+            replace(
+                default, unroll=style, tiles=tuple((rows, 8 * b) for b in blocks), groups=groups
+            )
             for style, rows, blocks in product(STYLES, (1, 2, 3, 4, 6, 8), sizes)
+            for groups in (GROUPS if 8 * max(blocks) >= GROUP_CHANNELS else GROUPS[:1])
         ]
 
         def spills(gather: GatherSchedule) -> str:
@@ -446,7 +482,7 @@ class Mma:
         warp = Warp(
             lanes=16,
             channels=channels,
-            warps=8,
+            warps=4 * plan.schedule.groups if grouped else LONE_WARPS,
             # Four loads of a fragment, and the rounding or splitting of its words.
             load=(4, {"tf32": 8, "tf32x3": 24}.get(mode, 4)),
             weight=weight,

@@ -54,7 +54,7 @@ from ._runtime import (
     prepare,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_450eb531"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_6c446b0f"
 NAMESPACE += VARIANT
 
 KERNEL_SIZE = (3, 3, 3)

@@ -1,8 +1,8 @@
   // dgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"row_axis": "d", "tiles": [[1, 32], [1, 24], [1, 16]], "unroll": "taps", "variants":
-//   2}
+// Schedule: {"groups": 2, "row_axis": "d", "tiles": [[1, 32], [1, 24], [1, 16]], "unroll": "taps",
+//   "variants": 2}
 //
 //   fine[n, b, o] = bias[b] +
 //       sum over a, t of coarse[n, a, (o + PADDING - t * DILATION) / STRIDE] * weight[a, b, t]
@@ -72,8 +72,10 @@ __device__ const int SLOT_TAP[] = {
     13};
 __device__ const int REGION_FIRST[] = {0, 12, 18, 24, 27};
 __device__ const int PHASE_REGION[] = {0, 1, 2, 3};
-// Shared memory of the consumers' outputs.
-constexpr int SCRATCH_WORDS = CONSUMER_WARPS * OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS>;
+// Groups of four warps that multiply together, where a device has that.
+constexpr int GROUPS_OF_WARPS = 2;
+// Shared memory of the outputs of a warp that multiplies.
+constexpr int SCRATCH_WORDS = OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS>;
 
 // Every tap of d phase 0, h phase 0, for 8 input words.
 template <int CHANNELS>
@@ -82,47 +84,48 @@ __device__ __forceinline__ void accumulate_d0_h0(
     const int (&position)[2],
     float (&acc)[VARIANTS][1][CHANNELS / MMA_COLUMNS][4]) {
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
-  [[maybe_unused]] const int row_pitch = opaque(s.row_pitch), plane_pitch = opaque(s.plane_pitch);
-  const int quarter = opaque(4 * s.channel_pitch);  // half the words of a product
+  [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
+  [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
   {  // h -1, w -1
     Math::A x[2];
-    const Word* column = tile + opaque(0);
+    const Word* column = tile + tile_offset<CHANNELS>(0);
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (2, 2, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (0, 2, 2)
-    end_column<Math, CHANNELS, VARIANTS, false>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h -1, w +0
     Math::A x[2];
-    const Word* column = tile + opaque(1);
+    const Word* column = tile + tile_offset<CHANNELS>(1);
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 2 * SLOT);  // tap (2, 2, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 3 * SLOT);  // tap (2, 2, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (0, 2, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (0, 2, 1)
-    end_column<Math, CHANNELS, VARIANTS, false>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +0, w -1
     Math::A x[2];
-    const Word* column = tile + opaque(0 + 1 * row_pitch);
+    const Word* column = tile + tile_offset<CHANNELS>(0 + 1 * row_pitch);
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (2, 0, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (0, 0, 2)
-    end_column<Math, CHANNELS, VARIANTS, false>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[2];
-    const Word* column = tile + opaque(1 + 1 * row_pitch);
+    const Word* column = tile + tile_offset<CHANNELS>(1 + 1 * row_pitch);
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 8 * SLOT);  // tap (2, 0, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 9 * SLOT);  // tap (2, 0, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 10 * SLOT);  // tap (0, 0, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 11 * SLOT);  // tap (0, 0, 1)
-    end_column<Math, CHANNELS, VARIANTS, true>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
   }
 }
 
@@ -133,27 +136,28 @@ __device__ __forceinline__ void accumulate_d0_h1(
     const int (&position)[2],
     float (&acc)[VARIANTS][1][CHANNELS / MMA_COLUMNS][4]) {
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
-  [[maybe_unused]] const int row_pitch = opaque(s.row_pitch), plane_pitch = opaque(s.plane_pitch);
-  const int quarter = opaque(4 * s.channel_pitch);  // half the words of a product
+  [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
+  [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
   {  // h +0, w -1
     Math::A x[2];
-    const Word* column = tile + opaque(0);
+    const Word* column = tile + tile_offset<CHANNELS>(0);
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (2, 1, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (0, 1, 2)
-    end_column<Math, CHANNELS, VARIANTS, false>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[2];
-    const Word* column = tile + opaque(1);
+    const Word* column = tile + tile_offset<CHANNELS>(1);
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 2 * SLOT);  // tap (2, 1, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 3 * SLOT);  // tap (2, 1, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (0, 1, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (0, 1, 1)
-    end_column<Math, CHANNELS, VARIANTS, true>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
   }
 }
 
@@ -164,41 +168,42 @@ __device__ __forceinline__ void accumulate_d1_h0(
     const int (&position)[2],
     float (&acc)[VARIANTS][1][CHANNELS / MMA_COLUMNS][4]) {
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
-  [[maybe_unused]] const int row_pitch = opaque(s.row_pitch), plane_pitch = opaque(s.plane_pitch);
-  const int quarter = opaque(4 * s.channel_pitch);  // half the words of a product
+  [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
+  [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
   {  // h -1, w -1
     Math::A x[1];
-    const Word* column = tile + opaque(0);
+    const Word* column = tile + tile_offset<CHANNELS>(0);
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (1, 2, 2)
-    end_column<Math, CHANNELS, VARIANTS, false>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h -1, w +0
     Math::A x[1];
-    const Word* column = tile + opaque(1);
+    const Word* column = tile + tile_offset<CHANNELS>(1);
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (1, 2, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 2 * SLOT);  // tap (1, 2, 1)
-    end_column<Math, CHANNELS, VARIANTS, false>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +0, w -1
     Math::A x[1];
-    const Word* column = tile + opaque(0 + 1 * row_pitch);
+    const Word* column = tile + tile_offset<CHANNELS>(0 + 1 * row_pitch);
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (1, 0, 2)
-    end_column<Math, CHANNELS, VARIANTS, false>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[1];
-    const Word* column = tile + opaque(1 + 1 * row_pitch);
+    const Word* column = tile + tile_offset<CHANNELS>(1 + 1 * row_pitch);
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (1, 0, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (1, 0, 1)
-    end_column<Math, CHANNELS, VARIANTS, true>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
   }
 }
 
@@ -209,24 +214,25 @@ __device__ __forceinline__ void accumulate_d1_h1(
     const int (&position)[2],
     float (&acc)[VARIANTS][1][CHANNELS / MMA_COLUMNS][4]) {
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
-  [[maybe_unused]] const int row_pitch = opaque(s.row_pitch), plane_pitch = opaque(s.plane_pitch);
-  const int quarter = opaque(4 * s.channel_pitch);  // half the words of a product
+  [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
+  [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
   {  // h +0, w -1
     Math::A x[1];
-    const Word* column = tile + opaque(0);
+    const Word* column = tile + tile_offset<CHANNELS>(0);
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (1, 1, 2)
-    end_column<Math, CHANNELS, VARIANTS, false>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[1];
-    const Word* column = tile + opaque(1);
+    const Word* column = tile + tile_offset<CHANNELS>(1);
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (1, 1, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 2 * SLOT);  // tap (1, 1, 1)
-    end_column<Math, CHANNELS, VARIANTS, true>();
+    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
   }
 }
 
@@ -285,21 +291,26 @@ struct Consumer {
 template <int CHANNELS>
 __device__ __forceinline__ Consumer locate_consumer(const GatherShape& s, int thread) {
   constexpr int WARPS = GROUP_WARPS<CHANNELS>;
-  const int lane = thread % WARP, warp = thread / WARP, group = warp / WARPS;
+  const int lane = thread % WARP;
+  int warp = thread / WARP;
+  // By a shuffle, which tells the compiler that lanes agree: tensor cores take addresses of weights
+  // from registers that a warp has once, and what each lane finds for itself is moved there for
+  // every product.
+  if constexpr (WARPS > 1) warp = __shfl_sync(0xffffffffu, warp, 0);
+  const int group = warp / WARPS;
   const int rows = group / s.warps_c * WARPS + warp % WARPS;
   return {lane, warp, group % s.warps_c, rows * MMA_ROWS};
 }
 
 template <int CHANNELS>
-constexpr int BLOCK_THREADS =
-    block_threads(BLOCK_CREWS<CHANNELS, rows_of(CHANNELS) * VARIANTS>);
+constexpr int THREADS = BLOCK_THREADS<CHANNELS, GROUPS_OF_WARPS, rows_of(CHANNELS) * VARIANTS>;
 
 template <int CHANNELS>
-__global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
+__global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     dgrad_kernel(const GatherShape s, const T* input, const uint32_t* packed, const T* bias,
                  T* output) {
   constexpr int ROWS = rows_of(CHANNELS), BLOCKS_N = CHANNELS / MMA_COLUMNS;
-  constexpr int CREWS = BLOCK_CREWS<CHANNELS, ROWS * VARIANTS>;
+  constexpr int CREWS = BLOCK_CREWS<CHANNELS, GROUPS_OF_WARPS, ROWS * VARIANTS>;
   uint32_t* const shared = dynamic_shared<uint32_t>();
   // Found anew by each role, and where it is needed.
   auto find_blocks_c = [&] { return (opaque(s.out_channels) + CHANNELS - 1) / CHANNELS; };
@@ -308,12 +319,16 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
   };
   const int consumers = blockDim.x - CREWS * CREW_WARPS * WARP;
   const int meeting = consumers + CREW_WARPS * WARP;  // threads that a buffer's barriers wait for
+  // Behind the stages: the consumers' scratch, the releases of buffers, raw buffers.
+  constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, GROUPS_OF_WARPS> * SCRATCH_WORDS;
+  auto find_releases = [&] { return shared + s.stages * s.stage_elements + SCRATCH; };
+  begin_releases<MOST_STAGES>(find_releases(), consumers);
   int step = 0, buffer = 0;  // counts passes over all tiles of this block; buffers take turns
 
   if (static_cast<int>(threadIdx.x) >= consumers) {
     // Producers: the tile and the weights of every pass over every chunk, one pass ahead, across
     // tiles.
-    if constexpr (BY_GROUPS<CHANNELS>) release_registers<PRODUCER_REGISTERS>();
+    if constexpr (BY_GROUPS<CHANNELS>) release_registers<PRODUCER_REGISTERS<GROUPS_OF_WARPS>>();
     constexpr int CREW_THREADS = CREW_WARPS * WARP;
     const int thread = static_cast<int>(threadIdx.x);
     constexpr bool SEVERAL = CREWS > 1;
@@ -334,7 +349,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
 #pragma unroll 1
           for (int pass = 0; pass < work.passes; ++pass, ++step, buffer = next_buffer(s, buffer)) {
             if (CREWS > 1 && step % CREWS != turn_of_crew) continue;
-            if (step >= s.stages) named_barrier_sync(BARRIER_EMPTY + buffer, meeting);
+            if (step >= s.stages) {
+              await_release<BARRIER_EMPTY>(find_releases(), buffer, step / s.stages, meeting);
+            }
             uint32_t* const tile = shared + buffer * s.stage_elements;
             const int region = PHASE_REGION[block.phase] + pass;
             const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
@@ -393,12 +410,12 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
     // Meet the consumers' last arrivals, so that every one is answered.
     for (int last = max(step - s.stages, 0); last < step; ++last) {
       if (CREWS > 1 && last % CREWS != turn_of_crew) continue;
-      named_barrier_sync(BARRIER_EMPTY + last % s.stages, meeting);
+      await_release<BARRIER_EMPTY>(find_releases(), last % s.stages, last / s.stages + 1, meeting);
     }
     return;
   }
 
-  if constexpr (BY_GROUPS<CHANNELS>) claim_registers<CONSUMER_REGISTERS>();
+  if constexpr (BY_GROUPS<CHANNELS>) claim_registers<CONSUMER_REGISTERS<GROUPS_OF_WARPS>>();
   // Consumers. What a thread knows of itself is found anew where it is needed: beside the sums no
   // registers are left to keep it.
   for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
@@ -470,7 +487,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
           }
           if constexpr (!Math::FLUSH) end_products(acc);
         }
-        named_barrier_arrive(BARRIER_EMPTY + buffer, meeting);
+        release_buffer<BARRIER_EMPTY>(find_releases(), buffer, meeting);
       }
     }
 
@@ -484,7 +501,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS<CHANNELS>, 1)
       add_bias(acc, of_group, first_out, s.out_channels, me.lane);
     }
     float* const scratch = reinterpret_cast<float*>(shared + s.stages * s.stage_elements) +
-                           me.warp * OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS>;
+                           me.warp * SCRATCH_WORDS;
     T* const out_channels =
         output + ((int64_t{at.block.batch} * s.groups.divisor + at.block.group) * s.out_channels +
                   first_out) *
@@ -612,14 +629,15 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.scattered = SCATTERED;
   traits.taps_per_pass = TAPS_PER_PASS;
   traits.rows_per_thread = rows_of(channels);
-  traits.max_warps = CONSUMER_WARPS / roles.group_warps;
+  traits.max_warps = roles.groups;
   traits.max_warps_c = roles.max_groups_c;
   traits.warp_threads = roles.group_warps * WARP;
   traits.extra_threads = roles.crews * CREW_WARPS * WARP;
   traits.lanes_per_warp = roles.group_warps * MMA_ROWS;
   traits.most_stages = MOST_STAGES;
   traits.stage_step = roles.crews;
-  traits.scratch_bytes = SCRATCH_WORDS * sizeof(float);
+  traits.scratch_bytes = roles.consumer_warps() * SCRATCH_WORDS * sizeof(float) +
+                         RELEASE_WORDS<MOST_STAGES> * sizeof(uint32_t);
   traits.channels_per_warp = channels;
   traits.packed_per_slot = channels / MMA_COLUMNS * WARP * Math::PACKED / MMA_WORDS;
   traits.word_bytes = sizeof(Word);
@@ -669,11 +687,11 @@ int compiled_bound(const ConvgenCall& call, int channels, int& bound) {
   const int device = static_cast<int>(call.device);
   switch (channels) {
     case 32:
-      return launch_bound<dgrad_kernel<32>, BLOCK_THREADS<32>>(device, bound);
+      return launch_bound<dgrad_kernel<32>, THREADS<32>>(device, bound);
     case 24:
-      return launch_bound<dgrad_kernel<24>, BLOCK_THREADS<24>>(device, bound);
+      return launch_bound<dgrad_kernel<24>, THREADS<24>>(device, bound);
     default:
-      return launch_bound<dgrad_kernel<16>, BLOCK_THREADS<16>>(device, bound);
+      return launch_bound<dgrad_kernel<16>, THREADS<16>>(device, bound);
   }
 }
 
@@ -697,7 +715,8 @@ int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) 
         cache.forget(cached);
         return error;
       }
-      if (cut(call, limits, roles_of(bound, channels), channels, candidate.shape)) continue;
+      const Roles roles = roles_of(bound, channels, GROUPS_OF_WARPS);
+      if (cut(call, limits, roles, channels, candidate.shape)) continue;
       best_cost = cost;
       cached = candidate;
     }

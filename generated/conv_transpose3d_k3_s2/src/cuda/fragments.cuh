@@ -5,6 +5,7 @@
 #include "gather.cuh"
 #include "math.cuh"
 #include "pipeline.cuh"
+#include "releases.cuh"
 
 namespace convgen {
 
@@ -19,18 +20,27 @@ constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
 // A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
 // tensor cores nothing. 12 warps leave a thread 168 registers. Where warps can trade registers
 // (sm_90a), or 128 suffice for few products (of 16 x 8 sums, PRODUCTS rows and phases of them for
-// each 8 channels), there are 16: those that stage are two crews, which take turns, so that one
-// issues copies while the other's are on their way.
-constexpr int CONSUMER_WARPS = 8, CREW_WARPS = 4;
-constexpr int MOST_CREWS = 2, FEW_PRODUCTS = 8;
-template <int CHANNELS, int PRODUCTS>
+// each 8 channels), there are 16. Those that stage are then two crews, which take turns, so that
+// one issues copies while the other's are on their way; or one crew beside three GROUPS of warps
+// that multiply, instead of two: while one of them waits, for fragments or products, two multiply.
+constexpr int LONE_WARPS = 8, CREW_WARPS = 4;  // that multiply each for itself; of a crew
+constexpr int MOST_WARPS = 16, FEW_PRODUCTS = 8;
+template <int CHANNELS, int GROUPS>
+constexpr int CONSUMER_WARPS = BY_GROUPS<CHANNELS> ? 4 * GROUPS : LONE_WARPS;
+template <int CHANNELS, int GROUPS, int PRODUCTS>
 constexpr int BLOCK_CREWS =
     BY_GROUPS<CHANNELS> || (HAS_WGMMA && PRODUCTS * CHANNELS / MMA_COLUMNS <= FEW_PRODUCTS)
-        ? MOST_CREWS
+        ? (MOST_WARPS - CONSUMER_WARPS<CHANNELS, GROUPS>) / CREW_WARPS
         : 1;
-constexpr int CONSUMER_REGISTERS = 184, PRODUCER_REGISTERS = 2 * 128 - CONSUMER_REGISTERS;
-
-constexpr int block_threads(int crews) { return (CONSUMER_WARPS + crews * CREW_WARPS) * WARP; }
+template <int CHANNELS, int GROUPS, int PRODUCTS>
+constexpr int BLOCK_THREADS = (CONSUMER_WARPS<CHANNELS, GROUPS> +
+                               BLOCK_CREWS<CHANNELS, GROUPS, PRODUCTS> * CREW_WARPS) *
+                              WARP;
+// What threads keep where groups multiply; 16 warps have 128 for each thread.
+template <int GROUPS>
+constexpr int CONSUMER_REGISTERS = GROUPS == 2 ? 184 : 152;
+template <int GROUPS>
+constexpr int PRODUCER_REGISTERS = (4 * 128 - GROUPS * CONSUMER_REGISTERS<GROUPS>) / (4 - GROUPS);
 
 // Warps whose products are issued together. Those of a group have the same output channels.
 template <int CHANNELS>
@@ -39,14 +49,21 @@ constexpr int GROUP_WARPS = BY_GROUPS<CHANNELS> ? 4 : 1;
 // The constants above depend on the architecture. The host finds those of the code that a device
 // runs by its launch bounds.
 struct Roles {
-  int group_warps, crews;
+  int group_warps;   // of warps that multiply together
+  int groups;        // of them, at most
   int max_groups_c;  // groups with different output channels
+  int crews;
+
+  int consumer_warps() const { return groups * group_warps; }
 };
 
-inline Roles roles_of(int launch_bound, int channels) {
-  const int crews = launch_bound >= block_threads(MOST_CREWS) ? MOST_CREWS : 1;
-  const bool grouped = crews > 1 && channels >= GROUP_LEAST_CHANNELS;
-  return grouped ? Roles{4, crews, 2} : Roles{1, crews, 6};
+inline Roles roles_of(int launch_bound, int channels, int groups) {
+  const bool most = launch_bound >= MOST_WARPS * WARP;
+  // Three groups cannot be shared out among two blocks of channels.
+  if (most && channels >= GROUP_LEAST_CHANNELS) {
+    return {4, groups, groups == 2 ? 2 : 1, MOST_WARPS / CREW_WARPS - groups};
+  }
+  return {1, LONE_WARPS, 6, most ? (MOST_WARPS - LONE_WARPS) / CREW_WARPS : 1};
 }
 
 // Named barriers of the buffers: a crew of producers arrives at FULL, consumers at EMPTY. A buffer
@@ -124,6 +141,14 @@ __device__ __forceinline__ Weights<Math, CHANNELS> find_weights(const uint32_t* 
   }
 }
 
+// An offset within the staged tile that all lanes share. Warps that multiply each for themselves
+// find it anew at each use: beside their sums they cannot keep a hundred of them. Groups of warps
+// leave all of it to the compiler, which has addresses of several registers and a constant.
+template <int CHANNELS>
+__device__ __forceinline__ int tile_offset(int offset) {
+  return BY_GROUPS<CHANNELS> ? offset : opaque(offset);
+}
+
 // One tap: acc[m][n] += x[FIRST + m * STEP] * weight[n], 16 positions x 8 channels each.
 template <class Math, int FIRST, int STEP, int ROWS, int BLOCKS_N, int COUNT>
 __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
@@ -145,8 +170,9 @@ __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
 
 // Around the taps of one column, whose fragments have been loaded. Where registers hold the
 // fragments of two columns, a column's products go on while the next fragments are loaded, and
-// those of the column before it end here. They hold only one in 3xTF32 (FLUSH), and of 16-bit
-// channels beside the sums of several phases. After the last column before a loop goes round (LAST)
+// those of the column before it end here. They hold only one in 3xTF32 (FLUSH), of 16-bit channels
+// beside the sums of several phases, and of the third part of three groups, whose products go on
+// while the other two load. After the last column before a loop goes round (LAST)
 // all products have ended: ptxas keeps the registers that they read only as far as there is no
 // branch, and gives them to the next column's fragments beyond it.
 template <int CHANNELS>
@@ -154,10 +180,11 @@ __device__ __forceinline__ void begin_column() {
   if constexpr (BY_GROUPS<CHANNELS>) wgmma_begin();
 }
 
-template <class Math, int CHANNELS, int VARIANTS, bool LAST>
+template <class Math, int CHANNELS, int GROUPS, int VARIANTS, bool LAST>
 __device__ __forceinline__ void end_column() {
   if constexpr (BY_GROUPS<CHANNELS>) {
-    constexpr bool ONE = LAST || Math::FLUSH || (Math::CHANNELS > 1 && VARIANTS > 1);
+    constexpr bool ONE =
+        LAST || Math::FLUSH || GROUPS > 2 || (Math::CHANNELS > 1 && VARIANTS > 1);
     wgmma_commit();
     wgmma_wait<ONE ? 0 : 1>();
   }

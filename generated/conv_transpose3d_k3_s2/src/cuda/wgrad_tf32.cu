@@ -337,6 +337,9 @@ constexpr int WINDOW_COLUMNS = WINDOW_VECTORS * VECTOR * Product::ELEMENTS;
 
 using FineColumn = StagedColumn<POSITION_COLUMNS, STRIDE_W, COLUMN_STEP>;
 
+// Whether lines may be loose: no asynchronous copy need divide them, and all columns are staged.
+constexpr bool LOOSENS = sizeof(Raw) < COPY_BYTES && POSITION_COLUMNS * COLUMN_STEP == STRIDE_W;
+
 template <int M_TILES, int N_BLOCKS>
 using Sums = float[M_TILES][TAPS_H][TAPS_W][N_BLOCKS][4];
 
@@ -435,7 +438,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
     uint32_t* const stages = shared + s.stages;
 
     int* const tile_shift = reinterpret_cast<int*>(shared);  // of loose lines, by buffer
-    if (s.loose) {
+    if (LOOSENS && s.loose) {
       fill_loose_windows<Raw, STRIDE_D, STRIDE_H, STRIDE_W>(s, windows);
       fill_granule_table(s, fine_table);
     } else {
@@ -443,6 +446,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       fill_fine_table<QUAD_COLUMNS, QUAD_PITCH, ELEMENTS>(s, fine_table);
     }
     fill_coarse_table(s, coarse_table, QUAD);
+    begin_releases<PRODUCT_STAGES>(shared + RELEASES, s.unit_warps * s.parts * WARP);
     __syncthreads();
 
     const ProductBlock block =
@@ -456,7 +460,9 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       const int thread = threadIdx.x - s.unit_warps * s.parts * WARP;
       for (int i = 0; i < tiles; ++i) {
         const int buffer = i % PRODUCT_STAGES;
-        if (i >= PRODUCT_STAGES) named_barrier_sync(PRODUCT_EMPTY + buffer, meeting);
+        if (i >= PRODUCT_STAGES) {
+          await_release<PRODUCT_EMPTY>(shared + RELEASES, buffer, i / PRODUCT_STAGES, meeting);
+        }
         const ProductTile tile = locate_product_tile(s, first + i);
         uint32_t* const stage = stages + buffer * s.stage_words;
         ProductOrigin origin;
@@ -468,7 +474,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
         origin.w = tile.w0 * STRIDE_W + block.tap_w * DILATION_W - PADDING_W;
         origin.channels = s.fine_channels - block.fine0;
         const ProductOrigin fine_origin = origin;
-        if (s.loose) {
+        if (LOOSENS && s.loose) {
           copy_granules(s, thread, fine_table, stage + s.coarse_words, origin,
                         reinterpret_cast<const Raw*>(fine));
           if (thread == 0) {
@@ -503,19 +509,26 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
         copy_wait<0>();
         named_barrier_sync(PRODUCT_COPIED, STAGING_WARPS * WARP);
         arrange_coarse<Product, N_BLOCKS>(s, thread, stage);
-        if (s.loose) clear_beside_lines<Raw>(s, thread, stage + s.coarse_words, fine_origin);
+        if (LOOSENS && s.loose) {
+          clear_beside_lines<Raw>(s, thread, stage + s.coarse_words, fine_origin);
+        }
         bulk_fence();  // wgmma reads by the way of bulk copies
         named_barrier_arrive(PRODUCT_FULL + buffer, meeting);
       }
       // Meet the last arrivals, so that every one is answered.
       for (int i = max(tiles - PRODUCT_STAGES, 0); i < tiles; ++i) {
-        named_barrier_sync(PRODUCT_EMPTY + i % PRODUCT_STAGES, meeting);
+        await_release<PRODUCT_EMPTY>(shared + RELEASES, i % PRODUCT_STAGES,
+                                     i / PRODUCT_STAGES + 1, meeting);
       }
       return;
     }
 
     claim_registers<MULTIPLYING_REGISTERS>();
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int lane = threadIdx.x % WARP;
+    // By a shuffle, which tells the compiler that lanes agree: tensor cores take addresses from
+    // registers that a warp has once, and what each lane finds for itself is moved there for every
+    // product.
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
     const int part = warp / s.unit_warps;
     // A group's warps without a unit do what the last one does, and nobody reads it.
     const ProductUnit unit = locate_unit(s, min(warp % s.unit_warps, s.units - 1));
@@ -525,8 +538,9 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
     const int fine_offset =
         s.coarse_words + (unit.n * M_TILES * PRODUCT_ROWS + g) * s.fine_pitch +
         unit.d * s.tap_planes * s.rows * s.row_words + unit.h * TAPS_H * tap_row +
-        (s.loose ? 0
-                 : column_word(unit.w * TAPS_W * TAP_COLUMNS, QUAD_COLUMNS, QUAD_PITCH, ELEMENTS));
+        (LOOSENS && s.loose
+             ? 0
+             : column_word(unit.w * TAPS_W * TAP_COLUMNS, QUAD_COLUMNS, QUAD_PITCH, ELEMENTS));
     // Of loose lines: where a unit's taps begin, and from LOOSE_SHIFT on how far within a granule
     // its lines lie, compared with the block's first.
     const uint32_t unit_place =
@@ -544,49 +558,58 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       named_barrier_sync(PRODUCT_FULL + buffer, meeting);
       const uint32_t* const stage = stages + buffer * s.stage_words;
       const uint32_t* const fine_tile = stage + fine_offset;
-      Windows<M_TILES> x;
-      auto load = [&](uint32_t at) {
-        const int half_rows = opaque(PRODUCT_COLUMNS * s.fine_pitch);
-        if (s.loose) {
-          at += unit_place;
-          const int shift = tile_shift[buffer] + (at >> LOOSE_SHIFT);
-          const int element = at & ((1u << LOOSE_SHIFT) - 1);
-          load_loose_windows<M_TILES>(x, reinterpret_cast<const Raw*>(fine_tile) + element,
-                                      half_rows * ELEMENTS, opaque(tap_row) * ELEMENTS, shift,
-                                      s.fine_w);
-        } else {
-          load_windows<M_TILES>(x, fine_tile + at, half_rows, opaque(tap_row));
-        }
-      };
-      auto take = [&](int chunk) {
-        load(windows[chunk * CHUNK_QUADS + t]);
-        multiply<M_TILES, N_BLOCKS>(x, SharedColumns<1>(stage + chunk * CHUNK), sum);
-      };
-      // A chunk's products go on while the next one's windows are loaded, where registers hold
-      // both. ptxas keeps those that products read only where no loop's end lies between these and
-      // their wait, so that a run of chunks ends with all products done.
-      int chunk = part;
-      if constexpr (OVERLAPS<Product, M_TILES * TAPS_H * TAPS_W, N_BLOCKS,
-                             TAP_COLUMNS == POSITION_COLUMNS>) {
-#pragma unroll 1
-        for (; chunk + (RUN - 1) * s.parts < s.chunks; chunk += s.parts) {
-#pragma unroll
-          for (int i = 0; i < RUN; ++i) {
-            take(chunk);
-            if (i + 1 < RUN) {
-              wgmma_wait<1>();
-              chunk += s.parts;
-            }
+      auto multiply_tile = [&](auto is_loose) {
+        Windows<M_TILES> x;
+        // Where a chunk's quad lies; the next one's comes in time, from a table that has one more.
+        uint32_t window = windows[part * CHUNK_QUADS + t];
+        auto take = [&](int chunk) {
+          uint32_t at = window;
+          window = windows[(chunk + s.parts) * CHUNK_QUADS + t];
+          const int half_rows = opaque(PRODUCT_COLUMNS * s.fine_pitch);
+          if constexpr (is_loose.value) {
+            at += unit_place;
+            const int shift = tile_shift[buffer] + (at >> LOOSE_SHIFT);
+            const int element = at & ((1u << LOOSE_SHIFT) - 1);
+            load_loose_windows<M_TILES>(x, reinterpret_cast<const Raw*>(fine_tile) + element,
+                                        half_rows * ELEMENTS, opaque(tap_row) * ELEMENTS, shift,
+                                        s.fine_w);
+          } else {
+            load_windows<M_TILES>(x, fine_tile + at, half_rows, opaque(tap_row));
           }
+          multiply<M_TILES, N_BLOCKS>(x, SharedColumns<1>(stage + chunk * CHUNK), sum);
+        };
+        // A chunk's products go on while the next one's windows are loaded, where registers hold
+        // both. ptxas keeps those that products read only where no loop's end lies between these
+        // and their wait, so that a run of chunks ends with all products done.
+        int chunk = part;
+        if constexpr (OVERLAPS<Product, M_TILES * TAPS_H * TAPS_W, N_BLOCKS,
+                               TAP_COLUMNS == POSITION_COLUMNS>) {
+#pragma unroll 1
+          for (; chunk + (RUN - 1) * s.parts < s.chunks; chunk += s.parts) {
+#pragma unroll
+            for (int i = 0; i < RUN; ++i) {
+              take(chunk);
+              if (i + 1 < RUN) {
+                wgmma_wait<1>();
+                chunk += s.parts;
+              }
+            }
+            wgmma_wait<0>();
+          }
+        }
+#pragma unroll 1
+        for (; chunk < s.chunks; chunk += s.parts) {
+          take(chunk);
           wgmma_wait<0>();
         }
+      };
+      // Two loops rather than a branch in one: there is none between products and their wait.
+      if (LOOSENS && s.loose) {
+        multiply_tile(std::bool_constant<LOOSENS>());
+      } else {
+        multiply_tile(std::false_type());
       }
-#pragma unroll 1
-      for (; chunk < s.chunks; chunk += s.parts) {
-        take(chunk);
-        wgmma_wait<0>();
-      }
-      named_barrier_arrive(PRODUCT_EMPTY + buffer, meeting);
+      release_buffer<PRODUCT_EMPTY>(shared + RELEASES, buffer, meeting);
 
       // The sums leave the registers now and then, and at the end: tensor cores truncate when they
       // add, and the loss grows with the length of a run.
@@ -621,7 +644,7 @@ ProductTraits traits(int fine_wavefronts, int loose_wavefronts) {
   t.quad_columns = QUAD_COLUMNS, t.quad_pitch = QUAD_PITCH, t.window_columns = WINDOW_COLUMNS;
   t.tap_columns = TAP_COLUMNS, t.column_align = COLUMN_ALIGN;
   t.joins_w = false;
-  t.loosens = true;
+  t.loosens = LOOSENS;
   t.coarse_residue = 0, t.fine_residue = 4;
   t.coarse_wavefronts = 0, t.fine_wavefronts = fine_wavefronts;
   t.loose_wavefronts = loose_wavefronts;
