@@ -24,7 +24,8 @@ from convgen.taps import dgrad_phases
 METADATA = "spec.json"
 
 _WRITTEN = {
-    *(METADATA, "__init__.py", "_operators.py", "_runtime.py", "py.typed", "src", "lib"),
+    *(METADATA, "__init__.py", "_operators.py", "_kernels.py", "_runtime.py", "py.typed"),
+    *("src", "lib"),
     # Of ninja, run in the module by its user, and of Python.
     *("build.ninja", "obj", ".ninja_log", ".ninja_deps", ".ninja_lock", "__pycache__"),
 }

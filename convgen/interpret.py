@@ -29,8 +29,9 @@ HEADERS = (
 _PRELUDE = "src/host/convgen_host.cuh"
 
 _RUNTIME = ("interpreter.cpp", "pipeline.cpp", "shared_arrays.cpp", "tensor_core.cpp")
-_RUNTIME_CHECKED = ("checker.cpp", "places.cpp", "ubsan.cpp")
+_RUNTIME_CHECKED = ("checker.cpp", "clocks.cpp", "places.cpp", "ubsan.cpp")
 _RUNTIME_HEADERS = (
+    "clocks.h",
     "fiber.h",
     "half.h",
     "interpreter.h",

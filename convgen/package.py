@@ -32,8 +32,8 @@ def render_package(
 
     ``plans`` gives the kernels of each backend and ``kernels`` the text of their files, as
     :func:`convgen.render.render_kernels` returns them. The files are ``__init__.py``,
-    ``_operators.py``, ``_runtime.py``, ``py.typed`` and ``spec.json``, a function of the arguments
-    and of convgen's version alone.
+    ``_operators.py``, ``_kernels.py``, ``_runtime.py``, ``py.typed`` and ``spec.json``, a function
+    of the arguments and of convgen's version alone.
     """
     description = describe(spec, plans)
     text = json.dumps(description, indent=2) + "\n"
@@ -54,6 +54,7 @@ def render_package(
     files = {
         "__init__.py": render_template("module/__init__.py.j2", context),
         "_operators.py": render_template("module/_operators.py.j2", context),
+        "_kernels.py": render_template("module/_kernels.py.j2", context),
         "_runtime.py": render_template("module/_runtime.py.j2", context),
         "py.typed": "",
         "spec.json": text,

@@ -22,6 +22,9 @@ from convgen.spec import ConvSpec
 SMALL = ("generate", "--op", "conv1d", "--kernel", "3", "--dtype", "f32", "--backend", "cpu")
 """The quickest module to compile: three small translation units."""
 
+COMMANDS = ("generate", "verify", "bench", "tune", "list", "show", "clean", "doctor")
+"""As the help lists them."""
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -83,11 +86,10 @@ class TestStart:
     def test_without_arguments_prints_help(self, run) -> None:
         result = run()
         assert result.returncode == 0
-        commands = ["generate", "verify", "list", "show", "clean", "doctor"]
-        places = [result.stdout.index(f"\n  {command} ") for command in commands]
+        places = [result.stdout.index(f"\n  {command} ") for command in COMMANDS]
         assert places == sorted(places)
 
-    @pytest.mark.parametrize("command", ["generate", "verify", "list", "show", "clean", "doctor"])
+    @pytest.mark.parametrize("command", COMMANDS)
     def test_every_command_explains_itself(self, run, command: str) -> None:
         result = run(command, "--help")
         assert result.returncode == 0

@@ -15,7 +15,7 @@ from convgen.package import class_name, render_package
 from convgen.render import render_kernels
 from convgen.spec import OPERATORS, ConvSpec
 
-PYTHON = ("__init__.py", "_operators.py", "_runtime.py")
+PYTHON = ("__init__.py", "_operators.py", "_kernels.py", "_runtime.py")
 
 SPECS = [
     ConvSpec.make(kernel_size=3, stride=2),

@@ -5,11 +5,7 @@
 // the hooks below take the place of ThreadSanitizer's library. Shared and registered global
 // memory have a shadow: for each pair of bytes, who wrote and read it last, and when.
 //
-// "When" is a thread's clock, which barriers advance. A thread t knows that another thread u has
-// passed the barrier at the end of u's interval c if c <= known(t, u): then whatever u did in that
-// interval happened before. This is the algorithm of FastTrack (Flanagan and Freund, "FastTrack:
-// efficient and precise dynamic race detection", 2009). A barrier of the whole block is remembered
-// once for all threads (base_), one of a few threads in the rows of those (rows_).
+// "When" is a thread's clock: clocks.h tells whether a barrier lies between two accesses.
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,6 +13,7 @@
 
 #include <algorithm>
 
+#include "clocks.h"
 #include "places.h"
 #include "state.h"
 
@@ -76,11 +73,8 @@ std::string bytes_text(size_t bytes) {
 // Follows the threads of one launch.
 class Checker {
  public:
-  explicit Checker(Worker& worker) : worker_(worker), threads_(worker.fibers.size()) {
-    base_.resize(threads_);
-    clock_.resize(threads_);
-    rows_.resize(threads_);
-    row_interval_.resize(threads_);
+  explicit Checker(Worker& worker)
+      : clocks(worker.fibers.size()), worker_(worker), threads_(worker.fibers.size()) {
     size_t granules = 0;
     auto add = [&](char* low, size_t bytes, const std::string& name) {
       shared_.push_back({low, bytes, granules, name});
@@ -105,79 +99,17 @@ class Checker {
 
   void start_block() {
     ++block_;
-    interval_ = 1;
-    std::fill(base_.begin(), base_.end(), 0u);
-    std::fill(clock_.begin(), clock_.end(), 1u);
-    std::fill(row_interval_.begin(), row_interval_.end(), 0u);
+    clocks.start_block();
     used_readers_ = 0;
     shared_[0].low = reinterpret_cast<char*>(worker_.dynamic);
     const Shadow nothing = {0, 0, NOBODY, NOBODY, 0, 0, 0, NO_ROW};
-    synchronizations_.clear();
     std::fill(shadow_.begin(), shadow_.end(), nothing);
   }
 
-  // ---- Order ----
-
+  // Of the whole block: who read before it need not be remembered.
   void barrier() {
-    base_ = clock_;
-    for (uint32_t& clock : clock_) ++clock;
-    ++interval_;
+    clocks.barrier();
     used_readers_ = 0;
-  }
-
-  void barrier(const std::vector<Fiber*>& fibers) {
-    std::vector<uint32_t> joined(base_);
-    for (const Fiber* fiber : fibers) {
-      const size_t t = static_cast<size_t>(fiber->rank);
-      if (row_interval_[t] == interval_) {
-        for (size_t u = 0; u < threads_; ++u) joined[u] = std::max(joined[u], rows_[t][u]);
-      }
-    }
-    for (const Fiber* fiber : fibers) {
-      const size_t t = static_cast<size_t>(fiber->rank);
-      joined[t] = clock_[t];
-    }
-    for (const Fiber* fiber : fibers) {
-      const size_t t = static_cast<size_t>(fiber->rank);
-      rows_[t] = joined;
-      row_interval_[t] = interval_;
-      ++clock_[t];
-    }
-  }
-
-  void release(const Fiber& fiber, const void* object) {
-    const size_t t = static_cast<size_t>(fiber.rank);
-    std::vector<uint32_t>& pending = synchronizations_[object].pending;
-    pending.resize(threads_);
-    for (size_t u = 0; u < threads_; ++u) pending[u] = std::max(pending[u], known(t, u));
-    pending[t] = clock_[t]++;
-  }
-
-  void complete(const void* object) {
-    Synchronization& sync = synchronizations_[object];
-    sync.completed.swap(sync.pending);
-    sync.pending.assign(threads_, 0);
-  }
-
-  void acquire(const Fiber& fiber, const void* object) {
-    const size_t t = static_cast<size_t>(fiber.rank);
-    const std::vector<uint32_t>& completed = synchronizations_[object].completed;
-    if (completed.empty()) return;
-    if (row_interval_[t] != interval_) {
-      rows_[t] = base_;
-      row_interval_[t] = interval_;
-    }
-    for (size_t u = 0; u < threads_; ++u) rows_[t][u] = std::max(rows_[t][u], completed[u]);
-  }
-
-  // What t knows of u's clock.
-  uint32_t known(size_t t, size_t u) const {
-    return row_interval_[t] == interval_ ? std::max(base_[u], rows_[t][u]) : base_[u];
-  }
-
-  bool before(uint16_t u, uint32_t clock, size_t t) const {
-    if (u == t || clock <= base_[u]) return true;
-    return row_interval_[t] == interval_ && clock <= rows_[t][u];
   }
 
   // ---- Accesses ----
@@ -237,7 +169,7 @@ class Checker {
   // A write of the issuer's, at a time of its own that only the barrier's phase makes known.
   void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier) {
     perform_copy(issuer, copy);
-    release(issuer, barrier);
+    clocks.release(issuer, barrier);
   }
 
   void init_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site) {
@@ -245,7 +177,7 @@ class Checker {
     site_ = &at;
     access(barrier, sizeof *barrier, true, nullptr);
     site_ = nullptr;
-    synchronizations_.erase(barrier);
+    clocks.forget(barrier);
     (void)fiber;
   }
 
@@ -254,7 +186,7 @@ class Checker {
     const SharedRange* range = find_shared(reinterpret_cast<char*>(barrier), sizeof *barrier);
     if (!range) return;
     visit(*range, reinterpret_cast<char*>(barrier), sizeof *barrier, [&](Shadow& s, unsigned) {
-      if (before(s.writer, s.write_clock, static_cast<size_t>(fiber.rank))) return;
+      if (clocks.before(s.writer, s.write_clock, static_cast<size_t>(fiber.rank))) return;
       report(fiber,
              "uses the mbarrier at " + shared_place(barrier) + " (" + text(site) +
                  "), which thread " + text(worker_.fibers[s.writer].thread) +
@@ -272,6 +204,8 @@ class Checker {
           [](Shadow& s, unsigned mask) { s.in_flight &= static_cast<uint8_t>(~mask); });
     write_shared(fiber, *range, low, bytes, true, nullptr);
   }
+
+  Clocks clocks;
 
  private:
   template <typename Visit>
@@ -295,7 +229,7 @@ class Checker {
   void read_shared(const Fiber& fiber, const SharedRange& range, char* low, size_t bytes,
                    const void* code) {
     const uint16_t t = static_cast<uint16_t>(fiber.rank);
-    const uint32_t now = clock_[t];
+    const uint32_t now = clocks.now(t);
     visit(range, low, bytes, [&](Shadow& s, unsigned mask) {
       if (s.in_flight & mask) {
         report(fiber,
@@ -307,16 +241,16 @@ class Checker {
       if ((s.written & mask) != mask) {
         report(fiber, "reads shared memory that nobody wrote: " + place(range, low, bytes), code);
       }
-      if (!before(s.writer, s.write_clock, t))
+      if (!clocks.before(s.writer, s.write_clock, t))
         race(fiber, range, low, bytes, "reads", "wrote", s.writer, code);
-      if (s.interval != interval_) {
-        s.interval = interval_;
+      if (s.interval != clocks.interval()) {
+        s.interval = clocks.interval();
         s.reader = NOBODY;
         s.readers = NO_ROW;
       }
       if (s.reader == MANY) {
         readers_[s.readers * threads_ + t] = now;
-      } else if (s.reader == NOBODY || before(s.reader, s.read_clock, t)) {
+      } else if (s.reader == NOBODY || clocks.before(s.reader, s.read_clock, t)) {
         s.reader = t;
         s.read_clock = now;
       } else {
@@ -345,24 +279,24 @@ class Checker {
                    " still fills: " + place(range, low, bytes),
                code);
       }
-      if (s.writer != NOBODY && !before(s.writer, s.write_clock, t)) {
+      if (s.writer != NOBODY && !clocks.before(s.writer, s.write_clock, t)) {
         race(fiber, range, low, bytes, verb, "wrote", s.writer, code);
       }
-      if (s.interval == interval_) {
+      if (s.interval == clocks.interval()) {
         if (s.reader == MANY) {
           const uint32_t* row = &readers_[s.readers * threads_];
           for (size_t u = 0; u < threads_; ++u) {
-            if (row[u] && !before(static_cast<uint16_t>(u), row[u], t)) {
+            if (row[u] && !clocks.before(static_cast<uint16_t>(u), row[u], t)) {
               race(fiber, range, low, bytes, verb, "read", static_cast<uint16_t>(u), code);
             }
           }
-        } else if (s.reader != NOBODY && !before(s.reader, s.read_clock, t)) {
+        } else if (s.reader != NOBODY && !clocks.before(s.reader, s.read_clock, t)) {
           race(fiber, range, low, bytes, verb, "read", s.reader, code);
         }
       }
       s.reader = NOBODY;
       s.writer = t;
-      s.write_clock = clock_[t];
+      s.write_clock = clocks.now(t);
       s.written |= static_cast<uint8_t>(mask);
     });
   }
@@ -383,7 +317,7 @@ class Checker {
       }
       auto conflict = [&](uint64_t block, uint16_t other, uint32_t clock) {
         if (block < first_block_ || other == NOBODY) return false;
-        return block != block_ || !before(other, clock, t);
+        return block != block_ || !clocks.before(other, clock, t);
       };
       auto tell = [&](const char* did, uint64_t block, uint16_t other) {
         report(fiber,
@@ -400,12 +334,12 @@ class Checker {
       if (write) {
         s.write_block = block_;
         s.writer = t;
-        s.write_clock = clock_[t];
+        s.write_clock = clocks.now(t);
         s.written = 1;
       } else {
         s.read_block = block_;
         s.reader = t;
-        s.read_clock = clock_[t];
+        s.read_clock = clocks.now(t);
       }
     }
   }
@@ -480,16 +414,7 @@ class Checker {
   const size_t threads_;
   std::vector<SharedRange> shared_;
   std::vector<Shadow> shadow_;
-  uint32_t interval_ = 1;  // between barriers of the whole block
-  std::vector<uint32_t> clock_, base_;
-  std::vector<std::vector<uint32_t>> rows_;
-  // Of named barriers and mbarriers: what is known to all that arrived in a phase.
-  struct Synchronization {
-    std::vector<uint32_t> pending, completed;
-  };
-  std::map<const void*, Synchronization> synchronizations_;
-  std::vector<uint32_t> row_interval_;  // a row counts only in the interval of its barrier
-  std::vector<uint32_t> readers_;       // rows of clocks, one per granule with many readers
+  std::vector<uint32_t> readers_;  // rows of clocks, one per granule with many readers
   size_t used_readers_ = 0;
   char *host_stack_low_ = nullptr, *host_stack_high_ = nullptr;
   const std::string* site_ = nullptr;   // of an asynchronous copy being issued
@@ -512,10 +437,10 @@ void end_launch() {
 }
 void start_block() { checker->start_block(); }
 void barrier() { checker->barrier(); }
-void barrier(const std::vector<Fiber*>& fibers) { checker->barrier(fibers); }
-void release(const Fiber& fiber, const void* object) { checker->release(fiber, object); }
-void complete(const void* object) { checker->complete(object); }
-void acquire(const Fiber& fiber, const void* object) { checker->acquire(fiber, object); }
+void barrier(const std::vector<Fiber*>& fibers) { checker->clocks.barrier(fibers); }
+void release(const Fiber& fiber, const void* object) { checker->clocks.release(fiber, object); }
+void complete(const void* object) { checker->clocks.complete(object); }
+void acquire(const Fiber& fiber, const void* object) { checker->clocks.acquire(fiber, object); }
 void init_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site) {
   checker->init_barrier(fiber, barrier, site);
 }

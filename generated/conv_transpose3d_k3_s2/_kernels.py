@@ -1,0 +1,244 @@
+"""The kernels of the package as functions of tensors: checks, shapes, calls.
+
+Written by convgen 0.1.0; regenerate with
+    convgen generate --kernel 3 --stride 2
+
+What they compute, and of what, is said in _operators.py, which makes torch operators of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._runtime import INTERPRETED, NAME, Launch, check_generated, fp32_precision, prepare
+
+KERNEL_SIZE = (3, 3, 3)
+
+
+# Shapes of the results. Operands that do not fit raise what torch's own convolutions raise.
+
+
+def fprop_shape(
+    fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> tuple[int, ...]:
+    _check_operands(fine, weight, bias)
+    _check_channels(fine, weight, weight.shape[1])
+    _check_bias(bias, weight, weight.shape[0])
+    return (fine.shape[0], weight.shape[0], *size)
+
+
+def dgrad_shape(
+    coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> tuple[int, ...]:
+    _check_operands(coarse, weight, bias)
+    _check_channels(coarse, weight, weight.shape[0])
+    _check_bias(bias, weight, weight.shape[1])
+    if any(extent < 1 for extent in size):
+        raise RuntimeError(
+            f"Given input size per channel: {_by(coarse.shape[2:])}. "
+            f"Calculated output size per channel: {_by(size)}. Output size is too small"
+        )
+    return (coarse.shape[0], weight.shape[1], *size)
+
+
+def wgrad_shape(coarse: Tensor, fine: Tensor) -> tuple[int, ...]:
+    _check_kind(coarse=coarse, fine=fine)
+    if coarse.dim() != 5 or fine.dim() != 5 or coarse.shape[0] != fine.shape[0]:
+        raise RuntimeError(
+            f"{NAME}: tensors of sizes {list(coarse.shape)} and {list(fine.shape)} do not meet"
+        )
+    return (coarse.shape[1], fine.shape[1], *KERNEL_SIZE)
+
+
+def bgrad_shape(grad: Tensor) -> tuple[int, ...]:
+    _check_kind(grad=grad)
+    return (grad.shape[1],)
+
+
+def wbgrad_shape(coarse: Tensor, fine: Tensor) -> tuple[tuple[int, ...], ...]:
+    return wgrad_shape(coarse, fine), (fine.shape[1],)
+
+
+def _check_operands(operand: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        _check_kind(input=operand, weight=weight)
+    else:
+        _check_kind(input=operand, weight=weight, bias=bias)
+    if operand.dim() != 5 or weight.dim() != 5 or weight.shape[2:] != KERNEL_SIZE:
+        raise RuntimeError(
+            f"{NAME} takes an input of 5 dimensions and a weight with kernel size {KERNEL_SIZE}, "
+            f"but got input of size {list(operand.shape)} and weight of size {list(weight.shape)}"
+        )
+    if 0 in operand.shape[2:]:
+        raise RuntimeError(
+            "Only zero batch or zero channel inputs are supported, "
+            f"but got input shape: {list(operand.shape)}"
+        )
+
+
+def _check_kind(**tensors: Tensor) -> None:
+    """One dtype and one device for all, for which there are kernels (or shapes alone, on meta)."""
+    (name, first), *others = tensors.items()
+    for other, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise RuntimeError(
+                f"{name.capitalize()} type ({first.dtype}) and {other} type ({tensor.dtype}) "
+                "should be the same"
+            )
+        if tensor.device != first.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, "
+                f"but {name} is on {first.device} and {other} is on {tensor.device}"
+            )
+    if not first.is_meta:
+        check_generated(first.device, first.dtype)
+
+
+def _check_channels(operand: Tensor, weight: Tensor, channels: int) -> None:
+    if operand.shape[1] != channels:
+        raise RuntimeError(
+            f"Given transposed=1, weight of size {list(weight.shape)}, expected "
+            f"input{list(operand.shape)} to have {channels} channels, "
+            f"but got {operand.shape[1]} channels instead"
+        )
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor, channels: int) -> None:
+    if bias is not None and bias.shape != (channels,):
+        raise RuntimeError(
+            f"Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional "
+            f"with {channels} elements, but got bias of size {list(bias.shape)} instead"
+        )
+
+
+def _by(extents: Sequence[int]) -> str:
+    return f"({' x '.join(map(str, extents))})"
+
+
+# Kernels, for the CPU and CUDA alike. What follows from shapes, dtypes and devices is checked and
+# computed once for each combination of them, and remembered.
+
+_Plan = tuple[tuple[int, ...], Launch | None]  # shape of the result; no launch for an empty sum
+_plans: dict[tuple[Any, ...], _Plan] = {}
+
+
+def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
+    key = _key("fprop", fine, weight, bias, size)
+    if (plan := _plans.get(key)) is None:
+        shape = fprop_shape(fine, weight, bias, size)
+        plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape)
+    shape, launch = plan
+    coarse = fine.new_empty(*shape)
+    if launch is None:
+        return _bias_alone(coarse, bias)
+    launch.run(
+        coarse, fine.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    )
+    return coarse
+
+
+def dgrad_kernel(
+    coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> Tensor:
+    key = _key("dgrad", coarse, weight, bias, size)
+    if (plan := _plans.get(key)) is None:
+        shape = dgrad_shape(coarse, weight, bias, size)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape)
+    shape, launch = plan
+    fine = coarse.new_empty(*shape)
+    if launch is None:
+        return _bias_alone(fine, bias)
+    launch.run(
+        coarse.contiguous(), fine, weight.contiguous(), None if bias is None else bias.contiguous()
+    )
+    return fine
+
+
+def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
+    key = _key("wgrad", coarse, fine)
+    if (plan := _plans.get(key)) is None:
+        shape = wgrad_shape(coarse, fine)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+    shape, launch = plan
+    weight = coarse.new_empty(*shape)
+    if launch is None:
+        return weight.zero_()
+    launch.run(coarse.contiguous(), fine.contiguous(), weight, None)
+    return weight
+
+
+def bgrad_kernel(grad: Tensor) -> Tensor:
+    key = _key("bgrad", grad, grad)
+    if (plan := _plans.get(key)) is None:
+        shape = bgrad_shape(grad)
+        plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape)
+    shape, launch = plan
+    bias = grad.new_empty(*shape)
+    if launch is None:
+        return bias.zero_()
+    launch.run(grad.contiguous(), None, None, bias)
+    return bias
+
+
+def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+    if coarse.device.type != "cpu" or INTERPRETED:
+        return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
+    key = _key("wbgrad", coarse, fine)
+    if (plan := _plans.get(key)) is None:
+        shape = wgrad_shape(coarse, fine)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+    shape, launch = plan
+    weight, bias = coarse.new_empty(*shape), coarse.new_empty(fine.shape[1])
+    if launch is None:
+        return weight.zero_(), bgrad_kernel(fine)
+    launch.run(coarse.contiguous(), fine.contiguous(), weight, bias)
+    return weight, bias
+
+
+def _key(
+    contraction: str,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    size: Sequence[int] = (),
+) -> tuple[Any, ...]:
+    """All that a plan depends on; `size` is the extents of the result."""
+    device = first.device
+    return (
+        contraction,
+        device,
+        first.shape,
+        first.dtype,
+        second.shape,
+        second.dtype,
+        second.device == device,  # hashing it takes longer
+        None if bias is None else (bias.shape, bias.dtype, bias.device == device),
+        torch.get_num_threads(),
+        *size,
+        fp32_precision(),
+    )
+
+
+def _remember(
+    key: tuple[Any, ...],
+    operand: Tensor,
+    shape: tuple[int, ...],
+    *,
+    coarse: Sequence[int],
+    fine: Sequence[int],
+) -> _Plan:
+    launch = None
+    if 0 not in coarse and 0 not in fine:
+        launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1])
+    if len(_plans) >= 4096:  # extents that never repeat must not fill the memory
+        _plans.clear()
+    plan = _plans[key] = (shape, launch)
+    return plan
+
+
+def _bias_alone(result: Tensor, bias: Tensor | None) -> Tensor:
+    return result.zero_() if bias is None else result.copy_(bias.view(-1, 1, 1, 1))
