@@ -236,6 +236,50 @@ def test_three_groups_of_warps_agree_with_float64(case: Case) -> None:
             given.check()
 
 
+# Tiles as the input lies in memory: all modes, inputs with and without stride, lines of any length
+# and place, scattered positions, phases, windows of planes and lines. (Case, style of unrolling.)
+GRANULES = [
+    (WGMMA_CASES[0], "taps"),
+    (WGMMA_CASES[1], "plane"),
+    (WGMMA_CASES[2], "taps"),
+    (WGMMA_CASES[6], "taps"),
+    (WGMMA_CASES[8], "slab"),
+    (WGMMA_CASES[9], "taps"),
+    (WGMMA_CASES[10], "plane"),
+    (WGMMA_CASES[-1], "line"),
+    (Case(spec("conv1d", 5, 2, 3), "bf16tc", ((2, (18, 9), (71,)), (1, (3, 4), (40,)))), "line"),
+    (
+        Case(
+            spec(CONV, 3, 2, 1, dilation=2, groups=2),
+            "f16tc",
+            ((2, (22, 10), (7, 8, 33)), (1, (2, 4), (3, 5, 16))),
+        ),
+        "taps",
+    ),
+]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(("case", "style"), GRANULES, ids=str)
+def test_tiles_may_be_staged_as_the_input_lies_in_memory(
+    case: Case, style: str, architecture: str
+) -> None:
+    schedules = {}
+    for contraction in GATHERS:
+        default = MMA.plan(case.spec.geometry, contraction, case.dtype).schedule
+        (rows, _), *_ = default.tiles
+        schedules[contraction, case.dtype] = replace(
+            default, unroll=style, tiles=((rows, 24), (1, 8)), granules=True
+        )
+    sources = engine_sources(case.spec, case.dtype, GATHERS, schedules)
+    name = f"{case.stem}_granules_{architecture}"
+    loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+    for given in case.problems():
+        if given.contraction in GATHERS:
+            solve(loaded, given)
+            given.check()
+
+
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
     """As compiled for racecheck, whose tool does not follow named barriers."""

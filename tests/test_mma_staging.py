@@ -1,6 +1,7 @@
 """How the mma engine's gathers stage lines that no wide access can copy, interpreted and checked.
 
-Such lines pass through raw buffers in 16-byte granules (``templates/cuda/mma/staging.cuh``).
+Such lines pass through raw buffers in 16-byte granules (``templates/cuda/mma/staging.cuh``), or
+tiles are staged as the input lies in memory (``granules.cuh``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import Fault, Library, Problem, engine_sources, problem, solve
+from interpreted import LIMITS, Fault, Library, Problem, engine_sources, problem, solve
 from torch import Tensor
 
 from convgen.engines.mma import ENGINE as MMA
@@ -43,19 +44,23 @@ def environment(session_cache: Path) -> Iterator[None]:
         yield
 
 
-def sources(stride: int, kind: str, contraction: str, architecture: str) -> dict[str, str]:
+def sources(
+    stride: int, kind: str, contraction: str, architecture: str, granules: bool = False
+) -> dict[str, str]:
     """On sm_90a with so many channels that warps multiply in groups, and two crews stage."""
     plan = MMA.plan(SPECS[stride].geometry, contraction, kind)
     rows, _ = plan.schedule.tiles[0]
     tiles = ((rows, 24 if architecture == "90a" else 8),)
-    schedules = {(contraction, kind): replace(plan.schedule, tiles=tiles)}
+    schedules = {(contraction, kind): replace(plan.schedule, tiles=tiles, granules=granules)}
     return engine_sources(SPECS[stride], kind, (contraction,), schedules)
 
 
 @cache
-def library(stride: int, kind: str, contraction: str, architecture: str) -> Path:
-    files = sources(stride, kind, contraction, architecture)
-    name = f"staging_{stride}_{contraction}_{kind}_{architecture}"
+def library(
+    stride: int, kind: str, contraction: str, architecture: str, granules: bool = False
+) -> Path:
+    files = sources(stride, kind, contraction, architecture, granules)
+    name = f"staging_{stride}_{contraction}_{kind}_{architecture}_{granules}"
     if architecture == "90a":
         return compile_interpreted(name, files, "checked", architecture=architecture)
     return compile_interpreted(name, files, "checked")
@@ -81,20 +86,20 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
 
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 @pytest.mark.parametrize(
-    ("stride", "kind", "contraction"),
+    ("stride", "kind", "contraction", "granules"),
     [
-        (1, "tf32", "dgrad"),
-        (1, "bf16tc", "fprop"),
-        (2, "tf32", "fprop"),
-        (2, "bf16tc", "fprop"),
-        (3, "tf32", "fprop"),
-        (3, "f16tc", "fprop"),
+        *((1, "tf32", "dgrad", granules) for granules in (False, True)),
+        *((1, "bf16tc", "fprop", granules) for granules in (False, True)),
+        *((stride, "tf32", "fprop", granules) for stride in (2, 3) for granules in (False, True)),
+        *((2, "bf16tc", "fprop", granules) for granules in (False, True)),
+        *((3, "f16tc", "fprop", granules) for granules in (False, True)),
     ],
 )
 def test_unaligned_lines_agree_with_float64(
     stride: int,
     kind: str,
     contraction: str,
+    granules: bool,
     architecture: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -102,7 +107,7 @@ def test_unaligned_lines_agree_with_float64(
     """One thread block, whose copies run ahead from tile to tile; addresses of any alignment."""
     monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
     path = tmp_path / "one.so"
-    path.write_bytes(library(stride, kind, contraction, architecture).read_bytes())
+    path.write_bytes(library(stride, kind, contraction, architecture, granules).read_bytes())
     loaded = Library(path)
     for index, given in enumerate(problems(stride, kind, contraction)):
         name = INPUT[contraction]
@@ -139,3 +144,30 @@ def test_lines_that_are_moved_too_early_are_caught(statement: str, report: str) 
     path = compile_interpreted("buggy_staging", {**files, "staging.cuh": text}, "checked")
     with pytest.raises(Fault, match=report):
         solve(Library(path), problems(2, "bf16tc", "fprop")[0])
+
+
+@pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
+def test_what_lies_before_a_line_is_cleared(kind: str) -> None:
+    """It is the end of the line before, as the first columns of a tile hold it."""
+    files = sources(2, kind, "fprop", "80", granules=True)
+    (unit,) = (name for name in files if name.startswith("fprop_"))
+    statement = "granules.clear(count * Math::CHANNELS);"
+    assert statement in files[unit]
+    text = files[unit].replace(statement, "")
+    loaded = Library(compile_interpreted("buggy_clear", {**files, unit: text}, "checked"))
+    given = problems(2, kind, "fprop")[0]
+    solve(loaded, given)
+    assert given.error() > 10 * LIMITS[kind]
+
+
+def test_granules_that_nothing_waits_for_are_caught() -> None:
+    files = sources(2, "bf16tc", "fprop", "80", granules=True)
+    unit = "fprop_bf16tc.cu"
+    text = files[unit].replace("copy_wait<0>();", "")
+    announced = files["fragments.cuh"].replace("copy_wait<PENDING>();", "")
+    assert text != files[unit]
+    assert announced != files["fragments.cuh"]
+    files |= {unit: text, "fragments.cuh": announced}
+    loaded = Library(compile_interpreted("buggy_granules", files, "checked"))
+    with pytest.raises(Fault, match="asynchronous copy"):
+        solve(loaded, problems(2, "bf16tc", "fprop")[0])

@@ -80,6 +80,7 @@ class Work:
     shared: float
     issue: float
     level2: float
+    staging: float
 
     def overlapped(self) -> tuple[float, str]:
         """Together: the longest, and a fifth of the others, which overlap incompletely."""
@@ -88,6 +89,7 @@ class Work:
             "shared memory": self.shared,
             "instructions": self.issue,
             "level 2": self.level2,
+            "staging": self.staging,
         }
         bound = max(parts, key=lambda name: parts[name])
         return parts[bound] + 0.2 * (sum(parts.values()) - parts[bound]), bound
@@ -140,6 +142,8 @@ def memory_ms(geometry: Geometry, problem: Problem, element_bytes: int, gpu: Gpu
 
 NARROW_ELEMENTS = (1.0, 7.0)
 """``Warp.narrow`` where lines are staged element by element."""
+WARP_CLOCKS = 6.0
+"""From one instruction of a warp to the next, as measured of those that stage."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ class Warp:
     narrow: tuple[float, float] = NARROW_ELEMENTS
     """What staging 32 words takes where lines of the input allow no wide access: times that they
     pass through shared memory, and instructions. Wide accesses take a quarter of 7 instructions."""
+    staging_warps: int = 0
+    """Warps of a thread block that only stage; 0 if all of them do beside their arithmetic."""
 
 
 def gather_prediction(
@@ -248,6 +254,7 @@ def gather_prediction(
             shared=wavefronts + (passages * tile_bytes + weight_bytes) / 128,
             issue=(issue + instructions * staged / 32) / 4,
             level2=(tile_bytes + weight_bytes) / gpu.level2_bytes,
+            staging=WARP_CLOCKS * instructions * staged / 32 / (warp.staging_warps or math.inf),
         )
         step, bound = work.overlapped()
         steps = -(-warp.words // warp.staged_words) * passes

@@ -80,7 +80,9 @@ SPILL_FREE_REGISTERS = {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84}
 # Where warps trade registers (sm_90a), those that multiply together keep more. A tuned schedule may
 # count on it; no default does, which must suit every GPU.
 GROUP_CHANNELS = 24  # GROUP_LEAST_CHANNELS of the templates
-LONE_WARPS = 8  # that multiply each for itself in a thread block
+LONE_WARPS, CREW_WARPS = 8, 4  # that multiply each for itself in a thread block; that stage
+MOST_WARPS = 16  # of a thread block on sm_90a
+FEW_PRODUCTS = 8  # of a warp, beside which two crews stage there
 GROUPED_ARCHITECTURE = "90a"
 PRODUCTS_GROUPED = {"tf32": 24, "tf32x3": 12, "f16tc": 24, "bf16tc": 24}
 GROUPED_REGISTERS = {"tf32": 120, "tf32x3": 128, "f16tc": 120, "bf16tc": 120}
@@ -102,6 +104,9 @@ STAGES_LIMIT_BYTES = 200 * 1024
 # memory (written to a buffer, read, partly by halves, and written to the tile), and instructions
 # (about 3 are for copying them, 10 for moving them, the others for what each item takes).
 NARROW_PAIRS = (3.5, 19.0)
+# As the input lies in memory (``granules.cuh``): an asynchronous copy of 16 bytes is about seven
+# instructions, as it is of words that come by wide accesses.
+GRANULES = (1.0, 7 / 4)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ class GatherTiles:
     one whose channels suit it best.
 
     ``groups`` is how many times four warps multiply in a thread block where they do so together
-    (sm_90a, 24 or more channels): 2, or 3 with fewer registers each.
+    (sm_90a, 24 or more channels): 2, or 3 with fewer registers each. With ``granules`` tiles are
+    staged as the input lies in memory, 16 bytes at a time, and lanes find their elements there.
     """
 
     unroll: str
@@ -121,6 +127,7 @@ class GatherTiles:
     variants: int
     tiles: tuple[tuple[int, int], ...]
     groups: int = 2
+    granules: bool = False
 
     def gather(self, tile: tuple[int, int]) -> GatherSchedule:
         """What a warp does with one of the tiles."""
@@ -167,9 +174,11 @@ def _products(gather: GatherSchedule) -> int:
 
 def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
     """Why a gather cannot have a schedule by default; empty if it can."""
-    return _first_refusal(
-        schedule, lambda gather: _unfit(geometry, contraction, mode, gather)
-    ) or _three_groups_refusal(geometry, contraction, mode, schedule)
+    return (
+        _first_refusal(schedule, lambda gather: _unfit(geometry, contraction, mode, gather))
+        or _three_groups_refusal(geometry, contraction, mode, schedule)
+        or _granules_refusal(schedule)
+    )
 
 
 def _tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
@@ -182,8 +191,10 @@ def _tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: Ga
         most = PRODUCTS_GROUPED[mode]
         return _misfit(geometry, contraction, mode, gather, most, GROUPED_REGISTERS[mode])
 
-    return _first_refusal(schedule, refusal) or _three_groups_refusal(
-        geometry, contraction, mode, schedule
+    return (
+        _first_refusal(schedule, refusal)
+        or _three_groups_refusal(geometry, contraction, mode, schedule)
+        or _granules_refusal(schedule)
     )
 
 
@@ -212,6 +223,13 @@ def _three_groups_refusal(
         return _spills(geometry, contraction, mode, gather, THREE_GROUPS_REGISTERS)
 
     return _first_refusal(schedule, refusal)
+
+
+def _granules_refusal(schedule: GatherTiles) -> str:
+    """Why tiles cannot be staged as the input lies in memory; empty if they can or need not."""
+    if schedule.granules and schedule.unroll == "none":
+        return "loops over taps read words by residue, not elements of granules"
+    return ""
 
 
 def _unfit(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
@@ -391,6 +409,7 @@ class Mma:
         "fragments.cuh": "cuda/mma/fragments.cuh",
         "staging.cuh": "cuda/mma/staging.cuh",
         "lines.cuh": "cuda/mma/lines.cuh",
+        "granules.cuh": "cuda/mma/granules.cuh",
         "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
         "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
         "mma_wgrad_groups.cuh": "cuda/mma/wgrad_groups.cuh",
@@ -416,10 +435,15 @@ class Mma:
         # One number of rows: layers that want several combine what each of them wants.
         schedules = [
             replace(
-                default, unroll=style, tiles=tuple((rows, 8 * b) for b in blocks), groups=groups
+                default,
+                unroll=style,
+                tiles=tuple((rows, 8 * b) for b in blocks),
+                groups=groups,
+                granules=granules,
             )
             for style, rows, blocks in product(STYLES, (1, 2, 3, 4, 6, 8), sizes)
             for groups in (GROUPS if 8 * max(blocks) >= GROUP_CHANNELS else GROUPS[:1])
+            for granules in (False, True)
         ]
 
         def spills(gather: GatherSchedule) -> str:
@@ -479,12 +503,24 @@ class Mma:
         if grouped:
             weight = (0.5 * blocks * products * rows, 4.0)
         clocks = gpu.grouped_product_clocks if grouped else gpu.product_clocks
+        warps = 4 * plan.schedule.groups if grouped else LONE_WARPS
+        many = grouped or (
+            gpu.grouped_product_clocks > 0 and _products(gather.schedule) <= FEW_PRODUCTS
+        )
+        staging_warps = MOST_WARPS - warps if many else CREW_WARPS
+        load = (4.0, {"tf32": 8.0, "tf32x3": 24.0}.get(mode, 4.0))
+        narrow = NARROW_PAIRS if elements == 2 else NARROW_ELEMENTS
+        if plan.schedule.granules:
+            # Each element of a word is loaded, and a pair put together.
+            _, _, x = arrange(gather_axes(plan.geometry, plan.contraction))
+            load = (4.0 * elements * min(x.step, 2), load[1] + 8 * (elements - 1))
+            narrow = GRANULES
         warp = Warp(
             lanes=16,
             channels=channels,
-            warps=4 * plan.schedule.groups if grouped else LONE_WARPS,
+            warps=warps,
             # Four loads of a fragment, and the rounding or splitting of its words.
-            load=(4, {"tf32": 8, "tf32x3": 24}.get(mode, 4)),
+            load=load,
             weight=weight,
             tap_clocks=blocks * clocks * products,
             tap_instructions=products if grouped else blocks * products,
@@ -492,7 +528,8 @@ class Mma:
             weight_bytes=32 * blocks * split,
             staged_words=8,
             staged_clocks=60,
-            narrow=NARROW_PAIRS if elements == 2 else NARROW_ELEMENTS,
+            narrow=narrow,
+            staging_warps=staging_warps,
         )
         size_bytes = MODES[mode].size_bytes
         return gather_prediction(gather, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4)

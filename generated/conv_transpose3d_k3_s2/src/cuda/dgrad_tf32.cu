@@ -1,8 +1,8 @@
   // dgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"groups": 2, "row_axis": "d", "tiles": [[2, 32], [2, 24], [2, 16]], "unroll": "taps",
-//   "variants": 2}
+// Schedule: {"granules": false, "groups": 2, "row_axis": "d", "tiles": [[2, 32], [2, 24], [2,
+//   16]], "unroll": "taps", "variants": 2}
 //
 //   fine[n, b, o] = bias[b] +
 //       sum over a, t of coarse[n, a, (o + PADDING - t * DILATION) / STRIDE] * weight[a, b, t]
@@ -86,7 +86,8 @@ __device__ __forceinline__ void accumulate_d0_h0(
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
   [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
   [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
-  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
+  // Half the words of a product.
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);
   {  // h -1, w -1
     Math::A x[3];
     const Word* column = tile + tile_offset<CHANNELS>(0);
@@ -138,7 +139,8 @@ __device__ __forceinline__ void accumulate_d0_h1(
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
   [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
   [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
-  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
+  // Half the words of a product.
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);
   {  // h +0, w -1
     Math::A x[3];
     const Word* column = tile + tile_offset<CHANNELS>(0);
@@ -170,7 +172,8 @@ __device__ __forceinline__ void accumulate_d1_h0(
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
   [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
   [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
-  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
+  // Half the words of a product.
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);
   {  // h -1, w -1
     Math::A x[2];
     const Word* column = tile + tile_offset<CHANNELS>(0);
@@ -216,7 +219,8 @@ __device__ __forceinline__ void accumulate_d1_h1(
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
   [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
   [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
-  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
+  // Half the words of a product.
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);
   {  // h +0, w -1
     Math::A x[2];
     const Word* column = tile + tile_offset<CHANNELS>(0);
@@ -648,6 +652,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.raw_buffers = 0;
   traits.raw_channels = Math::CHANNELS;
   traits.element_bytes = sizeof(T);
+
   return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
 }
 

@@ -1,8 +1,8 @@
   // fprop of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"groups": 2, "row_axis": "d", "tiles": [[2, 32], [2, 24], [2, 16]], "unroll":
-//   "plane", "variants": 1}
+// Schedule: {"granules": false, "groups": 2, "row_axis": "d", "tiles": [[2, 32], [2, 24], [2,
+//   16]], "unroll": "plane", "variants": 1}
 //
 //   coarse[n, a, i] = bias[a] +
 //       sum over b, t of fine[n, b, i * STRIDE - PADDING + t * DILATION] * weight[a, b, t]
@@ -85,7 +85,8 @@ __device__ __forceinline__ void accumulate(
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
   [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
   [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
-  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);  // half the words of a product
+  // Half the words of a product.
+  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);
   {  // h +0, w +0
     Math::A x[2];
     const Word* column = tile + tile_offset<CHANNELS>(0);
@@ -551,6 +552,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.raw_buffers = 0;
   traits.raw_channels = Math::CHANNELS;
   traits.element_bytes = sizeof(T);
+
   return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
 }
 

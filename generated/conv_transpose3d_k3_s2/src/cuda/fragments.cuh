@@ -96,33 +96,47 @@ __device__ __forceinline__ int tile_of_turn(int turn) {
   return turn * blocks + (static_cast<int>(blockIdx.x) + turn) % blocks;
 }
 
+// A word of the input from the staged tile: as it lies there, or if the tile holds channels apart,
+// this one's and that of the `next` element.
+template <class Math, typename Staged>
+__device__ __forceinline__ typename Math::Input load_word(const Staged* at, int next) {
+  if constexpr (sizeof(Staged) == sizeof(typename Math::Input)) {
+    return *at;
+  } else {
+    return __byte_perm(at[0], at[next], 0x5410);
+  }
+}
+
 // x[j] = the fragment of row j of a column, for the set bits j of USED. `at` are the offsets of
-// this lane's two positions, `quarter` is four input words further.
-template <class Math, uint64_t USED, int COUNT>
-__device__ __forceinline__ void load_fragments(typename Math::A (&x)[COUNT],
-                                               const typename Math::Input* column,
-                                               const int (&at)[2], int pitch, int quarter) {
+// this lane's two positions, `quarter` is four input words further; `next` as above.
+template <class Math, uint64_t USED, int COUNT, typename Staged>
+__device__ __forceinline__ void load_fragments(typename Math::A (&x)[COUNT], const Staged* column,
+                                               const int (&at)[2], int pitch, int quarter,
+                                               int next = 0) {
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
     if ((USED >> j) & 1) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        Math::set(x[j], i, column[at[i % 2] + i / 2 * quarter + j * pitch]);
+        const int offset = at[i % 2] + i / 2 * quarter + j * pitch;
+        Math::set(x[j], i, load_word<Math>(column + offset, next));
       }
     }
   }
 }
 
 // x[m] = the fragment of this warp's m-th positions, where they are scattered over the plane.
-template <class Math, int COUNT>
+template <class Math, int COUNT, typename Staged>
 __device__ __forceinline__ void load_scattered_fragments(typename Math::A (&x)[COUNT],
-                                                         const typename Math::Input* column,
-                                                         const int (&at)[COUNT][2], int quarter) {
+                                                         const Staged* column,
+                                                         const int (&at)[COUNT][2], int quarter,
+                                                         int next = 0) {
 #pragma unroll
   for (int m = 0; m < COUNT; ++m) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      Math::set(x[m], i, column[at[m][i % 2] + i / 2 * quarter]);
+      const int offset = at[m][i % 2] + i / 2 * quarter;
+      Math::set(x[m], i, load_word<Math>(column + offset, next));
     }
   }
 }

@@ -77,6 +77,11 @@ struct GatherTraits {
   // any: of each of a word's channels, elements as they lie in the input.
   int raw_buffers = 0;
   int raw_channels = 1, element_bytes = 4;
+  // Or tiles are staged as the input lies in memory, in granules of so many elements: a channel of
+  // a word after the other, [plane][line][column], where planes and lines are so many apart in the
+  // input. Pitches then count elements.
+  int granule = 0;
+  int plane_step = 1, line_step = 1;
 };
 
 // What an asynchronous copy takes at once, at addresses that are multiples of it.
@@ -101,6 +106,45 @@ inline int64_t raw_lines(const GatherTraits& t, int64_t columns, int64_t lines, 
 inline int64_t raw_total(const GatherTraits& t, int64_t columns, int64_t lines) {
   return t.raw_buffers * t.raw_channels * lines * raw_line_bytes(t, columns);
 }
+
+// Pitches, in elements, of a tile that is staged as the input lies in memory: an element's place in
+// its granule is the same on both sides wherever the tile begins, for each pitch is congruent to
+// the distance in the input. Lines have room for the granules that cover them from any start.
+struct GranulePitches {
+  int64_t granules;  // of a line
+  int64_t line, plane, channel;
+
+  GranulePitches(const GatherShape& s, const GatherTraits& t, int64_t columns, int64_t rows,
+                 int64_t planes) {
+    auto congruent = [&](int64_t least, int64_t distance) {
+      return least + ((distance - least) % t.granule + t.granule) % t.granule;
+    };
+    granules = ceil_div(columns + t.granule - 1, t.granule);
+    line = congruent(granules * t.granule, int64_t{t.line_step} * s.y.input_stride);
+    plane = congruent(rows * line, int64_t{t.plane_step} * s.r.input_stride);
+    const int64_t least = congruent(planes * plane, s.in_channel_stride);
+    int fewest = WARP + 1;
+    for (int64_t pitch = least; pitch < least + 128 / t.element_bytes; pitch += t.granule) {
+      const int wavefronts = fragment_wavefronts(t, pitch);
+      if (wavefronts < fewest) fewest = wavefronts, channel = pitch;
+    }
+  }
+
+ private:
+  // Of a load of one element of a fragment: lane 4 g + t reads position g of word t.
+  static int fragment_wavefronts(const GatherTraits& t, int64_t pitch) {
+    int words[32][WARP], counts[32] = {}, most = 0;
+    for (int lane = 0; lane < WARP; ++lane) {
+      const int64_t element = lane / 4 * t.step_x + lane % 4 * t.raw_channels * pitch;
+      const int word = static_cast<int>(element * t.element_bytes / 4), bank = word % 32;
+      bool known = false;
+      for (int i = 0; i < counts[bank]; ++i) known |= words[bank][i] == word;
+      if (!known) words[bank][counts[bank]++] = word;
+      if (counts[bank] > most) most = counts[bank];
+    }
+    return most;
+  }
+};
 
 constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
 constexpr int GATHER_LEAST_STAGES = 2;
@@ -141,6 +185,7 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
 
   const bool raw = t.raw_buffers > 0 && s.load_width == 1;
   double best_cost = -1;
+  int64_t word_pitch = 0;  // of a word's tile, in words
   for (; warps_p >= 1; --warps_p) {
     if (best_cost >= 0 && warps_p * s.warps_c < t.max_warps / 2) break;  // too few to fill the chip
     const int64_t lanes = int64_t{warps_p} * t.lanes_per_warp;
@@ -160,22 +205,29 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       const int64_t columns =
           round_up((width - 1) * t.step_x + t.span_x + s.load_width, s.load_width);
       const int64_t residue_pitch = ceil_div(columns, t.step_x);
-      int64_t word = planes * staged_rows * residue_pitch * t.step_x;
+      int64_t pitch = residue_pitch * t.step_x, plane_pitch = staged_rows * pitch;
+      int64_t word = planes * plane_pitch;
       if (t.pitch_residue) {
         word = round_up(word - t.pitch_residue, 16) + t.pitch_residue;
       }
-      const int64_t bytes = GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step *
-                            (round_up(word, 4) + round_up(weights, 4));
-      const int64_t pitch = residue_pitch * t.step_x;
+      // Staged accesses of a line; each costs about a warp's more than its length.
+      int64_t channel_pitch = word, line = pitch / s.load_width, accesses = line + WARP;
+      if (t.granule) {
+        const GranulePitches p(s, t, (width - 1) * t.step_x + t.span_x + 1, staged_rows, planes);
+        pitch = p.line, plane_pitch = p.plane, channel_pitch = p.channel;
+        word = ceil_div(t.raw_channels * p.channel * t.element_bytes, t.word_bytes);
+        line = accesses = p.granules;
+      }
+      int64_t bytes = GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step *
+                      (round_up(word, 4) + round_up(weights, 4));
+      if (t.granule) bytes += GATHER_LEAST_STAGES * GRANULE_BYTES;
       const int64_t raw_bytes =
           raw ? raw_total(t, pitch, raw_lines(t, pitch, staged_rows, raw_least)) : 0;
       if (bytes + raw_bytes > shared_limit) continue;
       const int64_t tiles = strips * ceil_div(positions, flat);
-      // Staged accesses (a line costs about a warp's more than its length), and idle lanes; fewer
-      // warps hide less.
-      const int64_t line = residue_pitch * t.step_x / s.load_width + WARP;
-      const double cost =
-          double(tiles) * (planes * staged_rows * line + flat * rows * 4) * (1.0 + 0.5 / warps_p);
+      // Staged accesses, and idle lanes; fewer warps hide less.
+      const double cost = double(tiles) * (planes * staged_rows * accesses + flat * rows * 4) *
+                          (1.0 + 0.5 / warps_p);
       if (best_cost >= 0 && cost >= best_cost) continue;
       best_cost = cost;
       s.strip_width = static_cast<int>(width);
@@ -183,9 +235,11 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       s.planes = static_cast<int>(planes);
       s.rows = static_cast<int>(staged_rows);
       s.residue_pitch = static_cast<int>(residue_pitch);
-      s.row_pitch = static_cast<int>(residue_pitch * t.step_x);
-      s.plane_pitch = static_cast<int>(staged_rows * s.row_pitch);
-      s.channel_pitch = static_cast<int>(word);
+      s.row_pitch = static_cast<int>(pitch);
+      s.plane_pitch = static_cast<int>(plane_pitch);
+      s.channel_pitch = static_cast<int>(channel_pitch);
+      s.by_columns = Divisor(line);
+      word_pitch = word;
       s.strips = Divisor(strips);
       s.lane_tiles = Divisor(ceil_div(positions, flat));
     }
@@ -200,7 +254,7 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   // Input words per stage: as many as let two stages fit into half of the shared memory (two blocks
   // could then live on a multiprocessor, or one with more stages), and no more than there are.
   const int64_t per_word =
-      GATHER_LEAST_STAGES * (round_up(s.channel_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
+      GATHER_LEAST_STAGES * (round_up(word_pitch, 4) + round_up(weights, 4)) * t.word_bytes;
   int64_t chunk = shared_limit / 2 / per_word;
   if (chunk > t.max_chunk) chunk = t.max_chunk;
   chunk = chunk / t.chunk_step * t.chunk_step;
@@ -209,7 +263,9 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   s.chunks = static_cast<int>(ceil_div(s.words, chunk));
   s.chunk = static_cast<int>(round_up(ceil_div(s.words, s.chunks), t.chunk_step));
   s.chunks = static_cast<int>(ceil_div(s.words, s.chunk));
-  s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * s.channel_pitch, 4));
+  s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * word_pitch, 4));
+  // A tile may begin anywhere in its first granule.
+  if (t.granule) s.tile_elements += GRANULE_BYTES / t.word_bytes;
   s.stage_elements = s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
   const int stage_bytes = s.stage_elements * t.word_bytes;
   if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;
@@ -221,7 +277,6 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
   s.by_rows = Divisor(s.rows);
-  s.by_columns = Divisor(s.row_pitch / s.load_width);
   s.channel_blocks = Divisor(blocks_c);
   s.phases = Divisor(t.phases);
   s.row_tiles = Divisor(row_tiles);

@@ -1,7 +1,8 @@
 // The math modes of the mma engine's gathers: what a word of an operand is, how it is made from
 // the tensors' elements, and one 16 x 8 product of a word's worth of channels.
 //
-//   Input      what the staged tile holds: a float, or a pair of 16-bit channels
+//   Input      what a staged word is: a float, or a pair of 16-bit channels
+//   Element    one channel's part of it
 //   CHANNELS   input channels per word
 //   PACKED     weight words per lane and 16 x 8 product
 //   multiply_group  the products of four warps, by wgmma, of N blocks of 8 columns
@@ -18,6 +19,7 @@ namespace convgen {
 template <Rounding ROUNDING>
 struct Tf32 {
   using Input = float;
+  using Element = float;
   static constexpr int CHANNELS = 1, PACKED = 2;
   static constexpr bool FLUSH = false;
 
@@ -58,6 +60,7 @@ struct Tf32 {
 // leave it after every 8 words (FLUSH) and are added in fp32.
 struct Tf32x3 {
   using Input = float;
+  using Element = float;
   static constexpr int CHANNELS = 1, PACKED = 4;
   static constexpr bool FLUSH = true;
 
@@ -101,6 +104,7 @@ struct Tf32x3 {
 template <typename T>
 struct Pairs {
   using Input = uint32_t;
+  using Element = uint16_t;
   static constexpr int CHANNELS = 2, PACKED = 2;
   static constexpr bool FLUSH = false;
 
