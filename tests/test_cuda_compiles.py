@@ -179,19 +179,27 @@ def test_what_was_measured_on_sm_90a_brings_no_spills_to_sm_90(
 
 
 @pytest.mark.parametrize(
-    ("kind", "tiles"),
-    [("tf32", ((3, 48), (2, 64))), ("bf16tc", ((3, 48),)), ("tf32x3", ((2, 32),))],
+    ("kind", "contraction", "fields"),
+    [
+        ("tf32", "dgrad", {"groups": 3, "tiles": ((3, 48), (2, 64))}),
+        ("tf32x3", "dgrad", {"groups": 3, "tiles": ((2, 32),)}),
+        ("tf32", "dgrad", {"pairs": True, "tiles": ((3, 48), (2, 16))}),
+        ("bf16tc", "fprop", {"pairs": True, "tiles": ((3, 48),)}),
+        ("tf32", "fprop", {"groups": 3, "pairs": True, "tiles": ((3, 32),)}),
+        ("bf16tc", "fprop", {"granules": True, "tiles": ((3, 48),)}),
+    ],
+    ids=str,
 )
-def test_three_groups_of_warps_have_registers_enough(
-    kind: str, tiles: tuple[tuple[int, int], ...], tmp_path: Path
+def test_what_a_tuned_schedule_may_have_fits_into_registers(
+    kind: str, contraction: str, fields: dict[str, object], tmp_path: Path
 ) -> None:
-    """With as many as a schedule may have."""
+    """Three groups of warps, pairs of columns, granules, near their limits."""
     layer = spec(UP, 3)
-    default = MMA.plan(layer.geometry, "dgrad", kind)
-    plan = replace(default, schedule=replace(default.schedule, tiles=tiles, groups=3))
+    default = MMA.plan(layer.geometry, contraction, kind)
+    plan = replace(default, schedule=replace(default.schedule, **fields))
     assert MMA.refusal(plan, ["90a"]) == ""
-    found = {("dgrad", kind): plan.schedule}
-    for name, text in engine_sources(layer, kind, ("dgrad",), found).items():
+    found = {(contraction, kind): plan.schedule}
+    for name, text in engine_sources(layer, kind, (contraction,), found).items():
         (tmp_path / name).write_text(text)
     for kernel in compile_unit(tmp_path, plan, {"90a": ["90a"]}):
         assert not kernel.spills, kernel

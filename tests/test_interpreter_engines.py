@@ -280,6 +280,46 @@ def test_tiles_may_be_staged_as_the_input_lies_in_memory(
             given.check()
 
 
+# Lanes with neighbouring positions: all modes, first columns that are even and odd, taps apart,
+# phases, lines of odd lengths, aligned and not. (Case, style of unrolling.)
+PAIRS = [
+    (WGMMA_CASES[0], "taps"),
+    (WGMMA_CASES[1], "slab"),
+    (WGMMA_CASES[2], "taps"),
+    (WGMMA_CASES[-2], "taps"),
+    (
+        Case(spec("conv2d", (2, 4), 1, (0, 3), dilation=(1, 2)), "tf32", ((1, (9, 17), (3, 67)),)),
+        "line",
+    ),
+    (
+        Case(spec(CONV, 3, 1, 1), "tf32", ((2, (9, 30), (4, 6, 16)), (1, (8, 8), (3, 5, 7)))),
+        "plane",
+    ),
+    (Case(spec(UP, (3, 4, 5), 1, 2), "bf16tc", ((1, (18, 9), (4, 6, 32)),)), "taps"),
+]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(("case", "style"), PAIRS, ids=str)
+def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architecture: str) -> None:
+    schedules = {}
+    for contraction in GATHERS:
+        default = MMA.plan(case.spec.geometry, contraction, case.dtype)
+        (rows, _), *_ = default.schedule.tiles
+        schedule = replace(default.schedule, unroll=style, tiles=((rows, 24), (1, 8)), pairs=True)
+        if MMA.refusal(replace(default, schedule=schedule), ["90a"]) == "":
+            schedules[contraction, case.dtype] = schedule
+    assert schedules
+    contractions = tuple(contraction for contraction, _ in schedules)
+    sources = engine_sources(case.spec, case.dtype, contractions, schedules)
+    name = f"{case.stem}_pairs_{architecture}"
+    loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+    for given in case.problems():
+        if given.contraction in contractions:
+            solve(loaded, given)
+            given.check()
+
+
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
     """As compiled for racecheck, whose tool does not follow named barriers."""

@@ -122,6 +122,24 @@ class TestSpace:
         space = engine.space(plan.geometry, "fprop", "tf32")
         assert {c.schedule.granules for c in space if not c.refusal} == {False, True}
 
+    def test_lanes_have_neighbouring_positions_where_pairs_of_columns_fit(self) -> None:
+        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+
+        def refusal(plan: KernelPlan, **changes: object) -> str:
+            schedule = replace(plan.schedule, pairs=True, **changes)
+            return engine.refusal(replace(plan, schedule=schedule), ["90a"])
+
+        assert refusal(plan, tiles=((3, 48), (3, 16))) == ""
+        assert "pairs of columns take 144" in refusal(plan, tiles=((4, 48),))
+        assert "pairs of columns take 112" in refusal(plan, tiles=((3, 48),), groups=3)
+        assert "granules" in refusal(plan, tiles=((3, 48),), granules=True)
+        line = ConvSpec.make("conv1d", kernel_size=5)
+        assert "scattered" in refusal(engine.plan(line.geometry, "fprop", "tf32"))
+        _, strided = plan_of(LAYERS["73"], "fprop", "tf32")
+        assert "strided" in refusal(strided, tiles=((2, 32),))
+        space = engine.space(plan.geometry, "dgrad", "tf32")
+        assert {c.schedule.pairs for c in space if not c.refusal} == {False, True}
+
     def test_a_prediction_is_that_of_the_tile_which_the_call_takes(self) -> None:
         engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 

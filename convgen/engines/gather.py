@@ -7,7 +7,7 @@ weights in the packed array. All of it is plain data that a template renders.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import gcd
@@ -79,6 +79,27 @@ class Column:
     used: int
     uses: tuple[Use, ...]
     label: str
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """A pair of neighbouring columns that is loaded (of the rows ``load``, a bit mask; 0 for none),
+    then a column that taps read: this pair, or what lies ``between`` it and the one before."""
+
+    pair: int
+    load: int
+    column: Column | None
+    between: bool
+
+
+@dataclass(frozen=True)
+class PairedLine:
+    """The columns of one line of a tile, in the order in which few pairs are held at once."""
+
+    y: int
+    count: int
+    pairs: int
+    steps: tuple[PairStep, ...]
 
 
 @dataclass(frozen=True)
@@ -174,6 +195,35 @@ def unroll(
             )
         )
     return tuple(columns)
+
+
+def paired_lines(columns: Sequence[Column], odd: int) -> tuple[PairedLine, ...]:
+    """The columns of a unit by line, for lanes that load two neighbouring ones at a time.
+
+    Column ``c`` is ``c + odd`` from where pairs begin: an even one is a pair, an odd one lies
+    between two. Columns of one residue only (an input without stride).
+    """
+    lines = []
+    by_line: dict[int, dict[int, Column]] = {}
+    for column in columns:
+        assert column.residue == 0
+        by_line.setdefault(column.y, {})[column.column + odd] = column
+    for y, found in by_line.items():
+        steps = []
+        most = max(at // 2 + at % 2 for at in found)
+        used = [0] * (most + 1)
+        for at, column in found.items():
+            for pair in (at // 2, at // 2 + at % 2):
+                used[pair] |= column.used
+        for pair in range(most + 1):
+            here, before = found.get(2 * pair), found.get(2 * pair - 1)
+            if used[pair]:
+                steps.append(PairStep(pair, used[pair], here, between=False))
+            if before:
+                steps.append(PairStep(pair, 0, before, between=True))
+        (count,) = {column.count for column in found.values()}
+        lines.append(PairedLine(y, count, most + 1, tuple(steps)))
+    return tuple(lines)
 
 
 def slot_order(

@@ -28,12 +28,15 @@ from convgen.engines.cost import (
 from convgen.engines.gather import (
     MAX_VARIANTS,
     STYLES,
+    Axis,
     GatherSchedule,
     arrange,
+    first_offset,
     gather_axes,
     gather_context,
     loops_over_taps,
     output_channels,
+    paired_lines,
     style_refusal,
 )
 from convgen.engines.mma_wgrad import (
@@ -90,6 +93,9 @@ GROUPED_REGISTERS = {"tf32": 120, "tf32x3": 128, "f16tc": 120, "bf16tc": 120}
 # column instead of two. With more than this ptxas spills.
 GROUPS = (2, 3)
 THREE_GROUPS_REGISTERS = {"tf32": 92, "tf32x3": 96, "f16tc": 92, "bf16tc": 92}
+# Of sums and all pairs of columns that are held at once, by groups: with more ptxas spills, or lets
+# no products overlap.
+PAIRS_REGISTERS = {2: 112, 3: 92}
 # What the model chooses must be faster than the rule's by more than the model may be wrong.
 MODEL_MARGIN = 0.85
 # Multiply instructions of an unrolled pass, over all phases: 16 bytes each, with about as many
@@ -120,6 +126,8 @@ class GatherTiles:
     ``groups`` is how many times four warps multiply in a thread block where they do so together
     (sm_90a, 24 or more channels): 2, or 3 with fewer registers each. With ``granules`` tiles are
     staged as the input lies in memory, 16 bytes at a time, and lanes find their elements there.
+    With ``pairs`` a lane has neighbouring positions and loads what all taps of a line read for
+    them, two words at a time.
     """
 
     unroll: str
@@ -128,6 +136,7 @@ class GatherTiles:
     tiles: tuple[tuple[int, int], ...]
     groups: int = 2
     granules: bool = False
+    pairs: bool = False
 
     def gather(self, tile: tuple[int, int]) -> GatherSchedule:
         """What a warp does with one of the tiles."""
@@ -178,6 +187,7 @@ def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTi
         _first_refusal(schedule, lambda gather: _unfit(geometry, contraction, mode, gather))
         or _three_groups_refusal(geometry, contraction, mode, schedule)
         or _granules_refusal(schedule)
+        or _pairs_refusal(geometry, contraction, mode, schedule)
     )
 
 
@@ -195,6 +205,7 @@ def _tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: Ga
         _first_refusal(schedule, refusal)
         or _three_groups_refusal(geometry, contraction, mode, schedule)
         or _granules_refusal(schedule)
+        or _pairs_refusal(geometry, contraction, mode, schedule)
     )
 
 
@@ -230,6 +241,38 @@ def _granules_refusal(schedule: GatherTiles) -> str:
     if schedule.granules and schedule.unroll == "none":
         return "loops over taps read words by residue, not elements of granules"
     return ""
+
+
+def _pairs_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+    """Why lanes cannot have neighbouring positions; empty if they can or need not."""
+    if not schedule.pairs:
+        return ""
+    if schedule.unroll == "none" or schedule.row_axis == "scattered":
+        return "positions that are looped over or scattered are no neighbours"
+    r, _, x = arrange(gather_axes(geometry, contraction))
+    if x.step > 1:
+        return "neighbouring positions of a strided input read columns that are no neighbours"
+    if schedule.granules:
+        return "elements of granules lie anywhere: they are not loaded in pairs"
+    # What lies between two pairs is made of both, while a third is loaded if there is one.
+    held = min(len(_pairs_of_line(x)[1]), 3)
+    most = PAIRS_REGISTERS[schedule.groups]
+
+    def refusal(gather: GatherSchedule) -> str:
+        registers = (_products(gather) + held * gather.planes(r)) * _fragment_registers(mode)
+        if registers <= most:
+            return ""
+        return f"sums and pairs of columns take {registers} registers of at most {most}"
+
+    return _first_refusal(schedule, refusal)
+
+
+def _pairs_of_line(x: Axis) -> tuple[set[int], set[int]]:
+    """The columns of a line that taps read, and the pairs that they are made of."""
+    first = first_offset(x)
+    columns = {tap.offset - first for phase in x.phases for tap in phase.taps}
+    at = {column + first % 2 for column in columns}
+    return columns, {i // 2 for i in at} | {(i + 1) // 2 for i in at}
 
 
 def _unfit(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
@@ -440,10 +483,11 @@ class Mma:
                 tiles=tuple((rows, 8 * b) for b in blocks),
                 groups=groups,
                 granules=granules,
+                pairs=pairs,
             )
             for style, rows, blocks in product(STYLES, (1, 2, 3, 4, 6, 8), sizes)
             for groups in (GROUPS if 8 * max(blocks) >= GROUP_CHANNELS else GROUPS[:1])
-            for granules in (False, True)
+            for granules, pairs in ((False, False), (True, False), (False, True))
         ]
 
         def spills(gather: GatherSchedule) -> str:
@@ -508,13 +552,18 @@ class Mma:
             gpu.grouped_product_clocks > 0 and _products(gather.schedule) <= FEW_PRODUCTS
         )
         staging_warps = MOST_WARPS - warps if many else CREW_WARPS
+        _, _, x = arrange(gather_axes(plan.geometry, plan.contraction))
         load = (4.0, {"tf32": 8.0, "tf32x3": 24.0}.get(mode, 4.0))
         narrow = NARROW_PAIRS if elements == 2 else NARROW_ELEMENTS
         if plan.schedule.granules:
             # Each element of a word is loaded, and a pair put together.
-            _, _, x = arrange(gather_axes(plan.geometry, plan.contraction))
             load = (4.0 * elements * min(x.step, 2), load[1] + 8 * (elements - 1))
             narrow = GRANULES
+        if plan.schedule.pairs:
+            # Two loads of two words instead of four, of fewer pairs than there are columns, some of
+            # which are copied from two pairs.
+            columns, pairs = map(len, _pairs_of_line(x))
+            load = (4.0 * pairs / columns, load[1] - 4 + 2 * pairs / columns + 2)
         warp = Warp(
             lanes=16,
             channels=channels,
@@ -553,12 +602,14 @@ class Mma:
             "bf16tc": "Pairs<bfloat16>",
         }[plan.dtype]
         element = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}
+        _, _, x = arrange(gather_axes(plan.geometry, plan.contraction))
         # What is unrolled depends on the rows, all else on the style alone.
         by_rows = {
             gather.rows: gather_context(plan.geometry, plan.contraction, gather)
             for gather in plan.schedule.gathers
         }
         return next(iter(by_rows.values())) | {
+            "paired": lambda columns: paired_lines(columns, first_offset(x) % 2),
             "units_of": {rows: context["units"] for rows, context in by_rows.items()},
             "element": element[MODES[plan.dtype].torch_name],
             "math": math,

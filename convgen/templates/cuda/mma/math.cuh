@@ -5,6 +5,8 @@
 //   Element    one channel's part of it
 //   CHANNELS   input channels per word
 //   PACKED     weight words per lane and 16 x 8 product
+//   copy       a word of an operand from another's
+//   settle     keeps what makes an operand on its side of this place
 //   multiply_group  the products of four warps, by wgmma, of N blocks of 8 columns
 //   FLUSH      whether sums leave the tensor core after every 8 words (see Tf32x3)
 #pragma once
@@ -36,6 +38,13 @@ struct Tf32 {
     } else {
       a.word[i] = round_tf32<ROUNDING>(x);
     }
+  }
+  __device__ static __forceinline__ void copy(A& to, int i, const A& from, int j) {
+    to.word[i] = from.word[j];
+  }
+  __device__ static __forceinline__ void settle(A& a) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wgmma_settle(a.word[i]);
   }
   // Packed word `i` of a lane; word i % 2 of B, from channel `low`.
   __device__ static __forceinline__ uint32_t pack(int, float low, float) {
@@ -77,6 +86,13 @@ struct Tf32x3 {
   __device__ static __forceinline__ void set(A& a, int i, float x) {
     a.high[i] = round_tf32<Rounding::NEAREST_AWAY>(x);
     a.low[i] = rest(x, a.high[i]);
+  }
+  __device__ static __forceinline__ void copy(A& to, int i, const A& from, int j) {
+    to.high[i] = from.high[j], to.low[i] = from.low[j];
+  }
+  __device__ static __forceinline__ void settle(A& a) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wgmma_settle(a.high[i]), wgmma_settle(a.low[i]);
   }
   __device__ static __forceinline__ uint32_t pack(int i, float low, float) {
     const uint32_t high = round_tf32<Rounding::NEAREST_AWAY>(low);
@@ -122,6 +138,13 @@ struct Pairs {
     return *reinterpret_cast<const uint32_t*>(&both);
   }
   __device__ static __forceinline__ void set(A& a, int i, uint32_t x) { a.word[i] = x; }
+  __device__ static __forceinline__ void copy(A& to, int i, const A& from, int j) {
+    to.word[i] = from.word[j];
+  }
+  __device__ static __forceinline__ void settle(A& a) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wgmma_settle(a.word[i]);
+  }
   __device__ static __forceinline__ uint32_t pack(int, T low, T high) { return pair(low, high); }
   __device__ static __forceinline__ void load(B& b, const uint32_t* packed) {
     const uint2 words = *reinterpret_cast<const uint2*>(packed);

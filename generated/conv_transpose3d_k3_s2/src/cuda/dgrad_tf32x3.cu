@@ -1,8 +1,8 @@
   // dgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"granules": false, "groups": 2, "row_axis": "d", "tiles": [[1, 32], [1, 24], [1,
-//   16]], "unroll": "taps", "variants": 2}
+// Schedule: {"granules": false, "groups": 2, "pairs": false, "row_axis": "d", "tiles": [[1, 32],
+//   [1, 24], [1, 16]], "unroll": "taps", "variants": 2}
 //
 //   fine[n, b, o] = bias[b] +
 //       sum over a, t of coarse[n, a, (o + PADDING - t * DILATION) / STRIDE] * weight[a, b, t]
@@ -288,7 +288,7 @@ struct Consumer {
   int lane, warp, warp_c;
   int run;  // its warp's first position
 
-  // Positions of the lane's first row of a product; its second is 8 further.
+  // Position of the lane's first row of a product; its second is 8 further.
   __device__ __forceinline__ int position() const { return run + lane / 4; }
 };
 
@@ -547,8 +547,8 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
             float value[VARIANTS][4];
 #pragma unroll
             for (int i = 0; i < VARIANTS * 4; ++i) value[i / 4][i % 4] = acc[i / 4][m][n][i % 4];
-            spread_outputs<VARIANTS>(scratch + (n - first) * OUTPUT_WORDS<VARIANTS>, me.lane,
-                                     value);
+            spread_outputs<VARIANTS, false>(
+                scratch + (n - first) * OUTPUT_WORDS<VARIANTS>, me.lane, value);
           }
           __syncwarp();
 #pragma unroll

@@ -1,8 +1,8 @@
   // fprop of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"granules": false, "groups": 2, "row_axis": "d", "tiles": [[2, 32], [2, 24], [2,
-//   16]], "unroll": "plane", "variants": 1}
+// Schedule: {"granules": false, "groups": 2, "pairs": false, "row_axis": "d", "tiles": [[2, 32],
+//   [2, 24], [2, 16]], "unroll": "plane", "variants": 1}
 //
 //   coarse[n, a, i] = bias[a] +
 //       sum over b, t of fine[n, b, i * STRIDE - PADDING + t * DILATION] * weight[a, b, t]
@@ -209,7 +209,7 @@ struct Consumer {
   int lane, warp, warp_c;
   int run;  // its warp's first position
 
-  // Positions of the lane's first row of a product; its second is 8 further.
+  // Position of the lane's first row of a product; its second is 8 further.
   __device__ __forceinline__ int position() const { return run + lane / 4; }
 };
 
@@ -447,8 +447,8 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
             float value[VARIANTS][4];
 #pragma unroll
             for (int i = 0; i < VARIANTS * 4; ++i) value[i / 4][i % 4] = acc[i / 4][m][n][i % 4];
-            spread_outputs<VARIANTS>(scratch + (n - first) * OUTPUT_WORDS<VARIANTS>, me.lane,
-                                     value);
+            spread_outputs<VARIANTS, false>(
+                scratch + (n - first) * OUTPUT_WORDS<VARIANTS>, me.lane, value);
           }
           __syncwarp();
 #pragma unroll

@@ -125,6 +125,47 @@ __device__ __forceinline__ void load_fragments(typename Math::A (&x)[COUNT], con
   }
 }
 
+// The same where a lane's two positions are neighbours: two neighbouring columns of a line at once,
+// from an even offset. `pitch` and `quarter` are even.
+template <class Math, uint64_t USED, int COUNT>
+__device__ __forceinline__ void load_pairs(typename Math::A (&x)[COUNT],
+                                           const typename Math::Input* from, int pitch,
+                                           int quarter) {
+  struct alignas(2 * sizeof(typename Math::Input)) Pair {
+    typename Math::Input word[2];
+  };
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    if ((USED >> j) & 1) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Pair pair = *reinterpret_cast<const Pair*>(from + (half * quarter + j * pitch));
+        Math::set(x[j], 2 * half, pair.word[0]);
+        Math::set(x[j], 2 * half + 1, pair.word[1]);
+      }
+    }
+  }
+}
+
+// And of the columns between those of two pairs.
+template <class Math, uint64_t USED, bool SETTLE, int COUNT>
+__device__ __forceinline__ void join_pairs(typename Math::A (&x)[COUNT],
+                                           const typename Math::A (&left)[COUNT],
+                                           const typename Math::A (&right)[COUNT]) {
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    if ((USED >> j) & 1) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Math::copy(x[j], 2 * half, left[j], 2 * half + 1);
+        Math::copy(x[j], 2 * half + 1, right[j], 2 * half);
+      }
+      // Operands first: between products there is no place for what makes them.
+      if constexpr (SETTLE) Math::settle(x[j]);
+    }
+  }
+}
+
 // x[m] = the fragment of this warp's m-th positions, where they are scattered over the plane.
 template <class Math, int COUNT, typename Staged>
 __device__ __forceinline__ void load_scattered_fragments(typename Math::A (&x)[COUNT],
@@ -235,7 +276,8 @@ constexpr int OUTPUT_WORDS = MMA_COLUMNS * OUTPUT_PITCH<VARIANTS>;
 constexpr int OUTPUT_BATCH = 2;  // products whose outputs are in a warp's scratch at once
 
 // Writes one product's sums of every variant into a warp's scratch, [channel][position][variant].
-template <int VARIANTS>
+// PAIRED: a lane's two rows are neighbouring positions.
+template <int VARIANTS, bool PAIRED>
 __device__ __forceinline__ void spread_outputs(float* scratch, int lane,
                                                const float (&value)[VARIANTS][4]) {
   struct alignas(sizeof(float) * (VARIANTS == 2 || VARIANTS == 4 ? VARIANTS : 1)) Wide {
@@ -246,8 +288,9 @@ __device__ __forceinline__ void spread_outputs(float* scratch, int lane,
     Wide wide;
 #pragma unroll
     for (int v = 0; v < VARIANTS; ++v) wide.element[v] = value[v][i];
+    const int position = PAIRED ? lane / 4 * 2 + i / 2 : lane / 4 + i / 2 * 8;
     float* const to = scratch + (lane % 4 * 2 + i % 2) * OUTPUT_PITCH<VARIANTS> +
-                      (lane / 4 + i / 2 * 8) * VARIANTS;
+                      position * VARIANTS;
     *reinterpret_cast<Wide*>(to) = wide;
   }
 }

@@ -82,6 +82,7 @@ struct GatherTraits {
   // input. Pitches then count elements.
   int granule = 0;
   int plane_step = 1, line_step = 1;
+  int access = 1;  // at least: what lanes load of a line at once; strips and tiles are aligned to it
 };
 
 // What an asynchronous copy takes at once, at addresses that are multiples of it.
@@ -184,6 +185,7 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   while (warps_p > 1 && int64_t{warps_p - 1} * t.lanes_per_warp * flat_rows >= plane) --warps_p;
 
   const bool raw = t.raw_buffers > 0 && s.load_width == 1;
+  const int64_t access = s.load_width > t.access ? s.load_width : t.access;
   double best_cost = -1;
   int64_t word_pitch = 0;  // of a word's tile, in words
   for (; warps_p >= 1; --warps_p) {
@@ -192,7 +194,7 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
     const int64_t flat = lanes * flat_rows;
     for (const int64_t target : {1024, 512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8}) {
       const int64_t strips = ceil_div(s.x.positions, target);
-      const int64_t width = ceil_div(s.x.positions, strips);
+      const int64_t width = round_up(ceil_div(s.x.positions, strips), t.access);
       const int64_t positions = width * s.y.positions;
       // A run of `flat` positions that may start anywhere in a line touches this many lines.
       int64_t tile_rows = (flat - 2) / width + 2;
@@ -202,8 +204,7 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       const int64_t staged_rows = (tile_rows - 1) * t.step_y + t.span_y + 1;
       const int64_t planes = t.scattered ? 1 : int64_t{rows - 1} * t.step_r + t.span_r + 1;
       // A tile that starts at a multiple of the access width may start that much earlier.
-      const int64_t columns =
-          round_up((width - 1) * t.step_x + t.span_x + s.load_width, s.load_width);
+      const int64_t columns = round_up((width - 1) * t.step_x + t.span_x + access, access);
       const int64_t residue_pitch = ceil_div(columns, t.step_x);
       int64_t pitch = residue_pitch * t.step_x, plane_pitch = staged_rows * pitch;
       int64_t word = planes * plane_pitch;
