@@ -82,7 +82,8 @@ struct GatherTraits {
   // input. Pitches then count elements.
   int granule = 0;
   int plane_step = 1, line_step = 1;
-  int access = 1;  // at least: what lanes load of a line at once; strips and tiles are aligned to it
+  // What lanes load of a line at once: strips and tiles are multiples of it.
+  int access = 1;
 };
 
 // What an asynchronous copy takes at once, at addresses that are multiples of it.
