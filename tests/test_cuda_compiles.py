@@ -87,6 +87,10 @@ CASES = [
     Case(spec("conv_transpose1d", 6, 3), "tf32x3", WGRAD),
     Case(spec("conv_transpose1d", 40, 20, 10), "tf32", ("dgrad",)),
     Case(spec("conv2d", (3, 40), 1, (1, 20)), "tf32x3", ("fprop",)),
+    # What has spilled: wgrad's sums beside fragments of three or four coarse tiles.
+    Case(spec("conv1d", 3, 2, 1), "tf32", WGRAD),
+    Case(spec("conv_transpose2d", (3, 2), (2, 3), groups=2), "tf32", WGRAD),
+    Case(spec(UP, 2, 2, in_channels=128, out_channels=64), "tf32", WGRAD),
 ]
 
 

@@ -82,7 +82,8 @@ class Layout:
     ``tap_columns`` from tap to tap); the columns of a quad take ``quad_pitch`` words. The first
     column is ``shift`` columns left of the first that is read, so that tiles start at multiples of
     ``column_align`` elements. A window is ``window_vectors`` loads of ``vector`` words, each of
-    ``wavefronts``; taps read ``used_vectors`` of them. ``joins``: several blocks of taps along W
+    ``wavefronts``; taps read ``used_vectors`` of them, as ``operands`` of two registers each, which
+    taps share where they lie as far apart as positions. ``joins``: several blocks of taps along W
     may share a tile. ``*_residue``: of the channel pitches, mod 32 words.
     """
 
@@ -94,6 +95,7 @@ class Layout:
     column_align: int
     window_vectors: int
     used_vectors: int
+    operands: int
     vector: int
     wavefronts: int
     joins: bool
@@ -184,6 +186,11 @@ def _layout(geometry: Geometry, elements: int, taps: int) -> Layout:
         (shift + p * position_columns + w * tap_columns) // width
         for p, w in product(range(QUAD), range(taps))
     }
+    # First columns of what a product reads; of 32-bit elements a tap has two.
+    operands = {
+        w * tap_columns + step * position_columns
+        for w, step in product(range(taps), range(2 // elements))
+    }
     quad_words = QUAD // elements
     return Layout(
         position_columns=position_columns,
@@ -194,6 +201,7 @@ def _layout(geometry: Geometry, elements: int, taps: int) -> Layout:
         column_align=align,
         window_vectors=vectors(shift),
         used_vectors=len(used),
+        operands=len(operands),
         vector=vector,
         wavefronts=wavefronts,
         joins=joins,
