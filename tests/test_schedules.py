@@ -140,6 +140,21 @@ class TestSpace:
         space = engine.space(plan.geometry, "dgrad", "tf32")
         assert {c.schedule.pairs for c in space if not c.refusal} == {False, True}
 
+    @pytest.mark.parametrize(
+        ("layer", "contraction", "mode", "tile"),
+        [("58", "dgrad", "tf32", (6, 24)), ("72", "fprop", "tf32", (4, 16))],
+    )
+    def test_what_may_spill_elsewhere_is_for_where_it_was_measured(
+        self, layer: str, contraction: str, mode: str, tile: tuple[int, int]
+    ) -> None:
+        """Both spill for sm_90, and neither for sm_80."""
+        engine, plan = plan_of(LAYERS[layer], contraction, mode)
+        plan = replace(plan, schedule=replace(plan.schedule, unroll="slab", tiles=(tile,)))
+        for measured in (), ("90a",), ("80",):
+            assert engine.refusal(plan, measured) == ""
+        for elsewhere in ("90",), ("80", "120"):
+            assert "and spill" in engine.refusal(plan, elsewhere)
+
     def test_a_prediction_is_that_of_the_tile_which_the_call_takes(self) -> None:
         engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 

@@ -77,9 +77,6 @@ UNKNOWN_CHOICES = (
 MAX_COLUMN_REGISTERS = 48
 MAX_TILE_REGISTERS = 112
 MAX_STRIDED_TILE_REGISTERS = 96
-# With so many registers for sums and a column, hardly any of 430 kernels spilled on sm_90; with
-# more, most did. Schedules other than the defaults keep to it, by mode.
-SPILL_FREE_REGISTERS = {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84}
 # Where warps trade registers (sm_90a), those that multiply together keep more. A tuned schedule may
 # count on it; no default does, which must suit every GPU.
 GROUP_CHANNELS = 24  # GROUP_LEAST_CHANNELS of the templates
@@ -96,6 +93,33 @@ THREE_GROUPS_REGISTERS = {"tf32": 92, "tf32x3": 96, "f16tc": 92, "bf16tc": 92}
 # Of sums and all pairs of columns that are held at once, by groups: with more ptxas spills, or lets
 # no products overlap.
 PAIRS_REGISTERS = {2: 112, 3: 92}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Registers for sums and a column that a schedule may take which is not the rule's, by mode.
+
+    ``strided``: beside columns of a strided window, which lie far apart.
+    """
+
+    plain: Mapping[str, int]
+    strided: Mapping[str, int]
+
+
+# With so many, hardly any of 430 kernels spilled on sm_90; with more, most did. Beside columns of a
+# strided window TF32 did with more on sm_80.
+SPILL_FREE = Limits(
+    {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84},
+    {"tf32": 84, "tf32x3": 92, "f16tc": 84, "bf16tc": 84},
+)
+GROUPED = Limits(GROUPED_REGISTERS, GROUPED_REGISTERS)
+THREE_GROUPS = Limits(THREE_GROUPS_REGISTERS, THREE_GROUPS_REGISTERS)
+# What was measured on sm_90a spills with more than this where warps multiply alone on a GPU that is
+# no older, though not on sm_80.
+NEWER_ARCHITECTURE = 90
+NEWER = Limits(
+    {"tf32": 100, "tf32x3": 100, "f16tc": 92, "bf16tc": 92}, dict.fromkeys(GROUPED_REGISTERS, 72)
+)
 # What the model chooses must be faster than the rule's by more than the model may be wrong.
 MODEL_MARGIN = 0.85
 # Multiply instructions of an unrolled pass, over all phases: 16 bytes each, with about as many
@@ -181,6 +205,12 @@ def _products(gather: GatherSchedule) -> int:
     return gather.rows * gather.variants * max(gather.channels) // 8
 
 
+def _tile_registers(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> int:
+    """Registers of all sums and a column."""
+    r, _, _ = arrange(gather_axes(geometry, contraction))
+    return (_products(gather) + gather.planes(r)) * _fragment_registers(mode)
+
+
 def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
     """Why a gather cannot have a schedule by default; empty if it can."""
     return (
@@ -231,7 +261,7 @@ def _three_groups_refusal(
     def refusal(gather: GatherSchedule) -> str:
         if not _grouped(gather):
             return ""
-        return _spills(geometry, contraction, mode, gather, THREE_GROUPS_REGISTERS)
+        return _spills(geometry, contraction, mode, gather, THREE_GROUPS)
 
     return _first_refusal(schedule, refusal)
 
@@ -281,12 +311,17 @@ def _unfit(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedu
     return refusal or _strided_spill(geometry, contraction, mode, gather)
 
 
+def _strided(geometry: Geometry, contraction: str, gather: GatherSchedule) -> bool:
+    """Whether it reads columns of a strided window, which lie far apart."""
+    _, _, x = arrange(gather_axes(geometry, contraction))
+    return gather.window_r and x.step > 1
+
+
 def _strided_spill(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
     """Why the sums spill beside columns of a strided window, which lie far apart; or empty."""
-    r, _, x = arrange(gather_axes(geometry, contraction))
     products = _products(gather)
-    tile = (products + gather.planes(r)) * _fragment_registers(mode)
-    if not gather.window_r or x.step == 1 or tile <= MAX_STRIDED_TILE_REGISTERS:
+    tile = _tile_registers(geometry, contraction, mode, gather)
+    if not _strided(geometry, contraction, gather) or tile <= MAX_STRIDED_TILE_REGISTERS:
         return ""
     if products <= _few(mode):
         return ""
@@ -324,7 +359,7 @@ def _misfit(
     column = planes * _fragment_registers(mode)
     if column > MAX_COLUMN_REGISTERS:
         return f"a column takes {column} registers of at most {MAX_COLUMN_REGISTERS}"
-    tile = (products + planes) * _fragment_registers(mode)
+    tile = _tile_registers(geometry, contraction, mode, gather)
     if tile > most_registers:
         return f"sums and a column take {tile} registers of at most {most_registers}"
     # 64 positions in a strip 32 wide: up to three lines.
@@ -340,16 +375,12 @@ def _misfit(
 
 
 def _spills(
-    geometry: Geometry,
-    contraction: str,
-    mode: str,
-    gather: GatherSchedule,
-    limits: Mapping[str, int],
+    geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule, limits: Limits
 ) -> str:
     """Why a tile is likely to spill, having more registers than the limits; or empty."""
-    r, _, _ = arrange(gather_axes(geometry, contraction))
-    registers = (_products(gather) + gather.planes(r)) * _fragment_registers(mode)
-    if registers <= limits[mode]:
+    registers = _tile_registers(geometry, contraction, mode, gather)
+    strided = _strided(geometry, contraction, gather)
+    if registers <= (limits.strided if strided else limits.plain)[mode]:
         return ""
     return f"sums and a column take {registers} registers, and spill"
 
@@ -378,7 +409,7 @@ def _gather_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherT
         other = replace(ruled, unroll=style, tiles=((rows, channels),))
         (gather,) = other.gathers
         if _refusal(geometry, contraction, mode, other) or _spills(
-            geometry, contraction, mode, gather, SPILL_FREE_REGISTERS
+            geometry, contraction, mode, gather, SPILL_FREE
         ):
             continue
         if (expected := time(other)) < most:
@@ -491,7 +522,7 @@ class Mma:
         ]
 
         def spills(gather: GatherSchedule) -> str:
-            limits = GROUPED_REGISTERS if _grouped(gather) else SPILL_FREE_REGISTERS
+            limits = GROUPED if _grouped(gather) else SPILL_FREE
             return _spills(geometry, contraction, dtype, gather, limits)
 
         candidates = [Candidate(default, "")]
@@ -504,9 +535,18 @@ class Mma:
     def refusal(self, plan: KernelPlan, architectures: Iterable[str] = ()) -> str:
         if plan.contraction == "wgrad":
             return wgrad_refusal(plan.geometry, plan.dtype, plan.schedule)
-        grouped = all(name.partition("+")[0] == GROUPED_ARCHITECTURE for name in architectures)
-        refusal = _tuned_refusal if grouped else _refusal
-        return refusal(plan.geometry, plan.contraction, plan.dtype, plan.schedule)
+        geometry, contraction, mode = plan.geometry, plan.contraction, plan.dtype
+        names = [name.partition("+")[0] for name in architectures]
+        if all(name == GROUPED_ARCHITECTURE for name in names):
+            return _tuned_refusal(geometry, contraction, mode, plan.schedule)
+        refusal = _refusal(geometry, contraction, mode, plan.schedule)
+        if refusal or not any(int(name.rstrip("af")) >= NEWER_ARCHITECTURE for name in names):
+            return refusal
+
+        def spills(gather: GatherSchedule) -> str:
+            return _spills(geometry, contraction, mode, gather, NEWER)
+
+        return _first_refusal(plan.schedule, spills)
 
     def combine(self, choices: Sequence[tuple[KernelPlan, Problem]]) -> GatherTiles | None:
         plans = [plan for plan, _ in choices]
