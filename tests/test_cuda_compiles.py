@@ -91,6 +91,9 @@ CASES = [
     Case(spec("conv1d", 3, 2, 1), "tf32", WGRAD),
     Case(spec("conv_transpose2d", (3, 2), (2, 3), groups=2), "tf32", WGRAD),
     Case(spec(UP, 2, 2, in_channels=128, out_channels=64), "tf32", WGRAD),
+    # Columns of a strided window, where warps multiply together.
+    Case(spec("conv_transpose2d", 4, 2, 1), "bf16tc", ("fprop",)),
+    Case(spec(UP, 4, 2, 1, in_channels=64, out_channels=1), "tf32", ("fprop",)),
 ]
 
 

@@ -7,6 +7,7 @@ weights in the packed array. All of it is plain data that a template renders.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -79,6 +80,11 @@ class Column:
     used: int
     uses: tuple[Use, ...]
     label: str
+
+    @property
+    def loaded(self) -> int:
+        """How many of the rows are read."""
+        return self.used.bit_count()
 
 
 @dataclass(frozen=True)
@@ -390,6 +396,7 @@ def gather_context(
                     ]
                     add_region(slots + [-1] * (variants - len(group)))
 
+    residues = Counter((offset - first_offset(x)) % x.step for offset in _by_offset(x))
     group_firsts = [min((t.offset for p in g for t in p.taps[:1]), default=0) for g in groups]
     if style == "none":
         span_x = max(
@@ -415,6 +422,7 @@ def gather_context(
         "span_y": max(y.spans) if schedule.window_y else 0,
         "span_x": span_x,
         "first_x": first_offset(x),
+        "recurring_residues": sum(columns > 1 for columns in residues.values()),
         "taps_per_pass": max(after - before for before, after in pairwise(region_first)),
         "output_is_coarse": contraction == "fprop",
         "input": "fine" if contraction == "fprop" else "coarse",

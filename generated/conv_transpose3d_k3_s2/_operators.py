@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_0a7d6d0a"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_857031bd"
 NAMESPACE += VARIANT
 
 

@@ -223,23 +223,29 @@ __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
   }
 }
 
+// Whether a column of COUNT fragments leaves no registers for a second one beside the sums of so
+// many products, where columns of two residues come again: a fragment takes four in each of the two
+// columns, and as many for its addresses in each residue. With more than this ptxas spills.
+template <int PRODUCTS, int COUNT>
+constexpr bool FILLS_REGISTERS = 4 * PRODUCTS + 16 * COUNT > CONSUMER_REGISTERS<2> - 12;
+
 // Around the taps of one column, whose fragments have been loaded. Where registers hold the
 // fragments of two columns, a column's products go on while the next fragments are loaded, and
 // those of the column before it end here. They hold only one in 3xTF32 (FLUSH), of 16-bit channels
 // beside the sums of several phases, and of the third part of three groups, whose products go on
-// while the other two load. After the last column before a loop goes round (LAST)
-// all products have ended: ptxas keeps the registers that they read only as far as there is no
-// branch, and gives them to the next column's fragments beyond it.
+// while the other two load; or because a column fills them (ALONE). After the last column before a
+// loop goes round (ALONE, too) all products have ended: ptxas keeps the registers that they read
+// only as far as there is no branch, and gives them to the next column's fragments beyond it.
 template <int CHANNELS>
 __device__ __forceinline__ void begin_column() {
   if constexpr (BY_GROUPS<CHANNELS>) wgmma_begin();
 }
 
-template <class Math, int CHANNELS, int GROUPS, int VARIANTS, bool LAST>
+template <class Math, int CHANNELS, int GROUPS, int VARIANTS, bool ALONE>
 __device__ __forceinline__ void end_column() {
   if constexpr (BY_GROUPS<CHANNELS>) {
     constexpr bool ONE =
-        LAST || Math::FLUSH || GROUPS > 2 || (Math::CHANNELS > 1 && VARIANTS > 1);
+        ALONE || Math::FLUSH || GROUPS > 2 || (Math::CHANNELS > 1 && VARIANTS > 1);
     wgmma_commit();
     wgmma_wait<ONE ? 0 : 1>();
   }

@@ -229,6 +229,10 @@ __device__ __forceinline__ void copy_place(const ProductCopies& c, const uint2* 
 
 // ---- Operands of products -------------------------------------------------------------------
 
+// Whether a lane keeps its places in a stage in one register. On sm_90a ptxas has one for each of
+// them; on others it spilled some beside most sums.
+constexpr bool PACKED_OFFSETS = !HAS_WGMMA;
+
 // A lane holds four neighbouring positions (a quad) of a chunk's sixteen: their order within a
 // product's depth is free as long as both operands agree. With g = lane / 4, t = lane % 4, quad t:
 //   32-bit elements: product 0 takes positions 0 and 2 of the quads, product 1 positions 1 and 3,

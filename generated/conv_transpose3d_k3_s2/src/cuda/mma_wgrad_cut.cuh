@@ -10,9 +10,15 @@ constexpr int CHUNK_QUADS = 4;  // quads of one chunk: one for each lane of a ro
 constexpr int PRODUCT_ROWS = 16, PRODUCT_COLUMNS = 8;
 
 // Warps of a block, at most. With 12 of them a thread may have 168 registers, with 16 128: enough
-// for so few sums, and more warps hide more of each other's waiting.
-constexpr int LEAST_WARPS = 12, MOST_WARPS = 16, FEW_SUMS = 72;
-constexpr int most_warps(int sums) { return sums <= FEW_SUMS ? MOST_WARPS : LEAST_WARPS; }
+// for few sums, and more warps hide more of each other's waiting. Coarse fragments, and of the fine
+// operands those that the compiler prepares ahead, must fit beside them: with more than
+// FEW_REGISTERS in all, sums went to local memory.
+constexpr int LEAST_WARPS = 12, MOST_WARPS = 16;
+constexpr int FEW_SUMS = 72, FEW_REGISTERS = 112, FINE_AHEAD = 24;
+constexpr int most_warps(int sums, int coarse, int fine) {
+  const int ahead = fine < FINE_AHEAD ? fine : FINE_AHEAD;
+  return sums <= FEW_SUMS && sums + coarse + ahead <= FEW_REGISTERS ? MOST_WARPS : LEAST_WARPS;
+}
 constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
 constexpr int GRANULE_BYTES = 16, GRANULE_WORDS = 4;

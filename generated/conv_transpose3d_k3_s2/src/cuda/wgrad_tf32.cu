@@ -128,10 +128,19 @@ ProductTraits specified_traits() {
   return t;
 }
 
+// Registers of a lane's coarse fragments, and of what a chunk's products read of its windows.
+template <int M_TILES>
+constexpr int COARSE_REGISTERS = M_TILES * 8 / Product::ELEMENTS;
+constexpr int WINDOW_REGISTERS = 2 * 5;
+template <int N_TILES>
+constexpr int FINE_REGISTERS = N_TILES * TAPS_H * WINDOW_REGISTERS;
+
 // Operands that are split take the registers that few sums leave.
 template <int M_TILES, int N_TILES>
 constexpr int BLOCK_WARPS =
-    Product::SPLIT ? LEAST_WARPS : most_warps(M_TILES * N_TILES * TAPS_H * TAPS_W * 4);
+    Product::SPLIT ? LEAST_WARPS
+                   : most_warps(M_TILES * N_TILES * TAPS_H * TAPS_W * 4, COARSE_REGISTERS<M_TILES>,
+                                FINE_REGISTERS<N_TILES>);
 
 template <int M_TILES, int N_TILES>
 __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
@@ -235,6 +244,10 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
       s.coarse_words + (unit.n * N_TILES * PRODUCT_COLUMNS + g) * s.fine_pitch +
       unit.d * s.tap_planes * s.rows * s.row_words + unit.h * TAPS_H * tap_row +
       column_word(unit.w * TAPS_W * TAP_COLUMNS, QUAD_COLUMNS, QUAD_PITCH, ELEMENTS);
+  // Both in one register, as no word of shared memory lies beyond 2^16, and whether there is work.
+  constexpr uint32_t NO_WORK = ~0u;
+  const uint32_t offsets =
+      active ? static_cast<uint32_t>(fine_offset) << 16 | coarse_offset : NO_WORK;
 
   Sums<M_TILES, N_TILES> sum = {};
 
@@ -251,8 +264,8 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
                       // origin any more
     if (threadIdx.x == 0 && left > 2) aim(left - 2);
     const uint32_t* const staged = stages + (left & 1) * s.stage_words;
-    const uint32_t* const coarse_tile = staged + coarse_offset;
-    const uint32_t* const fine_tile = staged + fine_offset;
+    const uint32_t* coarse_tile = staged + coarse_offset;
+    const uint32_t* fine_tile = staged + fine_offset;
     for (int chunk = part;; chunk += s.parts) {
       // The next tile's copies are dealt to this one's chunks, beside whose products they go
       // unnoticed; what is left of them follows the last. Which are this chunk's follows from its
@@ -265,10 +278,14 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
         for (; copy < until; copy += blockDim.x) stage(left - 1, copy);
       }
       if (chunk >= s.chunks) break;
-      if (active) {
+      if (PACKED_OFFSETS ? offsets != NO_WORK : active) {
         // The next chunk's comes in time; beside two sets of sums there is no register for it.
         const int at = window;
         window = windows[(chunk + s.parts) * CHUNK_QUADS + t];
+        if constexpr (PACKED_OFFSETS) {
+          const uint32_t both = opaque(static_cast<int>(offsets));
+          coarse_tile = staged + (both & 0xffff), fine_tile = staged + (both >> 16);
+        }
         accumulate<M_TILES, N_TILES>(
             coarse_tile + chunk * (CHUNK_QUADS * QUAD / ELEMENTS), opaque(8 * s.coarse_pitch),
             fine_tile + at, opaque(PRODUCT_COLUMNS * s.fine_pitch),
