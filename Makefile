@@ -18,8 +18,9 @@ demo: $(TEST)
 	$(BIN)/python -m examples.training_loop
 	$(BIN)/convgen verify conv_transpose3d_k3_s2
 
+# A process for each core; one file's tests share what they compile.
 test: $(TEST)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check
