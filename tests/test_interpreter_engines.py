@@ -488,8 +488,8 @@ def test_a_call_takes_the_rows_of_its_channels() -> None:
     file = f"fprop_{case.dtype}.cu"
     for rows, wrong in (2, (True, False)), (3, (False, True)):
         before, after = sources[file].split(f"for 8 input words and {rows} rows.")
-        assert "opaque(1)" in after
-        buggy = before + after.replace("opaque(1)", "opaque(2)", 1)
+        assert "tile_offset<CHANNELS>(1)" in after
+        buggy = before + after.replace("tile_offset<CHANNELS>(1)", "tile_offset<CHANNELS>(2)", 1)
         loaded = Library(
             compile_interpreted(f"buggy_rows_{rows}", {**sources, file: buggy}, "checked")
         )
