@@ -196,6 +196,14 @@ def test_checked_kernels_agree_with_float64(case: Case) -> None:
 GATHERS = ("fprop", "dgrad")
 
 
+def check_calls(loaded: Library, case: Case, contractions: tuple[str, ...] = GATHERS) -> None:
+    """The case's calls of some contractions agree with float64."""
+    for given in case.problems():
+        if given.contraction in contractions:
+            solve(loaded, given)
+            given.check()
+
+
 def grouped(case: Case, contractions: tuple[str, ...] = GATHERS, groups: int = 2) -> dict[str, str]:
     """Sources with enough channels per warp that warps multiply in groups."""
     schedules = {}
@@ -215,10 +223,7 @@ def compile_sm_90a(name: str, sources: dict[str, str]) -> Path:
 @pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
 def test_groups_of_warps_agree_with_float64(case: Case) -> None:
     loaded = Library(compile_sm_90a(f"{case.spec.name}_{case.dtype}_90a", grouped(case)))
-    for given in case.problems():
-        if given.contraction in GATHERS:
-            solve(loaded, given)
-            given.check()
+    check_calls(loaded, case)
 
 
 # Three groups beside one crew that stages: by copies of elements and wide ones, with raw lines,
@@ -230,10 +235,7 @@ THREE_GROUPS = [WGMMA_CASES[i] for i in (0, 2, 3, 4, 6, 9, -2)]
 def test_three_groups_of_warps_agree_with_float64(case: Case) -> None:
     name = f"{case.spec.name}_{case.dtype}_three"
     loaded = Library(compile_sm_90a(name, grouped(case, groups=3)))
-    for given in case.problems():
-        if given.contraction in GATHERS:
-            solve(loaded, given)
-            given.check()
+    check_calls(loaded, case)
 
 
 # Tiles as the input lies in memory: all modes, inputs with and without stride, lines of any length
@@ -274,10 +276,7 @@ def test_tiles_may_be_staged_as_the_input_lies_in_memory(
     sources = engine_sources(case.spec, case.dtype, GATHERS, schedules)
     name = f"{case.stem}_granules_{architecture}"
     loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
-    for given in case.problems():
-        if given.contraction in GATHERS:
-            solve(loaded, given)
-            given.check()
+    check_calls(loaded, case)
 
 
 # Lanes with neighbouring positions: all modes, first columns that are even and odd, taps apart,
@@ -314,10 +313,7 @@ def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architect
     sources = engine_sources(case.spec, case.dtype, contractions, schedules)
     name = f"{case.stem}_pairs_{architecture}"
     loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
-    for given in case.problems():
-        if given.contraction in contractions:
-            solve(loaded, given)
-            given.check()
+    check_calls(loaded, case, contractions)
 
 
 @pytest.mark.parametrize("architecture", ["80", "90a"])
@@ -329,10 +325,7 @@ def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
         sources = {**sources, "releases.cuh": macro + sources["releases.cuh"]}
         name = f"{case.stem}_racecheck_{architecture}"
         loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
-        for given in case.problems():
-            if given.contraction != "bgrad":
-                solve(loaded, given)
-                given.check()
+        check_calls(loaded, case, (*GATHERS, "wgrad"))
 
 
 def test_products_that_nothing_waits_for_are_caught() -> None:
@@ -428,10 +421,7 @@ def test_other_schedules_agree_with_float64(
         )
     sources = engine_sources(case.spec, case.dtype, ("fprop", "dgrad"), schedules)
     loaded = Library(compile_interpreted(f"{case.stem}_{style}{rows}", sources, "checked"))
-    for given in case.problems():
-        if given.contraction in ("fprop", "dgrad"):
-            solve(loaded, given)
-            given.check()
+    check_calls(loaded, case)
 
 
 ROWS_CASES = [
@@ -475,10 +465,7 @@ def test_every_number_of_channels_has_rows_of_its_own(
     sources = engine_sources(case.spec, case.dtype, GATHERS, tiles_of(case, style))
     name = f"{case.stem}_rows_{architecture}"
     loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
-    for given in case.problems():
-        if given.contraction in GATHERS:
-            solve(loaded, given)
-            given.check()
+    check_calls(loaded, case)
 
 
 def test_a_call_takes_the_rows_of_its_channels() -> None:

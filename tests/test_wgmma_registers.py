@@ -7,7 +7,6 @@ were wrong. So the machine code is searched for writes to them, along all paths.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -53,9 +52,7 @@ def cubin(folder: Path, spec: ConvSpec, contraction: str, fault: tuple[str, str]
 @cache
 def disassembler() -> str:
     """nvdisasm of the CUDA toolkit, or of the pip wheel that the test extra has."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
-    wheels = [str(path) for folder in folders for path in folder.glob("cu*/bin")]
+    wheels = [str(root / "bin") for root in toolchain._wheel_roots()]
     found = shutil.which("nvdisasm", path=os.pathsep.join([os.environ.get("PATH", ""), *wheels]))
     return found or pytest.skip("needs nvdisasm, of the CUDA toolkit or nvidia-cuda-nvdisasm")
 

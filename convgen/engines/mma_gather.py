@@ -206,12 +206,9 @@ def _tile_registers(geometry: Geometry, contraction: str, mode: str, gather: Gat
 
 def _refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
     """Why a gather cannot have a schedule by default; empty if it can."""
-    return (
-        _first_refusal(schedule, lambda gather: _unfit(geometry, contraction, mode, gather))
-        or _three_groups_refusal(geometry, contraction, mode, schedule)
-        or _granules_refusal(schedule)
-        or _pairs_refusal(geometry, contraction, mode, schedule)
-    )
+    return _first_refusal(
+        schedule, lambda gather: _unfit(geometry, contraction, mode, gather)
+    ) or _fields_refusal(geometry, contraction, mode, schedule)
 
 
 def _tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
@@ -224,11 +221,17 @@ def _tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: Ga
         most = PRODUCTS_GROUPED[mode]
         return _misfit(geometry, contraction, mode, gather, most, GROUPED_REGISTERS[mode])
 
-    return (
-        _first_refusal(schedule, refusal)
-        or _three_groups_refusal(geometry, contraction, mode, schedule)
-        or _granules_refusal(schedule)
-        or _pairs_refusal(geometry, contraction, mode, schedule)
+    return _first_refusal(schedule, refusal) or _fields_refusal(
+        geometry, contraction, mode, schedule
+    )
+
+
+def _fields_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+    """Why a schedule cannot have its groups, granules or pairs; empty if it can."""
+    if schedule.granules and schedule.unroll == "none":
+        return "loops over taps read words by residue, not elements of granules"
+    return _three_groups_refusal(geometry, contraction, mode, schedule) or _pairs_refusal(
+        geometry, contraction, mode, schedule
     )
 
 
@@ -257,13 +260,6 @@ def _three_groups_refusal(
         return _spills(geometry, contraction, mode, gather, THREE_GROUPS)
 
     return _first_refusal(schedule, refusal)
-
-
-def _granules_refusal(schedule: GatherTiles) -> str:
-    """Why tiles cannot be staged as the input lies in memory; empty if they can or need not."""
-    if schedule.granules and schedule.unroll == "none":
-        return "loops over taps read words by residue, not elements of granules"
-    return ""
 
 
 def _pairs_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:

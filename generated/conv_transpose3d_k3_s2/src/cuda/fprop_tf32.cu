@@ -1,4 +1,4 @@
-  // fprop of conv_transpose3d_k3_s2, float32.
+// fprop of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
 // Schedule: {"granules": false, "groups": 2, "pairs": false, "row_axis": "d", "tiles": [[3, 48],
