@@ -136,7 +136,7 @@ def bench_(
     default=8,
     show_default=True,
     metavar="N",
-    help="Schedules to compile for each contraction: the default, and the model's best.",
+    help="Schedules to compile for each contraction: the default, the table's, the model's best.",
 )
 @click.option(
     "--seconds",
@@ -215,8 +215,9 @@ def tune_(
         tuple(dict.fromkeys(contractions)) or CONTRACTIONS,
         fixed_channels,
     )
-    gpu = tune.gpu_of(toolchain.gpu_architectures())
-    outcomes = tune.all_candidates(work, gpu, candidates)
+    architectures = toolchain.gpu_architectures()
+    gpu = tune.gpu_of(architectures)
+    outcomes = tune.all_candidates(work, gpu, candidates, architectures)
     if dry_run or where is None:
         report.candidates(outcomes)
         raise click.exceptions.Exit(0)

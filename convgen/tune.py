@@ -223,8 +223,13 @@ def jobs(
     return found
 
 
-def candidates(job: Job, gpu: Gpu, most: int = CANDIDATES) -> Outcome:
-    """The default and the most promising of the legal schedules, by the model."""
+def candidates(
+    job: Job, gpu: Gpu, most: int = CANDIDATES, architectures: Sequence[str] = ()
+) -> Outcome:
+    """The default, what the tables hold, and the most promising of the legal schedules.
+
+    These are the model's choice; what was measured as fastest before defends its place.
+    """
     geometry, engine = job.spec.geometry, job.engine
     default = engine.plan(geometry, job.contraction, job.kind)
     legal = [
@@ -243,13 +248,32 @@ def candidates(job: Job, gpu: Gpu, most: int = CANDIDATES) -> Outcome:
     distinct: dict[Prediction, Candidate] = {}
     for other in others:
         distinct.setdefault(other.predicted, other)
-    chosen = [candidate(default.schedule), *list(distinct.values())[: most - 1]]
-    return Outcome(job, len(others) + 1, chosen)
+    first = dict.fromkeys([default.schedule, *_held(job, architectures)])
+    chosen = [candidate(schedule) for schedule in first]
+    chosen += [other for other in distinct.values() if other.plan.schedule not in first]
+    return Outcome(job, len(others) + 1, chosen[:most])
 
 
-def all_candidates(work: Sequence[Job], gpu: Gpu, most: int = CANDIDATES) -> list[Outcome]:
+def _held(job: Job, architectures: Sequence[str]) -> list[Any]:
+    """The schedule that the tables hold for a job, if there is one."""
+    problem = job.problem
+    dtype = next((d for d, modes in TENSOR_CORE_MODES.items() if job.kind in modes), job.kind)
+    held = tuned.schedules(
+        job.spec,
+        job.engine.backend,
+        [dtype],
+        architectures,
+        tuned.processor_name(),
+        tuned.size_class(problem.batch, problem.coarse_extent),
+    )
+    return [s for key, s in held.items() if key == (job.contraction, job.kind)]
+
+
+def all_candidates(
+    work: Sequence[Job], gpu: Gpu, most: int = CANDIDATES, architectures: Sequence[str] = ()
+) -> list[Outcome]:
     """:func:`candidates` of every job. Layers of one specification get those of all of them."""
-    outcomes = [candidates(job, gpu, most) for job in work]
+    outcomes = [candidates(job, gpu, most, architectures) for job in work]
     for group in _shared(outcomes):
         plans = {c.plan.schedule: c.plan for outcome in group for c in outcome.candidates}
         for outcome in group:

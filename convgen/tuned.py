@@ -30,6 +30,9 @@ from convgen.spec import ConvSpec
 VARIABLE = "CONVGEN_TUNED"
 VERSION = 1
 
+ALIKE = {"f16tc": "bf16tc", "bf16tc": "f16tc"}
+"""Modes whose kernels take equally long: one has the other's winners where it has none."""
+
 _SHIPPED = Path(__file__).parent / "tables"
 
 
@@ -124,16 +127,18 @@ def schedules(
     wanted = {name.partition("+")[0].rstrip("af") for name in architectures}
     for engine, kind in units(backend, spec.geometry, dtypes):
         for contraction in CONTRACTIONS:
-            matching = [
+            here = [
                 w
                 for w in winners
-                if (w.contraction, w.kind) == (contraction, kind)
+                if w.contraction == contraction
                 and (
                     w.architecture.rstrip("af") in wanted
                     if backend == "cuda"
                     else not w.architecture and w.device == device
                 )
             ]
+            matching = [w for w in here if w.kind == kind]
+            matching = matching or [w for w in here if w.kind == ALIKE.get(kind)]
             if not matching:
                 continue
             if size is None:

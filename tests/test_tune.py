@@ -68,6 +68,35 @@ class TestJobs:
         assert times == sorted(times)
         assert times[0] < outcome.default.predicted.ms
 
+    def test_what_the_tables_hold_defends_its_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (job,) = tune.jobs([LAYER], "cuda", "bf16", True, ["dgrad"])
+        worst = max(tune.candidates(job, H200, 999).candidates, key=lambda c: c.predicted.ms)
+        entry = tuned.Winner(
+            spec=SPEC.name,
+            contraction="dgrad",
+            kind="bf16tc",
+            device="GPU",
+            architecture="90a",
+            size=tuned.size_class(2, (12, 19)),
+            channels=(6, 5),
+            schedule=dataclasses.asdict(worst.plan.schedule),
+            ms=1.0,
+            default_ms=2.0,
+            convgen="0",
+        )
+        table = tmp_path / "table.json"
+        tuned.store([entry], table)
+        monkeypatch.setenv(tuned.VARIABLE, str(table))
+        for architectures, held in (["90a"], True), ([], False), (["80"], False):
+            for most in (2, 4):
+                found = tune.candidates(job, H200, most, architectures).candidates
+                schedules = [c.plan.schedule for c in found]
+                assert len(set(schedules)) == len(schedules) == most
+                assert found[0].is_default
+                assert (schedules[1] == worst.plan.schedule) == held
+
     @pytest.mark.parametrize(
         ("architectures", "name"),
         [

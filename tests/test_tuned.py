@@ -99,6 +99,20 @@ class TestTable:
         tuned.store([winner(schedule=as_json(grouped), architecture="80")], table)
         assert found(("80",)) == {("dgrad", "tf32"): grouped}
 
+    def test_16_bit_modes_share_winners(self, table: Path) -> None:
+        """Their products take equally long."""
+
+        def found(dtype: str) -> dict[tuple[str, str], Any]:
+            return tuned.schedules(SPEC, "cuda", [dtype], ["90a"], "")
+
+        tuned.store([winner(kind="bf16tc")], table)
+        assert found("f16") == {("dgrad", "f16tc"): OTHER}
+        assert found("bf16") == {("dgrad", "bf16tc"): OTHER}
+        assert found("f32") == {}
+        tuned.store([winner(kind="f16tc", schedule=as_json(DEFAULT))], table)
+        assert found("f16") == {("dgrad", "f16tc"): DEFAULT}
+        assert found("bf16") == {("dgrad", "bf16tc"): OTHER}
+
     def test_processors_go_by_their_name(self, table: Path) -> None:
         engine = units("cpu", SPEC.geometry, ["f32"])[0][0]
         schedule = engine.plan(SPEC.geometry, "fprop", "f32").schedule
