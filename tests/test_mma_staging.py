@@ -147,8 +147,8 @@ def test_lines_that_are_moved_too_early_are_caught(statement: str, report: str) 
 
 
 @pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
-def test_what_lies_before_a_line_is_cleared(kind: str) -> None:
-    """It is the end of the line before, as the first columns of a tile hold it."""
+def test_what_lies_beside_a_line_is_cleared(kind: str) -> None:
+    """It is the end of the line before or the begin of the next, as a tile's columns hold it."""
     files = sources(2, kind, "fprop", "80", granules=True)
     (unit,) = (name for name in files if name.startswith("fprop_"))
     statement = "granules.clear(count * Math::CHANNELS);"
@@ -158,6 +158,17 @@ def test_what_lies_before_a_line_is_cleared(kind: str) -> None:
     given = problems(2, kind, "fprop")[0]
     solve(loaded, given)
     assert given.error() > 10 * LIMITS[kind]
+
+
+def test_columns_that_are_cleared_before_all_have_landed_are_caught() -> None:
+    """Others of the crew have copied them."""
+    files = sources(2, "bf16tc", "fprop", "80", granules=True)
+    unit = "fprop_bf16tc.cu"
+    text = files[unit].replace("named_barrier_sync(BARRIER_COPIED + turn_of_crew", "if (false) (0")
+    assert text != files[unit]
+    loaded = Library(compile_interpreted("buggy_meeting", {**files, unit: text}, "checked"))
+    with pytest.raises(Fault, match="asynchronous copy|race on shared memory"):
+        solve(loaded, problems(2, "bf16tc", "fprop")[0])
 
 
 def test_granules_that_nothing_waits_for_are_caught() -> None:
