@@ -167,7 +167,7 @@ def test_columns_that_are_cleared_before_all_have_landed_are_caught() -> None:
     text = files[unit].replace("named_barrier_sync(BARRIER_COPIED + turn_of_crew", "if (false) (0")
     assert text != files[unit]
     loaded = Library(compile_interpreted("buggy_meeting", {**files, unit: text}, "checked"))
-    with pytest.raises(Fault, match="asynchronous copy|race on shared memory"):
+    with pytest.raises(Fault, match=r"asynchronous copy|race on shared memory"):
         solve(loaded, problems(2, "bf16tc", "fprop")[0])
 
 
