@@ -8,10 +8,13 @@ fprop and dgrad share one kernel, a gather (:mod:`convgen.engines.mma_gather`); 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from convgen.dtypes import MODES
 from convgen.engines import Candidate, KernelPlan, schedule_from
 from convgen.engines.cost import Gpu, Prediction, Problem
+from convgen.engines.lattice import lattice_of
 from convgen.engines.mma_gather import (
     ENGINE_NAME,
     GatherTiles,
@@ -52,6 +55,7 @@ class Mma:
         "staging.cuh": "cuda/mma/staging.cuh",
         "lines.cuh": "cuda/mma/lines.cuh",
         "granules.cuh": "cuda/mma/granules.cuh",
+        "lattice.cuh": "cuda/mma/lattice.cuh",
         "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
         "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
         "mma_wgrad_groups.cuh": "cuda/mma/wgrad_groups.cuh",
@@ -59,18 +63,21 @@ class Mma:
 
     def plan(self, geometry: Geometry, contraction: str, dtype: str) -> KernelPlan:
         schedule: Any
+        met = _met(geometry, contraction)
         if contraction == "wgrad":
-            schedule = wgrad_schedule(geometry, dtype)
+            schedule = wgrad_schedule(met, dtype)
         else:
-            schedule = gather_tiles(geometry, contraction, dtype)
+            schedule = gather_tiles(met, contraction, dtype)
         return KernelPlan(geometry, contraction, dtype, self.name, schedule)
 
     def space(self, geometry: Geometry, contraction: str, dtype: str) -> list[Candidate]:
+        met = _met(geometry, contraction)
         if contraction == "wgrad":
-            return wgrad_space(geometry, dtype)
-        return tiles_space(geometry, contraction, dtype)
+            return wgrad_space(met, dtype)
+        return tiles_space(met, contraction, dtype)
 
     def refusal(self, plan: KernelPlan, architectures: Iterable[str] = ()) -> str:
+        plan = _of_met(plan)
         if plan.contraction == "wgrad":
             return wgrad_refusal(plan.geometry, plan.dtype, plan.schedule)
         return tiles_refusal(plan, architectures)
@@ -78,11 +85,16 @@ class Mma:
     def combine(self, choices: Sequence[tuple[KernelPlan, Problem]]) -> GatherTiles | None:
         if choices[0][0].contraction == "wgrad":
             return None
-        return combine_tiles(choices)
+        return combine_tiles([(_of_met(plan), problem) for plan, problem in choices])
 
     def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
         predict = wgrad_prediction if plan.contraction == "wgrad" else tiles_prediction
-        return predict(plan, problem, gpu)
+        lattice = lattice_of(plan.geometry, plan.contraction)
+        if lattice is None:
+            return predict(plan, problem, gpu)
+        size = MODES[plan.dtype].size_bytes
+        dense = predict(_of_met(plan), lattice.problem(problem, size), gpu)
+        return lattice.prediction(dense, problem, size, gpu)
 
     def read_schedule(self, contraction: str, fields: Mapping[str, Any]) -> Any:
         return schedule_from(WgradSchedule if contraction == "wgrad" else GatherTiles, fields)
@@ -91,7 +103,20 @@ class Mma:
         return "cuda/mma/wgrad.cu.j2" if contraction == "wgrad" else "cuda/mma/gather.cu.j2"
 
     def context(self, plan: KernelPlan) -> dict[str, Any]:
-        return wgrad_context(plan) if plan.contraction == "wgrad" else tiles_context(plan)
+        lattice = lattice_of(plan.geometry, plan.contraction)
+        plan = _of_met(plan)
+        context = wgrad_context(plan) if plan.contraction == "wgrad" else tiles_context(plan)
+        return context | {"g": plan.geometry, "lattice": lattice}
+
+
+def _met(geometry: Geometry, contraction: str) -> Geometry:
+    """Of what a contraction's kernel meets: the lattice's, where there is one."""
+    lattice = lattice_of(geometry, contraction)
+    return geometry if lattice is None else lattice.geometry
+
+
+def _of_met(plan: KernelPlan) -> KernelPlan:
+    return replace(plan, geometry=_met(plan.geometry, plan.contraction))
 
 
 ENGINE = Mma()
