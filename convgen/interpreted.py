@@ -32,7 +32,7 @@ _CALL = struct.Struct("6Q10q")
 _OPERANDS = ("coarse", "fine", "weight", "bias", "workspace")
 _RESULTS = {"fprop": "coarse", "dgrad": "fine", "wgrad": "weight", "bgrad": "bias"}
 
-_OUTPUT, _INPUT = 0, 1
+_OUTPUT, _INPUT, _INOUT = 0, 1, 2
 """What ``convgen_interpret_register`` is told of a tensor's contents."""
 
 
@@ -124,8 +124,10 @@ class InterpretedLibrary:
         function.argtypes = [ctypes.c_char_p]
         if symbol.endswith("_workspace"):
             return _Function(lambda call: int(function(_on_device(call))))
-        _, contraction, dtype = symbol.split("_")
-        workspace = self._library[f"{symbol}_workspace"]
+        is_packed = symbol.endswith("_packed")  # by an earlier call, in the same workspace
+        kernel = symbol.removesuffix("_packed")
+        _, contraction, dtype = kernel.split("_")
+        workspace = self._library[f"{kernel}_workspace"]
         workspace.argtypes, workspace.restype = [ctypes.c_char_p], ctypes.c_int64
 
         def run(call: bytes) -> int:
@@ -135,9 +137,11 @@ class InterpretedLibrary:
             for name, size_bytes in sizes.items():
                 address = _CALL.unpack(call)[_OPERANDS.index(name)]
                 if address and size_bytes:
-                    written = name not in ("workspace", _RESULTS[contraction])
+                    access = _INPUT
+                    if name in ("workspace", _RESULTS[contraction]):
+                        access = _INOUT if is_packed and name == "workspace" else _OUTPUT
                     self._library.convgen_interpret_register(
-                        address, size_bytes, name.encode(), _INPUT if written else _OUTPUT
+                        address, size_bytes, name.encode(), access
                     )
             try:
                 return int(function(call))

@@ -16,6 +16,7 @@ from typing import Any
 from convgen import __version__
 from convgen.dtypes import DTYPES, MODES
 from convgen.engines import TENSOR_CORE_WIDTH, KernelPlan
+from convgen.engines.lattice import lattice_of
 from convgen.render import command_line, render_template
 from convgen.spec import ConvSpec
 
@@ -46,6 +47,10 @@ def render_package(
         "dtypes": DTYPES,
         "math_modes": description["backends"].get("cuda", {}).get("math_modes", []),
         "tensor_core_width": TENSOR_CORE_WIDTH,
+        # Whether the gradients of a layer both read what one of them packs.
+        "shares_packed": spec.transposed
+        and bool(description["backends"].get("cuda", {}).get("math_modes"))
+        and lattice_of(spec.geometry, "wgrad") is not None,
         "axes": _AXES[spec.ndim],
         "extents": _extents(spec),
         "class_name": class_name(spec.op),

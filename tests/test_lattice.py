@@ -6,18 +6,25 @@ See ``convgen/engines/lattice.py`` and ``templates/cuda/mma/lattice.cuh``.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from interpreted import Library, engine_sources, problem, solve
 
+from convgen import interpreted
 from convgen.engines.cost import H200, Problem
 from convgen.engines.lattice import lattice_of
 from convgen.engines.mma import ENGINE as MMA
 from convgen.interpret import library as compile_interpreted
 from convgen.spec import ConvSpec, Geometry
+from convgen.specialize import render
 
 READERS = ("fprop", "wgrad")
 
@@ -118,3 +125,59 @@ def test_packing_is_part_of_the_predicted_time() -> None:
     elements = 16 * 64 * 16 * 32 * (65 + 32)
     expected = 2 * elements / H200.memory_bytes_per_s * 1e3 + 0.002
     assert packed.ms - dense.ms == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    spec = ConvSpec("conv_transpose1d", 3, 2, 1, dilation=2)
+    folder = tmp_path_factory.mktemp("generated") / spec.name
+    for path, text in render(spec, ("cuda",), ("bf16",)).items():
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return interpreted.load(folder, "plain")
+
+
+def test_gradients_share_what_is_packed(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = sys.modules[f"{module.__name__}._kernels"]
+    layer = module.ConvTranspose1d(9, 17, dtype=torch.bfloat16)
+    x = torch.randn(2, 9, 37, dtype=torch.bfloat16, requires_grad=True)
+    operands = (x, layer.weight, layer.bias)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = layer(x)
+        return torch.autograd.grad(out, operands, torch.ones_like(out))
+
+    calls: list[str] = []
+    run = kernels.Launch.run
+
+    def recorded(launch: Any, *rest: Any, is_packed: bool = False) -> None:
+        calls.append("of packed" if is_packed else "whole")
+        run(launch, *rest, is_packed=is_packed)
+
+    alone = gradients()  # plans are made
+    monkeypatch.setattr(kernels.Launch, "run", recorded)
+    together = gradients()
+    assert calls == ["whole", "whole", "whole", "of packed"]  # forward, bias, input, weight
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    expected = torch.autograd.grad(
+        F.conv_transpose1d(x, layer.weight, layer.bias, 2, 1, dilation=2).sum(), operands
+    )
+    for one, other in zip(together, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-1)
+
+
+def test_gradients_of_gradients_are_of_operators(module: ModuleType) -> None:
+    """What packs once is none, and stays aside where gradients are recorded."""
+    layer = module.ConvTranspose1d(8, 8, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(1, 8, 9, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), layer.weight)
+    out = F.conv_transpose1d(x, layer.weight, None, 2, 1, dilation=2)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(first.sum(), layer.weight)
+    torch.testing.assert_close(second, expected, rtol=5e-2, atol=1.0)

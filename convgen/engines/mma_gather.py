@@ -122,6 +122,8 @@ UNROLL_LIMIT = 1600
 # Two stages of a representative tile and its weights: what a block on sm_90 may hold, less a margin
 # for wider tiles. Smaller GPUs cut narrower tiles at launch.
 STAGES_LIMIT_BYTES = 200 * 1024
+# The same of what any GPU holds.
+SMALL_STAGES_BYTES = 90 * 1024
 
 # Staging 16-bit lines by way of raw buffers (``staging.cuh``): passages of 32 words through shared
 # memory (written to a buffer, read, partly by halves, and written to the tile), and instructions
@@ -429,7 +431,9 @@ def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherTi
 
     def schedule(style: str, products: int) -> GatherTiles:
         tiles = tuple((rows, 8 * blocks) for blocks in channel_blocks(products))
-        return GatherTiles(style, row_axis, variants, tiles)
+        gather = GatherSchedule(style, row_axis, rows, variants, tuple(c for _, c in tiles))
+        granules = _granules_pay(geometry, contraction, mode, gather)
+        return GatherTiles(style, row_axis, variants, tiles, granules=granules)
 
     if loops_over_taps(x):
         return schedule("none", _budget(mode))
@@ -444,6 +448,28 @@ def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherTi
         if not _refusal(geometry, contraction, mode, chosen):
             return chosen
     return schedule("line", _budget(mode))
+
+
+def _granules_pay(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
+    """Whether tiles are to be staged as a strided input lies in memory.
+
+    Its columns take an access each otherwise. Lines are longer that way: where the narrowest tile
+    would not fit on every GPU, words stay apart.
+    """
+    r, y, x = arrange(gather_axes(geometry, contraction))
+    if x.step == 1 or gather.unroll == "none":
+        return False
+    size = MODES[mode].size_bytes
+    taps_y, span_y = (sum(y.counts), max(y.spans)) if gather.window_y else (1, 0)
+    taps_r = sum(r.counts) if gather.window_r else 1
+    # A warp's 16 positions in one or two lines, at worst over the end of one.
+    lines = 2 * (y.step if gather.window_y else 1) + span_y + 1
+    line_bytes = -(-(15 * x.step + max(x.spans) + 1) * size // 16) * 16 + 16
+    channels = 8 * 4 // size
+    split = 2 if mode == "tf32x3" else 1
+    weights = taps_r * taps_y * sum(x.counts) * min(gather.channels) * 8 * 4 * split
+    stages = 2 * (channels * gather.planes(r) * lines * line_bytes + weights)
+    return stages <= SMALL_STAGES_BYTES
 
 
 def _tile_of(schedule: GatherTiles, plan: KernelPlan, problem: Problem) -> tuple[int, int]:

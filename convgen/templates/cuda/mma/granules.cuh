@@ -26,6 +26,47 @@ __device__ __forceinline__ int tile_shift(const GatherShape& s, const T* from,
                                   int64_t{origin.y} * s.y.input_stride + origin.x);
 }
 
+// The columns of a tile beside the input, which hold the ends of other lines.
+struct LandedMargins {
+  unsigned char* tile;  // its first element
+  TileOrigin origin;
+  int channels;  // none if there are no such columns
+};
+
+// Whether a line of the input is one of the tile's.
+template <int PLANE_STEP, int LINE_STEP>
+__device__ __forceinline__ bool line_inside(const GatherShape& s, const TileOrigin& origin,
+                                            int plane, int row) {
+  return static_cast<unsigned>(origin.r + plane * PLANE_STEP) < static_cast<unsigned>(s.r.input) &&
+         static_cast<unsigned>(origin.y + row * LINE_STEP) < static_cast<unsigned>(s.y.input);
+}
+
+// Clears these columns, of elements like Bits. Other lines are zero already.
+template <int PLANE_STEP, int LINE_STEP, typename Bits>
+__device__ __forceinline__ void clear_margins(const GatherShape& s, const Crew& crew,
+                                              const LandedMargins& margins) {
+  const int left = min(max(-margins.origin.x, 0), s.columns);
+  const int right = max(s.x.input - margins.origin.x, left);
+  // Lines are few: half of the threads take every other channel.
+  const int half = crew.threads / 2, first = crew.thread / half;
+#pragma unroll 1
+  for (int line = crew.thread % half; line < s.planes * s.rows; line += half) {
+    int plane = line;
+    const int row = s.by_rows.split(plane);
+    if (!line_inside<PLANE_STEP, LINE_STEP>(s, margins.origin, plane, row)) continue;
+    Bits* at = reinterpret_cast<Bits*>(margins.tile) + first * s.channel_pitch +
+               plane * s.plane_pitch + row * s.row_pitch;
+#pragma unroll 1
+    for (int channel = first; channel < margins.channels; channel += 2) {
+#pragma unroll 1
+      for (int column = 0; column < left; ++column) at[column] = 0;
+#pragma unroll 1
+      for (int column = right; column < s.columns; ++column) at[column] = 0;
+      at += 2 * s.channel_pitch;
+    }
+  }
+}
+
 // One tile, staged by a crew whose threads are dealt granules of lines, for all channels.
 template <int PLANE_STEP, int LINE_STEP, typename T>
 class GranuleTile {
@@ -85,38 +126,18 @@ class GranuleTile {
     }
   }
 
-  // Whether the tile has columns beside the input, which are to be cleared.
-  __device__ __forceinline__ bool beside_input() const {
-    return origin_.x < 0 || s_.x.input - origin_.x < s_.columns;
-  }
-
-  // Clears the columns beside the input, when all copies of the crew have landed.
-  __device__ __forceinline__ void clear(int count) const {
-    const int left = min(max(-origin_.x, 0), s_.columns);
-    const int right = max(s_.x.input - origin_.x, left);
-    const int existing = min(count, channels_), lines = s_.planes * s_.rows;
-    // Lines are few: half of the threads take every other channel.
-    const int half = crew_.threads / 2;
-#pragma unroll 1
-    for (int line = crew_.thread % half; line < lines; line += half) {
-      const Place place = locate(line);
-      if (!place.inside) continue;
-      int to = place.to + crew_.thread / half * channel_pitch();
-#pragma unroll 1
-      for (int channel = crew_.thread / half; channel < existing; channel += 2) {
-        Bits* const at = reinterpret_cast<Bits*>(tile_ + to);
-#pragma unroll 1
-        for (int column = 0; column < left; ++column) at[column] = 0;
-#pragma unroll 1
-        for (int column = right; column < s_.columns; ++column) at[column] = 0;
-        to += 2 * channel_pitch();
-      }
-    }
+  // What is to be cleared of `count` channels when all copies of the crew have landed.
+  __device__ __forceinline__ LandedMargins margins(int count) const {
+    LandedMargins margins;
+    margins.tile = tile_ + shift_ * SIZE;
+    margins.origin = origin_;
+    const bool beside = origin_.x < 0 || s_.x.input - origin_.x < s_.columns;
+    margins.channels = beside ? min(count, channels_) : 0;
+    return margins;
   }
 
  private:
   static constexpr int SIZE = sizeof(T);
-  using Bits = std::conditional_t<SIZE == 4, uint32_t, uint16_t>;
 
   // The first column of a line, of the first channel: bytes.
   struct Place {
@@ -128,11 +149,11 @@ class GranuleTile {
   __device__ __forceinline__ Place locate(int line) const {
     int plane = line;
     const int row = s_.by_rows.split(plane);
-    const int r = origin_.r + plane * PLANE_STEP, y = origin_.y + row * LINE_STEP;
     Place place;
-    place.inside = static_cast<unsigned>(r) < static_cast<unsigned>(s_.r.input) &&
-                   static_cast<unsigned>(y) < static_cast<unsigned>(s_.y.input);
-    const int first = place.inside ? r * s_.r.input_stride + y * s_.y.input_stride : 0;
+    place.inside = line_inside<PLANE_STEP, LINE_STEP>(s_, origin_, plane, row);
+    const int first = place.inside ? (origin_.r + plane * PLANE_STEP) * s_.r.input_stride +
+                                         (origin_.y + row * LINE_STEP) * s_.y.input_stride
+                                   : 0;
     place.at = reinterpret_cast<int64_t>(from_) + (int64_t{first} + origin_.x) * SIZE;
     place.to = (shift_ + plane * s_.plane_pitch + row * s_.row_pitch) * SIZE;
     return place;
