@@ -36,9 +36,10 @@ constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS : WARP;
 constexpr int PRODUCT_FULL = 1, PRODUCT_EMPTY = PRODUCT_FULL + PRODUCT_STAGES;
 constexpr int PRODUCT_COPIED = PRODUCT_EMPTY + PRODUCT_STAGES;
 
-// Of a block's first words of shared memory: the shifts of loose lines by buffer, then releases.
-constexpr int RELEASES = 4;
-static_assert(RELEASES + RELEASE_WORDS<PRODUCT_STAGES> <= ORIGINS_WORDS, "the room for them");
+// Of a block's first words of shared memory: the shifts of loose lines by buffer, then releases of
+// buffers to those that stage, and to those that multiply.
+constexpr int EMPTIES = 4, FILLS = EMPTIES + RELEASE_WORDS<PRODUCT_STAGES>;
+static_assert(FILLS + RELEASE_WORDS<PRODUCT_STAGES> <= ORIGINS_WORDS, "the room for them");
 
 // Words of a staged chunk of N_BLOCKS x 8 coarse channels: for each product and 8 channels two
 // matrices of 8 channels x 4 words, which SharedColumns describes. Word t of a channel belongs to
