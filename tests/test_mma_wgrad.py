@@ -7,9 +7,11 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from math import gcd
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from convgen.dtypes import MODES
 from convgen.engines.mma_wgrad import (
     WgradSchedule,
     _elements,
+    _group_tile,
     _layout,
     _wavefronts,
     wgrad_refusal,
@@ -208,13 +211,19 @@ CASES = [
 ]
 # On sm_90a, where four warps multiply together: channels beyond one block, both tensors' rows odd.
 GROUP_CASES = [
-    Case(ConvSpec(UP, 3), ("tf32", "bf16tc"), ((1, (48, 48), (3, 6, 8)),)),
+    # The second call's lines are loose, and end beyond the tensor.
+    Case(
+        ConvSpec(UP, 3), ("tf32", "bf16tc"), ((1, (48, 48), (3, 6, 8)), (1, (48, 48), (5, 9, 11)))
+    ),
     Case(ConvSpec(CONV, 3, 1, 1), ("f16tc",), ((1, (40, 72), (3, 5, 9)),)),
     Case(
         ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=64),
         ("bf16tc",),
         ((1, (32, 64), (3, 5, 9)),),
     ),
+    # Loose lines of which single elements are read; of strides whose channels share a place.
+    Case(ConvSpec(UP, 3, 2, 1, dilation=2), ("bf16tc",), ((1, (32, 64), (3, 5, 8)),)),
+    Case(ConvSpec(CONV, 3, 1, 1), ("bf16tc",), ((1, (16, 32), (2, 8, 9)),)),
 ]
 RUNS = [
     pytest.param(case, mode, "80", id=f"{case.spec.name}-{mode}")
@@ -287,6 +296,98 @@ def test_sanitized_kernels_stay_within_exact_tensors(mode: str, tmp_path: Path) 
     solve_exactly(library(CASES[2].spec, mode, "address"), problems, tmp_path)
     for made in problems:
         assert made.error() <= LIMITS[mode]
+
+
+# Where the loose lines of a call are staged.
+PLACES_OF_LINES = """
+CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
+  ConvgenCall call = {};
+  call.batch = sizes[0], call.coarse_channels = sizes[1], call.fine_channels = sizes[2];
+  for (int i = 0; i < 3; ++i) {
+    call.coarse_extent[i] = sizes[3 + i], call.fine_extent[i] = sizes[6 + i];
+  }
+  const DeviceLimits limits = {132, 227 * 1024};
+  Plan p;
+  if (const int error = plan(call, limits, p)) return error;
+  const ProductShape& s = p.shape;
+  found[0] = s.loose, found[1] = s.fine_pitch, found[2] = s.planes, found[3] = s.rows;
+  found[4] = s.row_words, found[5] = s.stages, found[6] = s.stage_words;
+  return CONVGEN_OK;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes", "wavefronts", "loads"),
+    [
+        # All positions of the stride are read, in pairs of elements.
+        (
+            ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
+            (4, 32, 32, 32, 64, 128, 63, 127, 255),
+            1,
+            6,
+        ),
+        # Every second one, each for itself.
+        (
+            ConvSpec(UP, 3, 2, 1, dilation=2, in_channels=32, out_channels=64),
+            (16, 32, 64, 16, 32, 32, 33, 65, 65),
+            1,
+            6,
+        ),
+        # Channels an even number of elements apart.
+        (
+            ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
+            (4, 32, 32, 32, 64, 128, 62, 127, 255),
+            1,
+            6,
+        ),
+        # Quads of neighbouring channels overlap, wherever these lie.
+        (
+            ConvSpec(CONV, 3, 1, 1, in_channels=32, out_channels=32),
+            (4, 32, 32, 31, 65, 65, 31, 65, 65),
+            2,
+            4,
+        ),
+    ],
+)
+def test_loads_from_loose_lines_have_few_bank_conflicts(
+    spec: ConvSpec, sizes: tuple[int, ...], wavefronts: int, loads: int
+) -> None:
+    sources = engine_sources(spec, "bf16tc", ("wgrad",))
+    sources["wgrad_bf16tc.cu"] += PLACES_OF_LINES
+    loaded = Library(compile_interpreted("lines", sources, "plain", architecture="90a"))
+    found = np.zeros(7, np.int64)
+    loaded("places_of_lines", np.array(sizes, np.int64), found)
+    loose, pitch, planes, rows, words, stages, stage_words = found.tolist()
+    assert loose
+    assert 0 <= pitch - planes * rows * words < 32
+    # Copies of granules fill whole sectors of shared memory.
+    assert stages % 8 == 0
+    assert stage_words % 8 == 0
+    stride = sizes[6] * sizes[7] * sizes[8]
+    if stride % 2 == 1:
+        assert pitch % 8 == 0
+    for begin in range(8):
+        banks = [0] * 32
+        for g, t in product(range(8), range(4)):
+            word = (begin + g * stride) % 8 // 2 + t * 4 * spec.geometry.stride[2] // 2
+            banks[(g * pitch + word) % 32] += 1
+        assert max(banks) == wavefronts
+    taps = wgrad_schedule(spec.geometry, "bf16tc").group_taps
+    tile = _group_tile(_layout(spec.geometry, 2, taps[1]), taps, 1, 4)
+    assert tile.loose_loads == 2 * taps[0] * loads
+
+
+def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
+    """As compiled for racecheck, whose tool does not follow named barriers."""
+    case = GROUP_CASES[0]
+    sources = engine_sources(case.spec, "bf16tc", ("wgrad",))
+    macro = "#define CONVGEN_RACECHECK\n"
+    sources = {**sources, "releases.cuh": macro + sources["releases.cuh"]}
+    loaded = Library(compile_interpreted("loose_racecheck", sources, architecture="90a"))
+    made = case.problems("bf16tc")[-1]
+    solve(loaded, made)
+    assert made.error() <= LIMITS["bf16tc"]
 
 
 def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

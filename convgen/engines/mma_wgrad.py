@@ -116,8 +116,8 @@ class Tile:
     n: int
     coarse_wavefronts: int
     fine_wavefronts: int
-    loose_wavefronts: int = 0
-    """Instead of the latter, where lines are staged as they lie in memory."""
+    loose_loads: int = 0
+    """Where lines are staged as they lie in memory: loads of a word or a part of it."""
 
 
 def _wavefronts(vector: int, lane_pitch: int, channel_pitch: int) -> int:
@@ -227,10 +227,14 @@ def _group_tile(layout: Layout, taps: tuple[int, int], m: int, blocks: int) -> T
         p * layout.position_columns + w * layout.tap_columns
         for p, w in product(range(QUAD), range(taps[1]))
     }
-    # Loads of single elements; lanes of two channels meet in a bank.
-    return Tile(
-        m, blocks, 0, rows * layout.used_vectors * layout.wavefronts, rows * 2 * len(columns)
-    )
+    # Single elements, or pairs where all columns between are staged, from words that the first
+    # column may halve.
+    loads = len(columns)
+    if layout.column_step == 1:
+        end = layout.shift + max(columns) + 1
+        loads = -(-end // 2) - layout.shift // 2 + (end % 2 == 0)
+    wavefronts = rows * layout.used_vectors * layout.wavefronts
+    return Tile(m, blocks, 0, wavefronts, rows * loads)
 
 
 def _staging(layout: Layout, elements: int, m: int, n: int, rows: int) -> tuple[float, float]:
