@@ -122,7 +122,10 @@ UNROLL_LIMIT = 1600
 # Two stages of a representative tile and its weights: what a block on sm_90 may hold, less a margin
 # for wider tiles. Smaller GPUs cut narrower tiles at launch.
 STAGES_LIMIT_BYTES = 200 * 1024
-# The same of what any GPU holds.
+# Registers for sums and a column beside which there is room for halves of words (granules in 16
+# bits). With more ptxas spills a few.
+HALVES_REGISTERS = 76
+# Two stages that any GPU holds.
 SMALL_STAGES_BYTES = 90 * 1024
 
 # Staging 16-bit lines by way of raw buffers (``staging.cuh``): passages of 32 words through shared
@@ -469,6 +472,8 @@ def _granules_pay(geometry: Geometry, contraction: str, mode: str, gather: Gathe
     split = 2 if mode == "tf32x3" else 1
     weights = taps_r * taps_y * sum(x.counts) * min(gather.channels) * 8 * 4 * split
     stages = 2 * (channels * gather.planes(r) * lines * line_bytes + weights)
+    if size == 2 and _tile_registers(geometry, contraction, mode, gather) > HALVES_REGISTERS:
+        return False
     return stages <= SMALL_STAGES_BYTES
 
 

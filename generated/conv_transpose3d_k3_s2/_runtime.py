@@ -109,7 +109,11 @@ class Launch:
     """Takes the calls whose tiles do not fit into the GPU's shared memory."""
 
     def run(
-        self, coarse: Tensor, fine: Tensor | None, weight: Tensor | None, bias: Tensor | None
+        self,
+        coarse: Tensor,
+        fine: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
     ) -> None:
         """Runs on contiguous tensors, one of which is the result, on the current stream.
 

@@ -1,7 +1,7 @@
 // fprop of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"granules": false, "groups": 2, "pairs": false, "row_axis": "d", "tiles": [[2, 32],
+// Schedule: {"granules": true, "groups": 2, "pairs": false, "row_axis": "d", "tiles": [[2, 32],
 //   [2, 24], [2, 16]], "unroll": "plane", "variants": 1}
 //
 //   coarse[n, a, i] = bias[a] +
@@ -14,13 +14,10 @@
 // it. A thread block is `lanes` / 16 x `warps_c` such warps, which multiply, and CREWS x
 // CREW_WARPS warps, which stage for each chunk of fine channels in shared memory (two to
 // four buffers; named barriers tell when one is full or empty)
-//   the tile:    [word of channels][d][h][residue of w mod STEP_X][w / STEP_X],
-//                with its halo; the pitch of a word is 8 or 24 mod 32, so that the lanes of a
-//                fragment read different banks
+//   the tile:    [channel][d][h][w] with its halo, as it lies in memory (granules.cuh)
 //   the weights: fragments, packed beforehand by fprop_pack_kernel.
-// Lines come element by element (lines.cuh).
 
-#include "lines.cuh"
+#include "granules.cuh"
 
 namespace {
 
@@ -29,6 +26,7 @@ using namespace convgen;
 using T = float;  // elements in memory
 using Math = Tf32x3;
 using Word = Math::Input;
+using Bits = uint32_t;  // an element's
 
 // The specification, in three dimensions (D, H, W); o = i * STRIDE - PADDING + t * DILATION.
 [[maybe_unused]] constexpr int KERNEL_D = 3, KERNEL_H = 3, KERNEL_W = 3;
@@ -79,82 +77,82 @@ constexpr int SCRATCH_WORDS = OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS>;
 // The taps of one along d, for 8 input words.
 template <int CHANNELS>
 __device__ __forceinline__ void accumulate(
-    const GatherShape& s, const Word* tile, Weights<Math, CHANNELS> weight,
+    const GatherShape& s, const Math::Element* tile, Weights<Math, CHANNELS> weight,
     const int (&position)[2],
     float (&acc)[VARIANTS][2][CHANNELS / MMA_COLUMNS][4]) {
   constexpr int SLOT = SLOT_WORDS<Math, CHANNELS>;
   [[maybe_unused]] const int row_pitch = tile_offset<CHANNELS>(s.row_pitch);
   [[maybe_unused]] const int plane_pitch = tile_offset<CHANNELS>(s.plane_pitch);
   // Half the words of a product.
-  const int quarter = tile_offset<CHANNELS>(4 * s.channel_pitch);
+  const int quarter = tile_offset<CHANNELS>(4 * Math::CHANNELS * s.channel_pitch);
   {  // h +0, w +0
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(0);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(0);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (d, 0, 0)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +0, w +1
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(0 + 1 * s.residue_pitch);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(1);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (d, 0, 1)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +0, w +2
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(1);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(2);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 2 * SLOT);  // tap (d, 0, 2)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +1, w +0
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(0 + 1 * row_pitch);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(0 + 1 * row_pitch);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (d, 1, 0)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +1, w +1
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(0 + 1 * row_pitch + 1 * s.residue_pitch);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(1 + 1 * row_pitch);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (d, 1, 1)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +1, w +2
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(1 + 1 * row_pitch);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(2 + 1 * row_pitch);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 5 * SLOT);  // tap (d, 1, 2)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +2, w +0
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(0 + 2 * row_pitch);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(0 + 2 * row_pitch);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (d, 2, 0)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +2, w +1
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(0 + 2 * row_pitch + 1 * s.residue_pitch);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(1 + 2 * row_pitch);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (d, 2, 1)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
   }
   {  // h +2, w +2
     Math::A x[2];
-    const Word* column = tile + tile_offset<CHANNELS>(1 + 2 * row_pitch);
-    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter);
+    const Math::Element* column = tile + tile_offset<CHANNELS>(2 + 2 * row_pitch);
+    load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 8 * SLOT);  // tap (d, 2, 2)
     end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
@@ -297,34 +295,42 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         }
       }
     };
-    // As copies that land in the tile itself: `copy` is given its channels.
-    auto produce_by_copies = [&](auto&& copy) {
-      produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
-        const int first_channel = chunk * s.chunk * Math::CHANNELS;
-        copy(tile, locate_channels(s, work.block, input) + first_channel * s.in_channel_stride,
-             count, s.in_channels - first_channel, locate_tile(work, pass));
-        copy_commit();
-        // A single crew with buffers to spare awaits copies when the next ones are on their way.
-        if (CREWS > 1 || s.stages == GATHER_LEAST_STAGES) {
-          announce_full<CHANNELS, 0>(buffer, meeting);
-        } else if (step > 0) {
-          announce_full<CHANNELS, 1>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
-        }
-      });
-      if (CREWS == 1 && s.stages > GATHER_LEAST_STAGES && step > 0) {
-        announce_full<CHANNELS, 0>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+    // When all but the PENDING newest steps of the crew have landed: the columns beside the input
+    // are cleared, and consumers told.
+    auto finish = [&](const LandedMargins& margins, int landed, auto pending) {
+      constexpr int PENDING = decltype(pending)::value;
+      if (margins.channels > 0) {
+        copy_wait<PENDING>();
+        named_barrier_sync(BARRIER_COPIED + turn_of_crew, CREW_THREADS);
+        clear_margins<PLANE_STEP, LINE_STEP, Bits>(s, crew, margins);
       }
+      announce_full<CHANNELS, PENDING>(landed, meeting);
     };
-    auto produce_by_elements = [&] {
-      produce_by_copies([&](Word* tile, const T* from, int count, int channels,
-                            const TileOrigin& origin) {
-        const int existing = min(count, channels);
-        copy_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, crew, tile, reinterpret_cast<const Word*>(from),
-                                                 existing, origin);
-        clear_words(s, crew, tile, existing, count);
+    auto copy = [&](const Work& work, int pass, int chunk, int count, Word* tile) {
+      const int first_channel = chunk * s.chunk * Math::CHANNELS;
+      const GranuleTile<PLANE_STEP, LINE_STEP, T> granules(
+          s, crew, tile, input,
+          locate_channels(s, work.block, input) + first_channel * s.in_channel_stride,
+          s.in_channels - first_channel, locate_tile(work, pass));
+      granules.copy(count * Math::CHANNELS);
+      copy_commit();
+      return granules.margins(count * Math::CHANNELS);
+    };
+    if (CREWS > 1 || s.stages == GATHER_LEAST_STAGES) {
+      produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
+        finish(copy(work, pass, chunk, count, tile), buffer, std::integral_constant<int, 0>());
       });
-    };
-    produce_by_elements();
+    } else {
+      // A single crew with buffers to spare awaits copies when the next ones are on their way.
+      LandedMargins before = {};
+      auto last = [&] { return buffer == 0 ? s.stages - 1 : buffer - 1; };
+      produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
+        const LandedMargins margins = copy(work, pass, chunk, count, tile);
+        if (step > 0) finish(before, last(), std::integral_constant<int, 1>());
+        before = margins;
+      });
+      if (step > 0) finish(before, last(), std::integral_constant<int, 0>());
+    }
     // Meet the consumers' last arrivals, so that every one is answered.
     for (int last = max(step - s.stages, 0); last < step; ++last) {
       if (CREWS > 1 && last % CREWS != turn_of_crew) continue;
@@ -350,7 +356,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     auto locate = [&](int flat) {
       int y = min(flat, work.strip_positions - 1);
       const int x = s.by_strip_width.split(y);
-      return (y - work.y0) * LANE_STEP_Y * s.row_pitch + work.shift + x;
+      return (y - work.y0) * LANE_STEP_Y * s.row_pitch + x * STEP_X;
     };
     const int position[2] = {locate(block.flat0 + self.position()),
                              locate(block.flat0 + self.position() + 8)};
@@ -364,8 +370,10 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
           const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
           const int count = min(s.chunk, s.words - chunk * s.chunk);
           const uint32_t* const staged = shared + buffer * s.stage_elements;
-          const Word* tile = reinterpret_cast<const Word*>(staged) +
-                             opaque(threadIdx.x) % 4 * s.channel_pitch;
+          const Math::Element* tile =
+              reinterpret_cast<const Math::Element*>(staged) +
+              tile_shift(s, locate_channels(s, block, input), locate_tile(work, pass)) +
+              opaque(threadIdx.x) % 4 * Math::CHANNELS * s.channel_pitch;
           Weights<Math, CHANNELS> weight =
               find_weights<Math, CHANNELS>(staged + first_weight, opaque(threadIdx.x) % WARP);
           for (int word = 0; word < count; word += MMA_WORDS) {
@@ -386,7 +394,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
             } else {
               accumulate_words(acc);
             }
-            tile += MMA_WORDS * s.channel_pitch;
+            tile += MMA_WORDS * Math::CHANNELS * s.channel_pitch;
             weight += region_taps * SLOT_WORDS<Math, CHANNELS>;
           }
           if constexpr (!Math::FLUSH) end_products(acc);
@@ -552,6 +560,8 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.raw_buffers = 0;
   traits.raw_channels = Math::CHANNELS;
   traits.element_bytes = sizeof(T);
+  traits.granule = GRANULE_BYTES / sizeof(T);
+  traits.plane_step = PLANE_STEP, traits.line_step = LINE_STEP;
 
   return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
 }
@@ -602,8 +612,7 @@ int compiled_bound(const ConvgenCall& call, int channels, int& bound) {
 
 // Of the compiled sizes, the best whose tiles fit into shared memory.
 int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) {
-  const int64_t line = call.fine_extent[2];
-  const int load_width = STEP_X == 1 ? access_width<T, float>(call.fine, line) : 1;
+  const int load_width = 1;
   thread_local ShapeCache<Choice> cache;
   bool known;
   Choice& cached = cache.find(call, load_width, known);

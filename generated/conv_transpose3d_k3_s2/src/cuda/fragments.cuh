@@ -67,9 +67,10 @@ inline Roles roles_of(int launch_bound, int channels, int groups) {
 }
 
 // Named barriers of the buffers: a crew of producers arrives at FULL, consumers at EMPTY. A buffer
-// always belongs to the same crew.
+// always belongs to the same crew. A crew meets at COPIED, of which each has its own.
 constexpr int MOST_STAGES = 4;
 constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = BARRIER_FULL + MOST_STAGES;
+constexpr int BARRIER_COPIED = BARRIER_EMPTY + MOST_STAGES;
 
 // The buffer of the next step.
 __device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {

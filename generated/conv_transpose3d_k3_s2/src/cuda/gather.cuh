@@ -35,6 +35,7 @@ struct GatherShape {
 
   // The staged tile: `chunk` of `words` input words of [planes][rows][residue of X][columns].
   int words;
+  int columns;  // that lanes read of a line
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
   Divisor by_columns, by_rows;  // staged accesses of a line, lines of a plane
   int chunk, chunks, tile_elements, stage_elements;
@@ -236,6 +237,7 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       s.lanes = static_cast<int>(lanes);
       s.planes = static_cast<int>(planes);
       s.rows = static_cast<int>(staged_rows);
+      s.columns = static_cast<int>((width - 1) * t.step_x + t.span_x + 1);
       s.residue_pitch = static_cast<int>(residue_pitch);
       s.row_pitch = static_cast<int>(pitch);
       s.plane_pitch = static_cast<int>(plane_pitch);

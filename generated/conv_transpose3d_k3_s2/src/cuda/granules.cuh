@@ -3,8 +3,8 @@
 //
 // The pitches of the tile are congruent to distances in the input modulo a granule, so that a
 // line's granules land where they are aligned too. Lanes find elements by these pitches alone; what
-// a granule holds of other lines, nobody reads, but for the columns before a line of the input,
-// which are cleared.
+// granules hold of other lines, nobody reads, but for the columns beside the input, which are
+// cleared.
 #pragma once
 
 #include "staging.cuh"
@@ -26,6 +26,47 @@ __device__ __forceinline__ int tile_shift(const GatherShape& s, const T* from,
                                   int64_t{origin.y} * s.y.input_stride + origin.x);
 }
 
+// The columns of a tile beside the input, which hold the ends of other lines.
+struct LandedMargins {
+  unsigned char* tile;  // its first element
+  TileOrigin origin;
+  int channels;  // none if there are no such columns
+};
+
+// Whether a line of the input is one of the tile's.
+template <int PLANE_STEP, int LINE_STEP>
+__device__ __forceinline__ bool line_inside(const GatherShape& s, const TileOrigin& origin,
+                                            int plane, int row) {
+  return static_cast<unsigned>(origin.r + plane * PLANE_STEP) < static_cast<unsigned>(s.r.input) &&
+         static_cast<unsigned>(origin.y + row * LINE_STEP) < static_cast<unsigned>(s.y.input);
+}
+
+// Clears these columns, of elements like Bits. Other lines are zero already.
+template <int PLANE_STEP, int LINE_STEP, typename Bits>
+__device__ __forceinline__ void clear_margins(const GatherShape& s, const Crew& crew,
+                                              const LandedMargins& margins) {
+  const int left = min(max(-margins.origin.x, 0), s.columns);
+  const int right = max(s.x.input - margins.origin.x, left);
+  // Lines are few: half of the threads take every other channel.
+  const int half = crew.threads / 2, first = crew.thread / half;
+#pragma unroll 1
+  for (int line = crew.thread % half; line < s.planes * s.rows; line += half) {
+    int plane = line;
+    const int row = s.by_rows.split(plane);
+    if (!line_inside<PLANE_STEP, LINE_STEP>(s, margins.origin, plane, row)) continue;
+    Bits* at = reinterpret_cast<Bits*>(margins.tile) + first * s.channel_pitch +
+               plane * s.plane_pitch + row * s.row_pitch;
+#pragma unroll 1
+    for (int channel = first; channel < margins.channels; channel += 2) {
+#pragma unroll 1
+      for (int column = 0; column < left; ++column) at[column] = 0;
+#pragma unroll 1
+      for (int column = right; column < s.columns; ++column) at[column] = 0;
+      at += 2 * s.channel_pitch;
+    }
+  }
+}
+
 // One tile, staged by a crew whose threads are dealt granules of lines, for all channels.
 template <int PLANE_STEP, int LINE_STEP, typename T>
 class GranuleTile {
@@ -43,99 +84,87 @@ class GranuleTile {
         origin_(origin),
         shift_(tile_shift(s, from, origin)) {}
 
-  // Starts copying `count` channels: zeros where there is no input.
+  // Starts copying `count` channels: zeros where there is no line or channel.
   __device__ __forceinline__ void copy(int count) const {
-    for_each([&](Place place) {
-      const int existing = place.inside ? min(count, channels_) : 0;
-      int channel = 0;
-      if (place.at >= place.begin + (GRANULE_BYTES - 1) && place.at + GRANULE_BYTES <= place.end) {
-        // Of most, each channel's granule lies within its line.
-#pragma unroll 4
-        for (; channel < existing; ++channel) {
-          copy_async<GRANULE_BYTES>(tile_ + (place.to & -GRANULE_BYTES),
-                                    reinterpret_cast<const void*>(place.at & -GRANULE_BYTES), true);
-          advance(place);
-        }
-      }
-#pragma unroll 1
-      for (; channel < count; ++channel) {
-        const int64_t granule = place.at & -GRANULE_BYTES;
-        int bytes = 0;
-        if (channel < existing && granule + GRANULE_BYTES > place.begin && granule < place.end) {
-          bytes = static_cast<int>(min(place.end - granule, int64_t{GRANULE_BYTES}));
-        }
-        copy_granule(tile_ + (place.to & -GRANULE_BYTES),
-                     reinterpret_cast<const void*>(bytes > 0 ? granule : aligned_input()), bytes,
-                     input_);
-        advance(place);
-      }
-    });
-  }
-
-  // Clears what this thread's granules hold from before their lines, when its copies have landed.
-  __device__ __forceinline__ void clear(int count) const {
-    if (origin_.x >= 0) return;
-    for_each([&](Place place) {
-      const int existing = place.inside ? min(count, channels_) : 0;
-#pragma unroll 1
-      for (int channel = 0; channel < existing; ++channel) {
-        const int64_t granule = place.at & -GRANULE_BYTES;
-        if (granule < place.begin && place.begin < granule + GRANULE_BYTES) {
-          Bits* const to = reinterpret_cast<Bits*>(tile_ + (place.to & -GRANULE_BYTES));
-          const int elements = static_cast<int>(place.begin - granule) / SIZE;
-#pragma unroll 1
-          for (int i = 0; i < elements; ++i) to[i] = 0;
-        }
-        advance(place);
-      }
-    });
-  }
-
- private:
-  static constexpr int SIZE = sizeof(T);
-  using Bits = std::conditional_t<SIZE == 4, uint32_t, uint16_t>;
-
-  // A granule of a line of one channel. Addresses, in bytes.
-  struct Place {
-    int64_t at;          // in the input, not yet rounded down
-    int to;              // in the tile, likewise
-    int64_t begin, end;  // of the line in the input
-    bool inside;         // whether there is such a line
-  };
-
-  // Goes on to the next channel.
-  __device__ __forceinline__ void advance(Place& place) const {
-    const int64_t stride = s_.in_channel_stride * SIZE;
-    place.at += stride, place.begin += stride, place.end += stride;
-    place.to += s_.channel_pitch * SIZE;
-  }
-
-  __device__ __forceinline__ int64_t aligned_input() const {
-    return reinterpret_cast<int64_t>(input_) & -GRANULE_BYTES;
-  }
-
-  // Calls f for this thread's granules of the first channel.
-  template <class F>
-  __device__ __forceinline__ void for_each(F&& f) const {
+    const int existing = min(count, channels_);
+    const int64_t begin = reinterpret_cast<int64_t>(from_);
+    const int64_t end = begin + channels_ * channel_bytes();
     const int items = s_.planes * s_.rows * static_cast<int>(s_.by_columns.divisor);
 #pragma unroll 1
     for (int item = crew_.thread; item < items; item += crew_.threads) {
       int line = item;
       const int number = s_.by_columns.split(line);
-      int plane = line;
-      const int row = s_.by_rows.split(plane);
-      const int r = origin_.r + plane * PLANE_STEP, y = origin_.y + row * LINE_STEP;
-      Place place;
-      place.inside = static_cast<unsigned>(r) < static_cast<unsigned>(s_.r.input) &&
-                     static_cast<unsigned>(y) < static_cast<unsigned>(s_.y.input);
-      const int first = place.inside ? r * s_.r.input_stride + y * s_.y.input_stride : 0;
-      place.begin = reinterpret_cast<int64_t>(from_ + first);
-      place.end = place.begin + int64_t{s_.x.input} * SIZE;
-      place.at = place.begin + int64_t{origin_.x} * SIZE + number * GRANULE_BYTES;
-      place.to = (shift_ + plane * s_.plane_pitch + row * s_.row_pitch) * SIZE +
-                 number * GRANULE_BYTES;
-      f(place);
+      const Place place = locate(line);
+      int64_t at = place.at + number * GRANULE_BYTES;
+      int to = place.to + number * GRANULE_BYTES;
+      int channel = 0;
+      // Nearly always all channels' granules lie within the input. What they hold of other lines
+      // is cleared later where it matters: to tell it here would take longer than to copy it.
+      if (!place.inside || ((at & -GRANULE_BYTES) >= begin &&
+                            at + (existing - 1) * channel_bytes() + GRANULE_BYTES <= end)) {
+#pragma unroll 4
+        for (; channel < existing; ++channel) {
+          copy_async<GRANULE_BYTES>(tile_ + (to & -GRANULE_BYTES),
+                                    reinterpret_cast<const void*>(at & -GRANULE_BYTES),
+                                    place.inside);
+          at += channel_bytes(), to += channel_pitch();
+        }
+      }
+#pragma unroll 1
+      for (; channel < count; ++channel) {
+        const int64_t granule = at & -GRANULE_BYTES;
+        int bytes = 0;
+        if (place.inside && channel < existing && granule + GRANULE_BYTES > begin &&
+            granule < end) {
+          bytes = static_cast<int>(min(end - granule, int64_t{GRANULE_BYTES}));
+        }
+        copy_granule(tile_ + (to & -GRANULE_BYTES),
+                     reinterpret_cast<const void*>(bytes > 0 ? granule : aligned_input()), bytes,
+                     input_);
+        at += channel_bytes(), to += channel_pitch();
+      }
     }
+  }
+
+  // What is to be cleared of `count` channels when all copies of the crew have landed.
+  __device__ __forceinline__ LandedMargins margins(int count) const {
+    LandedMargins margins;
+    margins.tile = tile_ + shift_ * SIZE;
+    margins.origin = origin_;
+    const bool beside = origin_.x < 0 || s_.x.input - origin_.x < s_.columns;
+    margins.channels = beside ? min(count, channels_) : 0;
+    return margins;
+  }
+
+ private:
+  static constexpr int SIZE = sizeof(T);
+
+  // The first column of a line, of the first channel: bytes.
+  struct Place {
+    int64_t at;   // address in the input
+    int to;       // in the tile
+    bool inside;  // whether there is such a line
+  };
+
+  __device__ __forceinline__ Place locate(int line) const {
+    int plane = line;
+    const int row = s_.by_rows.split(plane);
+    Place place;
+    place.inside = line_inside<PLANE_STEP, LINE_STEP>(s_, origin_, plane, row);
+    const int first = place.inside ? (origin_.r + plane * PLANE_STEP) * s_.r.input_stride +
+                                         (origin_.y + row * LINE_STEP) * s_.y.input_stride
+                                   : 0;
+    place.at = reinterpret_cast<int64_t>(from_) + (int64_t{first} + origin_.x) * SIZE;
+    place.to = (shift_ + plane * s_.plane_pitch + row * s_.row_pitch) * SIZE;
+    return place;
+  }
+
+  // From one channel to the next.
+  __device__ __forceinline__ int64_t channel_bytes() const { return s_.in_channel_stride * SIZE; }
+  __device__ __forceinline__ int channel_pitch() const { return s_.channel_pitch * SIZE; }
+
+  __device__ __forceinline__ int64_t aligned_input() const {
+    return reinterpret_cast<int64_t>(input_) & -GRANULE_BYTES;
   }
 
   const GatherShape& s_;

@@ -23,7 +23,6 @@ constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
 constexpr int GRANULE_BYTES = 16, GRANULE_WORDS = 4;
 constexpr int COPY_BYTES = 4;          // that an asynchronous copy has at least
-constexpr int LOOSE_RESIDUE = 4;       // of the channel pitch, where lines are loose
 constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
 constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile
 constexpr int CHUNKS_PER_STORE = 512;  // about 1024 additions: 3e-5 of a sum, if all are truncated
@@ -100,7 +99,7 @@ struct ProductTraits {
   int warps;                   // of a block, at most, those that multiply
   int group_warps = 1;         // of them, those that multiply together
   bool loosens = false;        // whether lines may be loose
-  int loose_wavefronts = 0;    // then instead of fine_wavefronts
+  int loose_loads = 0;         // then of a chunk and warp, of one word for each lane
   int staging_warps = 0;       // others, which stage; 0 if all of them do
   int element_bytes;
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
@@ -173,6 +172,55 @@ constexpr double GROUP_LATENCY = 200, ARRANGE_CLOCKS = 120, STAGING_LATENCY = 15
 constexpr double COARSE_COPY = 4;  // instructions of a coarse copy beside COPY_ONE
 // Instructions: to find a place, to copy a channel there, as a granule.
 constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4, COPY_GRANULE = 12;
+// Wavefronts of shared memory that copies take where lines are loose, as measured: for each granule
+// and for each line of a channel; for 128 bytes of coarse channels, putting them in order included.
+constexpr double GRANULE_WAVEFRONTS = 0.42, LINE_WAVEFRONTS = 0.5, COARSE_WAVEFRONTS = 7.5;
+
+// Wavefronts of one load of a warp from loose lines, on average over where these may begin. Lane
+// 4 g + t reads the word at quad t, `quad_words` apart, of channel g: channels are `pitch` words
+// apart in shared memory and `stride` elements of `element_bytes` (4 at most) in the tensor, whose
+// place within a granule they keep.
+constexpr double loose_wavefronts(int pitch, int64_t stride, int quad_words, int element_bytes) {
+  const int granule = GRANULE_BYTES / element_bytes, elements = 4 / element_bytes;
+  int sum = 0;
+  for (int begin = 0; begin < granule; ++begin) {
+    int words[WARP] = {}, most = 0;  // by bank; no two lanes read the same one
+    for (int lane = 0; lane < WARP; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      const int within = static_cast<int>((begin + g * (stride % granule)) % granule);
+      const int bank = (g * pitch + t * quad_words + within / elements) % WARP;
+      if (++words[bank] > most) most = words[bank];
+    }
+    sum += most;
+  }
+  return double(sum) / granule;
+}
+
+// Channel pitches of loose lines, which are whole granules.
+struct LoosePitches {
+  double wavefronts[WARP / GRANULE_WORDS] = {};  // of a load, by the pitch mod 32 words
+
+  LoosePitches(const ProductShape& s, const ProductTraits& t) {
+    if (!t.loosens) return;
+    for (int pitch = 0; pitch < WARP; pitch += GRANULE_WORDS) {
+      wavefronts[pitch / GRANULE_WORDS] = loose_wavefronts(
+          pitch, s.fine_channel_stride, QUAD * t.stride_w * t.element_bytes / 4, t.element_bytes);
+    }
+  }
+
+  double of(int64_t pitch) const { return wavefronts[pitch % WARP / GRANULE_WORDS]; }
+
+  // The best pitch of channels that have `words` words. Of equals one of whole sectors of 32 bytes:
+  // where all channels' copies fill whole ones, these take a quarter less. Then the least.
+  int64_t best(int64_t words) const {
+    int64_t best = words;
+    for (int64_t pitch = words + GRANULE_WORDS; pitch < words + WARP; pitch += GRANULE_WORDS) {
+      const bool equal = of(pitch) == of(best);
+      if (of(pitch) < of(best) || (equal && best % 8 != 0 && pitch % 8 == 0)) best = pitch;
+    }
+    return best;
+  }
+};
 
 // Instructions of a warp that copies `channels` channels at its places.
 constexpr int64_t copy_instructions(int64_t channels, int64_t one = COPY_ONE) {
@@ -212,7 +260,8 @@ inline void deal_copies(ProductShape& s, int64_t coarse_channels, int64_t fine_c
 }
 
 // Shared memory of a cut, in words; fills in what depends on the tile alone.
-inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
+inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const LoosePitches& pitches,
+                       const ProductCut& cut) {
   const int elements = 4 / t.element_bytes;
   const ProductSpan d(cut.tile_d, cut.d, t.stride_d, t.dilation_d);
   const ProductSpan h(cut.tile_h, cut.h * t.taps_h, t.stride_h, t.dilation_h);
@@ -238,8 +287,8 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   const int64_t coarse_row = chunks * CHUNK_QUADS * QUAD / elements;
   // The tensor core reads coarse channels where wgmma wants them, without gaps.
   const int64_t coarse_pitch = staged_by_all ? pitch(coarse_row, t.coarse_residue) : coarse_row;
-  const int64_t fine_pitch =
-      pitch(d.count * h.count * row_words, loose ? LOOSE_RESIDUE : t.fine_residue);
+  const int64_t fine_row = d.count * h.count * row_words;
+  const int64_t fine_pitch = loose ? pitches.best(fine_row) : pitch(fine_row, t.fine_residue);
   const int64_t coarse_words = cut.m * t.coarse_tile * coarse_pitch;
   const int64_t fine_words = cut.n * t.fine_tile * fine_pitch;
   const bool wide = staged_by_all && cut.quads % 2 == 0;
@@ -249,7 +298,8 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const ProductCut
   const int64_t fine_places = d.count * h.count * (loose ? granules : columns / fine_width);
   const int64_t coarse_table = ORIGINS_WORDS + (chunks + cut.parts) * CHUNK_QUADS;
   const int64_t fine_table = coarse_table + 2 * coarse_places;
-  const int64_t stages = round_up(fine_table + 2 * fine_places, 4);
+  // Channels of whole sectors begin at them, too.
+  const int64_t stages = round_up(fine_table + 2 * fine_places, loose ? WARP : GRANULE_WORDS);
   const int64_t words = stages + PRODUCT_STAGES * (coarse_words + fine_words);
   if (words >= 1 << 19) return INDEX_LIMIT;
 
@@ -301,16 +351,22 @@ inline int64_t multiplying_warps(const ProductTraits& t, const ProductCut& cut) 
 }
 
 // Clocks of one tile where groups of warps multiply (wgmma) what others stage, per multiprocessor.
-inline double group_clocks(const ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
+inline double group_clocks(const ProductShape& s, const ProductTraits& t,
+                           const LoosePitches& pitches, const ProductCut& cut) {
   const double chunks = double(ceil_div(s.chunks, cut.parts));
   const double groups = double(multiplying_warps(t, cut) / t.group_warps);
   // A product takes half a clock per column, and its second operand shared memory for half of that.
   const double product = t.products * t.coarse_tile / 2.0;
   const double tensor = groups * chunks * product;
-  const double copies = double(s.fine.total) * s.fine.channels / WARP;
-  const int wavefronts = s.loose ? t.loose_wavefronts : t.fine_wavefronts;
-  const double shared =
-      tensor / 2 + groups * chunks * t.group_warps * wavefronts + s.stage_words / 32.0 + copies;
+  double loads = t.fine_wavefronts;
+  double copies = s.stage_words / 32.0 + double(s.fine.total) * s.fine.channels / WARP;
+  if (s.loose) {
+    loads = t.loose_loads * pitches.of(s.fine_pitch);
+    const double channels = double(s.fine.total) / s.fine.places * s.fine.channels;
+    copies = channels * (s.fine.places * GRANULE_WAVEFRONTS + s.planes * s.rows * LINE_WAVEFRONTS) +
+             s.coarse_words / 32.0 * COARSE_WAVEFRONTS;
+  }
+  const double shared = tensor / 2 + groups * chunks * t.group_warps * loads + copies;
   // A group waits for its products before it loads the next chunk.
   const double serial = chunks * (product + GROUP_LATENCY);
   // Coarse channels are copied, eight at a time, and put in order.
@@ -328,8 +384,9 @@ inline double group_clocks(const ProductShape& s, const ProductTraits& t, const 
 }
 
 // Expected time of a cut that lay_out() has laid out in `words` words.
-inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const ProductCut& cut,
-                           int64_t words, int64_t batch, int multiprocessors, int shared_limit) {
+inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t,
+                           const LoosePitches& pitches, const ProductCut& cut, int64_t words,
+                           int64_t batch, int multiprocessors, int shared_limit) {
   const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d, warps = units * cut.parts;
   ProductCost cost;
   cost.resident = t.warps / warps;
@@ -356,7 +413,7 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t, const 
   cost.tile = most + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
   if (t.staging_warps) {
     cost.resident = 1;
-    cost.tile = group_clocks(s, t, cut);
+    cost.tile = group_clocks(s, t, pitches, cut);
   }
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
   const double slots = double(cost.resident) * multiprocessors;
@@ -382,12 +439,14 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   ProductCut best = {};
   ProductCost best_cost = {0, -1, 0};
   ProductShape trial = s;
+  const LoosePitches pitches(s, t);
 
   ProductCut cut;
   auto consider = [&] {
-    const int64_t words = lay_out(trial, t, cut);
+    const int64_t words = lay_out(trial, t, pitches, cut);
     if (words * 4 > shared_limit) return false;
-    const ProductCost cost = cost_of(trial, t, cut, words, batch, multiprocessors, shared_limit);
+    const ProductCost cost =
+        cost_of(trial, t, pitches, cut, words, batch, multiprocessors, shared_limit);
     if (best_cost.total < 0 || cost.total < best_cost.total) best_cost = cost, best = cut;
     return true;
   };
@@ -437,7 +496,7 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   expected = best_cost.total;
 
   cut = best;
-  lay_out(s, t, cut);
+  lay_out(s, t, pitches, cut);
   s.units_m = static_cast<int>(cut.m), s.units_n = static_cast<int>(cut.n);
   s.units_w = static_cast<int>(cut.w), s.units_h = static_cast<int>(cut.h);
   s.units_d = static_cast<int>(cut.d), s.parts = static_cast<int>(cut.parts);

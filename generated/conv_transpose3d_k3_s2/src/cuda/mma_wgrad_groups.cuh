@@ -36,9 +36,10 @@ constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS : WARP;
 constexpr int PRODUCT_FULL = 1, PRODUCT_EMPTY = PRODUCT_FULL + PRODUCT_STAGES;
 constexpr int PRODUCT_COPIED = PRODUCT_EMPTY + PRODUCT_STAGES;
 
-// Of a block's first words of shared memory: the shifts of loose lines by buffer, then releases.
-constexpr int RELEASES = 4;
-static_assert(RELEASES + RELEASE_WORDS<PRODUCT_STAGES> <= ORIGINS_WORDS, "the room for them");
+// Of a block's first words of shared memory: the shifts of loose lines by buffer, then releases of
+// buffers to those that stage, and to those that multiply.
+constexpr int EMPTIES = 4, FILLS = EMPTIES + RELEASE_WORDS<PRODUCT_STAGES>;
+static_assert(FILLS + RELEASE_WORDS<PRODUCT_STAGES> <= ORIGINS_WORDS, "the room for them");
 
 // Words of a staged chunk of N_BLOCKS x 8 coarse channels: for each product and 8 channels two
 // matrices of 8 channels x 4 words, which SharedColumns describes. Word t of a channel belongs to
@@ -306,28 +307,30 @@ struct FineRows {
     half[1].template load<QUAD_COLUMNS, QUAD_PITCH>(from + half_rows);
   }
 
-  // The same from a loose line, whose element `from` is column SHIFT of the window. Only what the
-  // TAPS taps read.
+  // The same from a loose line, whose `element` is column SHIFT of the window; `from` is where a
+  // word begins. Only what the TAPS taps read.
   template <class Column, int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS, int STEP>
-  __device__ __forceinline__ void load_loose(const typename Product::Raw* from, int half_rows) {
+  __device__ __forceinline__ void load_loose(const typename Product::Raw* from, int element,
+                                             int half_rows) {
     using Raw = typename Product::Raw;
     constexpr int ELEMENTS = Product::ELEMENTS;
     constexpr int END = SHIFT + (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS + 1;
     if constexpr (ELEMENTS == 2 && STEP == 1) {
       // Neighbouring pairs, of words that the window's first column may halve. Nothing is read
       // before the first column that a tap reads, nor behind the last.
-      const Raw* const first = from - SHIFT;
-      const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(first) / sizeof(Raw)) & 1;
+      const int first = element - SHIFT, odd = first & 1;
       constexpr int BEGIN = SHIFT / 2, PAIRS = (END + 1) / 2 - BEGIN;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t* const words =
-            reinterpret_cast<const uint32_t*>(first - odd + h * half_rows) + BEGIN;
-        uint32_t word[PAIRS + 1];
-        word[0] = words[SHIFT % 2 == 1 ? odd : 0];
+            reinterpret_cast<const uint32_t*>(from + (first - odd) + h * half_rows) + BEGIN;
+        uint32_t word[PAIRS + 1] = {};
+        // Words that only some lanes need are for these alone: half of the channels, as a rule,
+        // where all others' words would lie in the same banks.
+        if (SHIFT % 2 == 0 || !odd) word[0] = words[0];
 #pragma unroll
         for (int i = 1; i < PAIRS; ++i) word[i] = words[i];
-        word[PAIRS] = END % 2 == 1 ? 0 : words[PAIRS - 1 + odd];
+        if (END % 2 == 0 && odd) word[PAIRS] = words[PAIRS];
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) {
           half[h].high[BEGIN + i] = __funnelshift_r(word[i], word[i + 1], odd * 16);
@@ -350,7 +353,8 @@ struct FineRows {
                 read |= column == position * POSITION_COLUMNS + tap * TAP_COLUMNS;
               }
             }
-            if (read) bits |= uint32_t{from[h * half_rows + Column::offset(column)]} << i * 16;
+            const int at = element + h * half_rows + Column::offset(column);
+            if (read) bits |= uint32_t{from[at]} << i * 16;
           }
           half[h].high[word] = Product::high(bits);
         }

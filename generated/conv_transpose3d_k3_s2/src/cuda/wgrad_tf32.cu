@@ -379,12 +379,12 @@ __device__ __forceinline__ void load_windows(Windows<M_TILES>& x, const uint32_t
   }
 }
 
-// The same from loose lines: `from` is the first row's, not yet moved by its place within a
-// granule, `shift`, to which each row of taps adds.
+// The same from loose lines: the window begins at `element` of the first row's, not yet moved by
+// its place within a granule, `shift`, to which each row of taps adds.
 template <int M_TILES>
 __device__ __forceinline__ void load_loose_windows(Windows<M_TILES>& x, const Raw* from,
-                                                   int half_rows, int tap_row, int shift,
-                                                   int fine_w) {
+                                                   int element, int half_rows, int tap_row,
+                                                   int shift, int fine_w) {
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -392,7 +392,7 @@ __device__ __forceinline__ void load_loose_windows(Windows<M_TILES>& x, const Ra
       const int within = within_granule<Raw>(shift + h * DILATION_H * fine_w);
       x[m][h].template load_loose<FineColumn, SHIFT, TAPS_W, TAP_COLUMNS, POSITION_COLUMNS,
                                   COLUMN_STEP>(
-          from + 2 * m * half_rows + h * tap_row + within, half_rows);
+          from + 2 * m * half_rows + h * tap_row, element + within, half_rows);
     }
   }
 }
@@ -463,7 +463,8 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       fill_fine_table<QUAD_COLUMNS, QUAD_PITCH, ELEMENTS>(s, fine_table);
     }
     fill_coarse_table(s, coarse_table, QUAD);
-    begin_releases<PRODUCT_STAGES>(shared + RELEASES, s.unit_warps * s.parts * WARP);
+    begin_releases<PRODUCT_STAGES>(shared + EMPTIES, s.unit_warps * s.parts * WARP);
+    begin_releases<PRODUCT_STAGES>(shared + FILLS, STAGING_WARPS * WARP);
     __syncthreads();
 
     const ProductBlock block =
@@ -478,7 +479,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       for (int i = 0; i < tiles; ++i) {
         const int buffer = i % PRODUCT_STAGES;
         if (i >= PRODUCT_STAGES) {
-          await_release<PRODUCT_EMPTY>(shared + RELEASES, buffer, i / PRODUCT_STAGES, meeting);
+          await_release<PRODUCT_EMPTY>(shared + EMPTIES, buffer, i / PRODUCT_STAGES, meeting);
         }
         const ProductTile tile = locate_product_tile(s, first + i);
         uint32_t* const stage = stages + buffer * s.stage_words;
@@ -530,11 +531,11 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
           clear_beside_lines<Raw>(s, thread, stage + s.coarse_words, fine_origin);
         }
         bulk_fence();  // wgmma reads by the way of bulk copies
-        named_barrier_arrive(PRODUCT_FULL + buffer, meeting);
+        release_buffer<PRODUCT_FULL>(shared + FILLS, buffer, meeting);
       }
       // Meet the last arrivals, so that every one is answered.
       for (int i = max(tiles - PRODUCT_STAGES, 0); i < tiles; ++i) {
-        await_release<PRODUCT_EMPTY>(shared + RELEASES, i % PRODUCT_STAGES,
+        await_release<PRODUCT_EMPTY>(shared + EMPTIES, i % PRODUCT_STAGES,
                                      i / PRODUCT_STAGES + 1, meeting);
       }
       return;
@@ -572,7 +573,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       const int buffer = i % PRODUCT_STAGES;
-      named_barrier_sync(PRODUCT_FULL + buffer, meeting);
+      await_release<PRODUCT_FULL>(shared + FILLS, buffer, i / PRODUCT_STAGES + 1, meeting);
       const uint32_t* const stage = stages + buffer * s.stage_words;
       const uint32_t* const fine_tile = stage + fine_offset;
       auto multiply_tile = [&](auto is_loose) {
@@ -587,7 +588,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
             at += unit_place;
             const int shift = tile_shift[buffer] + (at >> LOOSE_SHIFT);
             const int element = at & ((1u << LOOSE_SHIFT) - 1);
-            load_loose_windows<M_TILES>(x, reinterpret_cast<const Raw*>(fine_tile) + element,
+            load_loose_windows<M_TILES>(x, reinterpret_cast<const Raw*>(fine_tile), element,
                                         half_rows * ELEMENTS, opaque(tap_row) * ELEMENTS, shift,
                                         s.fine_w);
           } else {
@@ -626,7 +627,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       } else {
         multiply_tile(std::false_type());
       }
-      release_buffer<PRODUCT_EMPTY>(shared + RELEASES, buffer, meeting);
+      release_buffer<PRODUCT_EMPTY>(shared + EMPTIES, buffer, meeting);
 
       // The sums leave the registers now and then, and at the end: tensor cores truncate when they
       // add, and the loss grows with the length of a run.
@@ -649,7 +650,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
 }
 
 template <int M_TILES, int N_BLOCKS>
-ProductTraits traits(int fine_wavefronts, int loose_wavefronts) {
+ProductTraits traits(int fine_wavefronts, int loose_loads) {
   ProductTraits t = specified_traits();
   t.taps_h = TAPS_H, t.taps_w = TAPS_W, t.tap_blocks_h = TAP_BLOCKS_H,
   t.tap_blocks_w = TAP_BLOCKS_W;
@@ -664,7 +665,7 @@ ProductTraits traits(int fine_wavefronts, int loose_wavefronts) {
   t.loosens = LOOSENS;
   t.coarse_residue = 0, t.fine_residue = 4;
   t.coarse_wavefronts = 0, t.fine_wavefronts = fine_wavefronts;
-  t.loose_wavefronts = loose_wavefronts;
+  t.loose_loads = loose_loads;
   return t;
 }
 
@@ -719,8 +720,8 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
     };
     cached.grouped = grouped;
     if (grouped) {
-      consider(0, groups::traits<1, 4>(24, 36));
-      consider(1, groups::traits<1, 6>(24, 36));
+      consider(0, groups::traits<1, 4>(24, 10));
+      consider(1, groups::traits<1, 6>(24, 10));
     } else {
       consider(0, traits<1, 2>(8, 72));
       consider(1, traits<2, 1>(16, 36));
