@@ -21,6 +21,7 @@
 // Lines come element by element (lines.cuh).
 
 #include "lines.cuh"
+#include "outputs.cuh"
 
 namespace {
 
