@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_ecbb79f5"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_dbed5c14"
 NAMESPACE += VARIANT
 
 
