@@ -316,6 +316,93 @@ def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architect
     check_calls(loaded, case, contractions)
 
 
+# Outputs of 16 bits in lines that are not aligned to words of two: channels an odd and an even
+# number of elements apart, lines that end within a run of positions, runs that begin within a line;
+# phases side by side, an even and an odd number of them, in one turn and several; blocks of
+# channels that are not full. (Case, rows and channels of a warp.)
+UNALIGNED = [
+    (
+        Case(
+            spec("conv2d", 3, 1, 1),
+            "f16tc",
+            (
+                (2, (3, 20), (5, 7)),
+                (1, (9, 41), (4, 33)),
+                (1, (2, 3), (3, 1)),
+                (1, (1, 2), (1, 1)),
+                (1, (2, 9), (2, 50)),
+            ),
+        ),
+        (2, 48),
+    ),
+    (
+        Case(
+            spec(UP, 3, 2, 1, groups=2),
+            "bf16tc",
+            ((2, (6, 20), (2, 3, 9)), (1, (4, 70), (1, 2, 17)), (1, (2, 6), (2, 2, 1))),
+        ),
+        (3, 32),
+    ),
+    (Case(spec(UP, 3, 2, 1, (0, 1, 0)), "f16tc", ((1, (3, 26), (2, 2, 20)),)), (2, 24)),
+    (
+        Case(
+            spec("conv_transpose2d", 3, (1, 3), 1),
+            "bf16tc",
+            ((1, (3, 11), (3, 6)), (1, (2, 9), (2, 23))),
+        ),
+        (1, 16),
+    ),
+    (Case(spec("conv_transpose1d", 9, 4, 3, 2), "f16tc", ((2, (3, 10), (21,)),)), (1, 16)),
+    (Case(spec("conv_transpose1d", 16, 8, 4, 1), "bf16tc", ((2, (3, 9), (37,)),)), (1, 8)),
+]
+
+
+def begin_at_an_odd_element(given: Problem) -> None:
+    """Moves the result of 16-bit elements to where words do not begin, between guards."""
+    result = given.result
+    around = torch.full((result.numel() + 4,), torch.nan, dtype=result.dtype)
+    first = 1 if around.data_ptr() % 4 == 0 else 2
+    view = around[first : first + result.numel()].view(result.shape)
+    assert view.data_ptr() % 4 == 2
+    (name,) = (name for name, tensor in given.operands.items() if tensor is result)
+    given.operands[name] = view
+
+
+def unaligned_sources(case: Case, tile: tuple[int, int]) -> dict[str, str]:
+    contraction = "dgrad" if case.spec.transposed else "fprop"
+    default = MMA.plan(case.spec.geometry, contraction, case.dtype).schedule
+    schedules = {(contraction, case.dtype): replace(default, tiles=(tile, (1, 8)))}
+    return engine_sources(case.spec, case.dtype, (contraction,), schedules)
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(("case", "tile"), UNALIGNED, ids=str)
+def test_16_bit_outputs_leave_by_words_wherever_they_begin(
+    case: Case, tile: tuple[int, int], architecture: str
+) -> None:
+    sources = unaligned_sources(case, tile)
+    name = f"{case.stem}_unaligned_{architecture}"
+    loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+    for move in (lambda given: None, begin_at_an_odd_element):
+        for given in case.problems():
+            if f"{given.contraction}_{case.dtype}.cu" in sources:
+                move(given)
+                solve(loaded, given)
+                given.check()
+
+
+def test_words_of_outputs_that_begin_at_odd_elements_are_caught() -> None:
+    case, tile = UNALIGNED[0]
+    sources = unaligned_sources(case, tile)
+    file = "outputs.cuh"
+    assert sources[file].count("output[0].continues && !odd[0];") == 1
+    text = sources[file].replace("output[0].continues && !odd[0];", "output[0].continues;")
+    loaded = Library(compile_interpreted("buggy_words", {**sources, file: text}, "checked"))
+    given = next(given for given in case.problems() if given.contraction == "fprop")
+    with pytest.raises(Fault, match=r"^kernel fprop_kernel<\d+>, .* unaligned access"):
+        solve(loaded, given)
+
+
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
     """As compiled for racecheck, whose tool does not follow named barriers."""

@@ -52,6 +52,7 @@ class Mma:
         "tf32.cuh": "cuda/mma/tf32.cuh",
         "math.cuh": "cuda/mma/math.cuh",
         "fragments.cuh": "cuda/mma/fragments.cuh",
+        "outputs.cuh": "cuda/mma/outputs.cuh",
         "staging.cuh": "cuda/mma/staging.cuh",
         "lines.cuh": "cuda/mma/lines.cuh",
         "granules.cuh": "cuda/mma/granules.cuh",

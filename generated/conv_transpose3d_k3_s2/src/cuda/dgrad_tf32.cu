@@ -24,6 +24,7 @@
 // Lines that no access of several elements can copy come element by element (lines.cuh).
 
 #include "lines.cuh"
+#include "outputs.cuh"
 
 namespace {
 

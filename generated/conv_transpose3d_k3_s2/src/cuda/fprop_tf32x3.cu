@@ -18,6 +18,7 @@
 //   the weights: fragments, packed beforehand by fprop_pack_kernel.
 
 #include "granules.cuh"
+#include "outputs.cuh"
 
 namespace {
 
