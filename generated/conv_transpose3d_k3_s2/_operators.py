@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_9cb65ead"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_4d50c604"
 NAMESPACE += VARIANT
 
 

@@ -217,10 +217,6 @@ template <typename T>
 inline const T* opaque(const T* x) {
   return x;
 }
-template <typename T>
-inline T* opaque(T* x) {
-  return x;
-}
 
 template <int BYTES>
 inline void copy_async(void* to, const void* from, bool valid, CONVGEN_SITE) {

@@ -40,13 +40,6 @@ __device__ __forceinline__ const T* opaque(const T* x) {
   asm volatile("" : "+l"(x));
   return x;
 }
-// The same where one writes. That it lies in global memory is not forgotten.
-template <typename T>
-__device__ __forceinline__ T* opaque(T* x) {
-  asm volatile("" : "+l"(x));
-  __builtin_assume(__isGlobal(x));
-  return x;
-}
 
 // ---- Asynchronous copies, global to shared ------------------------------------------------
 
