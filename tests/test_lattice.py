@@ -98,7 +98,7 @@ SPECS = [
 def test_kernels_on_lattices_agree_with_float64(index: int, kind: str, architecture: str) -> None:
     spec, channels, calls = SPECS[index]
     sources = engine_sources(spec, kind, READERS)
-    assert "pack_lattice<T>" in sources[f"fprop_{kind}.cu"]
+    assert "lattice_shape<T>" in sources[f"fprop_{kind}.cu"]
     name = f"lattice_{spec.name}_{kind}_{architecture}"
     loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
     for seed, extents in enumerate(calls):
@@ -153,9 +153,9 @@ def test_gradients_share_what_is_packed(
     calls: list[str] = []
     run = kernels.Launch.run
 
-    def recorded(launch: Any, *rest: Any, is_packed: bool = False) -> None:
+    def recorded(launch: Any, *rest: Any, is_packed: bool = False) -> bool:
         calls.append("of packed" if is_packed else "whole")
-        run(launch, *rest, is_packed=is_packed)
+        return bool(run(launch, *rest, is_packed=is_packed))
 
     alone = gradients()  # plans are made
     monkeypatch.setattr(kernels.Launch, "run", recorded)

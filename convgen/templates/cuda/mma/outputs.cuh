@@ -88,6 +88,18 @@ struct alignas(WIDTH * sizeof(T)) Run {
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) narrow(element[i], wide.element[i]);
   }
+
+  __device__ __forceinline__ void store(T* to) const {
+    if constexpr (WIDTH == 2 && sizeof(T) == 4) {
+      store_two(to, element[0], element[1]);
+    } else if constexpr (WIDTH == 2) {
+      uint32_t word;
+      memcpy(&word, element, sizeof(word));
+      *reinterpret_cast<uint32_t*>(to) = word;
+    } else {
+      *to = element[0];
+    }
+  }
 };
 
 }  // namespace convgen

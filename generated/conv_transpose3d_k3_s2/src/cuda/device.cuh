@@ -41,6 +41,12 @@ __device__ __forceinline__ const T* opaque(const T* x) {
   return x;
 }
 
+// Two neighbouring elements at once, to a multiple of 8 bytes in global memory. Where a branch goes
+// around it, the compiler takes a store of a struct, a vector or 64 bits apart.
+__device__ __forceinline__ void store_two(float* to, float first, float second) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second));
+}
+
 // ---- Asynchronous copies, global to shared ------------------------------------------------
 
 // Copies BYTES (4, 8 or 16, both addresses aligned to it), or writes zeros where `valid` is false
@@ -87,6 +93,20 @@ __device__ __forceinline__ void copy_granule(void* to, const void* from, int byt
 #endif
 }
 
+// Of a kernel that may begin early (see launch): waits for the one before.
+__device__ __forceinline__ void await_earlier_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel begin, if it may, when all blocks have called this or ended.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Closes the group of copies that this thread has issued since the last call.
 __device__ __forceinline__ void copy_commit() {
 #if __CUDA_ARCH__ >= 800
@@ -115,6 +135,7 @@ __device__ __forceinline__ T* dynamic_shared() {
 struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // dynamic shared memory that a block can opt in to
+  int major;         // of the compute capability
 };
 
 constexpr int MAX_DEVICES = 64;
@@ -131,6 +152,8 @@ inline cudaError_t device_limits(int device, DeviceLimits& limits) {
     if (error != cudaSuccess) return error;
     error = cudaDeviceGetAttribute(&fresh.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                    device);
+    if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&fresh.major, cudaDevAttrComputeCapabilityMajor, device);
     if (error != cudaSuccess) return error;
     known[device] = fresh;
     __atomic_store_n(&filled[device], true, __ATOMIC_RELEASE);
@@ -164,18 +187,31 @@ class DeviceScope {
 
 // Launches KERNEL asynchronously. Above 48 KiB of dynamic shared memory a kernel must opt in, once
 // per device: to the whole limit, so that later launches of other sizes need nothing.
-template <auto KERNEL, typename... Args>
+//
+// An EARLY kernel may begin before the stream's kernel before it has ended, where the GPU can do so
+// (compute capability 9.0): it calls await_earlier_kernel() before it touches what that one reads
+// or writes. All kernels before that one have ended.
+template <auto KERNEL, bool EARLY = false, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* stream,
                    const Args&... args) {
   static bool opted_in[MAX_DEVICES];
+  DeviceLimits limits;
+  if (const cudaError_t error = device_limits(device, limits)) return error;
   if (shared_bytes > 48 * 1024 && !__atomic_load_n(&opted_in[device], __ATOMIC_ACQUIRE)) {
-    DeviceLimits limits;
-    cudaError_t error = device_limits(device, limits);
-    if (error != cudaSuccess) return error;
-    error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 limits.shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(
+        KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
     if (error != cudaSuccess) return error;
     __atomic_store_n(&opted_in[device], true, __ATOMIC_RELEASE);
+  }
+  if (EARLY && limits.major >= 9) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, KERNEL, args...);
   }
   KERNEL<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   return cudaGetLastError();

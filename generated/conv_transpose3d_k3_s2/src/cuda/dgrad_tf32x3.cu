@@ -334,6 +334,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     // Producers: the tile and the weights of every pass over every chunk, one pass ahead, across
     // tiles.
     if constexpr (BY_GROUPS<CHANNELS>) release_registers<PRODUCER_REGISTERS<GROUPS_OF_WARPS>>();
+    await_earlier_kernel();  // which packs what they stage
     constexpr int CREW_THREADS = CREW_WARPS * WARP;
     const int thread = static_cast<int>(threadIdx.x);
     constexpr bool SEVERAL = CREWS > 1;
@@ -561,7 +562,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
               Run<WIDTH, T> run;
               run.load(scratch + (channel + c) * OUTPUT_PITCH<VARIANTS> +
                        Lanes::output(me.lane, i));
-              if (from_first < channels[i]) *reinterpret_cast<Run<WIDTH, T>*>(to[i]) = run;
+              if (from_first < channels[i]) run.store(to[i]);
               to[i] += step;
             }
           }
@@ -580,6 +581,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
 template <int CHANNELS>
 __global__ void dgrad_pack_kernel(uint32_t* packed, const T* weight, int steps, int in_channels,
                                   int out_channels, int64_t words) {
+  let_next_kernel_begin();
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (index >= words) return;
   constexpr bool OUTPUT_IS_COARSE = false;
@@ -671,7 +673,7 @@ int run(const ConvgenCall& call, const GatherShape& s, int multiprocessors) {
   }
   // Blocks stay and take tile after tile: the next one's copies overlap this one's stores.
   const int64_t grid = s.blocks < multiprocessors ? s.blocks : multiprocessors;
-  return launch<dgrad_kernel<CHANNELS>>(
+  return launch<dgrad_kernel<CHANNELS>, true>(
       dim3(grid), dim3(s.threads), s.shared_bytes, device, call.stream, s,
       static_cast<const T*>(call.coarse), static_cast<const uint32_t*>(packed),
       static_cast<const T*>(call.bias), static_cast<T*>(call.fine));

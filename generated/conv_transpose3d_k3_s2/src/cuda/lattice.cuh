@@ -46,14 +46,16 @@ struct LatticeShape {
   int64_t stride, packed_stride;  // of a channel, in elements
 };
 
-// Packs an access for some channels. Positions beside the tensor are zero. `Bits` is an element.
+// Packs an access of the channels first_channel, first_channel + channels_step, and so on. Positions
+// beside the tensor are zero. `Bits` is an element.
 template <typename Bits>
-__global__ void pack_lattice_kernel(const LatticeShape s, const Bits* fine, Bits* packed) {
+__device__ __forceinline__ void pack_access(const LatticeShape& s, int access,
+                                            int64_t first_channel, int channels_step,
+                                            const Bits* fine, Bits* packed) {
   constexpr int COUNT = LATTICE_ACCESS_BYTES / sizeof(Bits);
   struct alignas(LATTICE_ACCESS_BYTES) Access {
     Bits element[COUNT];
   };
-  const int access = blockIdx.x * blockDim.x + threadIdx.x;
   if (access >= s.accesses) return;
   int row = access;
   const int column = s.by_line.split(row) * COUNT;
@@ -62,11 +64,10 @@ __global__ void pack_lattice_kernel(const LatticeShape s, const Bits* fine, Bits
   const int z = s.lattice.offset[0] + plane * s.lattice.step[0];
   const int y = s.lattice.offset[1] + row * s.lattice.step[1];
   const int x = s.lattice.offset[2] + column * s.lattice.step[2];
-  const int existing =
-      z < s.d && y < s.h && x < s.w ? (s.w - x - 1) / s.lattice.step[2] + 1 : 0;
+  const int existing = z < s.d && y < s.h && x < s.w ? (s.w - x - 1) / s.lattice.step[2] + 1 : 0;
   const Bits* const from = fine + (existing > 0 ? (z * s.h + y) * s.w + x : 0);
 #pragma unroll 4
-  for (int64_t channel = blockIdx.y; channel < s.channels; channel += gridDim.y) {
+  for (int64_t channel = first_channel; channel < s.channels; channel += channels_step) {
     Access met;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
@@ -76,10 +77,14 @@ __global__ void pack_lattice_kernel(const LatticeShape s, const Bits* fine, Bits
   }
 }
 
-// Packs the fine tensor of `call` into that of `packed`.
 template <typename T>
-int pack_lattice(const Lattice& lattice, const ConvgenCall& call, const ConvgenCall& packed) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+using LatticeBits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+
+// A launch that packs the fine tensor of `call` into that of `packed`: the accesses of a channel
+// are the first dimension of a grid, channels the second.
+template <typename T>
+LatticeShape lattice_shape(const Lattice& lattice, const ConvgenCall& call,
+                           const ConvgenCall& packed, dim3& grid) {
   const int64_t* const from = call.fine_extent;
   const int64_t* const to = packed.fine_extent;
   const int64_t line = to[2] * int64_t{sizeof(T)} / LATTICE_ACCESS_BYTES;
@@ -90,12 +95,10 @@ int pack_lattice(const Lattice& lattice, const ConvgenCall& call, const ConvgenC
   s.accesses = static_cast<int>(to[0] * to[1] * line);
   s.channels = call.batch * call.fine_channels;
   s.stride = from[0] * from[1] * from[2], s.packed_stride = to[0] * to[1] * to[2];
-  if (s.channels == 0) return CONVGEN_OK;
   const int64_t rounds = ceil_div(s.channels, LATTICE_CHANNELS);
-  return launch<pack_lattice_kernel<Bits>>(
-      dim3(ceil_div(s.accesses, LATTICE_THREADS), rounds < 65535 ? rounds : 65535),
-      dim3(LATTICE_THREADS), 0, static_cast<int>(call.device), call.stream, s,
-      static_cast<const Bits*>(call.fine), static_cast<Bits*>(packed.fine));
+  constexpr int64_t MOST = 65535 - 1;  // and one for what else the kernel packs
+  grid = dim3(ceil_div(s.accesses, LATTICE_THREADS), rounds < MOST ? rounds : MOST);
+  return s;
 }
 
 }  // namespace convgen

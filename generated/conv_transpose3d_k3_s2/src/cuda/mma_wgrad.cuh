@@ -446,6 +446,7 @@ __global__ void __launch_bounds__(WARP* SUM_ROWS, 5)
     sum_products_kernel(const ProductShape s, int kernel_d, int kernel_h, int kernel_w, T* weight,
                         const float4* partial, int slices) {
   __shared__ float4 rows[SUM_ROWS][WARP];
+  await_earlier_kernel();  // whose sums these are
   constexpr int FRAGMENTS = COARSE_TILES * FINE_TILES * TAPS_H * TAPS_W;
   constexpr int COARSE = FINE_ROWS ? PRODUCT_COLUMNS : PRODUCT_ROWS;
   constexpr int FINE = FINE_ROWS ? PRODUCT_ROWS : PRODUCT_COLUMNS;

@@ -750,7 +750,7 @@ int run(const ConvgenCall& call, const Plan& p) {
       return error;
     }
   }
-  return launch<SUM>(dim3(s.blocks * s.units * p.fragments), dim3(WARP * SUM_ROWS), 0, device,
+  return launch<SUM, true>(dim3(s.blocks * s.units * p.fragments), dim3(WARP * SUM_ROWS), 0, device,
                      call.stream, s, KERNEL_D, KERNEL_H, KERNEL_W, static_cast<T*>(call.weight),
                      static_cast<const float4*>(partial), slices);
 }
