@@ -187,16 +187,19 @@ def read_suite(name: str) -> list[Layer]:
 
 
 def select(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
-    """The layers whose names match one of the patterns (``61``, ``hifigan*``), in their order.
+    """The layers whose names match the patterns (``61``, ``hifigan*``), in the patterns' order.
 
     Raises:
         SuiteError: if a pattern matches none.
     """
+    chosen: dict[str, Layer] = {}
     for pattern in patterns:
-        if not any(fnmatchcase(layer.name, pattern) for layer in layers):
+        found = {layer.name: layer for layer in layers if fnmatchcase(layer.name, pattern)}
+        if not found:
             known = ", ".join(layer.name for layer in layers)
             raise SuiteError(f"no layer {pattern!r}: there are {known}")
-    return [layer for layer in layers if any(fnmatchcase(layer.name, p) for p in patterns)]
+        chosen |= {name: layer for name, layer in found.items() if name not in chosen}
+    return list(chosen.values())
 
 
 def _layer(path: Path, entry: object, parent: Mapping[str, Layer]) -> Layer:

@@ -16,9 +16,9 @@
 //   wgrad   weight[a, b/groups, t] =         sum_{n, i} coarse[n, a, i] * fine[n, b, o]
 //   bgrad   bias[a]              = sum_{n, i} coarse[n, a, i]     (the tensor is given as coarse)
 //
-// Where convgen_wgrad_<dtype>_packed exists, fprop and wgrad begin by packing what they read of fine
-// into the workspace. That function does what wgrad does in a workspace where an fprop of the same
-// fine tensor, extents and dtype has left it.
+// Where convgen_wgrad_<dtype>_packed exists, fprop and wgrad begin by packing what they read of
+// fine into the workspace. That function does what wgrad does, in a workspace where an fprop of the
+// same fine tensor, extents and dtype has left it.
 //
 // The CPU's library has wbgrad, too: wgrad, and in the same pass the bias gradient, which sums
 // coarse for a convolution and fine for a transposed one.

@@ -41,10 +41,25 @@ __device__ __forceinline__ const T* opaque(const T* x) {
   return x;
 }
 
-// Two neighbouring elements at once, to a multiple of 8 bytes in global memory. Where a branch goes
-// around it, the compiler takes a store of a struct, a vector or 64 bits apart.
-__device__ __forceinline__ void store_two(float* to, float first, float second) {
-  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second));
+// Stores to global memory, also at addresses of which the compiler does not know that they lie
+// there. Two words go to a multiple of 8 bytes: where a branch goes around it, the compiler takes a
+// store of a struct, a vector or 64 bits apart.
+__device__ __forceinline__ void store_global(void* to, uint16_t bits) {
+  asm volatile("st.global.b16 [%0], %1;" ::"l"(to), "h"(bits));
+}
+__device__ __forceinline__ void store_global(void* to, uint32_t bits) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(bits));
+}
+__device__ __forceinline__ void store_global(void* to, uint2 bits) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
+}
+
+// An address so many bytes further, which the compiler does not take apart again.
+template <typename T>
+__device__ __forceinline__ T* advance(T* at, uint64_t bytes) {
+  uint64_t address = reinterpret_cast<uint64_t>(at) + bytes;
+  asm volatile("" : "+l"(address));
+  return reinterpret_cast<T*>(address);
 }
 
 // ---- Asynchronous copies, global to shared ------------------------------------------------
@@ -190,7 +205,7 @@ class DeviceScope {
 //
 // An EARLY kernel may begin before the stream's kernel before it has ended, where the GPU can do so
 // (compute capability 9.0): it calls await_earlier_kernel() before it touches what that one reads
-// or writes. All kernels before that one have ended.
+// or writes. All kernels before that one have ended. In a captured graph it follows a kernel, too.
 template <auto KERNEL, bool EARLY = false, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* stream,
                    const Args&... args) {

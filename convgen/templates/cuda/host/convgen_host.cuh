@@ -231,7 +231,14 @@ inline void copy_granule(void* to, const void* from, int bytes, const void* begi
 inline void await_earlier_kernel() {}
 inline void let_next_kernel_begin() {}
 
-inline void store_two(float* to, float first, float second) { to[0] = first, to[1] = second; }
+template <typename T>
+inline T* advance(T* at, uint64_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<uint64_t>(at) + bytes);
+}
+
+inline void store_global(void* to, uint16_t bits) { *static_cast<uint16_t*>(to) = bits; }
+inline void store_global(void* to, uint32_t bits) { *static_cast<uint32_t*>(to) = bits; }
+inline void store_global(void* to, uint2 bits) { *static_cast<uint2*>(to) = bits; }
 
 inline void copy_commit() { host::copy_commit(); }
 

@@ -90,15 +90,12 @@ struct alignas(WIDTH * sizeof(T)) Run {
   }
 
   __device__ __forceinline__ void store(T* to) const {
-    if constexpr (WIDTH == 2 && sizeof(T) == 4) {
-      store_two(to, element[0], element[1]);
-    } else if constexpr (WIDTH == 2) {
-      uint32_t word;
-      memcpy(&word, element, sizeof(word));
-      *reinterpret_cast<uint32_t*>(to) = word;
-    } else {
-      *to = element[0];
-    }
+    constexpr int BYTES = WIDTH * sizeof(T);
+    using Bits = std::conditional_t<BYTES == 2, uint16_t,
+                                    std::conditional_t<BYTES == 4, uint32_t, uint2>>;
+    Bits bits;
+    memcpy(&bits, element, sizeof(bits));
+    store_global(to, bits);
   }
 };
 

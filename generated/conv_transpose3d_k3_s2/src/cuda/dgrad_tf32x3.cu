@@ -517,9 +517,10 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
       using Lanes = Storing<VARIANTS, WIDTH>;
       const bool stores = Lanes::active(me.lane);
       const int channel = stores ? Lanes::channel(me.lane) : 0;
-      // From one of its channels to the next; below 2^31, as all strides of channels are.
+      // Bytes from one of its channels to the next; strides of channels are below 2^31. Addresses
+      // advance by it: from a count of elements, the compiler would find each address anew.
       const uint64_t step =
-          uint64_t{static_cast<uint32_t>(s.out_channel_stride)} * Lanes::CHANNELS;
+          uint64_t{static_cast<uint32_t>(s.out_channel_stride)} * (Lanes::CHANNELS * sizeof(T));
 #pragma unroll
       for (int m = 0; m < ROWS; ++m) {
         // Where this lane's outputs of the row lie in the first of its channels, and how many
@@ -563,7 +564,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
               run.load(scratch + (channel + c) * OUTPUT_PITCH<VARIANTS> +
                        Lanes::output(me.lane, i));
               if (from_first < channels[i]) run.store(to[i]);
-              to[i] += step;
+              to[i] = advance(to[i], step);
             }
           }
           __syncwarp();

@@ -46,8 +46,8 @@ struct LatticeShape {
   int64_t stride, packed_stride;  // of a channel, in elements
 };
 
-// Packs an access of the channels first_channel, first_channel + channels_step, and so on. Positions
-// beside the tensor are zero. `Bits` is an element.
+// Packs an access of the channels first_channel, first_channel + channels_step, and so on.
+// Positions beside the tensor are zero. `Bits` is an element.
 template <typename Bits>
 __device__ __forceinline__ void pack_access(const LatticeShape& s, int access,
                                             int64_t first_channel, int channels_step,

@@ -405,9 +405,15 @@ int run(const ConvgenCall& call, const Plan& p) {
       return error;
     }
   }
-  return launch<SUM, true>(dim3(s.blocks * s.units * p.fragments), dim3(WARP * SUM_ROWS), 0, device,
-                     call.stream, s, KERNEL_D, KERNEL_H, KERNEL_W, static_cast<T*>(call.weight),
-                     static_cast<const float4*>(partial), slices);
+  const dim3 grid(s.blocks * s.units * p.fragments), block(WARP * SUM_ROWS);
+  T* const weight = static_cast<T*>(call.weight);
+  const float4* const sums = partial;
+  if (slices == 0) {
+    return launch<SUM>(grid, block, 0, device, call.stream, s, KERNEL_D, KERNEL_H, KERNEL_W, weight,
+                       sums, slices);
+  }
+  return launch<SUM, true>(grid, block, 0, device, call.stream, s, KERNEL_D, KERNEL_H, KERNEL_W,
+                           weight, sums, slices);
 }
 
 }  // namespace
