@@ -146,6 +146,18 @@ def test_lines_that_are_moved_too_early_are_caught(statement: str, report: str) 
         solve(Library(path), problems(2, "bf16tc", "fprop")[0])
 
 
+@pytest.mark.parametrize(("architecture", "kind"), [("80", "bf16tc"), ("90a", "tf32")])
+def test_granules_may_be_handed_over_by_mbarriers(architecture: str, kind: str) -> None:
+    """As compiled for racecheck, which follows no named barrier at which a warp only arrives."""
+    files = sources(2, kind, "fprop", architecture, granules=True)
+    files["releases.cuh"] = "#define CONVGEN_RACECHECK\n" + files["releases.cuh"]
+    name = f"handed_over_{architecture}"
+    loaded = Library(compile_interpreted(name, files, "checked", architecture=architecture))
+    for given in problems(2, kind, "fprop"):
+        solve(loaded, given)
+        given.check()
+
+
 @pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
 def test_what_lies_beside_a_line_is_cleared(kind: str) -> None:
     """It is the end of the line before or the begin of the next, as a tile's columns hold it."""

@@ -327,7 +327,9 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
   // Behind the stages: the consumers' scratch, the releases of buffers, raw buffers.
   constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, GROUPS_OF_WARPS> * SCRATCH_WORDS;
   auto find_releases = [&] { return shared + s.stages * s.stage_elements + SCRATCH; };
+  auto find_fills = [&] { return find_releases() + RELEASE_WORDS<MOST_STAGES>; };
   begin_releases<MOST_STAGES>(find_releases(), consumers);
+  begin_releases<MOST_STAGES>(find_fills(), CREW_WARPS * WARP);
   int step = 0, buffer = 0;  // counts passes over all tiles of this block; buffers take turns
 
   if (static_cast<int>(threadIdx.x) >= consumers) {
@@ -387,13 +389,13 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         copy_commit();
         // A single crew with buffers to spare awaits copies when the next ones are on their way.
         if (CREWS > 1 || s.stages == GATHER_LEAST_STAGES) {
-          announce_full<CHANNELS, 0>(buffer, meeting);
+          announce_full<CHANNELS, 0>(find_fills(), buffer, meeting);
         } else if (step > 0) {
-          announce_full<CHANNELS, 1>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+          announce_full<CHANNELS, 1>(find_fills(), buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
         }
       });
       if (CREWS == 1 && s.stages > GATHER_LEAST_STAGES && step > 0) {
-        announce_full<CHANNELS, 0>(buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+        announce_full<CHANNELS, 0>(find_fills(), buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
       }
     };
     auto produce_by_elements = [&] {
@@ -448,8 +450,8 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
 
     float acc[VARIANTS][ROWS][BLOCKS_N][4] = {};
     for (int chunk = 0; chunk < s.chunks; ++chunk) {
-      for (int pass = 0; pass < work.passes; ++pass, buffer = next_buffer(s, buffer)) {
-        named_barrier_sync(BARRIER_FULL + buffer, meeting);
+      for (int pass = 0; pass < work.passes; ++pass, ++step, buffer = next_buffer(s, buffer)) {
+        await_release<BARRIER_FULL>(find_fills(), buffer, step / s.stages + 1, meeting);
         if (active) {
           const int count = min(s.chunk, s.words - chunk * s.chunk);
           const uint32_t* const staged = shared + buffer * s.stage_elements;
@@ -645,7 +647,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.most_stages = MOST_STAGES;
   traits.stage_step = roles.crews;
   traits.scratch_bytes = roles.consumer_warps() * SCRATCH_WORDS * sizeof(float) +
-                         RELEASE_WORDS<MOST_STAGES> * sizeof(uint32_t);
+                         2 * RELEASE_WORDS<MOST_STAGES> * sizeof(uint32_t);
   traits.channels_per_warp = channels;
   traits.packed_per_slot = channels / MMA_COLUMNS * WARP * Math::PACKED / MMA_WORDS;
   traits.word_bytes = sizeof(Word);

@@ -246,7 +246,9 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
   // Behind the stages: the consumers' scratch, the releases of buffers, raw buffers.
   constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, GROUPS_OF_WARPS> * SCRATCH_WORDS;
   auto find_releases = [&] { return shared + s.stages * s.stage_elements + SCRATCH; };
+  auto find_fills = [&] { return find_releases() + RELEASE_WORDS<MOST_STAGES>; };
   begin_releases<MOST_STAGES>(find_releases(), consumers);
+  begin_releases<MOST_STAGES>(find_fills(), CREW_WARPS * WARP);
   int step = 0, buffer = 0;  // counts passes over all tiles of this block; buffers take turns
 
   if (static_cast<int>(threadIdx.x) >= consumers) {
@@ -306,7 +308,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         named_barrier_sync(BARRIER_COPIED + turn_of_crew, CREW_THREADS);
         clear_margins<PLANE_STEP, LINE_STEP, Bits>(s, crew, margins);
       }
-      announce_full<CHANNELS, PENDING>(landed, meeting);
+      announce_full<CHANNELS, PENDING>(find_fills(), landed, meeting);
     };
     auto copy = [&](const Work& work, int pass, int chunk, int count, Word* tile) {
       const int first_channel = chunk * s.chunk * Math::CHANNELS;
@@ -365,8 +367,8 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
 
     float acc[VARIANTS][ROWS][BLOCKS_N][4] = {};
     for (int chunk = 0; chunk < s.chunks; ++chunk) {
-      for (int pass = 0; pass < work.passes; ++pass, buffer = next_buffer(s, buffer)) {
-        named_barrier_sync(BARRIER_FULL + buffer, meeting);
+      for (int pass = 0; pass < work.passes; ++pass, ++step, buffer = next_buffer(s, buffer)) {
+        await_release<BARRIER_FULL>(find_fills(), buffer, step / s.stages + 1, meeting);
         if (active) {
           const int region = PHASE_REGION[block.phase] + pass;
           const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
@@ -553,7 +555,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.most_stages = MOST_STAGES;
   traits.stage_step = roles.crews;
   traits.scratch_bytes = roles.consumer_warps() * SCRATCH_WORDS * sizeof(float) +
-                         RELEASE_WORDS<MOST_STAGES> * sizeof(uint32_t);
+                         2 * RELEASE_WORDS<MOST_STAGES> * sizeof(uint32_t);
   traits.channels_per_warp = channels;
   traits.packed_per_slot = channels / MMA_COLUMNS * WARP * Math::PACKED / MMA_WORDS;
   traits.word_bytes = sizeof(Word);

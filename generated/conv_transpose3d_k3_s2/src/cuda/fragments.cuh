@@ -78,12 +78,12 @@ __device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
 }
 
 // Producers: tells the consumers that a buffer is full, once all of this thread's copies but the
-// PENDING newest batches have landed.
+// PENDING newest batches have landed. `fills` is as in release_buffer.
 template <int CHANNELS, int PENDING>
-__device__ __forceinline__ void announce_full(int buffer, int threads) {
+__device__ __forceinline__ void announce_full(uint32_t* fills, int buffer, int threads) {
   copy_wait<PENDING>();
   if constexpr (BY_GROUPS<CHANNELS>) bulk_fence();  // wgmma reads by the way of bulk copies
-  named_barrier_arrive(BARRIER_FULL + buffer, threads);
+  release_buffer<BARRIER_FULL>(fills, buffer, threads);
 }
 
 // Words of packed weights for one slot and MMA_WORDS input words.
