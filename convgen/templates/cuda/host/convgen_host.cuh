@@ -286,7 +286,7 @@ class DeviceScope {
 };
 
 // Runs the kernel to its end before it returns. Arguments are copied, as CUDA does.
-template <auto KERNEL, bool = false, typename... Args>
+template <auto KERNEL, bool EARLY = false, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int, void*, const Args&... args) {
   auto body = [args...] { KERNEL(args...); };
   using Body = decltype(body);
