@@ -22,7 +22,7 @@ from convgen.dtypes import DTYPES, MODES
 from convgen.engines import CONTRACTIONS, KernelPlan
 from convgen.engines.gather import GatherSchedule
 from convgen.engines.mma import ENGINE as MMA
-from convgen.engines.mma_gather import GatherTiles
+from convgen.engines.mma_fit import GatherTiles
 from convgen.engines.mma_wgrad import WgradSchedule as ProductSchedule
 from convgen.engines.simt import ENGINE as SIMT
 from convgen.spec import ConvSpec

@@ -11,7 +11,7 @@ import pytest
 
 from convgen.engines import CONTRACTIONS, Engine, KernelPlan, units
 from convgen.engines.cost import GPUS, H200, Problem, typical_problems
-from convgen.engines.mma_gather import GROUP_CHANNELS
+from convgen.engines.mma_fit import GROUP_CHANNELS
 from convgen.layers import Layer, read_suite, suites
 from convgen.render import TEMPLATES, render_unit
 from convgen.spec import ConvSpec

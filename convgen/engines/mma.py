@@ -15,9 +15,9 @@ from convgen.dtypes import MODES
 from convgen.engines import Candidate, KernelPlan, schedule_from
 from convgen.engines.cost import Gpu, Prediction, Problem
 from convgen.engines.lattice import lattice_of
+from convgen.engines.mma_fit import GatherTiles
 from convgen.engines.mma_gather import (
     ENGINE_NAME,
-    GatherTiles,
     combine_tiles,
     gather_tiles,
     tiles_context,

@@ -1,0 +1,350 @@
+"""What fits of the gathers of the ``mma`` engine: registers, shared memory, the instruction cache.
+
+Functions say why a tile or schedule cannot be, in words, or nothing if it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from convgen.dtypes import MODES
+from convgen.engines.gather import (
+    Axis,
+    GatherSchedule,
+    arrange,
+    first_offset,
+    gather_axes,
+    style_refusal,
+)
+from convgen.spec import Geometry
+
+# 16 x 8 products that a warp keeps in registers, four each: 80 registers, beside which the
+# fragments of a column and what tells a warp its place stay under the 168 that blocks of 12 warps
+# leave a thread.
+PRODUCTS = 20
+# 3xTF32 keeps a second set of sums, which leaves the tensor core after every 8 channels.
+PRODUCTS_FLUSHED = 10
+# Where the compiler prefetches more, and would spill what it keeps meanwhile: 16-bit products take
+# half the clocks; large columns of a strided window lie far apart.
+PRODUCTS_FEW, PRODUCTS_FLUSHED_FEW = 16, 6
+# Registers for the fragments of one column (4 per row, 8 in 3xTF32); with all sums; and with these
+# where the window of a tile is strided.
+MAX_COLUMN_REGISTERS = 48
+MAX_TILE_REGISTERS = 112
+MAX_STRIDED_TILE_REGISTERS = 96
+# Where warps trade registers (sm_90a), those that multiply together keep more. A tuned schedule may
+# count on it; no default does, which must suit every GPU.
+GROUP_CHANNELS = 24  # GROUP_LEAST_CHANNELS of the templates
+LONE_WARPS, CREW_WARPS = 8, 4  # that multiply each for itself in a thread block; that stage
+MOST_WARPS = 16  # of a thread block on sm_90a
+FEW_PRODUCTS = 8  # of a warp, beside which two crews stage there
+GROUPED_ARCHITECTURE = "90a"
+PRODUCTS_GROUPED = {"tf32": 24, "tf32x3": 12, "f16tc": 24, "bf16tc": 24}
+GROUPED_REGISTERS = {"tf32": 120, "tf32x3": 128, "f16tc": 120, "bf16tc": 120}
+# Three groups have 152 registers for each thread instead of 184, and keep the fragments of one
+# column instead of two. With more than this ptxas spills.
+GROUPS = (2, 3)
+THREE_GROUPS_REGISTERS = {"tf32": 92, "tf32x3": 96, "f16tc": 92, "bf16tc": 92}
+# Of sums and all pairs of columns that are held at once, by groups: with more ptxas spills, or lets
+# no products overlap.
+PAIRS_REGISTERS = {2: 112, 3: 92}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Registers for sums and a column that a schedule may take which is not the rule's, by mode.
+
+    ``strided``: beside columns of a strided window, which lie far apart.
+    """
+
+    plain: Mapping[str, int]
+    strided: Mapping[str, int]
+
+
+# With so many, hardly any of 430 kernels spilled on sm_90; with more, most did. Beside columns of a
+# strided window TF32 did with more on sm_80.
+SPILL_FREE = Limits(
+    {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84},
+    {"tf32": 84, "tf32x3": 92, "f16tc": 84, "bf16tc": 84},
+)
+GROUPED = Limits(GROUPED_REGISTERS, GROUPED_REGISTERS)
+THREE_GROUPS = Limits(THREE_GROUPS_REGISTERS, THREE_GROUPS_REGISTERS)
+# What was measured on sm_90a spills with more than this where warps multiply alone on a GPU that is
+# no older, though not on sm_80.
+NEWER_ARCHITECTURE = 90
+NEWER = Limits(
+    {"tf32": 100, "tf32x3": 100, "f16tc": 92, "bf16tc": 92}, dict.fromkeys(GROUPED_REGISTERS, 72)
+)
+# Multiply instructions of an unrolled pass, over all phases: 16 bytes each, with about as many
+# loads beside them, in an instruction cache of 128 KiB. Of code not much longer (1944 did) nvcc
+# leaves the sums in local memory.
+UNROLL_LIMIT = 1600
+# Two stages of a representative tile and its weights: what a block on sm_90 may hold, less a margin
+# for wider tiles. Smaller GPUs cut narrower tiles at launch.
+STAGES_LIMIT_BYTES = 200 * 1024
+# Registers for sums and a column beside which there is room for halves of words (granules in 16
+# bits). With more ptxas spills a few.
+HALVES_REGISTERS = 76
+# Two stages that any GPU holds.
+SMALL_STAGES_BYTES = 90 * 1024
+
+
+@dataclass(frozen=True)
+class GatherTiles:
+    """fprop and dgrad: what the template unrolls, and the tiles that one warp may compute.
+
+    As :class:`convgen.engines.gather.GatherSchedule`, but each number of output channels has its
+    own register rows: a tile is (rows, channels), all of them are compiled, and a call takes the
+    one whose channels suit it best.
+
+    ``groups`` is how many times four warps multiply in a thread block where they do so together
+    (sm_90a, 24 or more channels): 2, or 3 with fewer registers each. With ``granules`` tiles are
+    staged as the input lies in memory, 16 bytes at a time, and lanes find their elements there.
+    With ``pairs`` a lane has neighbouring positions and loads what all taps of a line read for
+    them, two words at a time.
+    """
+
+    unroll: str
+    row_axis: str
+    variants: int
+    tiles: tuple[tuple[int, int], ...]
+    groups: int = 2
+    granules: bool = False
+    pairs: bool = False
+
+    def gather(self, tile: tuple[int, int]) -> GatherSchedule:
+        """What a warp does with one of the tiles."""
+        rows, channels = tile
+        return GatherSchedule(self.unroll, self.row_axis, rows, self.variants, (channels,))
+
+    @property
+    def gathers(self) -> tuple[GatherSchedule, ...]:
+        return tuple(map(self.gather, self.tiles))
+
+
+def budget(mode: str) -> int:
+    """Products that a warp may keep."""
+    if mode == "tf32x3":
+        return PRODUCTS_FLUSHED
+    return PRODUCTS if mode == "tf32" else PRODUCTS_FEW
+
+
+def grouped(gather: GatherSchedule) -> bool:
+    """Whether its warps multiply in groups where a GPU has that."""
+    return min(gather.channels) >= GROUP_CHANNELS
+
+
+def few_products(mode: str) -> int:
+    """Products that a warp may keep beside what lies far apart."""
+    return PRODUCTS_FLUSHED_FEW if mode == "tf32x3" else PRODUCTS_FEW
+
+
+def _fragment_registers(mode: str) -> int:
+    """Registers of a fragment of the input, or of a product's sums with what flushes them."""
+    return 8 if mode == "tf32x3" else 4
+
+
+def products_of(gather: GatherSchedule) -> int:
+    """16 x 8 products that a warp keeps."""
+    return gather.rows * gather.variants * max(gather.channels) // 8
+
+
+def tile_registers(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> int:
+    """Registers of all sums and a column."""
+    r, _, _ = arrange(gather_axes(geometry, contraction))
+    return (products_of(gather) + gather.planes(r)) * _fragment_registers(mode)
+
+
+def default_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+    """Why a gather cannot have a schedule by default; empty if it can."""
+    return first_refusal(
+        schedule, lambda gather: _unfit(geometry, contraction, mode, gather)
+    ) or _fields_refusal(geometry, contraction, mode, schedule)
+
+
+def tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+    """Why a gather cannot have a tuned schedule; empty if it can."""
+
+    def refusal(gather: GatherSchedule) -> str:
+        unfit = _unfit(geometry, contraction, mode, gather)
+        if not unfit or not grouped(gather):
+            return unfit
+        most = PRODUCTS_GROUPED[mode]
+        return misfit(geometry, contraction, mode, gather, most, GROUPED_REGISTERS[mode])
+
+    return first_refusal(schedule, refusal) or _fields_refusal(
+        geometry, contraction, mode, schedule
+    )
+
+
+def _fields_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+    """Why a schedule cannot have its groups, granules or pairs; empty if it can."""
+    if schedule.granules and schedule.unroll == "none":
+        return "loops over taps read words by residue, not elements of granules"
+    return _three_groups_refusal(geometry, contraction, mode, schedule) or _pairs_refusal(
+        geometry, contraction, mode, schedule
+    )
+
+
+def first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], str]) -> str:
+    """Why one of a schedule's tiles cannot be; empty if all of them can."""
+    sizes = {channels for _, channels in schedule.tiles}
+    if not sizes or len(sizes) < len(schedule.tiles):
+        return "tiles are told apart by their channels: each has a number of its own"
+    return next(filter(None, map(refusal, schedule.gathers)), "")
+
+
+def _three_groups_refusal(
+    geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles
+) -> str:
+    """Why a schedule cannot have its number of groups of warps; empty if it can."""
+    if schedule.groups not in GROUPS:
+        return f"a thread block has {' or '.join(map(str, GROUPS))} groups of warps that multiply"
+    if schedule.groups == GROUPS[0]:
+        return ""
+    if not any(map(grouped, schedule.gathers)):
+        return f"three groups of warps need a tile of {GROUP_CHANNELS} channels or more"
+
+    def refusal(gather: GatherSchedule) -> str:
+        if not grouped(gather):
+            return ""
+        return likely_spill(geometry, contraction, mode, gather, THREE_GROUPS)
+
+    return first_refusal(schedule, refusal)
+
+
+def _pairs_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+    """Why lanes cannot have neighbouring positions; empty if they can or need not."""
+    if not schedule.pairs:
+        return ""
+    if schedule.unroll == "none" or schedule.row_axis == "scattered":
+        return "positions that are looped over or scattered are no neighbours"
+    r, _, x = arrange(gather_axes(geometry, contraction))
+    if x.step > 1:
+        return "neighbouring positions of a strided input read columns that are no neighbours"
+    if schedule.granules:
+        return "elements of granules lie anywhere: they are not loaded in pairs"
+    # What lies between two pairs is made of both, while a third is loaded if there is one.
+    held = min(len(pairs_of_line(x)[1]), 3)
+    most = PAIRS_REGISTERS[schedule.groups]
+
+    def refusal(gather: GatherSchedule) -> str:
+        registers = (products_of(gather) + held * gather.planes(r)) * _fragment_registers(mode)
+        if registers <= most:
+            return ""
+        return f"sums and pairs of columns take {registers} registers of at most {most}"
+
+    return first_refusal(schedule, refusal)
+
+
+def pairs_of_line(x: Axis) -> tuple[set[int], set[int]]:
+    """The columns of a line that taps read, and the pairs that they are made of."""
+    first = first_offset(x)
+    columns = {tap.offset - first for phase in x.phases for tap in phase.taps}
+    at = {column + first % 2 for column in columns}
+    return columns, {i // 2 for i in at} | {(i + 1) // 2 for i in at}
+
+
+def _unfit(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
+    """Why warps that multiply alone cannot have a tile; empty if they can."""
+    refusal = misfit(geometry, contraction, mode, gather, budget(mode), MAX_TILE_REGISTERS)
+    return refusal or strided_spill(geometry, contraction, mode, gather)
+
+
+def _strided(geometry: Geometry, contraction: str, gather: GatherSchedule) -> bool:
+    """Whether it reads columns of a strided window, which lie far apart."""
+    _, _, x = arrange(gather_axes(geometry, contraction))
+    return gather.window_r and x.step > 1
+
+
+def strided_spill(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
+    """Why the sums spill beside columns of a strided window, which lie far apart; or empty."""
+    products = products_of(gather)
+    tile = tile_registers(geometry, contraction, mode, gather)
+    if not _strided(geometry, contraction, gather) or tile <= MAX_STRIDED_TILE_REGISTERS:
+        return ""
+    if products <= few_products(mode):
+        return ""
+    return f"beside columns of a strided window {products} products spill; {few_products(mode)} fit"
+
+
+def misfit(
+    geometry: Geometry,
+    contraction: str,
+    mode: str,
+    gather: GatherSchedule,
+    most_products: int,
+    most_registers: int,
+) -> str:
+    """Why a tile does not fit into registers, shared memory or the instruction cache.
+
+    ``most_registers`` are for sums and a column together.
+    """
+    r, y, x = arrange(gather_axes(geometry, contraction))
+    style, rows = gather.unroll, gather.rows
+    blocks = max(gather.channels) // 8
+    if refusal := style_refusal(geometry, x, style):
+        return refusal
+    products = products_of(gather)
+    if products > most_products:
+        return f"{products} products of a warp spill; {most_products} fit in its registers"
+    taps_r = sum(r.counts) if gather.window_r else 1
+    taps_y, span_y = (sum(y.counts), max(y.spans)) if gather.window_y else (1, 0)
+    planes = gather.planes(r)
+    if style in ("line", "none"):
+        return ""
+    code = taps_r * taps_y * sum(x.counts) * rows * blocks
+    if code * (3 if mode == "tf32x3" else 1) > UNROLL_LIMIT:
+        return f"{code} products of an unrolled pass do not fit in the instruction cache"
+    column = planes * _fragment_registers(mode)
+    if column > MAX_COLUMN_REGISTERS:
+        return f"a column takes {column} registers of at most {MAX_COLUMN_REGISTERS}"
+    tile = tile_registers(geometry, contraction, mode, gather)
+    if tile > most_registers:
+        return f"sums and a column take {tile} registers of at most {most_registers}"
+    # 64 positions in a strip 32 wide: up to three lines.
+    lines = 2 * (y.step if gather.window_y else 1) + span_y + 1
+    columns = 31 * x.step + max(x.spans) + 4
+    most = (max(r.counts) if gather.window_r else 1) * (max(y.counts) if gather.window_y else 1)
+    weights = most * sum(x.counts) * blocks * 8
+    weights *= 2 if mode == "tf32x3" else 1
+    stages = 2 * 8 * 4 * (planes * lines * columns + weights)
+    if stages > STAGES_LIMIT_BYTES:
+        return f"two stages take {stages} bytes of shared memory; {STAGES_LIMIT_BYTES} are there"
+    return ""
+
+
+def likely_spill(
+    geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule, limits: Limits
+) -> str:
+    """Why a tile is likely to spill, having more registers than the limits; or empty."""
+    registers = tile_registers(geometry, contraction, mode, gather)
+    strided = _strided(geometry, contraction, gather)
+    if registers <= (limits.strided if strided else limits.plain)[mode]:
+        return ""
+    return f"sums and a column take {registers} registers, and spill"
+
+
+def granules_pay(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
+    """Whether tiles are to be staged as a strided input lies in memory.
+
+    Its columns take an access each otherwise. Lines are longer that way: where the narrowest tile
+    would not fit on every GPU, words stay apart.
+    """
+    r, y, x = arrange(gather_axes(geometry, contraction))
+    if x.step == 1 or gather.unroll == "none":
+        return False
+    size = MODES[mode].size_bytes
+    taps_y, span_y = (sum(y.counts), max(y.spans)) if gather.window_y else (1, 0)
+    taps_r = sum(r.counts) if gather.window_r else 1
+    # A warp's 16 positions in one or two lines, at worst over the end of one.
+    lines = 2 * (y.step if gather.window_y else 1) + span_y + 1
+    line_bytes = -(-(15 * x.step + max(x.spans) + 1) * size // 16) * 16 + 16
+    channels = 8 * 4 // size
+    split = 2 if mode == "tf32x3" else 1
+    weights = taps_r * taps_y * sum(x.counts) * min(gather.channels) * 8 * 4 * split
+    stages = 2 * (channels * gather.planes(r) * lines * line_bytes + weights)
+    if size == 2 and tile_registers(geometry, contraction, mode, gather) > HALVES_REGISTERS:
+        return False
+    return stages <= SMALL_STAGES_BYTES
