@@ -381,6 +381,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
       }
     };
     // As copies that land in the tile itself: `copy` is given its channels.
+    auto last_buffer = [&] { return buffer == 0 ? s.stages - 1 : buffer - 1; };
     auto produce_by_copies = [&](auto&& copy) {
       produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
         const int first_channel = chunk * s.chunk * Math::CHANNELS;
@@ -391,11 +392,11 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         if (CREWS > 1 || s.stages == GATHER_LEAST_STAGES) {
           announce_full<CHANNELS, 0>(find_fills(), buffer, meeting);
         } else if (step > 0) {
-          announce_full<CHANNELS, 1>(find_fills(), buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+          announce_full<CHANNELS, 1>(find_fills(), last_buffer(), meeting);
         }
       });
       if (CREWS == 1 && s.stages > GATHER_LEAST_STAGES && step > 0) {
-        announce_full<CHANNELS, 0>(find_fills(), buffer == 0 ? s.stages - 1 : buffer - 1, meeting);
+        announce_full<CHANNELS, 0>(find_fills(), last_buffer(), meeting);
       }
     };
     auto produce_by_elements = [&] {

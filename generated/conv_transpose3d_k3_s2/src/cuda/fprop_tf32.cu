@@ -327,13 +327,13 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     } else {
       // A single crew with buffers to spare awaits copies when the next ones are on their way.
       LandedMargins before = {};
-      auto last = [&] { return buffer == 0 ? s.stages - 1 : buffer - 1; };
+      auto last_buffer = [&] { return buffer == 0 ? s.stages - 1 : buffer - 1; };
       produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
         const LandedMargins margins = copy(work, pass, chunk, count, tile);
-        if (step > 0) finish(before, last(), std::integral_constant<int, 1>());
+        if (step > 0) finish(before, last_buffer(), std::integral_constant<int, 1>());
         before = margins;
       });
-      if (step > 0) finish(before, last(), std::integral_constant<int, 0>());
+      if (step > 0) finish(before, last_buffer(), std::integral_constant<int, 0>());
     }
     // Meet the consumers' last arrivals, so that every one is answered.
     for (int last = max(step - s.stages, 0); last < step; ++last) {
