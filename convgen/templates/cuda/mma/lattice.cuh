@@ -10,6 +10,7 @@ namespace convgen {
 
 constexpr int LATTICE_LINE_BYTES = 16, LATTICE_ACCESS_BYTES = 8;
 constexpr int LATTICE_THREADS = 256, LATTICE_CHANNELS = 4;  // of a thread block; of a thread
+constexpr int LATTICE_BLOCKS = 1 << 30;                     // at most
 
 struct Lattice {
   int step[3], offset[3];
@@ -95,9 +96,10 @@ LatticeShape lattice_shape(const Lattice& lattice, const ConvgenCall& call,
   s.accesses = static_cast<int>(to[0] * to[1] * line);
   s.channels = call.batch * call.fine_channels;
   s.stride = from[0] * from[1] * from[2], s.packed_stride = to[0] * to[1] * to[2];
-  const int64_t rounds = ceil_div(s.channels, LATTICE_CHANNELS);
-  constexpr int64_t MOST = 65535 - 1;  // and one for what else the kernel packs
-  grid = dim3(ceil_div(s.accesses, LATTICE_THREADS), rounds < MOST ? rounds : MOST);
+  const int64_t columns = ceil_div(s.accesses, LATTICE_THREADS);
+  const int64_t rows = ceil_div(s.channels, LATTICE_CHANNELS);
+  const int64_t most = LATTICE_BLOCKS / columns < 65535 ? LATTICE_BLOCKS / columns : 65535;
+  grid = dim3(columns, rows < most ? rows : most);
   return s;
 }
 
