@@ -86,6 +86,8 @@ STAGES_LIMIT_BYTES = 200 * 1024
 # Registers for sums and a column beside which there is room for halves of words (granules in 16
 # bits). With more ptxas spills a few.
 HALVES_REGISTERS = 76
+# Beside few products a second crew leaves a thread 128 registers: with words, and with halves.
+FEW_REGISTERS, HALVES_FEW_REGISTERS = 68, 40
 # Two stages that any GPU holds.
 SMALL_STAGES_BYTES = 90 * 1024
 
@@ -326,6 +328,21 @@ def likely_spill(
     return f"sums and a column take {registers} registers, and spill"
 
 
+def crowded(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
+    """Whether a warp of few products likely spills in the registers that two crews leave it."""
+    few = products_of(gather) <= FEW_PRODUCTS and not grouped(gather)
+    return few and tile_registers(geometry, contraction, mode, gather) > FEW_REGISTERS
+
+
+def halves_spill(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
+    """Whether halves of words, as granules hold them in 16 bits, likely spill beside a tile."""
+    if MODES[mode].size_bytes == 4:
+        return False
+    few = products_of(gather) <= FEW_PRODUCTS and not grouped(gather)
+    most = HALVES_FEW_REGISTERS if few else HALVES_REGISTERS
+    return tile_registers(geometry, contraction, mode, gather) > most
+
+
 def granules_pay(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
     """Whether tiles are to be staged as a strided input lies in memory.
 
@@ -345,6 +362,4 @@ def granules_pay(geometry: Geometry, contraction: str, mode: str, gather: Gather
     split = 2 if mode == "tf32x3" else 1
     weights = taps_r * taps_y * sum(x.counts) * min(gather.channels) * 8 * 4 * split
     stages = 2 * (channels * gather.planes(r) * lines * line_bytes + weights)
-    if size == 2 and tile_registers(geometry, contraction, mode, gather) > HALVES_REGISTERS:
-        return False
-    return stages <= SMALL_STAGES_BYTES
+    return stages <= SMALL_STAGES_BYTES and not halves_spill(geometry, contraction, mode, gather)

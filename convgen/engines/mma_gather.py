@@ -51,11 +51,13 @@ from convgen.engines.mma_fit import (
     SPILL_FREE,
     GatherTiles,
     budget,
+    crowded,
     default_refusal,
     few_products,
     first_refusal,
     granules_pay,
     grouped,
+    halves_spill,
     likely_spill,
     misfit,
     pairs_of_line,
@@ -122,6 +124,10 @@ def gather_tiles(geometry: Geometry, contraction: str, mode: str) -> GatherTiles
         (gather,) = other.gathers
         if default_refusal(geometry, contraction, mode, other) or likely_spill(
             geometry, contraction, mode, gather, SPILL_FREE
+        ):
+            continue
+        if crowded(geometry, contraction, mode, gather) or (
+            other.granules and halves_spill(geometry, contraction, mode, gather)
         ):
             continue
         if (expected := time(other)) < most:
