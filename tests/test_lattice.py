@@ -24,7 +24,7 @@ from convgen.engines.lattice import lattice_of
 from convgen.engines.mma import ENGINE as MMA
 from convgen.interpret import library as compile_interpreted
 from convgen.spec import ConvSpec, Geometry
-from convgen.specialize import render
+from convgen.specialize import render, specialize
 
 READERS = ("fprop", "wgrad")
 
@@ -166,6 +166,7 @@ def test_gradients_share_what_is_packed(
     expected = torch.autograd.grad(
         F.conv_transpose1d(x, layer.weight, layer.bias, 2, 1, dilation=2).sum(), operands
     )
+    # torch rounds its sums to bfloat16 in another order.
     for one, other in zip(together, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-1)
 
@@ -181,3 +182,23 @@ def test_gradients_of_gradients_are_of_operators(module: ModuleType) -> None:
     (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     (expected,) = torch.autograd.grad(first.sum(), layer.weight)
     torch.testing.assert_close(second, expected, rtol=5e-2, atol=1.0)
+
+
+def test_the_cpu_has_nothing_packed_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels sum the bias gradient in the pass of the weight's."""
+    package = specialize(
+        "conv_transpose1d", kernel_size=3, stride=2, padding=1, dilation=2, dtypes=["f32"]
+    )
+    operators = sys.modules[f"{package.__name__}._operators"]
+    calls: list[str] = []
+    for name in ("gradient_kernels", "wbgrad"):
+        original = getattr(operators, name)
+
+        def recorded(*inputs: Any, name: str = name, original: Any = original) -> Any:
+            calls.append(name)
+            return original(*inputs)
+
+        monkeypatch.setattr(operators, name, recorded)
+    layer = package.ConvTranspose1d(8, 8)
+    layer(torch.randn(1, 8, 9, requires_grad=True)).sum().backward()
+    assert calls == ["wbgrad"]

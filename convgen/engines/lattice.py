@@ -16,7 +16,7 @@ from convgen.engines.cost import Gpu, Prediction, Problem
 from convgen.spec import Geometry, Triple
 
 LINE_BYTES = 16
-"""Packed lines are multiples of it."""
+"""Packed lines are multiples of it: LATTICE_LINE_BYTES of the templates."""
 
 LAUNCH_MS = 0.002
 """What one more kernel takes beside its bytes."""

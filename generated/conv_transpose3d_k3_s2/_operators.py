@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_308481be"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_af2157f6"
 NAMESPACE += VARIANT
 
 

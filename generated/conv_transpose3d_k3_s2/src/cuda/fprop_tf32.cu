@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     };
     // When all but the PENDING newest steps of the crew have landed: the columns beside the input
     // are cleared, and consumers told.
-    auto finish = [&](const LandedMargins& margins, int landed, auto pending) {
+    auto finish = [&](const GranuleMargins& margins, int landed, auto pending) {
       constexpr int PENDING = decltype(pending)::value;
       if (margins.channels > 0) {
         copy_wait<PENDING>();
@@ -326,10 +326,10 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
       });
     } else {
       // A single crew with buffers to spare awaits copies when the next ones are on their way.
-      LandedMargins before = {};
+      GranuleMargins before = {};
       auto last_buffer = [&] { return buffer == 0 ? s.stages - 1 : buffer - 1; };
       produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
-        const LandedMargins margins = copy(work, pass, chunk, count, tile);
+        const GranuleMargins margins = copy(work, pass, chunk, count, tile);
         if (step > 0) finish(before, last_buffer(), std::integral_constant<int, 1>());
         before = margins;
       });

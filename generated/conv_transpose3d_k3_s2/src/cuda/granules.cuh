@@ -27,7 +27,7 @@ __device__ __forceinline__ int tile_shift(const GatherShape& s, const T* from,
 }
 
 // The columns of a tile beside the input, which hold the ends of other lines.
-struct LandedMargins {
+struct GranuleMargins {
   unsigned char* tile;  // its first element
   TileOrigin origin;
   int channels;  // none if there are no such columns
@@ -44,7 +44,7 @@ __device__ __forceinline__ bool line_inside(const GatherShape& s, const TileOrig
 // Clears these columns, of elements like Bits. Other lines are zero already.
 template <int PLANE_STEP, int LINE_STEP, typename Bits>
 __device__ __forceinline__ void clear_margins(const GatherShape& s, const Crew& crew,
-                                              const LandedMargins& margins) {
+                                              const GranuleMargins& margins) {
   const int left = min(max(-margins.origin.x, 0), s.columns);
   const int right = max(s.x.input - margins.origin.x, left);
   // Lines are few: half of the threads take every other channel.
@@ -127,8 +127,8 @@ class GranuleTile {
   }
 
   // What is to be cleared of `count` channels when all copies of the crew have landed.
-  __device__ __forceinline__ LandedMargins margins(int count) const {
-    LandedMargins margins;
+  __device__ __forceinline__ GranuleMargins margins(int count) const {
+    GranuleMargins margins;
     margins.tile = tile_ + shift_ * SIZE;
     margins.origin = origin_;
     const bool beside = origin_.x < 0 || s_.x.input - origin_.x < s_.columns;

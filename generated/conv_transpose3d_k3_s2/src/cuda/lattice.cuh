@@ -40,10 +40,10 @@ int64_t lattice_bytes(const ConvgenCall& packed) {
 
 struct LatticeShape {
   Lattice lattice;
-  int d, h, w;             // extents of the fine tensor
-  int accesses;            // of a packed channel
-  Divisor by_line, by_plane;  // accesses of a packed line, lines of a plane
-  int64_t channels;        // of all samples
+  int d, h, w;                    // extents of the fine tensor
+  int accesses;                   // of a packed channel
+  Divisor by_line, by_plane;      // accesses of a packed line, lines of a plane
+  int64_t channels;               // of all samples
   int64_t stride, packed_stride;  // of a channel, in elements
 };
 
