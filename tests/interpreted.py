@@ -164,6 +164,15 @@ class Problem:
         assert error <= LIMITS[self.dtype], f"{self.symbol}: error {error}"
 
 
+def shifted(tensor: Tensor, elements: int) -> Tensor:
+    """The same values, so many elements behind an address that is a multiple of 16 bytes."""
+    storage = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
+    first = -storage.data_ptr() // tensor.element_size() % (16 // tensor.element_size())
+    view = storage[first + elements :][: tensor.numel()].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
 def problem(
     spec: ConvSpec,
     contraction: str,

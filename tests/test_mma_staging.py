@@ -12,9 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from interpreted import LIMITS, Fault, Library, Problem, engine_sources, problem, solve
-from torch import Tensor
+from interpreted import LIMITS, Fault, Library, Problem, engine_sources, problem, shifted, solve
 
 from convgen.engines.mma import ENGINE as MMA
 from convgen.interpret import library as compile_interpreted
@@ -73,15 +71,6 @@ def problems(stride: int, kind: str, contraction: str) -> list[Problem]:
         )
         for seed, (batch, channels, extents) in enumerate(CALLS[stride])
     ]
-
-
-def shifted(tensor: Tensor, elements: int) -> Tensor:
-    """The same values, so many elements behind an address that is a multiple of 16 bytes."""
-    storage = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
-    first = -storage.data_ptr() // tensor.element_size() % (16 // tensor.element_size())
-    view = storage[first + elements :][: tensor.numel()].view(tensor.shape)
-    view.copy_(tensor)
-    return view
 
 
 @pytest.mark.parametrize("architecture", ["80", "90a"])

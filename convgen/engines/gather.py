@@ -150,6 +150,26 @@ def first_offset(x: Axis) -> int:
     return min(tap.offset for phase in x.phases for tap in phase.taps)
 
 
+def window_words(x: Axis) -> tuple[int, ...]:
+    """The words of two neighbouring inputs that the taps of an axis of one phase read.
+
+    Counted from the word of the first one, which may be either half of it.
+    """
+    relative = [tap.offset - first_offset(x) for tap in x.phases[0].taps]
+    return tuple(sorted({(offset + odd) // 2 for offset in relative for odd in (0, 1)}))
+
+
+def _loads(x: Axis, words: bool) -> list[tuple[int, list[tuple[int, int]]]]:
+    """What lanes load of a line: columns and ``[(phase, tap index)]`` that each of them feeds.
+
+    Of words of two inputs each has a slot of its own, whose taps follow from where lines begin.
+    """
+    if words:
+        return [(word, [(0, word)]) for word in window_words(x)]
+    first = first_offset(x)
+    return [(offset - first, members) for offset, members in _by_offset(x).items()]
+
+
 def unroll(
     r: Axis,
     y: Axis,
@@ -158,46 +178,46 @@ def unroll(
     taps_y: tuple[Tap, ...],
     rows: int,
     row_step: int,
+    words: bool = False,
 ) -> tuple[Column, ...]:
     """Taps ``taps_r x taps_y x`` (all of X) as columns of a tile that holds their whole window.
 
     Taps that share a (y, x) share a column, so that each input value is loaded once for all of
-    them. Slots count taps in the order in which :func:`slot_order` lists them.
+    them. Slots count taps in the order in which :func:`slot_order` lists them. With ``words``
+    columns are :func:`window_words`.
     """
     if not taps_r:
         return ()  # these outputs are bias alone
     first_r = taps_r[0].offset
     first_y = taps_y[0].offset if taps_y else 0
     first_x = first_offset(x)
+    step_x = 1 if words else x.step
     columns = []
     slot = 0
-    for tap_y, (offset_x, members) in product(taps_y, _by_offset(x).items()):
+    for tap_y, (relative, members) in product(taps_y, _loads(x, words)):
         used, uses = 0, []
         for tap_r in taps_r:
             first = tap_r.offset - first_r
             for m in range(rows):
                 used |= 1 << (first + m * row_step)
             for variant, index_x in members:
-                at = {r.name: tap_r.index, y.name: tap_y.index, x.name: index_x}
-                label = (
-                    "tap ("
-                    + ", ".join(
-                        name if at[name] == RUN_TIME.index else str(at[name]) for name in AXES
-                    )
-                    + ")"
-                )
+                at = {r.name: str(tap_r.index), y.name: str(tap_y.index), x.name: str(index_x)}
+                if words:
+                    at[x.name] = f"word {index_x}"
+                named = (name if at[name] == str(RUN_TIME.index) else at[name] for name in AXES)
+                label = f"tap ({', '.join(named)})"
                 uses.append(Use(variant, first, slot, label))
                 slot += 1
-        relative = offset_x - first_x
+        place = f"word {relative}" if words else f"{relative + first_x:+d}"
         columns.append(
             Column(
                 y=tap_y.offset - first_y,
-                residue=relative % x.step,
-                column=relative // x.step,
+                residue=relative % step_x,
+                column=relative // step_x,
                 count=used.bit_length(),
                 used=used,
                 uses=tuple(uses),
-                label=f"{y.name} {tap_y.offset:+d}, {x.name} {offset_x:+d}",
+                label=f"{y.name} {tap_y.offset:+d}, {x.name} {place}",
             )
         )
     return tuple(columns)
@@ -232,16 +252,41 @@ def paired_lines(columns: Sequence[Column], odd: int) -> tuple[PairedLine, ...]:
     return tuple(lines)
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Whose weights a slot of packed weights has.
+
+    ``tap`` is the flat kernel element, -1 for none. Of a word (:func:`window_words`) it is the
+    line's first, ``word`` says which, and ``odd_r`` and ``odd_y`` whether the line lies at an odd
+    offset along these axes.
+    """
+
+    tap: int
+    word: int = 0
+    odd_r: bool = False
+    odd_y: bool = False
+
+
 def slot_order(
-    r: Axis, y: Axis, x: Axis, taps_r: tuple[Tap, ...], taps_y: tuple[Tap, ...], number: TapIndex
-) -> list[int]:
-    """Flat kernel element of each slot of :func:`unroll`."""
-    return [
-        number({r.name: tap_r.index, y.name: tap_y.index, x.name: index_x})
-        for tap_y, members in product(taps_y, _by_offset(x).values())
-        for tap_r in taps_r
-        for _, index_x in members
-    ]
+    r: Axis,
+    y: Axis,
+    x: Axis,
+    taps_r: tuple[Tap, ...],
+    taps_y: tuple[Tap, ...],
+    number: TapIndex,
+    words: bool = False,
+) -> list[Slot]:
+    """The slots of :func:`unroll`."""
+    slots = []
+    for tap_y, (_, members) in product(taps_y, _loads(x, words)):
+        for tap_r, (_, index) in product(taps_r, members):
+            at = {r.name: tap_r.index, y.name: tap_y.index, x.name: 0 if words else index}
+            if words:
+                odd_r, odd_y = tap_r.offset % 2 == 1, tap_y.offset % 2 == 1
+                slots.append(Slot(number(at), index, odd_r, odd_y))
+            else:
+                slots.append(Slot(number(at)))
+    return slots
 
 
 TapIndex = Callable[[dict[str, int]], int]
@@ -332,27 +377,36 @@ def style_refusal(geometry: Geometry, x: Axis, style: str) -> str:
     return ""
 
 
+def _word_taps(x: Axis) -> list[int]:
+    """The tap along X of each input that words cover, from one before the first tap's on."""
+    index = {tap.offset - first_offset(x): tap.index for tap in x.phases[0].taps}
+    return [index.get(at, -1) for at in range(-1, 2 * window_words(x)[-1] + 2)]
+
+
 def gather_context(
-    geometry: Geometry, contraction: str, schedule: GatherSchedule
+    geometry: Geometry, contraction: str, schedule: GatherSchedule, words: bool = False
 ) -> dict[str, Any]:
-    """What a gather's template is given: axes, units, slots, regions and tables."""
+    """What a gather's template is given: axes, units, slots, regions and tables.
+
+    With ``words`` lanes load :func:`window_words` instead of single inputs.
+    """
     axes = gather_axes(geometry, contraction)
     r, y, x = arrange(axes)
     number = tap_numbering(geometry.kernel)
     variants, style = schedule.variants, schedule.unroll
     groups = [x.phases[i : i + variants] for i in range(0, len(x.phases), variants)]
     units: dict[str, Unit] = {}
-    slot_tap: list[int] = []
+    all_slots: list[Slot] = []
     region_first = [0]
     phase_region = []
 
-    def add_region(slots: list[int]) -> None:
-        slot_tap.extend(slots)
-        region_first.append(len(slot_tap))
+    def add_region(slots: list[Slot]) -> None:
+        all_slots.extend(slots)
+        region_first.append(len(all_slots))
 
     def add_unit(name: str, label: str, taps_r: tuple[Tap, ...], taps_y: tuple[Tap, ...]) -> None:
         row_step = r.step if schedule.window_r else 1
-        columns = unroll(r, y, x, taps_r, taps_y, schedule.rows, row_step)
+        columns = unroll(r, y, x, taps_r, taps_y, schedule.rows, row_step, words)
         units.setdefault(name, Unit(name, label, columns))
 
     for (phase_r, rp), (phase_y, yp) in product(enumerate(r.phases), enumerate(y.phases)):
@@ -362,7 +416,7 @@ def gather_context(
             name = "" if single else f"_{r.name}{phase_r}_{y.name}{phase_y}"
             label = "" if single else f"{r.name} phase {phase_r}, {y.name} phase {phase_y}"
             add_unit(name, label, rp.taps, yp.taps)
-            add_region(slot_order(r, y, x, rp.taps, yp.taps, number))
+            add_region(slot_order(r, y, x, rp.taps, yp.taps, number, words))
         elif style == "slab":
             phase_region.append(len(region_first) - 1)
             single = len(r.phases) == 1
@@ -370,7 +424,7 @@ def gather_context(
             label = "" if single else f"{r.name} phase {phase_r}"
             add_unit(name, label, rp.taps, (RUN_TIME,))
             for tap_y in yp.taps:
-                add_region(slot_order(r, y, x, rp.taps, (tap_y,), number))
+                add_region(slot_order(r, y, x, rp.taps, (tap_y,), number, words))
         elif style == "plane":
             phase_region.append(len(region_first) - 1)
             single = len(y.phases) == 1
@@ -378,12 +432,12 @@ def gather_context(
             label = "" if single else f"{y.name} phase {phase_y}"
             add_unit(name, label, (RUN_TIME,), yp.taps)
             for tap_r in rp.taps:
-                add_region(slot_order(r, y, x, (tap_r,), yp.taps, number))
+                add_region(slot_order(r, y, x, (tap_r,), yp.taps, number, words))
         elif style == "line":
             phase_region.append(len(region_first) - 1)
             add_unit("", "", (RUN_TIME,), (RUN_TIME,))
             for tap_r, tap_y in product(rp.taps, yp.taps):
-                add_region(slot_order(r, y, x, (tap_r,), (tap_y,), number))
+                add_region(slot_order(r, y, x, (tap_r,), (tap_y,), number, words))
         else:
             for group in groups:
                 phase_region.append(len(region_first) - 1)
@@ -391,10 +445,10 @@ def gather_context(
                 for tap_r, tap_y, jx in product(rp.taps, yp.taps, range(passes_x)):
                     at = {r.name: tap_r.index, y.name: tap_y.index}
                     slots = [
-                        number(at | {x.name: p.taps[jx].index}) if jx < len(p.taps) else -1
+                        Slot(number(at | {x.name: p.taps[jx].index}) if jx < len(p.taps) else -1)
                         for p in group
                     ]
-                    add_region(slots + [-1] * (variants - len(group)))
+                    add_region(slots + [Slot(-1)] * (variants - len(group)))
 
     residues = Counter((offset - first_offset(x)) % x.step for offset in _by_offset(x))
     group_firsts = [min((t.offset for p in g for t in p.taps[:1]), default=0) for g in groups]
@@ -405,6 +459,8 @@ def gather_context(
         )
     else:
         span_x = max(t.offset for p in x.phases for t in p.taps) - first_offset(x)
+    if words:
+        span_x = 2 * window_words(x)[-1]  # what is read is staged, by whichever half it begins
     return {
         "r": r,
         "y": y,
@@ -413,7 +469,9 @@ def gather_context(
         "scattered": schedule.row_axis == "scattered",
         "groups_x": len(groups),
         "units": list(units.values()),
-        "slot_tap": slot_tap,
+        "slot_tap": [slot.tap for slot in all_slots],
+        "slots": all_slots,
+        "word_taps": _word_taps(x) if words else [],
         "region_first": region_first,
         "phase_region": phase_region,
         "passes_x": [max(len(p.taps) for p in group) for group in groups],

@@ -334,9 +334,19 @@ def crowded(geometry: Geometry, contraction: str, mode: str, gather: GatherSched
     return few and tile_registers(geometry, contraction, mode, gather) > FEW_REGISTERS
 
 
+def loads_words(geometry: Geometry, contraction: str, mode: str) -> bool:
+    """Whether lanes load words of two neighbouring elements from granules, as they lie in memory.
+
+    Of 16 bits each. Weights are packed for the half of its word in which a line begins, which must
+    be the same for all positions: strides are even.
+    """
+    even = all(axis.step % 2 == 0 for axis in gather_axes(geometry, contraction))
+    return even and MODES[mode].size_bytes == 2
+
+
 def halves_spill(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
     """Whether halves of words, as granules hold them in 16 bits, likely spill beside a tile."""
-    if MODES[mode].size_bytes == 4:
+    if MODES[mode].size_bytes == 4 or loads_words(geometry, contraction, mode):
         return False
     few = products_of(gather) <= FEW_PRODUCTS and not grouped(gather)
     most = HALVES_FEW_REGISTERS if few else HALVES_REGISTERS

@@ -59,6 +59,7 @@ from convgen.engines.mma_fit import (
     grouped,
     halves_spill,
     likely_spill,
+    loads_words,
     misfit,
     pairs_of_line,
     products_of,
@@ -322,11 +323,14 @@ def tiles_context(plan: KernelPlan) -> dict[str, Any]:
         "f16tc": "Pairs<half>",
         "bf16tc": "Pairs<bfloat16>",
     }[plan.dtype]
+    words = plan.schedule.granules and loads_words(plan.geometry, plan.contraction, plan.dtype)
+    if words:
+        math = math.replace("Pairs", "Neighbours")
     element = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}
     _, _, x = arrange(gather_axes(plan.geometry, plan.contraction))
     # What is unrolled depends on the rows, all else on the style alone.
     by_rows = {
-        gather.rows: gather_context(plan.geometry, plan.contraction, gather)
+        gather.rows: gather_context(plan.geometry, plan.contraction, gather, words)
         for gather in plan.schedule.gathers
     }
     return next(iter(by_rows.values())) | {
@@ -334,4 +338,5 @@ def tiles_context(plan: KernelPlan) -> dict[str, Any]:
         "units_of": {rows: context["units"] for rows, context in by_rows.items()},
         "element": element[MODES[plan.dtype].torch_name],
         "math": math,
+        "words": words,
     }

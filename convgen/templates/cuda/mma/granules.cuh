@@ -26,6 +26,16 @@ __device__ __forceinline__ int tile_shift(const GatherShape& s, const T* from,
                                   int64_t{origin.y} * s.y.input_stride + origin.x);
 }
 
+// Channels behind which a tile may have a padding: as many as lie alike in their granules.
+template <typename T>
+constexpr int PADDED_CHANNELS = GRANULE_BYTES / static_cast<int>(sizeof(T));
+
+// How far a channel lies behind the first one of a tile, in elements.
+template <typename T>
+__device__ __forceinline__ int channel_place(const GatherShape& s, int channel) {
+  return channel * s.channel_pitch + channel / PADDED_CHANNELS<T> * s.padding;
+}
+
 // The columns of a tile beside the input, which hold the ends of other lines.
 struct GranuleMargins {
   unsigned char* tile;  // its first element
@@ -54,15 +64,15 @@ __device__ __forceinline__ void clear_margins(const GatherShape& s, const Crew& 
     int plane = line;
     const int row = s.by_rows.split(plane);
     if (!line_inside<PLANE_STEP, LINE_STEP>(s, margins.origin, plane, row)) continue;
-    Bits* at = reinterpret_cast<Bits*>(margins.tile) + first * s.channel_pitch +
-               plane * s.plane_pitch + row * s.row_pitch;
+    Bits* const line_at =
+        reinterpret_cast<Bits*>(margins.tile) + plane * s.plane_pitch + row * s.row_pitch;
 #pragma unroll 1
     for (int channel = first; channel < margins.channels; channel += 2) {
+      Bits* const at = line_at + channel_place<Bits>(s, channel);
 #pragma unroll 1
       for (int column = 0; column < left; ++column) at[column] = 0;
 #pragma unroll 1
       for (int column = right; column < s.columns; ++column) at[column] = 0;
-      at += 2 * s.channel_pitch;
     }
   }
 }
@@ -90,38 +100,33 @@ class GranuleTile {
     const int64_t begin = reinterpret_cast<int64_t>(from_);
     const int64_t end = begin + channels_ * channel_bytes();
     const int items = s_.planes * s_.rows * static_cast<int>(s_.by_columns.divisor);
+    const int blocks = existing / BLOCK;
 #pragma unroll 1
     for (int item = crew_.thread; item < items; item += crew_.threads) {
       int line = item;
       const int number = s_.by_columns.split(line);
       const Place place = locate(line);
-      int64_t at = place.at + number * GRANULE_BYTES;
-      int to = place.to + number * GRANULE_BYTES;
-      int channel = 0;
+      const int64_t at = place.at + number * GRANULE_BYTES;
+      const int to = place.to + number * GRANULE_BYTES;
       // Nearly always all channels' granules lie within the input. What they hold of other lines
       // is cleared later where it matters: to tell it here would take longer than to copy it.
-      if (!place.inside || ((at & -GRANULE_BYTES) >= begin &&
-                            at + (existing - 1) * channel_bytes() + GRANULE_BYTES <= end)) {
-#pragma unroll 4
-        for (; channel < existing; ++channel) {
-          copy_async<GRANULE_BYTES>(tile_ + (to & -GRANULE_BYTES),
-                                    reinterpret_cast<const void*>(at & -GRANULE_BYTES),
-                                    place.inside);
-          at += channel_bytes(), to += channel_pitch();
-        }
+      if (blocks * BLOCK == count &&
+          (!place.inside || ((at & -GRANULE_BYTES) >= begin &&
+                             at + (existing - 1) * channel_bytes() + GRANULE_BYTES <= end))) {
+        copy_blocks(to, at, blocks, place.inside);
+        continue;
       }
 #pragma unroll 1
-      for (; channel < count; ++channel) {
-        const int64_t granule = at & -GRANULE_BYTES;
+      for (int channel = 0; channel < count; ++channel) {
+        const int64_t granule = (at + channel * channel_bytes()) & -GRANULE_BYTES;
         int bytes = 0;
         if (place.inside && channel < existing && granule + GRANULE_BYTES > begin &&
             granule < end) {
           bytes = static_cast<int>(min(end - granule, int64_t{GRANULE_BYTES}));
         }
-        copy_granule(tile_ + (to & -GRANULE_BYTES),
+        copy_granule(tile_ + ((to + channel_place<T>(s_, channel) * SIZE) & -GRANULE_BYTES),
                      reinterpret_cast<const void*>(bytes > 0 ? granule : aligned_input()), bytes,
                      input_);
-        at += channel_bytes(), to += channel_pitch();
       }
     }
   }
@@ -137,7 +142,7 @@ class GranuleTile {
   }
 
  private:
-  static constexpr int SIZE = sizeof(T);
+  static constexpr int SIZE = sizeof(T), BLOCK = PADDED_CHANNELS<T>;
 
   // The first column of a line, of the first channel: bytes.
   struct Place {
@@ -157,6 +162,24 @@ class GranuleTile {
     place.at = reinterpret_cast<int64_t>(from_) + (int64_t{first} + origin_.x) * SIZE;
     place.to = (shift_ + plane * s_.plane_pitch + row * s_.row_pitch) * SIZE;
     return place;
+  }
+
+  // Copies a granule of so many whole blocks of channels. What lies BLOCK channels apart lies alike
+  // in its granule.
+  __device__ __forceinline__ void copy_blocks(int to, int64_t at, int blocks, bool inside) const {
+    const int64_t stride = BLOCK * channel_bytes();
+    const int pitch = channel_place<T>(s_, BLOCK) * SIZE;
+#pragma unroll 1
+    for (int channel = 0; channel < BLOCK; ++channel) {
+      unsigned char* word = tile_ + (to & -GRANULE_BYTES);
+      int64_t granule = at & -GRANULE_BYTES;
+#pragma unroll 4
+      for (int block = 0; block < blocks; ++block) {
+        copy_async<GRANULE_BYTES>(word, reinterpret_cast<const void*>(granule), inside);
+        word += pitch, granule += stride;
+      }
+      to += channel_pitch(), at += channel_bytes();
+    }
   }
 
   // From one channel to the next.

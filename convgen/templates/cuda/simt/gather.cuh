@@ -49,6 +49,11 @@ struct GatherShape {
   int raw_lines, raw_line_bytes, raw_bytes;
   Divisor raw_parts, raw_planes, raw_granules;
 
+  // Of lanes that load words of neighbours (WordOrder): elements between the channels of two lanes,
+  // of the halves of a product, and of every other product; and behind every 8 channels of a tile.
+  int lane_pitch, half_pitch, pair_pitch, padding;
+  int lane_channels;  // from a lane's channel to the next lane's
+
   bool vector_store;  // the phases of X that a thread computes leave in one access
 };
 
@@ -83,6 +88,9 @@ struct GatherTraits {
   // input. Pitches then count elements.
   int granule = 0;
   int plane_step = 1, line_step = 1;
+  // From a lane's channel to the next lane's; whether lanes load words of neighbours.
+  int lane_channels = 1;
+  bool loads_words = false;
   // What lanes load of a line at once: strips and tiles are multiples of it.
   int access = 1;
 };
@@ -128,17 +136,16 @@ struct GranulePitches {
     const int64_t least = congruent(planes * plane, s.in_channel_stride);
     int fewest = WARP + 1;
     for (int64_t pitch = least; pitch < least + 128 / t.element_bytes; pitch += t.granule) {
-      const int wavefronts = fragment_wavefronts(t, pitch);
+      const int wavefronts = fragment_wavefronts(t, t.lane_channels * pitch);
       if (wavefronts < fewest) fewest = wavefronts, channel = pitch;
     }
   }
 
- private:
-  // Of a load of one element of a fragment: lane 4 g + t reads position g of word t.
-  static int fragment_wavefronts(const GatherTraits& t, int64_t pitch) {
+  // Of a load of a fragment: lane 4 g + t reads position g of the channel t * lane_pitch.
+  static int fragment_wavefronts(const GatherTraits& t, int64_t lane_pitch) {
     int words[32][WARP], counts[32] = {}, most = 0;
     for (int lane = 0; lane < WARP; ++lane) {
-      const int64_t element = lane / 4 * t.step_x + lane % 4 * t.raw_channels * pitch;
+      const int64_t element = lane / 4 * t.step_x + lane % 4 * lane_pitch;
       const int word = static_cast<int>(element * t.element_bytes / 4), bank = word % 32;
       bool known = false;
       for (int i = 0; i < counts[bank]; ++i) known |= words[bank][i] == word;
@@ -148,6 +155,27 @@ struct GranulePitches {
     return most;
   }
 };
+
+// How the lanes of a product share out channels where they load words of neighbours. A product's
+// channels lie even numbers apart, so that their lines begin in the same half of a word: the first
+// one's are 2 apart, or 8, where a tile has 32. With a padding behind every 8 these lie in different
+// banks; lines of odd lengths do not let others.
+constexpr int NEAR_CHANNELS = 2, FAR_CHANNELS = 8;
+constexpr int FAR_TILE = 4 * FAR_CHANNELS;
+
+inline void order_channels(GatherShape& s, const GatherTraits& t, bool far) {
+  const int pitch = s.channel_pitch;
+  s.lane_channels = far ? FAR_CHANNELS : NEAR_CHANNELS;
+  s.padding = 0;
+  int fewest = WARP + 1;
+  for (int padding = 0; far && padding < 128 / t.element_bytes; padding += t.granule) {
+    const int wavefronts = GranulePitches::fragment_wavefronts(t, FAR_CHANNELS * pitch + padding);
+    if (wavefronts < fewest) fewest = wavefronts, s.padding = padding;
+  }
+  s.lane_pitch = s.lane_channels * pitch + s.padding;
+  s.half_pitch = far ? NEAR_CHANNELS * pitch : 4 * s.lane_pitch;
+  s.pair_pitch = 2 * s.half_pitch;
+}
 
 constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
 constexpr int GATHER_LEAST_STAGES = 2;
@@ -270,6 +298,11 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * word_pitch, 4));
   // A tile may begin anywhere in its first granule.
   if (t.granule) s.tile_elements += GRANULE_BYTES / t.word_bytes;
+  s.padding = 0;
+  if (t.loads_words) {
+    order_channels(s, t, s.chunk == FAR_TILE && s.words % FAR_TILE == 0);
+    s.tile_elements += 4 * s.padding * t.element_bytes / t.word_bytes;
+  }
   s.stage_elements = s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
   const int stage_bytes = s.stage_elements * t.word_bytes;
   if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;
