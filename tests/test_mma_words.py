@@ -1,4 +1,4 @@
-"""Gathers whose lanes load words of two 16-bit inputs as they lie in memory, interpreted and checked.
+"""Gathers whose lanes load words of two 16-bit inputs as they lie in memory, interpreted.
 
 Where strides are even (``WordOrder`` in ``cuda/mma/fragments.cuh``): which half of a word a
 line begins in follows from the tensor's address and extents, and the weights are packed for it.
