@@ -77,6 +77,11 @@ __device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
   return buffer + 1 == s.stages ? 0 : buffer + 1;
 }
 
+// Tiles in granules, and weights beside them, are staged by bulk copies: one takes a whole line, and
+// writes it to shared memory 128 bytes at a time, where those of 16 bytes take 2.5 times as long.
+constexpr bool BULK_COPIES = HAS_WGMMA;
+constexpr int LANDED_WORDS = 2 * MOST_STAGES;  // of shared memory: an mbarrier for each buffer
+
 // Producers: tells the consumers that a buffer is full, once all of this thread's copies but the
 // PENDING newest batches have landed. `fills` is as in release_buffer.
 template <int CHANNELS, int PENDING>
@@ -283,23 +288,23 @@ __device__ __forceinline__ void end_products(float (&acc)[VARIANTS][ROWS][BLOCKS
 constexpr int WORD_SETS = 2;  // of packed weights
 
 // Of a call: whether lines of neighbouring channels, planes along R and lines along Y begin in
-// different halves; see order_channels.
+// different halves; and the order of channels, see octet_channel.
 struct WordOrder {
   int odd_channel, odd_r, odd_y;  // 0 or 1
-  int lane_channels;
+  int lane_channels, half_channels;
 
   WordOrder() = default;
   explicit WordOrder(const GatherShape& s)
       : odd_channel(s.in_channel_stride & 1),
         odd_r(s.r.input_stride & 1),
         odd_y(s.y.input_stride & 1),
-        lane_channels(s.lane_channels) {}
+        lane_channels(s.lane_channels),
+        half_channels(s.half_channels) {}
 
   // The channel of a product's word.
-  __device__ __forceinline__ int channel(int step, int word) const {
-    if (lane_channels == NEAR_CHANNELS) return step / 2 * 16 + step % 2 + word * NEAR_CHANNELS;
-    return step / 4 * FAR_TILE + step % 2 + step / 2 % 2 * 4 + word % 4 * FAR_CHANNELS +
-           word / 4 * NEAR_CHANNELS;
+  __device__ __forceinline__ int channel(int product, int word) const {
+    return octet_channel(lane_channels, product) + word % 4 * lane_channels +
+           word / 4 * half_channels;
   }
 };
 

@@ -38,6 +38,7 @@ struct GatherShape {
   int columns;  // that lanes read of a line
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
   Divisor by_columns, by_rows;  // staged accesses of a line, lines of a plane
+  Divisor by_planes;            // planes of a channel
   int chunk, chunks, tile_elements, stage_elements;
   int stages;  // buffers that hold a staged tile and its weights
   int shared_bytes;
@@ -49,10 +50,11 @@ struct GatherShape {
   int raw_lines, raw_line_bytes, raw_bytes;
   Divisor raw_parts, raw_planes, raw_granules;
 
-  // Of lanes that load words of neighbours (WordOrder): elements between the channels of two lanes,
-  // of the halves of a product, and of every other product; and behind every 8 channels of a tile.
-  int lane_pitch, half_pitch, pair_pitch, padding;
-  int lane_channels;  // from a lane's channel to the next lane's
+  // Of tiles in granules, whose channels lie in octets (granules.cuh), of a product's four lanes
+  // twice: channels, and elements of the tile, from lane to lane, half to half, octet to octet.
+  int lane_channels, half_channels;
+  int lane_pitch, half_pitch, octet_pitch;
+  bool bulk;  // whether lines are long enough for bulk copies
 
   bool vector_store;  // the phases of X that a thread computes leave in one access
 };
@@ -88,9 +90,7 @@ struct GatherTraits {
   // input. Pitches then count elements.
   int granule = 0;
   int plane_step = 1, line_step = 1;
-  // From a lane's channel to the next lane's; whether lanes load words of neighbours.
-  int lane_channels = 1;
-  bool loads_words = false;
+  bool loads_words = false;  // whether lanes load words of neighbours (WordOrder)
   // What lanes load of a line at once: strips and tiles are multiples of it.
   int access = 1;
 };
@@ -118,12 +118,29 @@ inline int64_t raw_total(const GatherTraits& t, int64_t columns, int64_t lines) 
   return t.raw_buffers * t.raw_channels * lines * raw_line_bytes(t, columns);
 }
 
+// Where lanes load words of neighbours, a product's channels lie even numbers apart, so that their
+// lines begin in the same half of a word. Four lanes have channels NEAR apart, or FAR, where there
+// are whole multiples of 32: these lie in different banks whatever a line's length.
+constexpr int NEAR_CHANNELS = 2, FAR_CHANNELS = 8;
+constexpr int FAR_PERIOD = 4 * FAR_CHANNELS;
+// Bulk copies of shorter lines take longer than copies of granules.
+constexpr int BULK_LEAST_BYTES = 384;
+
+// The first channel of an octet.
+__host__ __device__ constexpr int octet_channel(int lane_channels, int octet) {
+  return lane_channels == NEAR_CHANNELS  ? octet / 2 * 16 + octet % 2
+         : lane_channels == FAR_CHANNELS ? octet / 4 * 32 + octet / 2 % 2 * 4 + octet % 2
+                                         : octet * 8;
+}
+
 // Pitches, in elements, of a tile that is staged as the input lies in memory: an element's place in
 // its granule is the same on both sides wherever the tile begins, for each pitch is congruent to
 // the distance in the input. Lines have room for the granules that cover them from any start.
 struct GranulePitches {
   int64_t granules;  // of a line
-  int64_t line, plane, channel;
+  int64_t line, plane;
+  int lane_channels, half_channels;
+  int64_t lane, half, octet;
 
   GranulePitches(const GatherShape& s, const GatherTraits& t, int64_t columns, int64_t rows,
                  int64_t planes) {
@@ -133,15 +150,37 @@ struct GranulePitches {
     granules = ceil_div(columns + t.granule - 1, t.granule);
     line = congruent(granules * t.granule, int64_t{t.line_step} * s.y.input_stride);
     plane = congruent(rows * line, int64_t{t.plane_step} * s.r.input_stride);
-    const int64_t least = congruent(planes * plane, s.in_channel_stride);
-    int fewest = WARP + 1;
-    for (int64_t pitch = least; pitch < least + 128 / t.element_bytes; pitch += t.granule) {
-      const int wavefronts = fragment_wavefronts(t, t.lane_channels * pitch);
-      if (wavefronts < fewest) fewest = wavefronts, channel = pitch;
+    const int64_t channel = planes * plane, stride = s.in_channel_stride;
+    // From a lane's channels to the next lane's: of the next few, that with the fewest wavefronts.
+    auto spread = [&](int64_t least, int64_t distance, int slots) {
+      int64_t best = 0;
+      int fewest = WARP + 1;
+      for (int64_t i = 0; i < 128 / t.element_bytes; i += t.granule) {
+        const int64_t pitch = congruent(least, distance) + i;
+        const int wavefronts = fragment_wavefronts(t, slots * pitch);
+        if (wavefronts < fewest) fewest = wavefronts, best = pitch;
+      }
+      return best;
+    };
+    if (!t.loads_words) {
+      lane_channels = 1, half_channels = 4;
+      lane = spread(channel, stride, t.raw_channels);
+      half = 4 * lane, octet = 8 * lane;
+    } else if (t.words % FAR_PERIOD == 0) {
+      lane_channels = FAR_CHANNELS, half_channels = NEAR_CHANNELS;
+      half = congruent(channel, half_channels * stride);
+      lane = spread(half + channel, lane_channels * stride, 1);
+      octet = round_up(4 * lane, t.granule) + t.granule;
+    } else {
+      lane_channels = NEAR_CHANNELS, half_channels = 4 * NEAR_CHANNELS;
+      lane = spread(channel, lane_channels * stride, 1);
+      half = 4 * lane;
+      octet = round_up(8 * lane, t.granule) + t.granule;
     }
   }
 
-  // Of a load of a fragment: lane 4 g + t reads position g of the channel t * lane_pitch.
+ private:
+  // Of a load of a fragment: lane 4 g + t reads position g of the channels t * lane_pitch on.
   static int fragment_wavefronts(const GatherTraits& t, int64_t lane_pitch) {
     int words[32][WARP], counts[32] = {}, most = 0;
     for (int lane = 0; lane < WARP; ++lane) {
@@ -155,27 +194,6 @@ struct GranulePitches {
     return most;
   }
 };
-
-// How the lanes of a product share out channels where they load words of neighbours. A product's
-// channels lie even numbers apart, so that their lines begin in the same half of a word: the first
-// one's are 2 apart, or 8, where a tile has 32. With a padding behind every 8 these lie in different
-// banks; lines of odd lengths do not let others.
-constexpr int NEAR_CHANNELS = 2, FAR_CHANNELS = 8;
-constexpr int FAR_TILE = 4 * FAR_CHANNELS;
-
-inline void order_channels(GatherShape& s, const GatherTraits& t, bool far) {
-  const int pitch = s.channel_pitch;
-  s.lane_channels = far ? FAR_CHANNELS : NEAR_CHANNELS;
-  s.padding = 0;
-  int fewest = WARP + 1;
-  for (int padding = 0; far && padding < 128 / t.element_bytes; padding += t.granule) {
-    const int wavefronts = GranulePitches::fragment_wavefronts(t, FAR_CHANNELS * pitch + padding);
-    if (wavefronts < fewest) fewest = wavefronts, s.padding = padding;
-  }
-  s.lane_pitch = s.lane_channels * pitch + s.padding;
-  s.half_pitch = far ? NEAR_CHANNELS * pitch : 4 * s.lane_pitch;
-  s.pair_pitch = 2 * s.half_pitch;
-}
 
 constexpr int GATHER_MAX_WARPS = 12;  // at up to 168 registers a thread
 constexpr int GATHER_LEAST_STAGES = 2;
@@ -245,8 +263,8 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       int64_t channel_pitch = word, line = pitch / s.load_width, accesses = line + WARP;
       if (t.granule) {
         const GranulePitches p(s, t, (width - 1) * t.step_x + t.span_x + 1, staged_rows, planes);
-        pitch = p.line, plane_pitch = p.plane, channel_pitch = p.channel;
-        word = ceil_div(t.raw_channels * p.channel * t.element_bytes, t.word_bytes);
+        pitch = p.line, plane_pitch = p.plane, channel_pitch = p.lane;
+        word = ceil_div(t.raw_channels * p.octet * t.element_bytes, 8 * t.word_bytes);
         line = accesses = p.granules;
       }
       int64_t bytes = GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step *
@@ -271,6 +289,13 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       s.plane_pitch = static_cast<int>(plane_pitch);
       s.channel_pitch = static_cast<int>(channel_pitch);
       s.by_columns = Divisor(line);
+      if (t.granule) {
+        const GranulePitches p(s, t, s.columns, staged_rows, planes);
+        s.lane_channels = p.lane_channels, s.half_channels = p.half_channels;
+        s.lane_pitch = static_cast<int>(p.lane), s.half_pitch = static_cast<int>(p.half);
+        s.octet_pitch = static_cast<int>(p.octet);
+        s.bulk = s.columns * t.element_bytes >= BULK_LEAST_BYTES;
+      }
       word_pitch = word;
       s.strips = Divisor(strips);
       s.lane_tiles = Divisor(ceil_div(positions, flat));
@@ -298,11 +323,6 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * word_pitch, 4));
   // A tile may begin anywhere in its first granule.
   if (t.granule) s.tile_elements += GRANULE_BYTES / t.word_bytes;
-  s.padding = 0;
-  if (t.loads_words) {
-    order_channels(s, t, s.chunk == FAR_TILE && s.words % FAR_TILE == 0);
-    s.tile_elements += 4 * s.padding * t.element_bytes / t.word_bytes;
-  }
   s.stage_elements = s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
   const int stage_bytes = s.stage_elements * t.word_bytes;
   if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;
@@ -314,6 +334,7 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
   s.by_rows = Divisor(s.rows);
+  s.by_planes = Divisor(s.planes);
   s.channel_blocks = Divisor(blocks_c);
   s.phases = Divisor(t.phases);
   s.row_tiles = Divisor(row_tiles);
