@@ -72,13 +72,8 @@ constexpr int MOST_STAGES = 4;
 constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = BARRIER_FULL + MOST_STAGES;
 constexpr int BARRIER_COPIED = BARRIER_EMPTY + MOST_STAGES;
 
-// The buffer of the next step.
-__device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
-  return buffer + 1 == s.stages ? 0 : buffer + 1;
-}
-
-// Tiles in granules, and weights beside them, are staged by bulk copies: one takes a whole line, and
-// writes it to shared memory 128 bytes at a time, where those of 16 bytes take 2.5 times as long.
+// Weights are staged by bulk copies, which write 128 bytes of shared memory at a time, where copies
+// of 16 bytes take 2.5 times as long, and a thread for each.
 constexpr bool BULK_COPIES = HAS_WGMMA;
 constexpr int LANDED_WORDS = 2 * MOST_STAGES;  // of shared memory: an mbarrier for each buffer
 
@@ -322,36 +317,43 @@ struct WordTile {
   }
 };
 
-// As load_fragments, of the `word`-th word of a line and on. Offsets of positions and `half`, of
-// half the channels, are in bytes, `pitch` in elements.
-template <class Math, uint64_t USED, int COUNT>
-__device__ __forceinline__ void load_words(typename Math::A (&x)[COUNT], const WordTile& line,
-                                           int word, const int (&at)[2], int pitch, int half) {
+// As load_fragments, of several words of a line. Offsets of positions and `half`, of half the
+// channels, are in bytes, `pitch` in elements.
+template <class Math, uint64_t USED, int... WORDS, int COUNT>
+__device__ __forceinline__ void load_words(typename Math::A (&x)[sizeof...(WORDS)][COUNT],
+                                           const WordTile& line, const int (&at)[2], int pitch,
+                                           int half) {
+  constexpr int WORD[] = {WORDS...};
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
     if ((USED >> j) & 1) {
       const unsigned char* const from = line.find(j * pitch);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const unsigned char* const first = from + (at[i % 2] + i / 2 * half);
-        Math::set(x[j], i, reinterpret_cast<const uint32_t*>(first)[word]);
+        const auto* const first =
+            reinterpret_cast<const uint32_t*>(from + (at[i % 2] + i / 2 * half));
+#pragma unroll
+        for (int w = 0; w < sizeof...(WORDS); ++w) Math::set(x[w][j], i, first[WORD[w]]);
       }
     }
   }
 }
 
 // As load_scattered_fragments.
-template <class Math, int COUNT>
-__device__ __forceinline__ void load_scattered_words(typename Math::A (&x)[COUNT],
-                                                     const WordTile& line, int word,
-                                                     const int (&at)[COUNT][2], int half) {
+template <class Math, int... WORDS, int COUNT>
+__device__ __forceinline__ void load_scattered_words(
+    typename Math::A (&x)[sizeof...(WORDS)][COUNT], const WordTile& line, const int (&at)[COUNT][2],
+    int half) {
+  constexpr int WORD[] = {WORDS...};
   const unsigned char* const from = line.find(0);
 #pragma unroll
   for (int m = 0; m < COUNT; ++m) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const unsigned char* const first = from + (at[m][i % 2] + i / 2 * half);
-      Math::set(x[m], i, reinterpret_cast<const uint32_t*>(first)[word]);
+      const auto* const first =
+          reinterpret_cast<const uint32_t*>(from + (at[m][i % 2] + i / 2 * half));
+#pragma unroll
+      for (int w = 0; w < sizeof...(WORDS); ++w) Math::set(x[w][m], i, first[WORD[w]]);
     }
   }
 }

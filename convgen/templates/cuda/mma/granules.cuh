@@ -49,6 +49,29 @@ __device__ __forceinline__ bool line_inside(const GatherShape& s, const TileOrig
          static_cast<unsigned>(origin.y + row * LINE_STEP) < static_cast<unsigned>(s.y.input);
 }
 
+// A granule of a channel's lines in a tile: elements from the tile's first one, in the input and in
+// the tile. Threads find them in a table in shared memory.
+struct GranulePlace {
+  int from, to;
+  int plane, row;
+};
+
+// By all threads of a block, before they meet.
+template <int PLANE_STEP, int LINE_STEP, typename T>
+__device__ __forceinline__ void fill_places(const GatherShape& s, GranulePlace* places) {
+  const int count = s.planes * s.rows * static_cast<int>(s.by_columns.divisor);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    GranulePlace place;
+    place.plane = i;
+    const int within = s.by_columns.split(place.plane) * GRANULE<T>;
+    place.row = s.by_rows.split(place.plane);
+    place.from = place.plane * PLANE_STEP * s.r.input_stride +
+                 place.row * LINE_STEP * s.y.input_stride + within;
+    place.to = place.plane * s.plane_pitch + place.row * s.row_pitch + within;
+    places[i] = place;
+  }
+}
+
 // One tile, of elements like T (unsigned integers of their size), staged by a crew.
 template <int PLANE_STEP, int LINE_STEP, typename T>
 class GranuleTile {
@@ -69,72 +92,48 @@ class GranuleTile {
         shift_(tile_shift(s, from, origin)) {}
 
   // Starts copying: zeros where there is no line or channel. Threads are dealt granules of lines.
-  __device__ __forceinline__ void copy(const GatherShape& s, const Crew& crew) const {
-    const int items = s.planes * s.rows * static_cast<int>(s.by_columns.divisor);
+  __device__ __forceinline__ void copy(const GatherShape& s, const Crew& crew,
+                                       const GranulePlace* places) const {
+    const int count = s.planes * s.rows * static_cast<int>(s.by_columns.divisor);
+    const int last_r = origin_.r + (s.planes - 1) * PLANE_STEP;
+    const int last_y = origin_.y + (s.rows - 1) * LINE_STEP;
+    const bool all_inside =
+        origin_.r >= 0 && last_r < s.r.input && origin_.y >= 0 && last_y < s.y.input;
+    const int64_t lane = s.lane_channels * channel_bytes(s);
+    const int64_t half = s.half_channels * channel_bytes(s) - 4 * lane;
 #pragma unroll 1
-    for (int item = crew.thread; item < items; item += crew.threads) {
-      int plane = item;
-      const int number = s.by_columns.split(plane), row = s.by_rows.split(plane);
-      const Line line = locate(s, plane, row);
-      const int64_t of_line = line.from + number * GRANULE<T>;
+    for (int index = 0; index < octets_; ++index) {
+      const Octet octet = find_octet(s, index);
+      // Nearly always all granules of lines that exist lie within the input. What they hold of
+      // other lines is cleared later where it matters: to tell it here would take longer than to
+      // copy it.
+      const int64_t lowest = element(s, octet.channel, max(origin_.r, 0), max(origin_.y, 0));
+      const int64_t highest =
+          element(s, octet.last, min(last_r, s.r.input - 1), min(last_y, s.y.input - 1));
+      const bool whole = octet.last < channels_ && lowest >= GRANULE<T> &&
+                         highest + s.by_columns.divisor * GRANULE<T> <=
+                             channels_ * s.in_channel_stride;
+      if (!whole) {
+        copy_parts(s, crew, places, count, octet);
+        continue;
+      }
+      const int64_t first = begin() + element(s, octet.channel, origin_.r, origin_.y) * SIZE;
 #pragma unroll 1
-      for (int index = 0; index < octets_; ++index) {
-        const Octet octet = find_octet(s, index);
-        int64_t at = address(s, of_line, octet.channel);
-        int to = (octet.place + line.to + number * GRANULE<T>) * SIZE;
-        // Nearly always all channels' granules lie within the input. What they hold of other lines
-        // is cleared later where it matters: to tell it here would take longer than to copy it.
-        const bool whole = octet.last < channels_ && (at & -GRANULE_BYTES) >= begin() &&
-                           at + (octet.last - octet.channel) * channel_bytes(s) + GRANULE_BYTES <=
-                               end(s);
-        if (whole || !line.inside) {
-          const int64_t lane = s.lane_channels * channel_bytes(s);
-          const int64_t half = s.half_channels * channel_bytes(s) - 4 * lane;
+      for (int i = crew.thread; i < count; i += crew.threads) {
+        const GranulePlace place = places[i];
+        const bool inside = all_inside || line_inside<PLANE_STEP, LINE_STEP>(
+                                              s, origin_, place.plane, place.row);
+        int64_t at = first + int64_t{place.from} * SIZE;
+        int to = (octet.place + place.to) * SIZE;
 #pragma unroll
-          for (int slot = 0; slot < 8; ++slot) {
-            copy_async<GRANULE_BYTES>(tile_ + (to & -GRANULE_BYTES),
-                                      reinterpret_cast<const void*>(at & -GRANULE_BYTES),
-                                      line.inside);
-            at += lane, to += s.lane_pitch * SIZE;
-            if (slot == 3) at += half, to += (s.half_pitch - 4 * s.lane_pitch) * SIZE;
-          }
-          continue;
-        }
-#pragma unroll 1
         for (int slot = 0; slot < 8; ++slot) {
-          const int channel = slot_channel(s, octet, slot);
-          const int64_t granule = address(s, of_line, channel) & -GRANULE_BYTES;
-          int bytes = 0;
-          if (channel < channels_ && granule + GRANULE_BYTES > begin() && granule < end(s)) {
-            bytes = static_cast<int>(min(end(s) - granule, int64_t{GRANULE_BYTES}));
-          }
-          copy_granule(tile_ + ((to + slot_place(s, slot) * SIZE) & -GRANULE_BYTES),
-                       reinterpret_cast<const void*>(bytes > 0 ? granule : aligned_tensor()), bytes,
-                       tensor_);
+          copy_async<GRANULE_BYTES>(tile_ + (to & -GRANULE_BYTES),
+                                    reinterpret_cast<const void*>(at & -GRANULE_BYTES), inside);
+          at += lane, to += s.lane_pitch * SIZE;
+          if (slot == 3) at += half, to += (s.half_pitch - 4 * s.lane_pitch) * SIZE;
         }
       }
     }
-  }
-
-  // The same by bulk copies, a line of a channel each, which `barrier` counts. Returns the bytes
-  // that this thread has started to copy.
-  __device__ __forceinline__ int copy_bulk(const GatherShape& s, const Crew& crew,
-                                           uint64_t* barrier) const {
-    int started = 0;
-    each_line(s, crew, [&](const Line& line, int channel, int place) {
-      const int64_t at = address(s, line.from, channel), first = at & -GRANULE_BYTES;
-      unsigned char* const to = tile_ + (place * SIZE & -GRANULE_BYTES);
-      const int bytes = ((place * SIZE & (GRANULE_BYTES - 1)) + s.columns * SIZE + GRANULE_BYTES -
-                         1) & -GRANULE_BYTES;
-      const bool exists = line.inside && channel < channels_;
-      if (exists && first >= begin() && first + bytes <= end(s)) {
-        bulk_copy(to, reinterpret_cast<const void*>(first), bytes, barrier);
-        started += bytes;
-      } else {
-        copy_elements(s, to, first, bytes, exists);
-      }
-    });
-    return started;
   }
 
   // Whether a line of the tile has columns beside the input, which hold the ends of other lines.
@@ -146,40 +145,30 @@ class GranuleTile {
   __device__ __forceinline__ void clear_margins(const GatherShape& s, const Crew& crew) const {
     const int left = min(max(-origin_.x, 0), s.columns);
     const int right = max(s.x.input - origin_.x, left);
-    each_line(s, crew, [&](const Line& line, int channel, int place) {
-      if (!line.inside || channel >= channels_) return;
-      T* const at = reinterpret_cast<T*>(tile_) + place;
+    const int items = octets_ * 8 * s.planes * s.rows;
+#pragma unroll 1
+    for (int item = crew.thread; item < items; item += crew.threads) {
+      int index = item / 8;
+      const int slot = item % 8, row = s.by_rows.split(index), plane = s.by_planes.split(index);
+      const Octet octet = find_octet(s, index);
+      if (slot_channel(s, octet, slot) >= channels_) continue;
+      if (!line_inside<PLANE_STEP, LINE_STEP>(s, origin_, plane, row)) continue;
+      T* const at = reinterpret_cast<T*>(tile_) + octet.place + slot_place(s, slot) +
+                    plane * s.plane_pitch + row * s.row_pitch;
 #pragma unroll 1
       for (int column = 0; column < left; ++column) at[column] = 0;
 #pragma unroll 1
       for (int column = right; column < s.columns; ++column) at[column] = 0;
-    });
+    }
   }
 
  private:
   static constexpr int SIZE = sizeof(T);
 
-  // The first column of a line.
-  struct Line {
-    int64_t from;  // in a channel of the input; elements
-    int to;        // from an octet's place in the tile
-    bool inside;   // whether there is such a line
-  };
   struct Octet {
     int channel, last;  // its first channel and its last one
     int place;          // of its first element in the tile
   };
-
-  __device__ __forceinline__ Line locate(const GatherShape& s, int plane, int row) const {
-    Line line;
-    line.inside = line_inside<PLANE_STEP, LINE_STEP>(s, origin_, plane, row);
-    const int first = line.inside ? (origin_.r + plane * PLANE_STEP) * s.r.input_stride +
-                                        (origin_.y + row * LINE_STEP) * s.y.input_stride
-                                  : 0;
-    line.from = int64_t{first} + origin_.x;
-    line.to = plane * s.plane_pitch + row * s.row_pitch;
-    return line;
-  }
 
   __device__ __forceinline__ Octet find_octet(const GatherShape& s, int index) const {
     Octet octet;
@@ -198,58 +187,44 @@ class GranuleTile {
     return slot / 4 * s.half_pitch + slot % 4 * s.lane_pitch;
   }
 
-  // Of all lines of all channels, dealt to the crew's threads: the line, the channel, and where its
-  // first column lies in the tile.
-  template <class Take>
-  __device__ __forceinline__ void each_line(const GatherShape& s, const Crew& crew,
-                                            Take&& take) const {
-    const int items = octets_ * 8 * s.planes * s.rows;
+  // The granules of an octet of which some channels do not exist, or some granules lie beyond the
+  // input in part.
+  __device__ __forceinline__ void copy_parts(const GatherShape& s, const Crew& crew,
+                                             const GranulePlace* places, int count,
+                                             const Octet& octet) const {
+    const int64_t end = begin() + channels_ * channel_bytes(s);
 #pragma unroll 1
-    for (int item = crew.thread; item < items; item += crew.threads) {
-      int plane = item / 8;
-      const int slot = item % 8, row = s.by_rows.split(plane);
-      int index = plane;
-      plane = s.by_planes.split(index);
-      const Line line = locate(s, plane, row);
-      const Octet octet = find_octet(s, index);
-      take(line, slot_channel(s, octet, slot), octet.place + slot_place(s, slot) + line.to);
-    }
-  }
-
-  // Granules from the address `first` on, of which the input has none, if not `exists`, or some
-  // only in part. Stores rather than copies: what a bulk copy would wait for.
-  __device__ __forceinline__ void copy_elements(const GatherShape& s, unsigned char* to,
-                                                int64_t first, int bytes, bool exists) const {
-    struct alignas(GRANULE_BYTES) Granule {
-      T element[GRANULE<T>];
-    };
+    for (int i = crew.thread; i < count; i += crew.threads) {
+      const GranulePlace place = places[i];
+      const bool inside =
+          line_inside<PLANE_STEP, LINE_STEP>(s, origin_, place.plane, place.row);
 #pragma unroll 1
-    for (int i = 0; i < bytes; i += GRANULE_BYTES) {
-      Granule granule = {};
-#pragma unroll
-      for (int j = 0; j < GRANULE<T>; ++j) {
-        const int64_t at = first + i + j * SIZE;
-        if (exists && at >= begin() && at < end(s)) {
-          granule.element[j] = *reinterpret_cast<const T*>(at);
+      for (int slot = 0; slot < 8; ++slot) {
+        const int channel = slot_channel(s, octet, slot);
+        const int64_t at = element(s, channel, origin_.r, origin_.y) + place.from;
+        const int64_t granule = (begin() + at * SIZE) & -GRANULE_BYTES;
+        int bytes = 0;
+        if (inside && channel < channels_ && granule + GRANULE_BYTES > begin() && granule < end) {
+          bytes = static_cast<int>(min(end - granule, int64_t{GRANULE_BYTES}));
         }
+        const int to = (octet.place + slot_place(s, slot) + place.to) * SIZE;
+        copy_granule(tile_ + (to & -GRANULE_BYTES),
+                     reinterpret_cast<const void*>(bytes > 0 ? granule : aligned_tensor()), bytes,
+                     tensor_);
       }
-      *reinterpret_cast<Granule*>(to + i) = granule;
     }
   }
 
-  __device__ __forceinline__ int64_t address(const GatherShape& s, int64_t of_line,
-                                             int channel) const {
-    return begin() + of_line * SIZE + channel * channel_bytes(s);
+  // The first column of a line of the tile, counted from the first channel's first element.
+  __device__ __forceinline__ int64_t element(const GatherShape& s, int channel, int r,
+                                             int y) const {
+    return channel * s.in_channel_stride + int64_t{r} * s.r.input_stride +
+           int64_t{y} * s.y.input_stride + origin_.x;
   }
-  // Of the channels in memory; from one to the next.
   __device__ __forceinline__ int64_t begin() const { return reinterpret_cast<int64_t>(from_); }
-  __device__ __forceinline__ int64_t end(const GatherShape& s) const {
-    return begin() + channels_ * channel_bytes(s);
-  }
   __device__ __forceinline__ static int64_t channel_bytes(const GatherShape& s) {
     return s.in_channel_stride * SIZE;
   }
-
   __device__ __forceinline__ int64_t aligned_tensor() const {
     return reinterpret_cast<int64_t>(tensor_) & -GRANULE_BYTES;
   }

@@ -54,7 +54,6 @@ struct GatherShape {
   // twice: channels, and elements of the tile, from lane to lane, half to half, octet to octet.
   int lane_channels, half_channels;
   int lane_pitch, half_pitch, octet_pitch;
-  bool bulk;  // whether lines are long enough for bulk copies
 
   bool vector_store;  // the phases of X that a thread computes leave in one access
 };
@@ -90,6 +89,7 @@ struct GatherTraits {
   // input. Pitches then count elements.
   int granule = 0;
   int plane_step = 1, line_step = 1;
+  int place_bytes = 0;  // of a table of a channel's granules
   bool loads_words = false;  // whether lanes load words of neighbours (WordOrder)
   // What lanes load of a line at once: strips and tiles are multiples of it.
   int access = 1;
@@ -123,8 +123,6 @@ inline int64_t raw_total(const GatherTraits& t, int64_t columns, int64_t lines) 
 // are whole multiples of 32: these lie in different banks whatever a line's length.
 constexpr int NEAR_CHANNELS = 2, FAR_CHANNELS = 8;
 constexpr int FAR_PERIOD = 4 * FAR_CHANNELS;
-// Bulk copies of shorter lines take longer than copies of granules.
-constexpr int BULK_LEAST_BYTES = 384;
 
 // The first channel of an octet.
 __host__ __device__ constexpr int octet_channel(int lane_channels, int octet) {
@@ -269,7 +267,8 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       }
       int64_t bytes = GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step *
                       (round_up(word, 4) + round_up(weights, 4));
-      if (t.granule) bytes += GATHER_LEAST_STAGES * GRANULE_BYTES;
+      const int64_t places = t.place_bytes * planes * staged_rows * line;
+      if (t.granule) bytes += GATHER_LEAST_STAGES * GRANULE_BYTES + places;
       const int64_t raw_bytes =
           raw ? raw_total(t, pitch, raw_lines(t, pitch, staged_rows, raw_least)) : 0;
       if (bytes + raw_bytes > shared_limit) continue;
@@ -294,7 +293,6 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
         s.lane_channels = p.lane_channels, s.half_channels = p.half_channels;
         s.lane_pitch = static_cast<int>(p.lane), s.half_pitch = static_cast<int>(p.half);
         s.octet_pitch = static_cast<int>(p.octet);
-        s.bulk = s.columns * t.element_bytes >= BULK_LEAST_BYTES;
       }
       word_pitch = word;
       s.strips = Divisor(strips);
@@ -302,6 +300,8 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
     }
   }
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
+  const int places = t.place_bytes * s.planes * s.rows * static_cast<int>(s.by_columns.divisor);
+  shared_limit -= places;
   if (raw) {
     shared_limit -=
         static_cast<int>(raw_total(t, s.row_pitch, raw_lines(t, s.row_pitch, s.rows, raw_least)));
@@ -328,7 +328,7 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;
   s.stages = shared_limit / stage_bytes / t.stage_step * t.stage_step;
   if (s.stages > t.most_stages) s.stages = t.most_stages;
-  s.shared_bytes = s.stages * stage_bytes + t.scratch_bytes;
+  s.shared_bytes = s.stages * stage_bytes + t.scratch_bytes + places;
   if (raw) s.shared_bytes += cut_raw(s, t, shared_limit - s.stages * stage_bytes, raw_least);
 
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
