@@ -152,7 +152,7 @@ def test_what_lies_beside_a_line_is_cleared(kind: str) -> None:
     """It is the end of the line before or the begin of the next, as a tile's columns hold it."""
     files = sources(2, kind, "fprop", "80", granules=True)
     (unit,) = (name for name in files if name.startswith("fprop_"))
-    statement = "clear_margins<PLANE_STEP, LINE_STEP, Bits>(s, crew, margins);"
+    statement = "granules.clear_margins(s, crew);"
     assert statement in files[unit]
     text = files[unit].replace(statement, "")
     loaded = Library(compile_interpreted("buggy_clear", {**files, unit: text}, "checked"))
@@ -175,7 +175,7 @@ def test_columns_that_are_cleared_before_all_have_landed_are_caught() -> None:
 def test_granules_that_nothing_waits_for_are_caught() -> None:
     files = sources(2, "bf16tc", "fprop", "80", granules=True)
     unit = "fprop_bf16tc.cu"
-    text = files[unit].replace("copy_wait<PENDING>();", "")
+    text = files[unit].replace("copy_wait<decltype(pending)::value>();", "")
     announced = files["fragments.cuh"].replace("copy_wait<PENDING>();", "")
     assert text != files[unit]
     assert announced != files["fragments.cuh"]
