@@ -390,6 +390,23 @@ def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
     assert made.error() <= LIMITS["bf16tc"]
 
 
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_tiles_are_dealt_to_splits_in_turn(
+    processors: int, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So few multiprocessors that splits have several tiles, not all as many."""
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", str(processors))
+    spec = ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32)
+    path = tmp_path / "few.so"  # a copy: the library remembers the limits
+    path.write_bytes(library(spec, "bf16tc", "checked", architecture).read_bytes())
+    loaded = Library(path)
+    for width in (33, 34):
+        (made,) = Case(spec, (), ((2, (32, 32), (5, 7, width)),)).problems("bf16tc")
+        solve(loaded, made)
+        assert made.error() <= LIMITS["bf16tc"]
+
+
 def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """48 KiB of shared memory per block and one multiprocessor: longer sums, smaller tiles."""
     monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", str(48 * 1024))

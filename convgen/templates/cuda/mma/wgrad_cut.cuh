@@ -62,7 +62,7 @@ struct ProductShape {
   int blocks, threads;
 
   // Positions are walked in tiles of tile_d x tile_h x tile_w within one sample, dealt to `splits`
-  // blocks in contiguous runs.
+  // blocks in turn: a block has tiles_per_split of them or one less.
   int tile_d, tile_h, tile_w, chunks;
   Divisor tiles_w, tiles_h, tiles_d;
   int tiles, splits, tiles_per_split;
