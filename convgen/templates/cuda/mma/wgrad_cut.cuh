@@ -83,7 +83,8 @@ struct ProductShape {
   // Whether lines of the fine tensor are staged as they lie in memory, in granules of 16 bytes
   // (places are granules then): each starts with up to 15 bytes that lie before it.
   bool loose;
-  int line;  // elements of a loose line
+  int line;         // elements of a loose line
+  int fine_staged;  // channels of a stage, beyond the tensor's too
   int shared_bytes;
   ProductCopies coarse, fine;
 };
@@ -276,6 +277,9 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const LoosePitch
   const int64_t line =
       (cut.quads * QUAD - 1) * t.stride_w + (cut.w * t.taps_w - 1) * t.dilation_w + 1;
   const int64_t granules = (line + granule - 2) / granule + 1;  // from any start
+  // The table of granules has 32 bits for how far a line lies behind the tile's first, in bytes.
+  const int64_t span = ((d.count - 1) * d.step * s.fine_h + (h.count - 1) * h.step) * s.fine_w;
+  if (loose && (span + columns * t.stride_w) * t.element_bytes >= INDEX_LIMIT) return INDEX_LIMIT;
   const int64_t row_words =
       loose ? granules * GRANULE_WORDS
             : column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
@@ -317,6 +321,7 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const LoosePitch
   s.stage_words = static_cast<int>(coarse_words + fine_words);
   s.shared_bytes = static_cast<int>(words * 4);
   s.loose = loose, s.line = static_cast<int>(line);
+  s.fine_staged = static_cast<int>(cut.n) * t.fine_tile;
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);

@@ -48,11 +48,13 @@ constexpr int MATRIX_WORDS = PRODUCT_COLUMNS * 4, COLUMNS_WORDS = 2 * MATRIX_WOR
 template <class Product, int N_BLOCKS>
 constexpr int CHUNK_WORDS = PRODUCT_STEPS<Product> * N_BLOCKS * COLUMNS_WORDS;
 
-// A channel's share of a chunk is a row of each of MATRICES matrices. Quads are copied into these
-// rows one after the other; afterwards a thread puts the words of all into their places. The rows
-// of a channel begin at row(chunk and 8 channels, channel), the i-th of them is step(i) further.
+// A channel's share of a chunk is a row of each of MATRICES matrices, which begin at
+// row(chunk and 8 channels, channel), the i-th of them step(i) further. Words of 16-bit elements are
+// copied to their places. Those of TF32 have to be rounded anyway: quads are copied into the rows
+// one after the other, and afterwards a thread puts the words of all into their places.
 template <class Product, int N_BLOCKS>
 struct CoarseRows {
+  static constexpr bool IN_PLACE = Product::ELEMENTS == 2;
   static constexpr int QUAD_WORDS = QUAD / Product::ELEMENTS;
   static constexpr int MATRICES = QUAD_WORDS;
   using Raw = typename Product::Raw;
@@ -68,18 +70,18 @@ struct CoarseRows {
   // Where quad t is copied, from the channel's first row.
   __device__ static __forceinline__ int quad(int t) {
     constexpr int PER_ROW = 4 / QUAD_WORDS;  // quads
-    return step(t / PER_ROW) + t % PER_ROW * QUAD_WORDS;
+    return IN_PLACE ? t : step(t / PER_ROW) + t % PER_ROW * QUAD_WORDS;
   }
 
   // Copies a quad, of which the first `valid` positions exist (a multiple of ACCESS), in accesses
   // of ACCESS elements; the others are zero.
   template <int ACCESS>
   __device__ static __forceinline__ void copy(uint32_t* to, const Raw* from, int valid) {
-    constexpr int BYTES = ACCESS * sizeof(Raw);
-    if constexpr (BYTES >= 4) {
+    if constexpr (ACCESS * sizeof(Raw) >= 4) {
+      constexpr int COUNT = IN_PLACE ? 2 : ACCESS;
 #pragma unroll
-      for (int i = 0; i < QUAD; i += ACCESS) {
-        copy_async<BYTES>(to + i / Product::ELEMENTS, from + i, i < valid);
+      for (int i = 0; i < QUAD; i += COUNT) {
+        copy_async<COUNT * sizeof(Raw)>(to + (IN_PLACE ? step(i / 2) : i), from + i, i < valid);
       }
     } else {
 #pragma unroll
@@ -87,7 +89,7 @@ struct CoarseRows {
         uint32_t word = 0;
         if (2 * i < valid) word = from[2 * i];
         if (2 * i + 1 < valid) word |= uint32_t{from[2 * i + 1]} << 16;
-        to[i] = word;
+        to[step(i)] = word;
       }
     }
   }
@@ -109,37 +111,55 @@ struct CoarseRows {
   }
 };
 
+// The table of quads of the coarse tensor: how many elements they lie behind the tile's first one,
+// and their plane, row and column. Tiles have no more than 128 quads.
+__device__ __forceinline__ void fill_quad_table(const ProductShape& s, uint2* table) {
+  const int per_row = s.tile_w / QUAD;
+  for (int i = threadIdx.x; i < s.coarse.places; i += blockDim.x) {
+    const int line = i / per_row, plane = line / s.tile_h;
+    const int row = line - plane * s.tile_h, column = (i - line * per_row) * QUAD;
+    table[i] = make_uint2((plane * s.coarse_h + row) * s.coarse_w + column,
+                          plane << 24 | row << 16 | column);
+  }
+}
+
 // Starts copying the coarse channels of a tile: a warp takes 8 channels of a chunk at a time (a
-// piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero.
-template <class Product, int N_BLOCKS, int ACCESS>
-__device__ __forceinline__ void copy_coarse(const ProductShape& s, int thread, const uint2* table,
-                                            uint32_t* to, const ProductOrigin& origin) {
+// piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero; of a
+// WHOLE tile there are none.
+template <class Product, int N_BLOCKS, int ACCESS, bool WHOLE>
+__device__ __forceinline__ void copy_quads(const ProductShape& s, int thread, const uint2* table,
+                                           uint32_t* to, const ProductOrigin& origin) {
   using Rows = CoarseRows<Product, N_BLOCKS>;
+  using Raw = typename Product::Raw;
   const int lane = thread % WARP, channel = lane / 4, t = lane % 4;
-  const auto* const tensor = static_cast<const typename Product::Raw*>(origin.channel);
+  // Below 2^31, as all strides of channels are.
+  const uint64_t stride = static_cast<uint32_t>(s.coarse_channel_stride);
+  const auto* const tensor = static_cast<const Raw*>(origin.channel);
+  const auto* const tile =
+      tensor + static_cast<uint32_t>((origin.d * s.coarse_h + origin.h) * s.coarse_w + origin.w) +
+      stride * channel;
+  int index = thread / WARP * CHUNK_QUADS + t;
+  uint32_t* rows = to + Rows::row(thread / WARP * N_BLOCKS, channel) + Rows::quad(t);
 #pragma unroll 1
-  for (int chunk = thread / WARP; chunk < s.chunks; chunk += STAGING_WARPS) {
-    const int index = chunk * CHUNK_QUADS + t;
+  for (; index < s.chunks * CHUNK_QUADS; index += STAGING_WARPS * CHUNK_QUADS) {
+    // Behind the last quad there is none to copy.
+    uint2 place = make_uint2(0, 0);
     int valid = 0;
-    const auto* from = tensor;
     if (index < s.coarse.places) {
-      const uint2 place = table[index];
-      const int z = origin.d + static_cast<int>(place.x >> 20);
-      const int y = origin.h + static_cast<int>(place.y >> 16);
-      const int x = origin.w + static_cast<int>(place.y & 0xffff);
-      if (z < s.coarse_d && y < s.coarse_h) valid = s.coarse_w - x;
-      if (valid > 0) from += (z * s.coarse_h + y) * s.coarse_w + x;
+      place = table[index];
+      valid = QUAD;
+      if constexpr (!WHOLE) {
+        const bool line = origin.d + static_cast<int>(place.y >> 24) < s.coarse_d &&
+                          origin.h + static_cast<int>(place.y >> 16 & 0xff) < s.coarse_h;
+        valid = line ? s.coarse_w - origin.w - static_cast<int>(place.y & 0xffff) : 0;
+      }
     }
-    uint32_t* const rows = to + Rows::row(chunk * N_BLOCKS, channel) + Rows::quad(t);
-    from += s.coarse_channel_stride * channel;
-    // Below 2^31, as all strides of channels are.
-    const uint64_t stride =
-        uint64_t{static_cast<uint32_t>(s.coarse_channel_stride)} * PRODUCT_COLUMNS;
-    if (origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
+    const Raw* from = WHOLE || valid > 0 ? tile + place.x : tensor;
+    if (WHOLE || origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
 #pragma unroll
       for (int n = 0; n < N_BLOCKS; ++n) {
         Rows::template copy<ACCESS>(rows + n * COLUMNS_WORDS, from, valid);
-        from += stride;
+        from += stride * PRODUCT_COLUMNS;
       }
     } else {
 #pragma unroll 1
@@ -147,9 +167,21 @@ __device__ __forceinline__ void copy_coarse(const ProductShape& s, int thread, c
         const bool exists = n * PRODUCT_COLUMNS + channel < origin.channels;
         Rows::template copy<ACCESS>(rows + n * COLUMNS_WORDS, exists ? from : tensor,
                                     exists ? valid : 0);
-        from += stride;
+        from += stride * PRODUCT_COLUMNS;
       }
     }
+    rows += STAGING_WARPS * CHUNK_WORDS<Product, N_BLOCKS>;
+  }
+}
+
+template <class Product, int N_BLOCKS, int ACCESS>
+__device__ __forceinline__ void copy_coarse(const ProductShape& s, int thread, const uint2* table,
+                                            uint32_t* to, const ProductOrigin& origin) {
+  if (origin.d + s.tile_d <= s.coarse_d && origin.h + s.tile_h <= s.coarse_h &&
+      origin.w + s.tile_w <= s.coarse_w && origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
+    copy_quads<Product, N_BLOCKS, ACCESS, true>(s, thread, table, to, origin);
+  } else {
+    copy_quads<Product, N_BLOCKS, ACCESS, false>(s, thread, table, to, origin);
   }
 }
 
@@ -195,102 +227,167 @@ __device__ __forceinline__ void fill_loose_windows(const ProductShape& s, uint32
   }
 }
 
-// The table of granules: their word in a channel, plane, row, and number within the line.
+// The table of granules: the bytes from the tile's first line to the granule's line, 16 more for
+// each granule before it, and its plane and row. lay_out() sees to it that 32 bits hold them.
+template <typename Raw>
 __device__ __forceinline__ void fill_granule_table(const ProductShape& s, uint2* table) {
   const int per_row = s.row_words / GRANULE_WORDS;
   for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
-    const int row = i / per_row, plane = row / s.rows;
-    table[i] = pack_place(i * GRANULE_WORDS, plane, row - plane * s.rows, i - row * per_row);
+    const int line = i / per_row, plane = line / s.rows, row = line - plane * s.rows;
+    const int64_t from =
+        (int64_t{plane} * s.plane_step * s.fine_h + row * s.row_step) * s.fine_w;
+    table[i] = make_uint2(static_cast<uint32_t>(from * int64_t{sizeof(Raw)}) +
+                              (i - line * per_row) * GRANULE_BYTES,
+                          plane << 16 | row);
   }
 }
 
-// An element of the fine tensor: column `origin.w` of a staged line, of the tile's first channel.
-__device__ __forceinline__ int64_t loose_element(const ProductShape& s, const ProductOrigin& origin,
-                                                 int plane, int row) {
-  return (int64_t{origin.d + plane * s.plane_step} * s.fine_h + origin.h + row * s.row_step) *
-             s.fine_w +
-         origin.w;
+// Address of column `origin.w` of a line of the fine tensor, of the tile's first channel.
+template <typename Raw>
+__device__ __forceinline__ int64_t line_address(const ProductShape& s, const ProductOrigin& origin,
+                                                int d, int h) {
+  return reinterpret_cast<int64_t>(origin.channel) +
+         ((int64_t{d} * s.fine_h + h) * s.fine_w + origin.w) * int64_t{sizeof(Raw)};
 }
 
 __device__ __forceinline__ bool line_inside(const ProductShape& s, const ProductOrigin& origin,
-                                            int plane, int row) {
-  return static_cast<unsigned>(origin.d + plane * s.plane_step) < static_cast<unsigned>(s.fine_d) &&
-         static_cast<unsigned>(origin.h + row * s.row_step) < static_cast<unsigned>(s.fine_h);
+                                            const uint2& place) {
+  const int d = origin.d + static_cast<int>(place.y >> 16) * s.plane_step;
+  const int h = origin.h + static_cast<int>(place.y & 0xffff) * s.row_step;
+  return static_cast<unsigned>(d) < static_cast<unsigned>(s.fine_d) &&
+         static_cast<unsigned>(h) < static_cast<unsigned>(s.fine_h);
+}
+
+// Of 16 channels, a warp that stages copies every fourth: these are alike by turns, in where they
+// begin in their granules.
+constexpr int WARP_CHANNELS = PRODUCT_ROWS / STAGING_WARPS, KINDS = 8 / STAGING_WARPS;
+
+// Starts copying the loose lines of a tile, whose first one begins at address `first`. All granules
+// of lines that exist lie within the tensor; of a WHOLE tile all lines and channels exist.
+template <bool WHOLE, typename Raw>
+__device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int lane,
+                                           const uint2* table, uint32_t* to,
+                                           const ProductOrigin& origin, int64_t first) {
+  const int64_t stride = s.fine_channel_stride * int64_t{sizeof(Raw)};
+  const int step = STAGING_WARPS * s.fine_pitch;
+#pragma unroll 1
+  for (int channel = warp; channel < s.fine_staged; channel += PRODUCT_ROWS) {
+    // A granule's address is its channel's in here, a multiple of 16, and a 32-bit offset.
+    int64_t from[WARP_CHANNELS];
+    uint32_t shift[KINDS];
+#pragma unroll
+    for (int i = 0; i < WARP_CHANNELS; ++i) {
+      from[i] = first + (channel + i * STAGING_WARPS) * stride;
+      if (i < KINDS) shift[i] = from[i] % GRANULE_BYTES;
+      from[i] -= shift[i % KINDS];
+    }
+    uint32_t* word = to + channel * s.fine_pitch + lane * GRANULE_WORDS;
+    const int existing = origin.channels - channel;
+    uint2 next = table[min(lane, s.fine.places - 1)];
+#pragma unroll 1
+    for (int i = lane; i < s.fine.places; i += WARP) {
+      const uint2 place = next;
+      if (i + WARP < s.fine.places) next = table[i + WARP];
+      const bool inside = WHOLE || line_inside(s, origin, place);
+      uint32_t offset[KINDS];
+#pragma unroll
+      for (int j = 0; j < KINDS; ++j) offset[j] = (place.x + shift[j]) & ~(GRANULE_BYTES - 1u);
+#pragma unroll
+      for (int j = 0; j < WARP_CHANNELS; ++j) {
+        copy_async<GRANULE_BYTES>(word + j * step,
+                                  reinterpret_cast<const void*>(from[j] + offset[j % KINDS]),
+                                  WHOLE || (inside && j * STAGING_WARPS < existing));
+      }
+      word += WARP * GRANULE_WORDS;
+    }
+  }
+}
+
+// The same of any tile: granules that reach beyond the tensor's ends are copied as far as they lie
+// within.
+template <typename Raw>
+__device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, int lane,
+                                               const uint2* table, uint32_t* to,
+                                               const ProductOrigin& origin, int64_t first,
+                                               const Raw* tensor, int64_t end) {
+  constexpr int64_t GRANULE = GRANULE_BYTES;
+  const int64_t begin = reinterpret_cast<int64_t>(tensor);
+  const int64_t stride = s.fine_channel_stride * int64_t{sizeof(Raw)};
+#pragma unroll 1
+  for (int channel = warp; channel < s.fine_staged; channel += STAGING_WARPS) {
+#pragma unroll 1
+    for (int i = lane; i < s.fine.places; i += WARP) {
+      const uint2 place = table[i];
+      const int64_t granule = (first + channel * stride + place.x) & -GRANULE;
+      int bytes = 0;
+      if (channel < origin.channels && line_inside(s, origin, place) && granule + GRANULE > begin &&
+          granule < end) {
+        bytes = end - granule < GRANULE ? static_cast<int>(end - granule) : GRANULE_BYTES;
+      }
+      copy_granule(to + channel * s.fine_pitch + i * GRANULE_WORDS,
+                   reinterpret_cast<const void*>(bytes > 0 ? granule : begin & -GRANULE), bytes,
+                   tensor);
+    }
+  }
 }
 
 // Starts copying all loose lines of a tile to `to`. `tensor` is the whole one.
 template <typename Raw>
-__device__ __forceinline__ void copy_granules(const ProductShape& s, int thread, const uint2* table,
-                                              uint32_t* to, const ProductOrigin& origin,
-                                              const Raw* tensor) {
-  constexpr int64_t GRANULE = GRANULE_BYTES;
-  const Raw* const first = static_cast<const Raw*>(origin.channel);
-  const int64_t begin = reinterpret_cast<int64_t>(tensor);
-  const int64_t end = begin + s.fine_elements * int64_t{sizeof(Raw)};
-  const int64_t stride = s.fine_channel_stride * int64_t{sizeof(Raw)};
-#pragma unroll 1
-  for (int copy = thread; copy < s.fine.total; copy += STAGING_WARPS * WARP) {
-    int channel = copy;
-    const uint2 place = table[s.fine.by_places.split(channel)];
-    channel *= s.fine.channels;
-    const int plane = static_cast<int>(place.x >> 20), row = static_cast<int>(place.y >> 16);
-    const int number = static_cast<int>(place.y & 0xffff);
-    const int existing = line_inside(s, origin, plane, row)
-                             ? min(max(origin.channels - channel, 0), s.fine.channels)
-                             : 0;
-    uint32_t* word = to + (place.x & 0xfffff) + channel * s.fine_pitch;
-    int64_t at = reinterpret_cast<int64_t>(first) + channel * stride +
-                 loose_element(s, origin, plane, row) * int64_t{sizeof(Raw)} + number * GRANULE;
-    const int64_t last = at + (s.fine.channels - 1) * stride;
-    if (existing == s.fine.channels && at >= begin + GRANULE && last + GRANULE <= end) {
-      // Nearly all of them: every granule lies within the tensor.
-#pragma unroll 1
-      for (int i = 0; i < s.fine.channels; i += COPY_CHANNELS) {
-#pragma unroll
-        for (int j = 0; j < COPY_CHANNELS; ++j) {
-          copy_async<GRANULE_BYTES>(word, reinterpret_cast<const void*>(at & -GRANULE), true);
-          at += stride;
-          word += s.fine_pitch;
-        }
-      }
-      continue;
-    }
-#pragma unroll 1
-    for (int i = 0; i < s.fine.channels; ++i) {
-      const int64_t granule = at & -GRANULE;
-      int bytes = 0;
-      if (i < existing && granule + GRANULE > begin && granule < end) {
-        bytes = end - granule < GRANULE ? static_cast<int>(end - granule) : GRANULE_BYTES;
-      }
-      copy_granule(word, reinterpret_cast<const void*>(bytes > 0 ? granule : begin & -GRANULE),
-                   bytes, tensor);
-      at += stride;
-      word += s.fine_pitch;
-    }
+__device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, int lane,
+                                              const uint2* table, uint32_t* to,
+                                              const ProductOrigin& origin, const Raw* tensor) {
+  const int last_d = origin.d + (s.planes - 1) * s.plane_step;
+  const int last_h = origin.h + (s.rows - 1) * s.row_step;
+  const int existing = min(origin.channels, s.fine_staged);
+  const int64_t end =
+      reinterpret_cast<int64_t>(tensor) + s.fine_elements * int64_t{sizeof(Raw)};
+  const int64_t first = line_address<Raw>(s, origin, origin.d, origin.h);
+  // All granules of lines that exist lie between these addresses.
+  const int64_t low = line_address<Raw>(s, origin, max(origin.d, 0), max(origin.h, 0)) -
+                      (GRANULE_BYTES - 1);
+  const int64_t high =
+      line_address<Raw>(s, origin, min(last_d, s.fine_d - 1), min(last_h, s.fine_h - 1)) +
+      (existing - 1) * s.fine_channel_stride * int64_t{sizeof(Raw)} + s.row_words * 4;
+  if (low < reinterpret_cast<int64_t>(tensor) || high > end) {
+    copy_end_lines(s, warp, lane, table, to, origin, first, tensor, end);
+  } else if (origin.d >= 0 && origin.h >= 0 && last_d < s.fine_d && last_h < s.fine_h &&
+             existing == s.fine_staged) {
+    copy_lines<true, Raw>(s, warp, lane, table, to, origin, first);
+  } else {
+    copy_lines<false, Raw>(s, warp, lane, table, to, origin, first);
   }
 }
 
-// Writes zeros over what was copied from beside the lines' ends, when all copies have landed.
+// Whether granules hold something from beside the lines' ends.
+__device__ __forceinline__ bool reaches_beside(const ProductShape& s, const ProductOrigin& origin) {
+  return origin.w < 0 || s.fine_w - origin.w < s.line;
+}
+
+// Writes zeros over it, when all copies have landed.
 template <typename Raw>
-__device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread, uint32_t* to,
+__device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread,
+                                                   const uint2* table, uint32_t* to,
                                                    const ProductOrigin& origin) {
   const int left = min(-origin.w, s.line), right = max(s.fine_w - origin.w, 0);
-  if (left <= 0 && right >= s.line) return;
-  const int lines = s.planes * s.rows;
-  const int channels = s.fine.total / s.fine.places * s.fine.channels;
-  const int base = within_granule<Raw>(reinterpret_cast<int64_t>(origin.channel) / sizeof(Raw));
+  const int lines = s.planes * s.rows, granules = s.row_words / GRANULE_WORDS;
+  // A thread has channels 8 apart, which begin alike in their granules.
+  const int channel = thread % 8;
+  const uint32_t first =
+      static_cast<uint32_t>(line_address<Raw>(s, origin, origin.d, origin.h)) +
+      static_cast<uint32_t>(s.fine_channel_stride) * channel * uint32_t{sizeof(Raw)};
 #pragma unroll 1
-  for (int i = thread; i < lines * channels; i += STAGING_WARPS * WARP) {
-    const int channel = i / lines, line = i - channel * lines;
-    const int plane = line / s.rows, row = line - plane * s.rows;
-    const int shift = within_granule<Raw>(base + s.fine_channel_stride * channel +
-                                          loose_element(s, origin, plane, row));
-    Raw* const at =
-        reinterpret_cast<Raw*>(to + channel * s.fine_pitch + line * s.row_words) + shift;
+  for (int line = thread / 8; line < lines; line += STAGING_WARPS * WARP / 8) {
+    const uint32_t within = (first + table[line * granules].x) % GRANULE_BYTES;
+    uint32_t* words = to + channel * s.fine_pitch + line * s.row_words;
 #pragma unroll 1
-    for (int column = 0; column < left; ++column) at[column] = 0;
+    for (int i = channel; i < s.fine_staged; i += 8) {
+      Raw* const at = reinterpret_cast<Raw*>(words) + within / uint32_t{sizeof(Raw)};
 #pragma unroll 1
-    for (int column = right; column < s.line; ++column) at[column] = 0;
+      for (int column = 0; column < left; ++column) at[column] = 0;
+#pragma unroll 1
+      for (int column = right; column < s.line; ++column) at[column] = 0;
+      words += 8 * s.fine_pitch;
+    }
   }
 }
 
