@@ -221,6 +221,10 @@ GROUP_CASES = [
         ("bf16tc",),
         ((1, (32, 64), (3, 5, 9)),),
     ),
+    # Loose lines that are read in words: of a stride of four, with a word that half of them read.
+    Case(ConvSpec(UP, (2, 3, 5), (1, 2, 4), (0, 1, 2)), ("f16tc",), ((2, (32, 16), (4, 5, 9)),)),
+    Case(ConvSpec(UP, (1, 2, 4), 2, (0, 0, 1)), ("bf16tc",), ((1, (40, 24), (3, 5, 17)),)),
+    Case(ConvSpec(CONV, (3, 1, 7), (2, 1, 2), (2, 0, 4)), ("f16tc",), ((1, (24, 32), (5, 3, 43)),)),
     # Loose lines of which single elements are read; of strides whose channels share a place.
     Case(ConvSpec(UP, 3, 2, 1, dilation=2), ("bf16tc",), ((1, (32, 64), (3, 5, 8)),)),
     Case(ConvSpec(CONV, 3, 1, 1), ("bf16tc",), ((1, (16, 32), (2, 8, 9)),)),
@@ -289,6 +293,21 @@ def test_tensors_may_start_anywhere(mode: str, skipped: int, architecture: str, 
     assert moved_problem.error() <= LIMITS[mode]
 
 
+@pytest.mark.parametrize("skipped", [1, 4, 7])
+@pytest.mark.parametrize("height", [6, 7])
+def test_loose_lines_may_start_anywhere(skipped: int, height: int) -> None:
+    """Odd rows of neighbouring channels that begin alike, or not, behind any granule's start."""
+    spec = ConvSpec(UP, 3, 2, 1, (0, height % 2, 0), in_channels=32, out_channels=32)
+    (made,) = Case(spec, (), ((1, (32, 32), (4, height, 21)),)).problems("f16tc")
+    fine = made.operands["fine"]
+    room = torch.empty(fine.numel() + 64, dtype=fine.dtype)
+    first = -room.data_ptr() % 64 // room.element_size() + skipped
+    moved = room[first : first + fine.numel()].view(fine.shape).copy_(fine)
+    moved_problem = replace(made, operands={**made.operands, "fine": moved})
+    solve(Library(library(spec, "f16tc", "checked", "90a")), moved_problem)
+    assert moved_problem.error() <= LIMITS["f16tc"]
+
+
 @pytest.mark.parametrize("mode", ["tf32", "f16tc"])
 def test_sanitized_kernels_stay_within_exact_tensors(mode: str, tmp_path: Path) -> None:
     """Under AddressSanitizer and UBSan, with odd rows and padding."""
@@ -320,12 +339,12 @@ CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
 @pytest.mark.parametrize(
     ("spec", "sizes", "wavefronts", "loads"),
     [
-        # All positions of the stride are read, in pairs of elements.
+        # All positions of the stride are read, in words.
         (
             ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
             (4, 32, 32, 32, 64, 128, 63, 127, 255),
             1,
-            6,
+            5,
         ),
         # Every second one, each for itself.
         (
@@ -339,7 +358,7 @@ CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
             ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
             (4, 32, 32, 32, 64, 128, 62, 127, 255),
             1,
-            6,
+            5,
         ),
         # Quads of neighbouring channels overlap, wherever these lie.
         (
@@ -401,8 +420,9 @@ def test_tiles_are_dealt_to_splits_in_turn(
     path = tmp_path / "few.so"  # a copy: the library remembers the limits
     path.write_bytes(library(spec, "bf16tc", "checked", architecture).read_bytes())
     loaded = Library(path)
-    for width in (33, 34):
-        (made,) = Case(spec, (), ((2, (32, 32), (5, 7, width)),)).problems("bf16tc")
+    # On sm_90a lines are loose; some tiles lie within the tensors, the others at all of their edges.
+    for extents in ((5, 7, 34), (10, 9, 66)):
+        (made,) = Case(spec, (), ((2, (32, 32), extents),)).problems("bf16tc")
         solve(loaded, made)
         assert made.error() <= LIMITS["bf16tc"]
 

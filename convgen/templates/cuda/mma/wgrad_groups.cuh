@@ -48,10 +48,10 @@ constexpr int MATRIX_WORDS = PRODUCT_COLUMNS * 4, COLUMNS_WORDS = 2 * MATRIX_WOR
 template <class Product, int N_BLOCKS>
 constexpr int CHUNK_WORDS = PRODUCT_STEPS<Product> * N_BLOCKS * COLUMNS_WORDS;
 
-// A channel's share of a chunk is a row of each of MATRICES matrices, which begin at
-// row(chunk and 8 channels, channel), the i-th of them step(i) further. Words of 16-bit elements are
-// copied to their places. Those of TF32 have to be rounded anyway: quads are copied into the rows
-// one after the other, and afterwards a thread puts the words of all into their places.
+// A channel's share of a chunk is a row of each of MATRICES matrices, which begin at row(chunk and
+// 8 channels, channel), the i-th of them step(i) further. Words of 16-bit elements are copied to
+// their places. Those of TF32 have to be rounded anyway: quads are copied into the rows one after
+// the other, and afterwards a thread puts the words of all into their places.
 template <class Product, int N_BLOCKS>
 struct CoarseRows {
   static constexpr bool IN_PLACE = Product::ELEMENTS == 2;
@@ -124,37 +124,38 @@ __device__ __forceinline__ void fill_quad_table(const ProductShape& s, uint2* ta
 }
 
 // Starts copying the coarse channels of a tile: a warp takes 8 channels of a chunk at a time (a
-// piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero; of a
-// WHOLE tile there are none.
+// piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero, and so
+// are those behind the last quad; of a WHOLE tile there are none.
 template <class Product, int N_BLOCKS, int ACCESS, bool WHOLE>
-__device__ __forceinline__ void copy_quads(const ProductShape& s, int thread, const uint2* table,
-                                           uint32_t* to, const ProductOrigin& origin) {
+__device__ __forceinline__ void copy_quads(const ProductShape& s, int warp, int lane,
+                                           const uint2* table, uint32_t* to,
+                                           const ProductOrigin& origin) {
   using Rows = CoarseRows<Product, N_BLOCKS>;
   using Raw = typename Product::Raw;
-  const int lane = thread % WARP, channel = lane / 4, t = lane % 4;
+  const uint32_t channel = static_cast<uint32_t>(lane) / 4, t = static_cast<uint32_t>(lane) % 4;
   // Below 2^31, as all strides of channels are.
   const uint64_t stride = static_cast<uint32_t>(s.coarse_channel_stride);
   const auto* const tensor = static_cast<const Raw*>(origin.channel);
   const auto* const tile =
       tensor + static_cast<uint32_t>((origin.d * s.coarse_h + origin.h) * s.coarse_w + origin.w) +
       stride * channel;
-  int index = thread / WARP * CHUNK_QUADS + t;
-  uint32_t* rows = to + Rows::row(thread / WARP * N_BLOCKS, channel) + Rows::quad(t);
+  uint32_t* rows = to + Rows::row(warp * N_BLOCKS, channel) + Rows::quad(t);
 #pragma unroll 1
-  for (; index < s.chunks * CHUNK_QUADS; index += STAGING_WARPS * CHUNK_QUADS) {
-    // Behind the last quad there is none to copy.
-    uint2 place = make_uint2(0, 0);
-    int valid = 0;
-    if (index < s.coarse.places) {
-      place = table[index];
-      valid = QUAD;
-      if constexpr (!WHOLE) {
-        const bool line = origin.d + static_cast<int>(place.y >> 24) < s.coarse_d &&
-                          origin.h + static_cast<int>(place.y >> 16 & 0xff) < s.coarse_h;
-        valid = line ? s.coarse_w - origin.w - static_cast<int>(place.y & 0xffff) : 0;
+  for (int chunk = warp; chunk < s.chunks; chunk += STAGING_WARPS) {
+    const int index = chunk * CHUNK_QUADS + t;
+    uint32_t place = 0;
+    int valid = WHOLE ? QUAD : 0;
+    if constexpr (WHOLE) {
+      place = table[index].x;
+    } else if (index < s.coarse.places) {
+      const uint2 entry = table[index];
+      place = entry.x;
+      if (origin.d + static_cast<int>(entry.y >> 24) < s.coarse_d &&
+          origin.h + static_cast<int>(entry.y >> 16 & 0xff) < s.coarse_h) {
+        valid = s.coarse_w - origin.w - static_cast<int>(entry.y & 0xffff);
       }
     }
-    const Raw* from = WHOLE || valid > 0 ? tile + place.x : tensor;
+    const Raw* from = WHOLE || valid > 0 ? tile + place : tensor;
     if (WHOLE || origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
 #pragma unroll
       for (int n = 0; n < N_BLOCKS; ++n) {
@@ -175,13 +176,15 @@ __device__ __forceinline__ void copy_quads(const ProductShape& s, int thread, co
 }
 
 template <class Product, int N_BLOCKS, int ACCESS>
-__device__ __forceinline__ void copy_coarse(const ProductShape& s, int thread, const uint2* table,
-                                            uint32_t* to, const ProductOrigin& origin) {
-  if (origin.d + s.tile_d <= s.coarse_d && origin.h + s.tile_h <= s.coarse_h &&
-      origin.w + s.tile_w <= s.coarse_w && origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
-    copy_quads<Product, N_BLOCKS, ACCESS, true>(s, thread, table, to, origin);
+__device__ __forceinline__ void copy_coarse(const ProductShape& s, int warp, int lane,
+                                            const uint2* table, uint32_t* to,
+                                            const ProductOrigin& origin) {
+  if (s.coarse.places == s.chunks * CHUNK_QUADS && origin.d + s.tile_d <= s.coarse_d &&
+      origin.h + s.tile_h <= s.coarse_h && origin.w + s.tile_w <= s.coarse_w &&
+      origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
+    copy_quads<Product, N_BLOCKS, ACCESS, true>(s, warp, lane, table, to, origin);
   } else {
-    copy_quads<Product, N_BLOCKS, ACCESS, false>(s, thread, table, to, origin);
+    copy_quads<Product, N_BLOCKS, ACCESS, false>(s, warp, lane, table, to, origin);
   }
 }
 
@@ -203,27 +206,24 @@ __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread
 // which may begin with elements of the line before. A lane adds how many; it is the same for
 // channels 8 apart.
 
-// How many elements after a multiple of 16 bytes an element lies.
-template <typename Raw>
-__device__ __forceinline__ int within_granule(int64_t element) {
-  return static_cast<int>(element) & (GRANULE_BYTES / static_cast<int>(sizeof(Raw)) - 1);
+// As fill_windows, in bytes. The bits from LOOSE_SHIFT on hold how far within a granule the quad's
+// line lies, compared with the tile's first line: modulo 16, as what overflows is lost.
+constexpr int LOOSE_SHIFT = 28;
+__device__ __forceinline__ uint32_t loose_shift(int64_t bytes) {
+  return static_cast<uint32_t>(bytes) << LOOSE_SHIFT;
 }
-
-// As fill_windows, in elements. The bits from LOOSE_SHIFT on hold how far within a granule the
-// quad's line lies, compared with the tile's first line.
-constexpr int LOOSE_SHIFT = 24;
 template <typename Raw, int STRIDE_D, int STRIDE_H, int STRIDE_W>
 __device__ __forceinline__ void fill_loose_windows(const ProductShape& s, uint32_t* windows) {
-  constexpr int ELEMENTS = 4 / sizeof(Raw);
+  constexpr int SIZE = sizeof(Raw);
   const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
   for (int i = threadIdx.x; i < (s.chunks + s.parts) * CHUNK_QUADS; i += blockDim.x) {
     const int chunk = i / CHUNK_QUADS;
     const int quad = i - (chunk < s.chunks ? 0 : chunk - chunk % s.parts) * CHUNK_QUADS;
     const int row = quad / row_quads, plane = row / s.tile_h, h = row - plane * s.tile_h;
     const int line = plane * s.position_planes * s.rows + h * s.position_rows;
-    const int at = line * s.row_words * ELEMENTS + (quad - row * row_quads) * QUAD * STRIDE_W;
+    const uint32_t at = line * s.row_words * 4 + (quad - row * row_quads) * QUAD * STRIDE_W * SIZE;
     const int64_t from = (int64_t{plane} * STRIDE_D * s.fine_h + h * STRIDE_H) * s.fine_w;
-    windows[i] = quad < quads ? at | within_granule<Raw>(from) << LOOSE_SHIFT : 0;
+    windows[i] = quad < quads ? at | loose_shift(from * SIZE) : 0;
   }
 }
 
@@ -242,12 +242,18 @@ __device__ __forceinline__ void fill_granule_table(const ProductShape& s, uint2*
   }
 }
 
-// Address of column `origin.w` of a line of the fine tensor, of the tile's first channel.
+// From channel to channel of the fine tensor, whose elements are fewer than 2^31.
 template <typename Raw>
-__device__ __forceinline__ int64_t line_address(const ProductShape& s, const ProductOrigin& origin,
-                                                int d, int h) {
+__device__ __forceinline__ uint32_t channel_bytes(const ProductShape& s) {
+  return static_cast<uint32_t>(s.fine_channel_stride) * uint32_t{sizeof(Raw)};
+}
+
+// Address of column `origin.w` of a tile's first line, of its first channel.
+template <typename Raw>
+__device__ __forceinline__ int64_t first_address(const ProductShape& s,
+                                                 const ProductOrigin& origin) {
   return reinterpret_cast<int64_t>(origin.channel) +
-         ((int64_t{d} * s.fine_h + h) * s.fine_w + origin.w) * int64_t{sizeof(Raw)};
+         ((int64_t{origin.d} * s.fine_h + origin.h) * s.fine_w + origin.w) * int64_t{sizeof(Raw)};
 }
 
 __device__ __forceinline__ bool line_inside(const ProductShape& s, const ProductOrigin& origin,
@@ -268,37 +274,41 @@ template <bool WHOLE, typename Raw>
 __device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int lane,
                                            const uint2* table, uint32_t* to,
                                            const ProductOrigin& origin, int64_t first) {
-  const int64_t stride = s.fine_channel_stride * int64_t{sizeof(Raw)};
-  const int step = STAGING_WARPS * s.fine_pitch;
+  const int step = opaque(STAGING_WARPS * s.fine_pitch);
+  const int places = s.fine.places;
 #pragma unroll 1
   for (int channel = warp; channel < s.fine_staged; channel += PRODUCT_ROWS) {
     // A granule's address is its channel's in here, a multiple of 16, and a 32-bit offset.
     int64_t from[WARP_CHANNELS];
     uint32_t shift[KINDS];
+    from[0] = first + uint64_t{channel_bytes<Raw>(s)} * static_cast<uint32_t>(channel);
 #pragma unroll
     for (int i = 0; i < WARP_CHANNELS; ++i) {
-      from[i] = first + (channel + i * STAGING_WARPS) * stride;
-      if (i < KINDS) shift[i] = from[i] % GRANULE_BYTES;
-      from[i] -= shift[i % KINDS];
+      if (i > 0) from[i] = from[i - 1] + uint64_t{channel_bytes<Raw>(s)} * STAGING_WARPS;
+      if (i < KINDS) shift[i] = static_cast<uint32_t>(from[i]) % GRANULE_BYTES;
     }
-    uint32_t* word = to + channel * s.fine_pitch + lane * GRANULE_WORDS;
+#pragma unroll
+    for (int i = 0; i < WARP_CHANNELS; ++i) from[i] -= shift[i % KINDS];
     const int existing = origin.channels - channel;
-    uint2 next = table[min(lane, s.fine.places - 1)];
-#pragma unroll 1
-    for (int i = lane; i < s.fine.places; i += WARP) {
-      const uint2 place = next;
-      if (i + WARP < s.fine.places) next = table[i + WARP];
+    auto copy = [&](uint32_t* word, uint2 place) {
       const bool inside = WHOLE || line_inside(s, origin, place);
-      uint32_t offset[KINDS];
 #pragma unroll
-      for (int j = 0; j < KINDS; ++j) offset[j] = (place.x + shift[j]) & ~(GRANULE_BYTES - 1u);
-#pragma unroll
-      for (int j = 0; j < WARP_CHANNELS; ++j) {
-        copy_async<GRANULE_BYTES>(word + j * step,
-                                  reinterpret_cast<const void*>(from[j] + offset[j % KINDS]),
-                                  WHOLE || (inside && j * STAGING_WARPS < existing));
+      for (int i = 0; i < WARP_CHANNELS; ++i) {
+        const uint32_t offset = (place.x + shift[i % KINDS]) & ~(GRANULE_BYTES - 1u);
+        copy_async<GRANULE_BYTES>(word + i * step, reinterpret_cast<const void*>(from[i] + offset),
+                                  WHOLE || (inside && i * STAGING_WARPS < existing));
       }
-      word += WARP * GRANULE_WORDS;
+    };
+    // Two places at a time, which a thread knows before it begins to copy.
+    uint32_t* word = to + channel * s.fine_pitch + lane * GRANULE_WORDS;
+    const uint2* entry = table + lane;
+#pragma unroll 1
+    for (int left = places - lane; left > 0; left -= 2 * WARP) {
+      const bool both = left > WARP;
+      const uint2 place = entry[0], other = both ? entry[WARP] : place;
+      copy(word, place);
+      if (both) copy(word + WARP * GRANULE_WORDS, other);
+      entry += 2 * WARP, word += 2 * WARP * GRANULE_WORDS;
     }
   }
 }
@@ -312,13 +322,13 @@ __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, 
                                                const Raw* tensor, int64_t end) {
   constexpr int64_t GRANULE = GRANULE_BYTES;
   const int64_t begin = reinterpret_cast<int64_t>(tensor);
-  const int64_t stride = s.fine_channel_stride * int64_t{sizeof(Raw)};
 #pragma unroll 1
   for (int channel = warp; channel < s.fine_staged; channel += STAGING_WARPS) {
 #pragma unroll 1
     for (int i = lane; i < s.fine.places; i += WARP) {
       const uint2 place = table[i];
-      const int64_t granule = (first + channel * stride + place.x) & -GRANULE;
+      const int64_t granule =
+          (first + channel * int64_t{channel_bytes<Raw>(s)} + place.x) & -GRANULE;
       int bytes = 0;
       if (channel < origin.channels && line_inside(s, origin, place) && granule + GRANULE > begin &&
           granule < end) {
@@ -331,23 +341,27 @@ __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, 
   }
 }
 
-// Starts copying all loose lines of a tile to `to`. `tensor` is the whole one.
+// Starts copying all loose lines of a tile to `to`, the first of which begins at address `first`.
+// `tensor` is the whole one.
 template <typename Raw>
 __device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, int lane,
                                               const uint2* table, uint32_t* to,
-                                              const ProductOrigin& origin, const Raw* tensor) {
+                                              const ProductOrigin& origin, int64_t first,
+                                              const Raw* tensor) {
   const int last_d = origin.d + (s.planes - 1) * s.plane_step;
   const int last_h = origin.h + (s.rows - 1) * s.row_step;
   const int existing = min(origin.channels, s.fine_staged);
   const int64_t end =
       reinterpret_cast<int64_t>(tensor) + s.fine_elements * int64_t{sizeof(Raw)};
-  const int64_t first = line_address<Raw>(s, origin, origin.d, origin.h);
   // All granules of lines that exist lie between these addresses.
-  const int64_t low = line_address<Raw>(s, origin, max(origin.d, 0), max(origin.h, 0)) -
-                      (GRANULE_BYTES - 1);
-  const int64_t high =
-      line_address<Raw>(s, origin, min(last_d, s.fine_d - 1), min(last_h, s.fine_h - 1)) +
-      (existing - 1) * s.fine_channel_stride * int64_t{sizeof(Raw)} + s.row_words * 4;
+  auto line_bytes = [&](int d, int h) {
+    return static_cast<uint32_t>(((d - origin.d) * s.fine_h + h - origin.h) * s.fine_w) *
+           uint32_t{sizeof(Raw)};
+  };
+  const int64_t low = first + line_bytes(max(origin.d, 0), max(origin.h, 0)) - (GRANULE_BYTES - 1);
+  const int64_t high = first + line_bytes(min(last_d, s.fine_d - 1), min(last_h, s.fine_h - 1)) +
+                       uint64_t{channel_bytes<Raw>(s)} * static_cast<uint32_t>(existing - 1) +
+                       s.row_words * 4;
   if (low < reinterpret_cast<int64_t>(tensor) || high > end) {
     copy_end_lines(s, warp, lane, table, to, origin, first, tensor, end);
   } else if (origin.d >= 0 && origin.h >= 0 && last_d < s.fine_d && last_h < s.fine_h &&
@@ -367,17 +381,16 @@ __device__ __forceinline__ bool reaches_beside(const ProductShape& s, const Prod
 template <typename Raw>
 __device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread,
                                                    const uint2* table, uint32_t* to,
-                                                   const ProductOrigin& origin) {
+                                                   const ProductOrigin& origin,
+                                                   int64_t first) {
   const int left = min(-origin.w, s.line), right = max(s.fine_w - origin.w, 0);
   const int lines = s.planes * s.rows, granules = s.row_words / GRANULE_WORDS;
   // A thread has channels 8 apart, which begin alike in their granules.
   const int channel = thread % 8;
-  const uint32_t first =
-      static_cast<uint32_t>(line_address<Raw>(s, origin, origin.d, origin.h)) +
-      static_cast<uint32_t>(s.fine_channel_stride) * channel * uint32_t{sizeof(Raw)};
+  const uint32_t begin = static_cast<uint32_t>(first) + channel_bytes<Raw>(s) * channel;
 #pragma unroll 1
   for (int line = thread / 8; line < lines; line += STAGING_WARPS * WARP / 8) {
-    const uint32_t within = (first + table[line * granules].x) % GRANULE_BYTES;
+    const uint32_t within = (begin + table[line * granules].x) % GRANULE_BYTES;
     uint32_t* words = to + channel * s.fine_pitch + line * s.row_words;
 #pragma unroll 1
     for (int i = channel; i < s.fine_staged; i += 8) {
@@ -404,14 +417,14 @@ struct FineRows {
     half[1].template load<QUAD_COLUMNS, QUAD_PITCH>(from + half_rows);
   }
 
-  // The same from a loose line, whose `element` is column SHIFT of the window; `from` is where a
-  // word begins. Only what the TAPS taps read.
+  // The same from a loose line, in which column SHIFT of the window lies `bytes` behind `from`.
+  // Only what the TAPS taps read.
   template <class Column, int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS, int STEP>
-  __device__ __forceinline__ void load_loose(const typename Product::Raw* from, int element,
-                                             int half_rows) {
+  __device__ __forceinline__ void load_loose(const uint32_t* from, uint32_t bytes, int half_rows) {
     using Raw = typename Product::Raw;
     constexpr int ELEMENTS = Product::ELEMENTS;
     constexpr int END = SHIFT + (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS + 1;
+    const int element = bytes / uint32_t{sizeof(Raw)};
     if constexpr (ELEMENTS == 2 && STEP == 1) {
       // Neighbouring pairs, of words that the window's first column may halve. Nothing is read
       // before the first column that a tap reads, nor behind the last.
@@ -419,8 +432,7 @@ struct FineRows {
       constexpr int BEGIN = SHIFT / 2, PAIRS = (END + 1) / 2 - BEGIN;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t* const words =
-            reinterpret_cast<const uint32_t*>(from + (first - odd) + h * half_rows) + BEGIN;
+        const uint32_t* const words = from + (first - odd) / 2 + h * half_rows + BEGIN;
         uint32_t word[PAIRS + 1] = {};
         // Words that only some lanes need are for these alone: half of the channels, as a rule,
         // where all others' words would lie in the same banks.
@@ -450,8 +462,8 @@ struct FineRows {
                 read |= column == position * POSITION_COLUMNS + tap * TAP_COLUMNS;
               }
             }
-            const int at = element + h * half_rows + Column::offset(column);
-            if (read) bits |= uint32_t{from[at]} << i * 16;
+            const int at = element + h * half_rows * ELEMENTS + Column::offset(column);
+            if (read) bits |= uint32_t{reinterpret_cast<const Raw*>(from)[at]} << i * 16;
           }
           half[h].high[word] = Product::high(bits);
         }
@@ -467,6 +479,61 @@ struct FineRows {
       a[i] = half[i % 2].operand(half[i % 2].high, first + (step + i / 2 * 2) * POSITION_COLUMNS,
                                  POSITION_COLUMNS);
     }
+  }
+};
+
+// The same of a loose line of 16-bit elements, of positions an even number of columns apart: words
+// as they lie there. Columns are halves of these, of a line that begins at an odd element the other
+// ones, and a product's pair of columns lies in the same halves: one choice of bytes for each.
+template <int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS>
+struct LooseRows {
+  static constexpr int LAST = (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS;
+  uint32_t word[2][(LAST + 1) / 2 + 1];
+  uint32_t odd;  // whether the line begins at an odd element
+
+  // Column SHIFT of the window, the first that is read, lies `bytes` behind `from`.
+  __device__ __forceinline__ void load(const uint32_t* from, uint32_t bytes, int half_rows) {
+    odd = bytes & 2;
+    const uint32_t* const words = reinterpret_cast<const uint32_t*>(
+        reinterpret_cast<const char*>(from) + (bytes & ~3u));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i <= LAST / 2; ++i) word[h][i] = words[h * half_rows + i];
+      // For those lanes alone that need it, as others' would lie in the same banks.
+      if constexpr (LAST % 2 == 1) {
+        word[h][LAST / 2 + 1] = 0;
+        if (odd) word[h][LAST / 2 + 1] = words[h * half_rows + LAST / 2 + 1];
+      }
+    }
+  }
+
+  template <int STEP>
+  __device__ __forceinline__ void find(uint32_t (&a)[4], int step, int first) const {
+    static_assert(STEP == POSITION_COLUMNS && STEP % 2 == 0, "the same halves");
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i] = operand(word[i % 2], first - SHIFT + (step + i / 2 * 2) * STEP);
+    }
+  }
+
+ private:
+  // Of columns `column` and POSITION_COLUMNS more.
+  template <int WORDS>
+  __device__ __forceinline__ uint32_t operand(const uint32_t (&words)[WORDS], int column) const {
+    constexpr int STEP = POSITION_COLUMNS / 2, LOW = 0x5410, HIGH = 0x7632, TURNED = 0x1054;
+    const int i = column / 2;
+    if (column % 2 == 0) return __byte_perm(words[i], words[i + STEP], choose(LOW, HIGH));
+    // Second halves of these words, or first ones of those behind them.
+    if constexpr (STEP == 1) {
+      return __byte_perm(odd ? words[i + 2] : words[i], words[i + 1], choose(HIGH, TURNED));
+    } else {
+      return __byte_perm(odd ? words[i + 1] : words[i], odd ? words[i + STEP + 1] : words[i + STEP],
+                         choose(HIGH, LOW));
+    }
+  }
+  __device__ __forceinline__ uint32_t choose(int even, int uneven) const {
+    return odd ? uneven : even;
   }
 };
 
