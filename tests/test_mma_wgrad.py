@@ -420,7 +420,7 @@ def test_tiles_are_dealt_to_splits_in_turn(
     path = tmp_path / "few.so"  # a copy: the library remembers the limits
     path.write_bytes(library(spec, "bf16tc", "checked", architecture).read_bytes())
     loaded = Library(path)
-    # On sm_90a lines are loose; some tiles lie within the tensors, the others at all of their edges.
+    # On sm_90a lines are loose; some tiles lie within the tensors, others at each of their edges.
     for batch, extents in ((2, (5, 7, 34)), (1, (9, 10, 62))):
         (made,) = Case(spec, (), ((batch, (32, 32), extents),)).problems("bf16tc")
         solve(loaded, made)

@@ -175,9 +175,9 @@ constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4;
 // Of a coarse copy beside COPY_ONE, where lines are not loose: by these figures cuts were measured,
 // before 16-bit words were copied to their places.
 constexpr double COARSE_COPY = 4;
-// Of a warp that stages, where lines are loose: to begin a tile, to begin 16 channels of it, to copy
-// WARP granules of each of these; to find a chunk's coarse quads.
-constexpr int64_t LOOSE_TILE = 230, LOOSE_CHANNELS = 45, LOOSE_PLACE = 28;
+// Of a warp that stages, where lines are loose: to begin a tile, to begin 16 channels of it, to
+// copy WARP granules of each of these; to find a chunk's coarse quads.
+constexpr int64_t LOOSE_TILE = 80, LOOSE_CHANNELS = 45, LOOSE_PLACE = 26;
 constexpr double COARSE_PLACE = 14;
 // Wavefronts of shared memory that copies take where lines are loose, as measured: for each granule
 // and for each line of a channel; for 128 bytes of coarse channels.
@@ -375,7 +375,8 @@ inline double group_clocks(const ProductShape& s, const ProductTraits& t,
   double copies = s.stage_words / 32.0 + double(s.fine.total) * s.fine.channels / WARP;
   if (s.loose) {
     loads = t.loose_loads * pitches.of(s.fine_pitch);
-    copies = s.fine_staged * (s.fine.places * GRANULE_WAVEFRONTS + s.planes * s.rows * LINE_WAVEFRONTS) +
+    const double lines = s.planes * s.rows;
+    copies = s.fine_staged * (s.fine.places * GRANULE_WAVEFRONTS + lines * LINE_WAVEFRONTS) +
              s.coarse_words / 32.0 * COARSE_WAVEFRONTS;
   }
   const double shared = tensor / 2 + groups * chunks * t.group_warps * loads + copies;

@@ -123,22 +123,51 @@ __device__ __forceinline__ void fill_quad_table(const ProductShape& s, uint2* ta
   }
 }
 
+// What the copies of a tile have in common. It is found while those of the tile before are on their
+// way.
+struct StagedTile {
+  ProductOrigin coarse, fine;
+  const void* quads;    // the first element of the coarse tensor
+  int64_t first_line;   // of loose lines: its address
+  int lines;            // and which of them exist
+  bool whole;           // whether all coarse positions and channels do
+
+  // Now, that is, and not where it is needed.
+  __device__ __forceinline__ void settle() {
+    coarse.channel = opaque(coarse.channel), fine.channel = opaque(fine.channel);
+    quads = opaque(quads);
+    first_line = reinterpret_cast<int64_t>(opaque(reinterpret_cast<const char*>(first_line)));
+    coarse.d = opaque(coarse.d), coarse.h = opaque(coarse.h), coarse.w = opaque(coarse.w);
+    fine.d = opaque(fine.d), fine.h = opaque(fine.h), fine.w = opaque(fine.w);
+    lines = opaque(lines), whole = opaque(whole);
+  }
+};
+
+// Finds a tile's coarse part.
+template <class Product, int N_BLOCKS>
+__device__ __forceinline__ void find_quads(const ProductShape& s, StagedTile& tile) {
+  const ProductOrigin& o = tile.coarse;
+  tile.quads = static_cast<const typename Product::Raw*>(o.channel) +
+               static_cast<uint32_t>((o.d * s.coarse_h + o.h) * s.coarse_w + o.w);
+  tile.whole = s.coarse.places == s.chunks * CHUNK_QUADS && o.d + s.tile_d <= s.coarse_d &&
+               o.h + s.tile_h <= s.coarse_h && o.w + s.tile_w <= s.coarse_w &&
+               o.channels >= N_BLOCKS * PRODUCT_COLUMNS;
+}
+
 // Starts copying the coarse channels of a tile: a warp takes 8 channels of a chunk at a time (a
 // piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero, and so
 // are those behind the last quad; of a WHOLE tile there are none.
 template <class Product, int N_BLOCKS, int ACCESS, bool WHOLE>
 __device__ __forceinline__ void copy_quads(const ProductShape& s, int warp, int lane,
                                            const uint2* table, uint32_t* to,
-                                           const ProductOrigin& origin) {
+                                           const ProductOrigin& origin, const void* first) {
   using Rows = CoarseRows<Product, N_BLOCKS>;
   using Raw = typename Product::Raw;
   const uint32_t channel = static_cast<uint32_t>(lane) / 4, t = static_cast<uint32_t>(lane) % 4;
   // Below 2^31, as all strides of channels are.
   const uint64_t stride = static_cast<uint32_t>(s.coarse_channel_stride);
   const auto* const tensor = static_cast<const Raw*>(origin.channel);
-  const auto* const tile =
-      tensor + static_cast<uint32_t>((origin.d * s.coarse_h + origin.h) * s.coarse_w + origin.w) +
-      stride * channel;
+  const auto* const tile = static_cast<const Raw*>(first) + stride * channel;
   uint32_t* rows = to + Rows::row(warp * N_BLOCKS, channel) + Rows::quad(t);
 #pragma unroll 1
   for (int chunk = warp; chunk < s.chunks; chunk += STAGING_WARPS) {
@@ -178,13 +207,11 @@ __device__ __forceinline__ void copy_quads(const ProductShape& s, int warp, int 
 template <class Product, int N_BLOCKS, int ACCESS>
 __device__ __forceinline__ void copy_coarse(const ProductShape& s, int warp, int lane,
                                             const uint2* table, uint32_t* to,
-                                            const ProductOrigin& origin) {
-  if (s.coarse.places == s.chunks * CHUNK_QUADS && origin.d + s.tile_d <= s.coarse_d &&
-      origin.h + s.tile_h <= s.coarse_h && origin.w + s.tile_w <= s.coarse_w &&
-      origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
-    copy_quads<Product, N_BLOCKS, ACCESS, true>(s, warp, lane, table, to, origin);
+                                            const StagedTile& tile) {
+  if (tile.whole) {
+    copy_quads<Product, N_BLOCKS, ACCESS, true>(s, warp, lane, table, to, tile.coarse, tile.quads);
   } else {
-    copy_quads<Product, N_BLOCKS, ACCESS, false>(s, warp, lane, table, to, origin);
+    copy_quads<Product, N_BLOCKS, ACCESS, false>(s, warp, lane, table, to, tile.coarse, tile.quads);
   }
 }
 
@@ -302,13 +329,18 @@ __device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int 
     // Two places at a time, which a thread knows before it begins to copy.
     uint32_t* word = to + channel * s.fine_pitch + lane * GRANULE_WORDS;
     const uint2* entry = table + lane;
+    int left = places;
 #pragma unroll 1
-    for (int left = places - lane; left > 0; left -= 2 * WARP) {
-      const bool both = left > WARP;
-      const uint2 place = entry[0], other = both ? entry[WARP] : place;
+    for (; left >= 2 * WARP; left -= 2 * WARP) {
+      const uint2 place = entry[0], other = entry[WARP];
       copy(word, place);
-      if (both) copy(word + WARP * GRANULE_WORDS, other);
+      copy(word + WARP * GRANULE_WORDS, other);
       entry += 2 * WARP, word += 2 * WARP * GRANULE_WORDS;
+    }
+#pragma unroll 1
+    for (left -= lane; left > 0; left -= WARP) {
+      copy(word, *entry);
+      entry += WARP, word += WARP * GRANULE_WORDS;
     }
   }
 }
@@ -319,9 +351,10 @@ template <typename Raw>
 __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, int lane,
                                                const uint2* table, uint32_t* to,
                                                const ProductOrigin& origin, int64_t first,
-                                               const Raw* tensor, int64_t end) {
+                                               const Raw* tensor) {
   constexpr int64_t GRANULE = GRANULE_BYTES;
   const int64_t begin = reinterpret_cast<int64_t>(tensor);
+  const int64_t end = begin + s.fine_elements * int64_t{sizeof(Raw)};
 #pragma unroll 1
   for (int channel = warp; channel < s.fine_staged; channel += STAGING_WARPS) {
 #pragma unroll 1
@@ -341,18 +374,20 @@ __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, 
   }
 }
 
-// Starts copying all loose lines of a tile to `to`, the first of which begins at address `first`.
-// `tensor` is the whole one.
+// Which loose lines of a tile exist: all, so that granules have no conditions, or some; or some of
+// their granules reach beyond the tensor's ends.
+constexpr int ALL_LINES = 0, SOME_LINES = 1, END_LINES = 2;
+
+// Finds a tile's loose lines. `tensor` is the whole one.
 template <typename Raw>
-__device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, int lane,
-                                              const uint2* table, uint32_t* to,
-                                              const ProductOrigin& origin, int64_t first,
-                                              const Raw* tensor) {
+__device__ __forceinline__ void find_lines(const ProductShape& s, StagedTile& tile,
+                                           const Raw* tensor) {
+  const ProductOrigin& origin = tile.fine;
   const int last_d = origin.d + (s.planes - 1) * s.plane_step;
   const int last_h = origin.h + (s.rows - 1) * s.row_step;
   const int existing = min(origin.channels, s.fine_staged);
-  const int64_t end =
-      reinterpret_cast<int64_t>(tensor) + s.fine_elements * int64_t{sizeof(Raw)};
+  const int64_t begin = reinterpret_cast<int64_t>(tensor);
+  const int64_t first = first_address<Raw>(s, origin);
   // All granules of lines that exist lie between these addresses.
   auto line_bytes = [&](int d, int h) {
     return static_cast<uint32_t>(((d - origin.d) * s.fine_h + h - origin.h) * s.fine_w) *
@@ -362,13 +397,24 @@ __device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, i
   const int64_t high = first + line_bytes(min(last_d, s.fine_d - 1), min(last_h, s.fine_h - 1)) +
                        uint64_t{channel_bytes<Raw>(s)} * static_cast<uint32_t>(existing - 1) +
                        s.row_words * 4;
-  if (low < reinterpret_cast<int64_t>(tensor) || high > end) {
-    copy_end_lines(s, warp, lane, table, to, origin, first, tensor, end);
-  } else if (origin.d >= 0 && origin.h >= 0 && last_d < s.fine_d && last_h < s.fine_h &&
-             existing == s.fine_staged) {
-    copy_lines<true, Raw>(s, warp, lane, table, to, origin, first);
+  const bool within = low >= begin && high <= begin + s.fine_elements * int64_t{sizeof(Raw)};
+  const bool all = origin.d >= 0 && origin.h >= 0 && last_d < s.fine_d && last_h < s.fine_h &&
+                   existing == s.fine_staged;
+  tile.first_line = first;
+  tile.lines = !within ? END_LINES : all ? ALL_LINES : SOME_LINES;
+}
+
+// Starts copying all loose lines of a tile to `to`.
+template <typename Raw>
+__device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, int lane,
+                                              const uint2* table, uint32_t* to,
+                                              const StagedTile& tile, const Raw* tensor) {
+  if (tile.lines == ALL_LINES) {
+    copy_lines<true, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
+  } else if (tile.lines == SOME_LINES) {
+    copy_lines<false, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
   } else {
-    copy_lines<false, Raw>(s, warp, lane, table, to, origin, first);
+    copy_end_lines(s, warp, lane, table, to, tile.fine, tile.first_line, tensor);
   }
 }
 

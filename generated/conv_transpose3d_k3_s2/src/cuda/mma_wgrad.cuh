@@ -59,6 +59,12 @@ __device__ __forceinline__ ProductTile locate_product_tile(const ProductShape& s
   return tile;
 }
 
+// How many tiles a split has: every splits-th, so that none has more of those at an edge, which
+// take longer.
+__device__ __forceinline__ int split_tiles(const ProductShape& s, int split) {
+  return s.tiles_per_split - (split + (s.tiles_per_split - 1) * s.splits >= s.tiles);
+}
+
 // ---- Staging --------------------------------------------------------------------------------
 
 // A place of a tile: element of the channel in shared memory, and where it is in the tensor.
