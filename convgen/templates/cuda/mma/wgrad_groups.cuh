@@ -429,25 +429,30 @@ __device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int th
                                                    const uint2* table, uint32_t* to,
                                                    const ProductOrigin& origin,
                                                    int64_t first) {
-  const int left = min(-origin.w, s.line), right = max(s.fine_w - origin.w, 0);
   const int lines = s.planes * s.rows, granules = s.row_words / GRANULE_WORDS;
   // A thread has channels 8 apart, which begin alike in their granules.
-  const int channel = thread % 8;
+  const int channel = static_cast<unsigned>(thread) % 8, pairs = s.fine_staged / PRODUCT_ROWS;
+  const int step = 8 * s.fine.pitch;  // elements
   const uint32_t begin = static_cast<uint32_t>(first) + channel_bytes<Raw>(s) * channel;
+  auto clear = [&](int column, int count) {
+    if (count <= 0) return;
 #pragma unroll 1
-  for (int line = thread / 8; line < lines; line += STAGING_WARPS * WARP / 8) {
-    const uint32_t within = (begin + table[line * granules].x) % GRANULE_BYTES;
-    uint32_t* words = to + channel * s.fine_pitch + line * s.row_words;
+    for (int line = static_cast<unsigned>(thread) / 8; line < lines;
+         line += STAGING_WARPS * WARP / 8) {
+      const uint32_t within = (begin + table[line * granules].x) % GRANULE_BYTES;
+      Raw* at = reinterpret_cast<Raw*>(to + channel * s.fine_pitch + line * s.row_words) +
+                within / uint32_t{sizeof(Raw)} + column;
 #pragma unroll 1
-    for (int i = channel; i < s.fine_staged; i += 8) {
-      Raw* const at = reinterpret_cast<Raw*>(words) + within / uint32_t{sizeof(Raw)};
+      for (int i = 0; i < pairs; ++i) {
 #pragma unroll 1
-      for (int column = 0; column < left; ++column) at[column] = 0;
-#pragma unroll 1
-      for (int column = right; column < s.line; ++column) at[column] = 0;
-      words += 8 * s.fine_pitch;
+        for (int j = 0; j < count; ++j) at[j] = at[j + step] = 0;
+        at += 2 * step;
+      }
     }
-  }
+  };
+  clear(0, min(-origin.w, s.line));
+  const int right = max(s.fine_w - origin.w, 0);
+  clear(right, s.line - right);
 }
 
 // ---- Operands -------------------------------------------------------------------------------
