@@ -427,6 +427,52 @@ def test_tiles_are_dealt_to_splits_in_turn(
         assert made.error() <= LIMITS["bf16tc"]
 
 
+# Which split each tile of a call is dealt to.
+OWNERS_OF_TILES = """
+CONVGEN_EXPORT int owners_of_tiles(const int64_t* sizes, int64_t* owners) {
+  ConvgenCall call = {};
+  call.batch = sizes[0], call.coarse_channels = sizes[1], call.fine_channels = sizes[2];
+  for (int i = 0; i < 3; ++i) {
+    call.coarse_extent[i] = sizes[3 + i], call.fine_extent[i] = sizes[6 + i];
+  }
+  const DeviceLimits limits = {static_cast<int>(sizes[9]), 227 * 1024};
+  Plan p;
+  if (const int error = plan(call, limits, p)) return error;
+  const ProductShape& s = p.shape;
+  *owners++ = s.tiles, *owners++ = s.splits, *owners++ = s.tiles_w.divisor;
+  for (int split = 0; split < s.splits; ++split) {
+    SplitTiles tiles(split);
+    for (int i = split_tiles(s, split); i > 0; --i, tiles.advance(s)) {
+      if (owners[tiles.tile()] >= 0) return CONVGEN_TOO_LARGE;  // dealt twice
+      owners[tiles.tile()] = split;
+    }
+  }
+  return CONVGEN_OK;
+}
+"""
+
+
+@pytest.mark.parametrize("processors", [1, 7, 64, 132])
+def test_splits_share_the_tiles_at_edges(processors: int) -> None:
+    spec = ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32)
+    sources = engine_sources(spec, "bf16tc", ("wgrad",))
+    sources["wgrad_bf16tc.cu"] += OWNERS_OF_TILES
+    loaded = Library(compile_interpreted("owners", sources, "plain", architecture="90a"))
+    for batch, extents in ((4, (32, 64, 128)), (1, (5, 6, 7)), (3, (11, 32, 64))):
+        fine = [2 * extent - 1 for extent in extents]
+        owners = np.full(1 << 20, -1, np.int64)
+        sizes = [batch, 32, 32, *extents, *fine, processors]
+        loaded("owners_of_tiles", np.array(sizes, np.int64), owners)
+        tiles, splits, tiles_w = owners[:3].tolist()
+        dealt = owners[3 : 3 + tiles]
+        counts = np.bincount(dealt, minlength=splits)
+        assert counts.sum() == tiles
+        assert counts.max() - counts.min() <= 1
+        at_edge = np.bincount(dealt[::tiles_w], minlength=splits)
+        if counts.min() >= 2 * tiles_w:
+            assert at_edge.max() <= 2 * at_edge.min()
+
+
 def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """48 KiB of shared memory per block and one multiprocessor: longer sums, smaller tiles."""
     monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", str(48 * 1024))

@@ -62,10 +62,10 @@ struct ProductShape {
   int blocks, threads;
 
   // Positions are walked in tiles of tile_d x tile_h x tile_w within one sample, dealt to `splits`
-  // blocks in turn: a block has tiles_per_split of them or one less.
+  // blocks in turns (see SplitTiles): a block has tiles_per_split of them or one less.
   int tile_d, tile_h, tile_w, chunks;
   Divisor tiles_w, tiles_h, tiles_d;
-  int tiles, splits, tiles_per_split;
+  int tiles, splits, tiles_per_split, split_turn;
   int tiles_per_store;  // after which a warp adds its sums to its partial results
 
   // Shared memory, in words: the origins, the table of quads, the two tables of places, then the
@@ -524,7 +524,10 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   s.blocks_h = Divisor(ceil_div(t.tap_blocks_h, cut.h));
   s.blocks_d = Divisor(ceil_div(t.kernel_d, cut.d));
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
-  if (tiles > INDEX_LIMIT || blocks > INDEX_LIMIT) return CONVGEN_TOO_LARGE;
+  // With room for a turn of splits more.
+  if (tiles > INDEX_LIMIT - 2 * PRODUCT_MAX_SPLITS || blocks > INDEX_LIMIT) {
+    return CONVGEN_TOO_LARGE;
+  }
   s.blocks = static_cast<int>(blocks), s.tiles = static_cast<int>(tiles);
   s.tiles_w = Divisor(ceil_div(s.coarse_w, s.tile_w));
   s.tiles_h = Divisor(ceil_div(s.coarse_h, s.tile_h));
@@ -556,6 +559,13 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   }
   s.tiles_per_split = static_cast<int>(ceil_div(tiles, s.splits));
   if (tiles > 0) s.splits = static_cast<int>(ceil_div(tiles, s.tiles_per_split));
+  // From turn to turn a split's tiles are so far apart that it comes to all places of a sample.
+  const int64_t of_sample = batch > 0 ? tiles / batch : 1;
+  s.split_turn = 0;
+  while (s.split_turn + 1 < s.splits &&
+         greatest_divisor(s.splits + s.split_turn, of_sample) != 1) {
+    ++s.split_turn;
+  }
   return blocks * s.splits <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
 }
 

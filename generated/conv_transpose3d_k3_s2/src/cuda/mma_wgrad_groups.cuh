@@ -127,10 +127,10 @@ __device__ __forceinline__ void fill_quad_table(const ProductShape& s, uint2* ta
 // way.
 struct StagedTile {
   ProductOrigin coarse, fine;
-  const void* quads;    // the first element of the coarse tensor
-  int64_t first_line;   // of loose lines: its address
-  int lines;            // and which of them exist
-  bool whole;           // whether all coarse positions and channels do
+  const void* quads;   // its first element of the coarse tensor
+  bool whole;          // whether all coarse positions and channels exist
+  int lines;           // which loose lines do: see find_lines
+  int64_t first_line;  // the address of the first one
 
   // Now, that is, and not where it is needed.
   __device__ __forceinline__ void settle() {
@@ -261,8 +261,7 @@ __device__ __forceinline__ void fill_granule_table(const ProductShape& s, uint2*
   const int per_row = s.row_words / GRANULE_WORDS;
   for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
     const int line = i / per_row, plane = line / s.rows, row = line - plane * s.rows;
-    const int64_t from =
-        (int64_t{plane} * s.plane_step * s.fine_h + row * s.row_step) * s.fine_w;
+    const int64_t from = (int64_t{plane} * s.plane_step * s.fine_h + row * s.row_step) * s.fine_w;
     table[i] = make_uint2(static_cast<uint32_t>(from * int64_t{sizeof(Raw)}) +
                               (i - line * per_row) * GRANULE_BYTES,
                           plane << 16 | row);
@@ -374,7 +373,7 @@ __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, 
   }
 }
 
-// Which loose lines of a tile exist: all, so that granules have no conditions, or some; or some of
+// Of a tile's loose lines all exist, so that granules have no conditions; or some do; or some of
 // their granules reach beyond the tensor's ends.
 constexpr int ALL_LINES = 0, SOME_LINES = 1, END_LINES = 2;
 
@@ -388,10 +387,12 @@ __device__ __forceinline__ void find_lines(const ProductShape& s, StagedTile& ti
   const int existing = min(origin.channels, s.fine_staged);
   const int64_t begin = reinterpret_cast<int64_t>(tensor);
   const int64_t first = first_address<Raw>(s, origin);
-  // All granules of lines that exist lie between these addresses.
+  // All granules of lines that exist lie between these addresses; where none does, it does not
+  // matter.
   auto line_bytes = [&](int d, int h) {
-    return static_cast<uint32_t>(((d - origin.d) * s.fine_h + h - origin.h) * s.fine_w) *
-           uint32_t{sizeof(Raw)};
+    const uint32_t line = static_cast<uint32_t>(d - origin.d) * static_cast<uint32_t>(s.fine_h) +
+                          static_cast<uint32_t>(h - origin.h);
+    return line * static_cast<uint32_t>(s.fine_w) * uint32_t{sizeof(Raw)};
   };
   const int64_t low = first + line_bytes(max(origin.d, 0), max(origin.h, 0)) - (GRANULE_BYTES - 1);
   const int64_t high = first + line_bytes(min(last_d, s.fine_d - 1), min(last_h, s.fine_h - 1)) +
@@ -427,27 +428,31 @@ __device__ __forceinline__ bool reaches_beside(const ProductShape& s, const Prod
 template <typename Raw>
 __device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread,
                                                    const uint2* table, uint32_t* to,
-                                                   const ProductOrigin& origin,
-                                                   int64_t first) {
-  const int left = min(-origin.w, s.line), right = max(s.fine_w - origin.w, 0);
+                                                   const ProductOrigin& origin, int64_t first) {
   const int lines = s.planes * s.rows, granules = s.row_words / GRANULE_WORDS;
   // A thread has channels 8 apart, which begin alike in their granules.
-  const int channel = thread % 8;
+  const int channel = static_cast<unsigned>(thread) % 8, pairs = s.fine_staged / PRODUCT_ROWS;
+  const int step = 8 * s.fine.pitch;  // elements
   const uint32_t begin = static_cast<uint32_t>(first) + channel_bytes<Raw>(s) * channel;
+  auto clear = [&](int column, int count) {
+    if (count <= 0) return;
 #pragma unroll 1
-  for (int line = thread / 8; line < lines; line += STAGING_WARPS * WARP / 8) {
-    const uint32_t within = (begin + table[line * granules].x) % GRANULE_BYTES;
-    uint32_t* words = to + channel * s.fine_pitch + line * s.row_words;
+    for (int line = static_cast<unsigned>(thread) / 8; line < lines;
+         line += STAGING_WARPS * WARP / 8) {
+      const uint32_t within = (begin + table[line * granules].x) % GRANULE_BYTES;
+      Raw* at = reinterpret_cast<Raw*>(to + channel * s.fine_pitch + line * s.row_words) +
+                within / uint32_t{sizeof(Raw)} + column;
 #pragma unroll 1
-    for (int i = channel; i < s.fine_staged; i += 8) {
-      Raw* const at = reinterpret_cast<Raw*>(words) + within / uint32_t{sizeof(Raw)};
+      for (int i = 0; i < pairs; ++i) {
 #pragma unroll 1
-      for (int column = 0; column < left; ++column) at[column] = 0;
-#pragma unroll 1
-      for (int column = right; column < s.line; ++column) at[column] = 0;
-      words += 8 * s.fine_pitch;
+        for (int j = 0; j < count; ++j) at[j] = at[j + step] = 0;
+        at += 2 * step;
+      }
     }
-  }
+  };
+  clear(0, min(-origin.w, s.line));
+  const int right = max(s.fine_w - origin.w, 0);
+  clear(right, s.line - right);
 }
 
 // ---- Operands -------------------------------------------------------------------------------

@@ -182,10 +182,10 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
   // tile, and takes no registers in the loop. Of tiles the loop only counts those that are `left`
   // (this one too), for the same reason; buffers and origins go by the parity of that.
   int left = split_tiles(s, block.split);
-  int* const next_tile = reinterpret_cast<int*>(&origins[3]);
+  SplitTiles* const dealt = reinterpret_cast<SplitTiles*>(&origins[3]);
   auto aim = [&](int left) {
-    const ProductTile tile = locate_product_tile(s, *next_tile);
-    *next_tile += s.splits;
+    const ProductTile tile = locate_product_tile(s, dealt->tile());
+    dealt->advance(s);
     ProductOrigins o = origins[2];
     o.coarse.channel = static_cast<const T*>(o.coarse.channel) + tile.n * s.coarse_sample;
     o.fine.channel = static_cast<const T*>(o.fine.channel) + tile.n * s.fine_sample;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     o.fine.w = block.tap_w * DILATION_W - PADDING_W - SHIFT;
     o.coarse.channels = s.coarse_channels - block.coarse0;
     o.fine.channels = s.fine_channels - block.fine0;
-    *next_tile = block.split;
+    *dealt = SplitTiles(block.split);
     aim(left);
     if (left > 1) aim(left - 1);
   }
@@ -489,8 +489,8 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       const T* const coarse_block =
           coarse +
           (int64_t{block.group} * s.coarse_channels + block.coarse0) * s.coarse_channel_stride;
-      auto find_tile = [&](int i) {
-        const ProductTile at = locate_product_tile(s, block.split + i * s.splits);
+      auto find_tile = [&](int index) {
+        const ProductTile at = locate_product_tile(s, index);
         StagedTile tile;
         tile.fine.channel = fine_block + at.n * s.fine_sample;
         tile.fine.d = at.d0 * STRIDE_D + block.tap_d * DILATION_D - PADDING_D;
@@ -509,7 +509,8 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
         }
         return tile;
       };
-      StagedTile tile = find_tile(0);
+      SplitTiles dealt(block.split);
+      StagedTile tile = find_tile(dealt.tile());
 #pragma unroll 1
       for (int i = 0; i < tiles; ++i) {
         const int buffer = i % PRODUCT_STAGES;
@@ -531,19 +532,22 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
                 s.plane_step, s.row_step, copy);
           }
         }
-        if (s.coarse.access == 4) {
+        // Words that are copied to their places have two elements.
+        constexpr bool IN_PLACE = CoarseRows<Product, N_BLOCKS>::IN_PLACE;
+        const int access = IN_PLACE ? min(s.coarse.access, 2) : s.coarse.access;
+        if (access == 4) {
           copy_coarse<Product, N_BLOCKS, 4>(s, staging_warp, lane, coarse_table, stage, tile);
-        } else if (s.coarse.access == 2) {
+        } else if (access == 2) {
           copy_coarse<Product, N_BLOCKS, 2>(s, staging_warp, lane, coarse_table, stage, tile);
         } else {
           copy_coarse<Product, N_BLOCKS, 1>(s, staging_warp, lane, coarse_table, stage, tile);
         }
         copy_commit();
-        StagedTile next = find_tile(min(i + 1, tiles - 1));
+        dealt.advance(s);
+        StagedTile next = find_tile(min(dealt.tile(), s.tiles - 1));  // the last one has no next
         next.settle();
         copy_wait<0>();
         // What follows touches what others have copied.
-        constexpr bool IN_PLACE = CoarseRows<Product, N_BLOCKS>::IN_PLACE;
         const bool clears = LOOSENS && s.loose && reaches_beside(s, tile.fine);
         if (!IN_PLACE || clears) named_barrier_sync(PRODUCT_COPIED, STAGING_WARPS * WARP);
         if constexpr (!IN_PLACE) arrange_coarse<Product, N_BLOCKS>(s, thread, stage);

@@ -184,10 +184,10 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
   // tile, and takes no registers in the loop. Of tiles the loop only counts those that are `left`
   // (this one too), for the same reason; buffers and origins go by the parity of that.
   int left = split_tiles(s, block.split);
-  int* const next_tile = reinterpret_cast<int*>(&origins[3]);
+  SplitTiles* const dealt = reinterpret_cast<SplitTiles*>(&origins[3]);
   auto aim = [&](int left) {
-    const ProductTile tile = locate_product_tile(s, *next_tile);
-    *next_tile += s.splits;
+    const ProductTile tile = locate_product_tile(s, dealt->tile());
+    dealt->advance(s);
     ProductOrigins o = origins[2];
     o.coarse.channel = static_cast<const T*>(o.coarse.channel) + tile.n * s.coarse_sample;
     o.fine.channel = static_cast<const T*>(o.fine.channel) + tile.n * s.fine_sample;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     o.fine.w = block.tap_w * DILATION_W - PADDING_W - SHIFT;
     o.coarse.channels = s.coarse_channels - block.coarse0;
     o.fine.channels = s.fine_channels - block.fine0;
-    *next_tile = block.split;
+    *dealt = SplitTiles(block.split);
     aim(left);
     if (left > 1) aim(left - 1);
   }
