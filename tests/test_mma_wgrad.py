@@ -221,6 +221,10 @@ GROUP_CASES = [
         ("bf16tc",),
         ((1, (32, 64), (3, 5, 9)),),
     ),
+    # Loose lines that are read in words: of a stride of four, with a word that half of them read.
+    Case(ConvSpec(UP, (2, 3, 5), (1, 2, 4), (0, 1, 2)), ("f16tc",), ((2, (32, 16), (4, 5, 9)),)),
+    Case(ConvSpec(UP, (1, 2, 4), 2, (0, 0, 1)), ("bf16tc",), ((1, (40, 24), (3, 5, 17)),)),
+    Case(ConvSpec(CONV, (3, 1, 7), (2, 1, 2), (2, 0, 4)), ("f16tc",), ((1, (24, 32), (5, 3, 43)),)),
     # Loose lines of which single elements are read; of strides whose channels share a place.
     Case(ConvSpec(UP, 3, 2, 1, dilation=2), ("bf16tc",), ((1, (32, 64), (3, 5, 8)),)),
     Case(ConvSpec(CONV, 3, 1, 1), ("bf16tc",), ((1, (16, 32), (2, 8, 9)),)),
@@ -289,6 +293,21 @@ def test_tensors_may_start_anywhere(mode: str, skipped: int, architecture: str, 
     assert moved_problem.error() <= LIMITS[mode]
 
 
+@pytest.mark.parametrize("skipped", [1, 4, 7])
+@pytest.mark.parametrize("height", [6, 7])
+def test_loose_lines_may_start_anywhere(skipped: int, height: int) -> None:
+    """Odd rows of neighbouring channels that begin alike, or not, behind any granule's start."""
+    spec = ConvSpec(UP, 3, 2, 1, (0, height % 2, 0), in_channels=32, out_channels=32)
+    (made,) = Case(spec, (), ((1, (32, 32), (4, height, 21)),)).problems("f16tc")
+    fine = made.operands["fine"]
+    room = torch.empty(fine.numel() + 64, dtype=fine.dtype)
+    first = -room.data_ptr() % 64 // room.element_size() + skipped
+    moved = room[first : first + fine.numel()].view(fine.shape).copy_(fine)
+    moved_problem = replace(made, operands={**made.operands, "fine": moved})
+    solve(Library(library(spec, "f16tc", "checked", "90a")), moved_problem)
+    assert moved_problem.error() <= LIMITS["f16tc"]
+
+
 @pytest.mark.parametrize("mode", ["tf32", "f16tc"])
 def test_sanitized_kernels_stay_within_exact_tensors(mode: str, tmp_path: Path) -> None:
     """Under AddressSanitizer and UBSan, with odd rows and padding."""
@@ -320,12 +339,12 @@ CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
 @pytest.mark.parametrize(
     ("spec", "sizes", "wavefronts", "loads"),
     [
-        # All positions of the stride are read, in pairs of elements.
+        # All positions of the stride are read, in words.
         (
             ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
             (4, 32, 32, 32, 64, 128, 63, 127, 255),
             1,
-            6,
+            5,
         ),
         # Every second one, each for itself.
         (
@@ -339,7 +358,7 @@ CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
             ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
             (4, 32, 32, 32, 64, 128, 62, 127, 255),
             1,
-            6,
+            5,
         ),
         # Quads of neighbouring channels overlap, wherever these lie.
         (
@@ -388,6 +407,70 @@ def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
     made = case.problems("bf16tc")[-1]
     solve(loaded, made)
     assert made.error() <= LIMITS["bf16tc"]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_tiles_are_dealt_to_splits_in_turn(
+    processors: int, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So few multiprocessors that splits have several tiles, not all as many."""
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", str(processors))
+    spec = ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32)
+    path = tmp_path / "few.so"  # a copy: the library remembers the limits
+    path.write_bytes(library(spec, "bf16tc", "checked", architecture).read_bytes())
+    loaded = Library(path)
+    # On sm_90a lines are loose; some tiles lie within the tensors, others at each of their edges.
+    for batch, extents in ((2, (5, 7, 34)), (1, (9, 10, 62))):
+        (made,) = Case(spec, (), ((batch, (32, 32), extents),)).problems("bf16tc")
+        solve(loaded, made)
+        assert made.error() <= LIMITS["bf16tc"]
+
+
+# Which split each tile of a call is dealt to.
+OWNERS_OF_TILES = """
+CONVGEN_EXPORT int owners_of_tiles(const int64_t* sizes, int64_t* owners) {
+  ConvgenCall call = {};
+  call.batch = sizes[0], call.coarse_channels = sizes[1], call.fine_channels = sizes[2];
+  for (int i = 0; i < 3; ++i) {
+    call.coarse_extent[i] = sizes[3 + i], call.fine_extent[i] = sizes[6 + i];
+  }
+  const DeviceLimits limits = {static_cast<int>(sizes[9]), 227 * 1024};
+  Plan p;
+  if (const int error = plan(call, limits, p)) return error;
+  const ProductShape& s = p.shape;
+  *owners++ = s.tiles, *owners++ = s.splits, *owners++ = s.tiles_w.divisor;
+  for (int split = 0; split < s.splits; ++split) {
+    SplitTiles tiles(split);
+    for (int i = split_tiles(s, split); i > 0; --i, tiles.advance(s)) {
+      if (owners[tiles.tile()] >= 0) return CONVGEN_TOO_LARGE;  // dealt twice
+      owners[tiles.tile()] = split;
+    }
+  }
+  return CONVGEN_OK;
+}
+"""
+
+
+@pytest.mark.parametrize("processors", [1, 7, 64, 132])
+def test_splits_share_the_tiles_at_edges(processors: int) -> None:
+    spec = ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32)
+    sources = engine_sources(spec, "bf16tc", ("wgrad",))
+    sources["wgrad_bf16tc.cu"] += OWNERS_OF_TILES
+    loaded = Library(compile_interpreted("owners", sources, "plain", architecture="90a"))
+    for batch, extents in ((4, (32, 64, 128)), (1, (5, 6, 7)), (3, (11, 32, 64))):
+        fine = [2 * extent - 1 for extent in extents]
+        owners = np.full(1 << 20, -1, np.int64)
+        sizes = [batch, 32, 32, *extents, *fine, processors]
+        loaded("owners_of_tiles", np.array(sizes, np.int64), owners)
+        tiles, splits, tiles_w = owners[:3].tolist()
+        dealt = owners[3 : 3 + tiles]
+        counts = np.bincount(dealt, minlength=splits)
+        assert counts.sum() == tiles
+        assert counts.max() - counts.min() <= 1
+        at_edge = np.bincount(dealt[::tiles_w], minlength=splits)
+        if counts.min() >= 2 * tiles_w:
+            assert at_edge.max() <= 2 * at_edge.min()
 
 
 def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

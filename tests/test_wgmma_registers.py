@@ -34,8 +34,14 @@ Batches = tuple[tuple[frozenset[int], bool], ...]
 """Of products under way: the registers that a batch reads, and whether it is complete."""
 
 
-def cubin(folder: Path, spec: ConvSpec, contraction: str, fault: tuple[str, str] | None) -> Path:
-    for name, text in engine_sources(spec, "tf32", (contraction,)).items():
+def cubin(
+    folder: Path,
+    spec: ConvSpec,
+    contraction: str,
+    fault: tuple[str, str] | None,
+    mode: str = "tf32",
+) -> Path:
+    for name, text in engine_sources(spec, mode, (contraction,)).items():
         if fault is not None and fault[0] in text:
             text = text.replace(*fault)
             fault = None
@@ -43,7 +49,7 @@ def cubin(folder: Path, spec: ConvSpec, contraction: str, fault: tuple[str, str]
     assert fault is None
     compiler = toolchain.find_cuda()
     command = [compiler.path, "-ccbin", compiler.host, "-std=c++17", "-O3", "-arch=sm_90a"]
-    command += ["-cubin", f"{contraction}_tf32.cu", "-o", "unit.cubin"]
+    command += ["-cubin", f"{contraction}_{mode}.cu", "-o", "unit.cubin"]
     environment = toolchain.build_environment()
     subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment)
     return folder / "unit.cubin"
@@ -124,6 +130,13 @@ def test_nothing_writes_what_products_read(
     spec: ConvSpec, contraction: str, tmp_path: Path
 ) -> None:
     products, found = search(cubin(tmp_path, spec, contraction, None))
+    assert products
+    assert not found
+
+
+@pytest.mark.parametrize("spec", SPECS[2:], ids=lambda spec: spec.name)
+def test_nothing_writes_what_products_of_loose_lines_read(spec: ConvSpec, tmp_path: Path) -> None:
+    products, found = search(cubin(tmp_path, spec, "wgrad", None, "bf16tc"))
     assert products
     assert not found
 

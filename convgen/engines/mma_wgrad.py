@@ -227,10 +227,12 @@ def _group_tile(layout: Layout, taps: tuple[int, int], m: int, blocks: int) -> T
         p * layout.position_columns + w * layout.tap_columns
         for p, w in product(range(QUAD), range(taps[1]))
     }
-    # Single elements, or pairs where all columns between are staged, from words that the first
-    # column may halve.
+    # Single elements, or words where all columns between are staged, which the first column may
+    # halve. Half of all lines read one more where their last columns are at stake.
     loads = len(columns)
-    if layout.column_step == 1:
+    if layout.column_step == 1 and layout.position_columns % 2 == 0:
+        loads = max(columns) // 2 + 1 + max(columns) % 2
+    elif layout.column_step == 1:
         end = layout.shift + max(columns) + 1
         loads = -(-end // 2) - layout.shift // 2 + (end % 2 == 0)
     wavefronts = rows * layout.used_vectors * layout.wavefronts

@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_af2157f6"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_4a447c44"
 NAMESPACE += VARIANT
 
 

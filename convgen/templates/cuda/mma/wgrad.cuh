@@ -59,6 +59,26 @@ __device__ __forceinline__ ProductTile locate_product_tile(const ProductShape& s
   return tile;
 }
 
+// Tiles are dealt to splits in turns, `split_turn` splits further in each: tiles at an edge take
+// longer, and no split has more of them.
+struct SplitTiles {
+  int first, place;  // of a turn: its first tile, and this split's after that
+
+  __device__ __forceinline__ explicit SplitTiles(int split) : first(0), place(split) {}
+  __device__ __forceinline__ int tile() const { return first + place; }
+  __device__ __forceinline__ void advance(const ProductShape& s) {
+    first += s.splits, place += s.split_turn;
+    if (place >= s.splits) place -= s.splits;
+  }
+};
+
+// How many tiles a split has; in the last turn there may be none for it.
+__device__ __forceinline__ int split_tiles(const ProductShape& s, int split) {
+  const int turns = s.tiles_per_split - 1;
+  const int place = static_cast<unsigned>(split + turns * s.split_turn) % s.splits;
+  return turns + (turns * s.splits + place < s.tiles);
+}
+
 // ---- Staging --------------------------------------------------------------------------------
 
 // A place of a tile: element of the channel in shared memory, and where it is in the tensor.
@@ -114,7 +134,7 @@ struct ProductOrigin {
 };
 
 // Both tensors' origins of a tile lie in shared memory, so do those of the tile after it, and last
-// what all tiles' have in common. The number of the tile after these follows.
+// what all tiles' have in common. The place of the tile after these follows.
 struct ProductOrigins {
   ProductOrigin coarse, fine;
 };

@@ -62,10 +62,10 @@ struct ProductShape {
   int blocks, threads;
 
   // Positions are walked in tiles of tile_d x tile_h x tile_w within one sample, dealt to `splits`
-  // blocks in contiguous runs.
+  // blocks in turns (see SplitTiles): a block has tiles_per_split of them or one less.
   int tile_d, tile_h, tile_w, chunks;
   Divisor tiles_w, tiles_h, tiles_d;
-  int tiles, splits, tiles_per_split;
+  int tiles, splits, tiles_per_split, split_turn;
   int tiles_per_store;  // after which a warp adds its sums to its partial results
 
   // Shared memory, in words: the origins, the table of quads, the two tables of places, then the
@@ -83,7 +83,8 @@ struct ProductShape {
   // Whether lines of the fine tensor are staged as they lie in memory, in granules of 16 bytes
   // (places are granules then): each starts with up to 15 bytes that lie before it.
   bool loose;
-  int line;  // elements of a loose line
+  int line;         // elements of a loose line
+  int fine_staged;  // channels of a stage, beyond the tensor's too
   int shared_bytes;
   ProductCopies coarse, fine;
 };
@@ -169,12 +170,18 @@ constexpr double WARP_CLOCKS = 6;       // from one instruction of a warp to the
 // tile's barriers.
 constexpr double GROUP_LATENCY = 200, ARRANGE_CLOCKS = 120, STAGING_LATENCY = 1500,
                  GROUP_TILE_CLOCKS = 150;
-constexpr double COARSE_COPY = 4;  // instructions of a coarse copy beside COPY_ONE
-// Instructions: to find a place, to copy a channel there, as a granule.
-constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4, COPY_GRANULE = 12;
+// Instructions: to find a place, to copy a channel there.
+constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4;
+// Of a coarse copy beside COPY_ONE, where lines are not loose: by these figures cuts were measured,
+// before 16-bit words were copied to their places.
+constexpr double COARSE_COPY = 4;
+// Of a warp that stages, where lines are loose: to begin a tile, to begin 16 channels of it, to
+// copy WARP granules of each of these; to find a chunk's coarse quads.
+constexpr int64_t LOOSE_TILE = 80, LOOSE_CHANNELS = 45, LOOSE_PLACE = 26;
+constexpr double COARSE_PLACE = 14;
 // Wavefronts of shared memory that copies take where lines are loose, as measured: for each granule
-// and for each line of a channel; for 128 bytes of coarse channels, putting them in order included.
-constexpr double GRANULE_WAVEFRONTS = 0.42, LINE_WAVEFRONTS = 0.5, COARSE_WAVEFRONTS = 7.5;
+// and for each line of a channel; for 128 bytes of coarse channels.
+constexpr double GRANULE_WAVEFRONTS = 0.42, LINE_WAVEFRONTS = 0.5, COARSE_WAVEFRONTS = 4;
 
 // Wavefronts of one load of a warp from loose lines, on average over where these may begin. Lane
 // 4 g + t reads the word at quad t, `quad_words` apart, of channel g: channels are `pitch` words
@@ -223,9 +230,7 @@ struct LoosePitches {
 };
 
 // Instructions of a warp that copies `channels` channels at its places.
-constexpr int64_t copy_instructions(int64_t channels, int64_t one = COPY_ONE) {
-  return COPY_PLACE + one * channels;
-}
+constexpr int64_t copy_instructions(int64_t channels) { return COPY_PLACE + COPY_ONE * channels; }
 
 // How many channels a thread copies at a place: more take less time to find places, fewer leave
 // less of the last round idle. The least time of the busiest warp.
@@ -243,8 +248,7 @@ inline void deal_copies(ProductShape& s, int64_t coarse_channels, int64_t fine_c
       // Rounds of coarse places only, of both, and of fine ones only.
       const int64_t rounds = ceil_div(all_warps, warps), pure = coarse_warps / warps;
       const bool mixed = coarse_warps % warps != 0;
-      const int64_t a = copy_instructions(coarse);
-      const int64_t b = copy_instructions(fine, s.loose ? COPY_GRANULE : COPY_ONE);
+      const int64_t a = copy_instructions(coarse), b = copy_instructions(fine);
       const int64_t time = pure * a + (mixed ? (a > b ? a : b) : 0) + (rounds - pure - mixed) * b;
       if (best >= 0 && time >= best) continue;
       best = time;
@@ -276,6 +280,9 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const LoosePitch
   const int64_t line =
       (cut.quads * QUAD - 1) * t.stride_w + (cut.w * t.taps_w - 1) * t.dilation_w + 1;
   const int64_t granules = (line + granule - 2) / granule + 1;  // from any start
+  // The table of granules has 32 bits for how far a line lies behind the tile's first, in bytes.
+  const int64_t span = ((d.count - 1) * d.step * s.fine_h + (h.count - 1) * h.step) * s.fine_w;
+  if (loose && (span + columns * t.stride_w) * t.element_bytes >= INDEX_LIMIT) return INDEX_LIMIT;
   const int64_t row_words =
       loose ? granules * GRANULE_WORDS
             : column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
@@ -317,12 +324,18 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const LoosePitch
   s.stage_words = static_cast<int>(coarse_words + fine_words);
   s.shared_bytes = static_cast<int>(words * 4);
   s.loose = loose, s.line = static_cast<int>(line);
+  s.fine_staged = static_cast<int>(cut.n) * t.fine_tile;
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
   const int64_t coarse_channels = staged_by_all ? cut.m * t.coarse_tile : 0;
   deal_copies(s, coarse_channels, cut.n * t.fine_tile,
               staged_by_all ? cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts : t.staging_warps);
+  if (loose) {
+    const int64_t of_channels = LOOSE_CHANNELS + ceil_div(fine_places, WARP) * LOOSE_PLACE;
+    s.copy_instructions = static_cast<int>(
+        LOOSE_TILE + ceil_div(s.fine_staged, PRODUCT_ROWS) * of_channels);
+  }
   return words;
 }
 
@@ -362,19 +375,21 @@ inline double group_clocks(const ProductShape& s, const ProductTraits& t,
   double copies = s.stage_words / 32.0 + double(s.fine.total) * s.fine.channels / WARP;
   if (s.loose) {
     loads = t.loose_loads * pitches.of(s.fine_pitch);
-    const double channels = double(s.fine.total) / s.fine.places * s.fine.channels;
-    copies = channels * (s.fine.places * GRANULE_WAVEFRONTS + s.planes * s.rows * LINE_WAVEFRONTS) +
+    const double lines = s.planes * s.rows;
+    copies = s.fine_staged * (s.fine.places * GRANULE_WAVEFRONTS + lines * LINE_WAVEFRONTS) +
              s.coarse_words / 32.0 * COARSE_WAVEFRONTS;
   }
   const double shared = tensor / 2 + groups * chunks * t.group_warps * loads + copies;
   // A group waits for its products before it loads the next chunk.
   const double serial = chunks * (product + GROUP_LATENCY);
-  // Coarse channels are copied, eight at a time, and put in order.
+  // Coarse channels are copied, eight at a time, and put in order; beside loose lines they are in
+  // order.
   const double blocks = double(s.chunks) * t.coarse_tile / 8;
-  const double coarse = blocks * (COPY_ONE + COARSE_COPY) + s.chunks * COPY_PLACE;
+  const double turns = s.loose ? 0 : blocks * PRODUCT_COLUMNS / (t.staging_warps * WARP);
+  const double coarse = s.loose ? blocks * COPY_ONE + s.chunks * COARSE_PLACE
+                                : blocks * (COPY_ONE + COARSE_COPY) + s.chunks * COPY_PLACE;
   const double staging = (s.copy_instructions + coarse / t.staging_warps) * WARP_CLOCKS +
-                         blocks * PRODUCT_COLUMNS / (t.staging_warps * WARP) * ARRANGE_CLOCKS +
-                         STAGING_LATENCY;
+                         turns * ARRANGE_CLOCKS + STAGING_LATENCY;
   const double level2 = s.stage_words * 4 / LEVEL2_BYTES;
   double most = tensor > shared ? tensor : shared;
   if (serial > most) most = serial;
@@ -509,7 +524,10 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   s.blocks_h = Divisor(ceil_div(t.tap_blocks_h, cut.h));
   s.blocks_d = Divisor(ceil_div(t.kernel_d, cut.d));
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
-  if (tiles > INDEX_LIMIT || blocks > INDEX_LIMIT) return CONVGEN_TOO_LARGE;
+  // With room for a turn of splits more.
+  if (tiles > INDEX_LIMIT - 2 * PRODUCT_MAX_SPLITS || blocks > INDEX_LIMIT) {
+    return CONVGEN_TOO_LARGE;
+  }
   s.blocks = static_cast<int>(blocks), s.tiles = static_cast<int>(tiles);
   s.tiles_w = Divisor(ceil_div(s.coarse_w, s.tile_w));
   s.tiles_h = Divisor(ceil_div(s.coarse_h, s.tile_h));
@@ -541,6 +559,13 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch, 
   }
   s.tiles_per_split = static_cast<int>(ceil_div(tiles, s.splits));
   if (tiles > 0) s.splits = static_cast<int>(ceil_div(tiles, s.tiles_per_split));
+  // From turn to turn a split's tiles are so far apart that it comes to all places of a sample.
+  const int64_t of_sample = batch > 0 ? tiles / batch : 1;
+  s.split_turn = 0;
+  while (s.split_turn + 1 < s.splits &&
+         greatest_divisor(s.splits + s.split_turn, of_sample) != 1) {
+    ++s.split_turn;
+  }
   return blocks * s.splits <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
 }
 

@@ -48,11 +48,13 @@ constexpr int MATRIX_WORDS = PRODUCT_COLUMNS * 4, COLUMNS_WORDS = 2 * MATRIX_WOR
 template <class Product, int N_BLOCKS>
 constexpr int CHUNK_WORDS = PRODUCT_STEPS<Product> * N_BLOCKS * COLUMNS_WORDS;
 
-// A channel's share of a chunk is a row of each of MATRICES matrices. Quads are copied into these
-// rows one after the other; afterwards a thread puts the words of all into their places. The rows
-// of a channel begin at row(chunk and 8 channels, channel), the i-th of them is step(i) further.
+// A channel's share of a chunk is a row of each of MATRICES matrices, which begin at row(chunk and
+// 8 channels, channel), the i-th of them step(i) further. Words of 16-bit elements are copied to
+// their places. Those of TF32 have to be rounded anyway: quads are copied into the rows one after
+// the other, and afterwards a thread puts the words of all into their places.
 template <class Product, int N_BLOCKS>
 struct CoarseRows {
+  static constexpr bool IN_PLACE = Product::ELEMENTS == 2;
   static constexpr int QUAD_WORDS = QUAD / Product::ELEMENTS;
   static constexpr int MATRICES = QUAD_WORDS;
   using Raw = typename Product::Raw;
@@ -68,18 +70,18 @@ struct CoarseRows {
   // Where quad t is copied, from the channel's first row.
   __device__ static __forceinline__ int quad(int t) {
     constexpr int PER_ROW = 4 / QUAD_WORDS;  // quads
-    return step(t / PER_ROW) + t % PER_ROW * QUAD_WORDS;
+    return IN_PLACE ? t : step(t / PER_ROW) + t % PER_ROW * QUAD_WORDS;
   }
 
   // Copies a quad, of which the first `valid` positions exist (a multiple of ACCESS), in accesses
   // of ACCESS elements; the others are zero.
   template <int ACCESS>
   __device__ static __forceinline__ void copy(uint32_t* to, const Raw* from, int valid) {
-    constexpr int BYTES = ACCESS * sizeof(Raw);
-    if constexpr (BYTES >= 4) {
+    if constexpr (ACCESS * sizeof(Raw) >= 4) {
+      constexpr int COUNT = IN_PLACE ? 2 : ACCESS;
 #pragma unroll
-      for (int i = 0; i < QUAD; i += ACCESS) {
-        copy_async<BYTES>(to + i / Product::ELEMENTS, from + i, i < valid);
+      for (int i = 0; i < QUAD; i += COUNT) {
+        copy_async<COUNT * sizeof(Raw)>(to + (IN_PLACE ? step(i / 2) : i), from + i, i < valid);
       }
     } else {
 #pragma unroll
@@ -87,7 +89,7 @@ struct CoarseRows {
         uint32_t word = 0;
         if (2 * i < valid) word = from[2 * i];
         if (2 * i + 1 < valid) word |= uint32_t{from[2 * i + 1]} << 16;
-        to[i] = word;
+        to[step(i)] = word;
       }
     }
   }
@@ -109,37 +111,85 @@ struct CoarseRows {
   }
 };
 
+// The table of quads of the coarse tensor: how many elements they lie behind the tile's first one,
+// and their plane, row and column. Tiles have no more than 128 quads.
+__device__ __forceinline__ void fill_quad_table(const ProductShape& s, uint2* table) {
+  const int per_row = s.tile_w / QUAD;
+  for (int i = threadIdx.x; i < s.coarse.places; i += blockDim.x) {
+    const int line = i / per_row, plane = line / s.tile_h;
+    const int row = line - plane * s.tile_h, column = (i - line * per_row) * QUAD;
+    table[i] = make_uint2((plane * s.coarse_h + row) * s.coarse_w + column,
+                          plane << 24 | row << 16 | column);
+  }
+}
+
+// What the copies of a tile have in common. It is found while those of the tile before are on their
+// way.
+struct StagedTile {
+  ProductOrigin coarse, fine;
+  const void* quads;   // its first element of the coarse tensor
+  bool whole;          // whether all coarse positions and channels exist
+  int lines;           // which loose lines do: see find_lines
+  int64_t first_line;  // the address of the first one
+
+  // Now, that is, and not where it is needed.
+  __device__ __forceinline__ void settle() {
+    coarse.channel = opaque(coarse.channel), fine.channel = opaque(fine.channel);
+    quads = opaque(quads);
+    first_line = reinterpret_cast<int64_t>(opaque(reinterpret_cast<const char*>(first_line)));
+    coarse.d = opaque(coarse.d), coarse.h = opaque(coarse.h), coarse.w = opaque(coarse.w);
+    fine.d = opaque(fine.d), fine.h = opaque(fine.h), fine.w = opaque(fine.w);
+    lines = opaque(lines), whole = opaque(whole);
+  }
+};
+
+// Finds a tile's coarse part.
+template <class Product, int N_BLOCKS>
+__device__ __forceinline__ void find_quads(const ProductShape& s, StagedTile& tile) {
+  const ProductOrigin& o = tile.coarse;
+  tile.quads = static_cast<const typename Product::Raw*>(o.channel) +
+               static_cast<uint32_t>((o.d * s.coarse_h + o.h) * s.coarse_w + o.w);
+  tile.whole = s.coarse.places == s.chunks * CHUNK_QUADS && o.d + s.tile_d <= s.coarse_d &&
+               o.h + s.tile_h <= s.coarse_h && o.w + s.tile_w <= s.coarse_w &&
+               o.channels >= N_BLOCKS * PRODUCT_COLUMNS;
+}
+
 // Starts copying the coarse channels of a tile: a warp takes 8 channels of a chunk at a time (a
-// piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero.
-template <class Product, int N_BLOCKS, int ACCESS>
-__device__ __forceinline__ void copy_coarse(const ProductShape& s, int thread, const uint2* table,
-                                            uint32_t* to, const ProductOrigin& origin) {
+// piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero, and so
+// are those behind the last quad; of a WHOLE tile there are none.
+template <class Product, int N_BLOCKS, int ACCESS, bool WHOLE>
+__device__ __forceinline__ void copy_quads(const ProductShape& s, int warp, int lane,
+                                           const uint2* table, uint32_t* to,
+                                           const ProductOrigin& origin, const void* first) {
   using Rows = CoarseRows<Product, N_BLOCKS>;
-  const int lane = thread % WARP, channel = lane / 4, t = lane % 4;
-  const auto* const tensor = static_cast<const typename Product::Raw*>(origin.channel);
+  using Raw = typename Product::Raw;
+  const uint32_t channel = static_cast<uint32_t>(lane) / 4, t = static_cast<uint32_t>(lane) % 4;
+  // Below 2^31, as all strides of channels are.
+  const uint64_t stride = static_cast<uint32_t>(s.coarse_channel_stride);
+  const auto* const tensor = static_cast<const Raw*>(origin.channel);
+  const auto* const tile = static_cast<const Raw*>(first) + stride * channel;
+  uint32_t* rows = to + Rows::row(warp * N_BLOCKS, channel) + Rows::quad(t);
 #pragma unroll 1
-  for (int chunk = thread / WARP; chunk < s.chunks; chunk += STAGING_WARPS) {
+  for (int chunk = warp; chunk < s.chunks; chunk += STAGING_WARPS) {
     const int index = chunk * CHUNK_QUADS + t;
-    int valid = 0;
-    const auto* from = tensor;
-    if (index < s.coarse.places) {
-      const uint2 place = table[index];
-      const int z = origin.d + static_cast<int>(place.x >> 20);
-      const int y = origin.h + static_cast<int>(place.y >> 16);
-      const int x = origin.w + static_cast<int>(place.y & 0xffff);
-      if (z < s.coarse_d && y < s.coarse_h) valid = s.coarse_w - x;
-      if (valid > 0) from += (z * s.coarse_h + y) * s.coarse_w + x;
+    uint32_t place = 0;
+    int valid = WHOLE ? QUAD : 0;
+    if constexpr (WHOLE) {
+      place = table[index].x;
+    } else if (index < s.coarse.places) {
+      const uint2 entry = table[index];
+      place = entry.x;
+      if (origin.d + static_cast<int>(entry.y >> 24) < s.coarse_d &&
+          origin.h + static_cast<int>(entry.y >> 16 & 0xff) < s.coarse_h) {
+        valid = s.coarse_w - origin.w - static_cast<int>(entry.y & 0xffff);
+      }
     }
-    uint32_t* const rows = to + Rows::row(chunk * N_BLOCKS, channel) + Rows::quad(t);
-    from += s.coarse_channel_stride * channel;
-    // Below 2^31, as all strides of channels are.
-    const uint64_t stride =
-        uint64_t{static_cast<uint32_t>(s.coarse_channel_stride)} * PRODUCT_COLUMNS;
-    if (origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
+    const Raw* from = WHOLE || valid > 0 ? tile + place : tensor;
+    if (WHOLE || origin.channels >= N_BLOCKS * PRODUCT_COLUMNS) {
 #pragma unroll
       for (int n = 0; n < N_BLOCKS; ++n) {
         Rows::template copy<ACCESS>(rows + n * COLUMNS_WORDS, from, valid);
-        from += stride;
+        from += stride * PRODUCT_COLUMNS;
       }
     } else {
 #pragma unroll 1
@@ -147,9 +197,21 @@ __device__ __forceinline__ void copy_coarse(const ProductShape& s, int thread, c
         const bool exists = n * PRODUCT_COLUMNS + channel < origin.channels;
         Rows::template copy<ACCESS>(rows + n * COLUMNS_WORDS, exists ? from : tensor,
                                     exists ? valid : 0);
-        from += stride;
+        from += stride * PRODUCT_COLUMNS;
       }
     }
+    rows += STAGING_WARPS * CHUNK_WORDS<Product, N_BLOCKS>;
+  }
+}
+
+template <class Product, int N_BLOCKS, int ACCESS>
+__device__ __forceinline__ void copy_coarse(const ProductShape& s, int warp, int lane,
+                                            const uint2* table, uint32_t* to,
+                                            const StagedTile& tile) {
+  if (tile.whole) {
+    copy_quads<Product, N_BLOCKS, ACCESS, true>(s, warp, lane, table, to, tile.coarse, tile.quads);
+  } else {
+    copy_quads<Product, N_BLOCKS, ACCESS, false>(s, warp, lane, table, to, tile.coarse, tile.quads);
   }
 }
 
@@ -171,127 +233,226 @@ __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread
 // which may begin with elements of the line before. A lane adds how many; it is the same for
 // channels 8 apart.
 
-// How many elements after a multiple of 16 bytes an element lies.
-template <typename Raw>
-__device__ __forceinline__ int within_granule(int64_t element) {
-  return static_cast<int>(element) & (GRANULE_BYTES / static_cast<int>(sizeof(Raw)) - 1);
+// As fill_windows, in bytes. The bits from LOOSE_SHIFT on hold how far within a granule the quad's
+// line lies, compared with the tile's first line: modulo 16, as what overflows is lost.
+constexpr int LOOSE_SHIFT = 28;
+__device__ __forceinline__ uint32_t loose_shift(int64_t bytes) {
+  return static_cast<uint32_t>(bytes) << LOOSE_SHIFT;
 }
-
-// As fill_windows, in elements. The bits from LOOSE_SHIFT on hold how far within a granule the
-// quad's line lies, compared with the tile's first line.
-constexpr int LOOSE_SHIFT = 24;
 template <typename Raw, int STRIDE_D, int STRIDE_H, int STRIDE_W>
 __device__ __forceinline__ void fill_loose_windows(const ProductShape& s, uint32_t* windows) {
-  constexpr int ELEMENTS = 4 / sizeof(Raw);
+  constexpr int SIZE = sizeof(Raw);
   const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
   for (int i = threadIdx.x; i < (s.chunks + s.parts) * CHUNK_QUADS; i += blockDim.x) {
     const int chunk = i / CHUNK_QUADS;
     const int quad = i - (chunk < s.chunks ? 0 : chunk - chunk % s.parts) * CHUNK_QUADS;
     const int row = quad / row_quads, plane = row / s.tile_h, h = row - plane * s.tile_h;
     const int line = plane * s.position_planes * s.rows + h * s.position_rows;
-    const int at = line * s.row_words * ELEMENTS + (quad - row * row_quads) * QUAD * STRIDE_W;
+    const uint32_t at = line * s.row_words * 4 + (quad - row * row_quads) * QUAD * STRIDE_W * SIZE;
     const int64_t from = (int64_t{plane} * STRIDE_D * s.fine_h + h * STRIDE_H) * s.fine_w;
-    windows[i] = quad < quads ? at | within_granule<Raw>(from) << LOOSE_SHIFT : 0;
+    windows[i] = quad < quads ? at | loose_shift(from * SIZE) : 0;
   }
 }
 
-// The table of granules: their word in a channel, plane, row, and number within the line.
+// The table of granules: the bytes from the tile's first line to the granule's line, 16 more for
+// each granule before it, and its plane and row. lay_out() sees to it that 32 bits hold them.
+template <typename Raw>
 __device__ __forceinline__ void fill_granule_table(const ProductShape& s, uint2* table) {
   const int per_row = s.row_words / GRANULE_WORDS;
   for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
-    const int row = i / per_row, plane = row / s.rows;
-    table[i] = pack_place(i * GRANULE_WORDS, plane, row - plane * s.rows, i - row * per_row);
+    const int line = i / per_row, plane = line / s.rows, row = line - plane * s.rows;
+    const int64_t from = (int64_t{plane} * s.plane_step * s.fine_h + row * s.row_step) * s.fine_w;
+    table[i] = make_uint2(static_cast<uint32_t>(from * int64_t{sizeof(Raw)}) +
+                              (i - line * per_row) * GRANULE_BYTES,
+                          plane << 16 | row);
   }
 }
 
-// An element of the fine tensor: column `origin.w` of a staged line, of the tile's first channel.
-__device__ __forceinline__ int64_t loose_element(const ProductShape& s, const ProductOrigin& origin,
-                                                 int plane, int row) {
-  return (int64_t{origin.d + plane * s.plane_step} * s.fine_h + origin.h + row * s.row_step) *
-             s.fine_w +
-         origin.w;
+// From channel to channel of the fine tensor, whose elements are fewer than 2^31.
+template <typename Raw>
+__device__ __forceinline__ uint32_t channel_bytes(const ProductShape& s) {
+  return static_cast<uint32_t>(s.fine_channel_stride) * uint32_t{sizeof(Raw)};
+}
+
+// Address of column `origin.w` of a tile's first line, of its first channel.
+template <typename Raw>
+__device__ __forceinline__ int64_t first_address(const ProductShape& s,
+                                                 const ProductOrigin& origin) {
+  return reinterpret_cast<int64_t>(origin.channel) +
+         ((int64_t{origin.d} * s.fine_h + origin.h) * s.fine_w + origin.w) * int64_t{sizeof(Raw)};
 }
 
 __device__ __forceinline__ bool line_inside(const ProductShape& s, const ProductOrigin& origin,
-                                            int plane, int row) {
-  return static_cast<unsigned>(origin.d + plane * s.plane_step) < static_cast<unsigned>(s.fine_d) &&
-         static_cast<unsigned>(origin.h + row * s.row_step) < static_cast<unsigned>(s.fine_h);
+                                            const uint2& place) {
+  const int d = origin.d + static_cast<int>(place.y >> 16) * s.plane_step;
+  const int h = origin.h + static_cast<int>(place.y & 0xffff) * s.row_step;
+  return static_cast<unsigned>(d) < static_cast<unsigned>(s.fine_d) &&
+         static_cast<unsigned>(h) < static_cast<unsigned>(s.fine_h);
 }
 
-// Starts copying all loose lines of a tile to `to`. `tensor` is the whole one.
+// Of 16 channels, a warp that stages copies every fourth: these are alike by turns, in where they
+// begin in their granules.
+constexpr int WARP_CHANNELS = PRODUCT_ROWS / STAGING_WARPS, KINDS = 8 / STAGING_WARPS;
+
+// Starts copying the loose lines of a tile, whose first one begins at address `first`. All granules
+// of lines that exist lie within the tensor; of a WHOLE tile all lines and channels exist.
+template <bool WHOLE, typename Raw>
+__device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int lane,
+                                           const uint2* table, uint32_t* to,
+                                           const ProductOrigin& origin, int64_t first) {
+  const int step = opaque(STAGING_WARPS * s.fine_pitch);
+  const int places = s.fine.places;
+#pragma unroll 1
+  for (int channel = warp; channel < s.fine_staged; channel += PRODUCT_ROWS) {
+    // A granule's address is its channel's in here, a multiple of 16, and a 32-bit offset.
+    int64_t from[WARP_CHANNELS];
+    uint32_t shift[KINDS];
+    from[0] = first + uint64_t{channel_bytes<Raw>(s)} * static_cast<uint32_t>(channel);
+#pragma unroll
+    for (int i = 0; i < WARP_CHANNELS; ++i) {
+      if (i > 0) from[i] = from[i - 1] + uint64_t{channel_bytes<Raw>(s)} * STAGING_WARPS;
+      if (i < KINDS) shift[i] = static_cast<uint32_t>(from[i]) % GRANULE_BYTES;
+    }
+#pragma unroll
+    for (int i = 0; i < WARP_CHANNELS; ++i) from[i] -= shift[i % KINDS];
+    const int existing = origin.channels - channel;
+    auto copy = [&](uint32_t* word, uint2 place) {
+      const bool inside = WHOLE || line_inside(s, origin, place);
+#pragma unroll
+      for (int i = 0; i < WARP_CHANNELS; ++i) {
+        const uint32_t offset = (place.x + shift[i % KINDS]) & ~(GRANULE_BYTES - 1u);
+        copy_async<GRANULE_BYTES>(word + i * step, reinterpret_cast<const void*>(from[i] + offset),
+                                  WHOLE || (inside && i * STAGING_WARPS < existing));
+      }
+    };
+    // Two places at a time, which a thread knows before it begins to copy.
+    uint32_t* word = to + channel * s.fine_pitch + lane * GRANULE_WORDS;
+    const uint2* entry = table + lane;
+    int left = places;
+#pragma unroll 1
+    for (; left >= 2 * WARP; left -= 2 * WARP) {
+      const uint2 place = entry[0], other = entry[WARP];
+      copy(word, place);
+      copy(word + WARP * GRANULE_WORDS, other);
+      entry += 2 * WARP, word += 2 * WARP * GRANULE_WORDS;
+    }
+#pragma unroll 1
+    for (left -= lane; left > 0; left -= WARP) {
+      copy(word, *entry);
+      entry += WARP, word += WARP * GRANULE_WORDS;
+    }
+  }
+}
+
+// The same of any tile: granules that reach beyond the tensor's ends are copied as far as they lie
+// within.
 template <typename Raw>
-__device__ __forceinline__ void copy_granules(const ProductShape& s, int thread, const uint2* table,
-                                              uint32_t* to, const ProductOrigin& origin,
-                                              const Raw* tensor) {
+__device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, int lane,
+                                               const uint2* table, uint32_t* to,
+                                               const ProductOrigin& origin, int64_t first,
+                                               const Raw* tensor) {
   constexpr int64_t GRANULE = GRANULE_BYTES;
-  const Raw* const first = static_cast<const Raw*>(origin.channel);
   const int64_t begin = reinterpret_cast<int64_t>(tensor);
   const int64_t end = begin + s.fine_elements * int64_t{sizeof(Raw)};
-  const int64_t stride = s.fine_channel_stride * int64_t{sizeof(Raw)};
 #pragma unroll 1
-  for (int copy = thread; copy < s.fine.total; copy += STAGING_WARPS * WARP) {
-    int channel = copy;
-    const uint2 place = table[s.fine.by_places.split(channel)];
-    channel *= s.fine.channels;
-    const int plane = static_cast<int>(place.x >> 20), row = static_cast<int>(place.y >> 16);
-    const int number = static_cast<int>(place.y & 0xffff);
-    const int existing = line_inside(s, origin, plane, row)
-                             ? min(max(origin.channels - channel, 0), s.fine.channels)
-                             : 0;
-    uint32_t* word = to + (place.x & 0xfffff) + channel * s.fine_pitch;
-    int64_t at = reinterpret_cast<int64_t>(first) + channel * stride +
-                 loose_element(s, origin, plane, row) * int64_t{sizeof(Raw)} + number * GRANULE;
-    const int64_t last = at + (s.fine.channels - 1) * stride;
-    if (existing == s.fine.channels && at >= begin + GRANULE && last + GRANULE <= end) {
-      // Nearly all of them: every granule lies within the tensor.
+  for (int channel = warp; channel < s.fine_staged; channel += STAGING_WARPS) {
 #pragma unroll 1
-      for (int i = 0; i < s.fine.channels; i += COPY_CHANNELS) {
-#pragma unroll
-        for (int j = 0; j < COPY_CHANNELS; ++j) {
-          copy_async<GRANULE_BYTES>(word, reinterpret_cast<const void*>(at & -GRANULE), true);
-          at += stride;
-          word += s.fine_pitch;
-        }
-      }
-      continue;
-    }
-#pragma unroll 1
-    for (int i = 0; i < s.fine.channels; ++i) {
-      const int64_t granule = at & -GRANULE;
+    for (int i = lane; i < s.fine.places; i += WARP) {
+      const uint2 place = table[i];
+      const int64_t granule =
+          (first + channel * int64_t{channel_bytes<Raw>(s)} + place.x) & -GRANULE;
       int bytes = 0;
-      if (i < existing && granule + GRANULE > begin && granule < end) {
+      if (channel < origin.channels && line_inside(s, origin, place) && granule + GRANULE > begin &&
+          granule < end) {
         bytes = end - granule < GRANULE ? static_cast<int>(end - granule) : GRANULE_BYTES;
       }
-      copy_granule(word, reinterpret_cast<const void*>(bytes > 0 ? granule : begin & -GRANULE),
-                   bytes, tensor);
-      at += stride;
-      word += s.fine_pitch;
+      copy_granule(to + channel * s.fine_pitch + i * GRANULE_WORDS,
+                   reinterpret_cast<const void*>(bytes > 0 ? granule : begin & -GRANULE), bytes,
+                   tensor);
     }
   }
 }
 
-// Writes zeros over what was copied from beside the lines' ends, when all copies have landed.
+// Of a tile's loose lines all exist, so that granules have no conditions; or some do; or some of
+// their granules reach beyond the tensor's ends.
+constexpr int ALL_LINES = 0, SOME_LINES = 1, END_LINES = 2;
+
+// Finds a tile's loose lines. `tensor` is the whole one.
 template <typename Raw>
-__device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread, uint32_t* to,
-                                                   const ProductOrigin& origin) {
-  const int left = min(-origin.w, s.line), right = max(s.fine_w - origin.w, 0);
-  if (left <= 0 && right >= s.line) return;
-  const int lines = s.planes * s.rows;
-  const int channels = s.fine.total / s.fine.places * s.fine.channels;
-  const int base = within_granule<Raw>(reinterpret_cast<int64_t>(origin.channel) / sizeof(Raw));
-#pragma unroll 1
-  for (int i = thread; i < lines * channels; i += STAGING_WARPS * WARP) {
-    const int channel = i / lines, line = i - channel * lines;
-    const int plane = line / s.rows, row = line - plane * s.rows;
-    const int shift = within_granule<Raw>(base + s.fine_channel_stride * channel +
-                                          loose_element(s, origin, plane, row));
-    Raw* const at =
-        reinterpret_cast<Raw*>(to + channel * s.fine_pitch + line * s.row_words) + shift;
-#pragma unroll 1
-    for (int column = 0; column < left; ++column) at[column] = 0;
-#pragma unroll 1
-    for (int column = right; column < s.line; ++column) at[column] = 0;
+__device__ __forceinline__ void find_lines(const ProductShape& s, StagedTile& tile,
+                                           const Raw* tensor) {
+  const ProductOrigin& origin = tile.fine;
+  const int last_d = origin.d + (s.planes - 1) * s.plane_step;
+  const int last_h = origin.h + (s.rows - 1) * s.row_step;
+  const int existing = min(origin.channels, s.fine_staged);
+  const int64_t begin = reinterpret_cast<int64_t>(tensor);
+  const int64_t first = first_address<Raw>(s, origin);
+  // All granules of lines that exist lie between these addresses; where none does, it does not
+  // matter.
+  auto line_bytes = [&](int d, int h) {
+    const uint32_t line = static_cast<uint32_t>(d - origin.d) * static_cast<uint32_t>(s.fine_h) +
+                          static_cast<uint32_t>(h - origin.h);
+    return line * static_cast<uint32_t>(s.fine_w) * uint32_t{sizeof(Raw)};
+  };
+  const int64_t low = first + line_bytes(max(origin.d, 0), max(origin.h, 0)) - (GRANULE_BYTES - 1);
+  const int64_t high = first + line_bytes(min(last_d, s.fine_d - 1), min(last_h, s.fine_h - 1)) +
+                       uint64_t{channel_bytes<Raw>(s)} * static_cast<uint32_t>(existing - 1) +
+                       s.row_words * 4;
+  const bool within = low >= begin && high <= begin + s.fine_elements * int64_t{sizeof(Raw)};
+  const bool all = origin.d >= 0 && origin.h >= 0 && last_d < s.fine_d && last_h < s.fine_h &&
+                   existing == s.fine_staged;
+  tile.first_line = first;
+  tile.lines = !within ? END_LINES : all ? ALL_LINES : SOME_LINES;
+}
+
+// Starts copying all loose lines of a tile to `to`.
+template <typename Raw>
+__device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, int lane,
+                                              const uint2* table, uint32_t* to,
+                                              const StagedTile& tile, const Raw* tensor) {
+  if (tile.lines == ALL_LINES) {
+    copy_lines<true, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
+  } else if (tile.lines == SOME_LINES) {
+    copy_lines<false, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
+  } else {
+    copy_end_lines(s, warp, lane, table, to, tile.fine, tile.first_line, tensor);
   }
+}
+
+// Whether granules hold something from beside the lines' ends.
+__device__ __forceinline__ bool reaches_beside(const ProductShape& s, const ProductOrigin& origin) {
+  return origin.w < 0 || s.fine_w - origin.w < s.line;
+}
+
+// Writes zeros over it, when all copies have landed.
+template <typename Raw>
+__device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread,
+                                                   const uint2* table, uint32_t* to,
+                                                   const ProductOrigin& origin, int64_t first) {
+  const int lines = s.planes * s.rows, granules = s.row_words / GRANULE_WORDS;
+  // A thread has channels 8 apart, which begin alike in their granules.
+  const int channel = static_cast<unsigned>(thread) % 8, pairs = s.fine_staged / PRODUCT_ROWS;
+  const int step = 8 * s.fine.pitch;  // elements
+  const uint32_t begin = static_cast<uint32_t>(first) + channel_bytes<Raw>(s) * channel;
+  auto clear = [&](int column, int count) {
+    if (count <= 0) return;
+#pragma unroll 1
+    for (int line = static_cast<unsigned>(thread) / 8; line < lines;
+         line += STAGING_WARPS * WARP / 8) {
+      const uint32_t within = (begin + table[line * granules].x) % GRANULE_BYTES;
+      Raw* at = reinterpret_cast<Raw*>(to + channel * s.fine_pitch + line * s.row_words) +
+                within / uint32_t{sizeof(Raw)} + column;
+#pragma unroll 1
+      for (int i = 0; i < pairs; ++i) {
+#pragma unroll 1
+        for (int j = 0; j < count; ++j) at[j] = at[j + step] = 0;
+        at += 2 * step;
+      }
+    }
+  };
+  clear(0, min(-origin.w, s.line));
+  const int right = max(s.fine_w - origin.w, 0);
+  clear(right, s.line - right);
 }
 
 // ---- Operands -------------------------------------------------------------------------------
@@ -307,14 +468,14 @@ struct FineRows {
     half[1].template load<QUAD_COLUMNS, QUAD_PITCH>(from + half_rows);
   }
 
-  // The same from a loose line, whose `element` is column SHIFT of the window; `from` is where a
-  // word begins. Only what the TAPS taps read.
+  // The same from a loose line, in which column SHIFT of the window lies `bytes` behind `from`.
+  // Only what the TAPS taps read.
   template <class Column, int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS, int STEP>
-  __device__ __forceinline__ void load_loose(const typename Product::Raw* from, int element,
-                                             int half_rows) {
+  __device__ __forceinline__ void load_loose(const uint32_t* from, uint32_t bytes, int half_rows) {
     using Raw = typename Product::Raw;
     constexpr int ELEMENTS = Product::ELEMENTS;
     constexpr int END = SHIFT + (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS + 1;
+    const int element = bytes / uint32_t{sizeof(Raw)};
     if constexpr (ELEMENTS == 2 && STEP == 1) {
       // Neighbouring pairs, of words that the window's first column may halve. Nothing is read
       // before the first column that a tap reads, nor behind the last.
@@ -322,8 +483,7 @@ struct FineRows {
       constexpr int BEGIN = SHIFT / 2, PAIRS = (END + 1) / 2 - BEGIN;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t* const words =
-            reinterpret_cast<const uint32_t*>(from + (first - odd) + h * half_rows) + BEGIN;
+        const uint32_t* const words = from + (first - odd) / 2 + h * half_rows + BEGIN;
         uint32_t word[PAIRS + 1] = {};
         // Words that only some lanes need are for these alone: half of the channels, as a rule,
         // where all others' words would lie in the same banks.
@@ -353,8 +513,8 @@ struct FineRows {
                 read |= column == position * POSITION_COLUMNS + tap * TAP_COLUMNS;
               }
             }
-            const int at = element + h * half_rows + Column::offset(column);
-            if (read) bits |= uint32_t{from[at]} << i * 16;
+            const int at = element + h * half_rows * ELEMENTS + Column::offset(column);
+            if (read) bits |= uint32_t{reinterpret_cast<const Raw*>(from)[at]} << i * 16;
           }
           half[h].high[word] = Product::high(bits);
         }
@@ -370,6 +530,61 @@ struct FineRows {
       a[i] = half[i % 2].operand(half[i % 2].high, first + (step + i / 2 * 2) * POSITION_COLUMNS,
                                  POSITION_COLUMNS);
     }
+  }
+};
+
+// The same of a loose line of 16-bit elements, of positions an even number of columns apart: words
+// as they lie there. Columns are halves of these, of a line that begins at an odd element the other
+// ones, and a product's pair of columns lies in the same halves: one choice of bytes for each.
+template <int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS>
+struct LooseRows {
+  static constexpr int LAST = (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS;
+  uint32_t word[2][(LAST + 1) / 2 + 1];
+  uint32_t odd;  // whether the line begins at an odd element
+
+  // Column SHIFT of the window, the first that is read, lies `bytes` behind `from`.
+  __device__ __forceinline__ void load(const uint32_t* from, uint32_t bytes, int half_rows) {
+    odd = bytes & 2;
+    const uint32_t* const words = reinterpret_cast<const uint32_t*>(
+        reinterpret_cast<const char*>(from) + (bytes & ~3u));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i <= LAST / 2; ++i) word[h][i] = words[h * half_rows + i];
+      // For those lanes alone that need it, as others' would lie in the same banks.
+      if constexpr (LAST % 2 == 1) {
+        word[h][LAST / 2 + 1] = 0;
+        if (odd) word[h][LAST / 2 + 1] = words[h * half_rows + LAST / 2 + 1];
+      }
+    }
+  }
+
+  template <int STEP>
+  __device__ __forceinline__ void find(uint32_t (&a)[4], int step, int first) const {
+    static_assert(STEP == POSITION_COLUMNS && STEP % 2 == 0, "the same halves");
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i] = operand(word[i % 2], first - SHIFT + (step + i / 2 * 2) * STEP);
+    }
+  }
+
+ private:
+  // Of columns `column` and POSITION_COLUMNS more.
+  template <int WORDS>
+  __device__ __forceinline__ uint32_t operand(const uint32_t (&words)[WORDS], int column) const {
+    constexpr int STEP = POSITION_COLUMNS / 2, LOW = 0x5410, HIGH = 0x7632, TURNED = 0x1054;
+    const int i = column / 2;
+    if (column % 2 == 0) return __byte_perm(words[i], words[i + STEP], choose(LOW, HIGH));
+    // Second halves of these words, or first ones of those behind them.
+    if constexpr (STEP == 1) {
+      return __byte_perm(odd ? words[i + 2] : words[i], words[i + 1], choose(HIGH, TURNED));
+    } else {
+      return __byte_perm(odd ? words[i + 1] : words[i], odd ? words[i + STEP + 1] : words[i + STEP],
+                         choose(HIGH, LOW));
+    }
+  }
+  __device__ __forceinline__ uint32_t choose(int even, int uneven) const {
+    return odd ? uneven : even;
   }
 };
 

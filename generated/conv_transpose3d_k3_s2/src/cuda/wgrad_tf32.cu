@@ -181,12 +181,11 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
   // One thread says where tiles start, from what lies in shared memory of its block and of the next
   // tile, and takes no registers in the loop. Of tiles the loop only counts those that are `left`
   // (this one too), for the same reason; buffers and origins go by the parity of that.
-  const int first = block.split * s.tiles_per_split;
-  int left = min(s.tiles_per_split, s.tiles - first);
-  int* const next_tile = reinterpret_cast<int*>(&origins[3]);
+  int left = split_tiles(s, block.split);
+  SplitTiles* const dealt = reinterpret_cast<SplitTiles*>(&origins[3]);
   auto aim = [&](int left) {
-    const ProductTile tile = locate_product_tile(s, *next_tile);
-    ++*next_tile;
+    const ProductTile tile = locate_product_tile(s, dealt->tile());
+    dealt->advance(s);
     ProductOrigins o = origins[2];
     o.coarse.channel = static_cast<const T*>(o.coarse.channel) + tile.n * s.coarse_sample;
     o.fine.channel = static_cast<const T*>(o.fine.channel) + tile.n * s.fine_sample;
@@ -208,7 +207,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     o.fine.w = block.tap_w * DILATION_W - PADDING_W - SHIFT;
     o.coarse.channels = s.coarse_channels - block.coarse0;
     o.fine.channels = s.fine_channels - block.fine0;
-    *next_tile = first;
+    *dealt = SplitTiles(block.split);
     aim(left);
     if (left > 1) aim(left - 1);
   }
@@ -305,8 +304,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     const int64_t slice = int64_t{split} * s.parts + self / s.units;
     float4* to = partial + ((slice * s.blocks + kind) * s.units + self % s.units) *
                                (M_TILES * N_TILES * TAPS_H * TAPS_W * WARP) + lane;
-    const int all = min(s.tiles_per_split, s.tiles - split * s.tiles_per_split);
-    const bool begun = all - left >= s.tiles_per_store;
+    const bool begun = split_tiles(s, split) - left >= s.tiles_per_store;
     store_sums<N_TILES * TAPS_H * TAPS_W * M_TILES>(to, &sum[0][0][0][0], begun);
     until_store = s.tiles_per_store * TILE;
   }
@@ -364,6 +362,13 @@ using Sums = float[M_TILES][TAPS_H][TAPS_W][N_BLOCKS][4];
 template <int M_TILES>
 using Windows = FineRows<Product, WINDOW_VECTORS, VECTOR>[M_TILES][TAPS_H];
 
+// And of loose lines.
+constexpr bool PAIRED = LOOSENS && COLUMN_STEP == 1 && POSITION_COLUMNS % 2 == 0;
+template <int M_TILES>
+using LooseWindows =
+    std::conditional_t<PAIRED, LooseRows<SHIFT, TAPS_W, TAP_COLUMNS, POSITION_COLUMNS>,
+                       FineRows<Product, WINDOW_VECTORS, VECTOR>>[M_TILES][TAPS_H];
+
 // `fine` is this lane's window of the first row of taps; `half_rows` is 8 fine channels, `tap_row`
 // one row of taps.
 template <int M_TILES>
@@ -379,27 +384,30 @@ __device__ __forceinline__ void load_windows(Windows<M_TILES>& x, const uint32_t
   }
 }
 
-// The same from loose lines: the window begins at `element` of the first row's, not yet moved by
-// its place within a granule, `shift`, to which each row of taps adds.
+// The same from loose lines: `at` is how far the window's first tap lies behind `fine`, and from
+// LOOSE_SHIFT on what its place within a granule adds; `tap_row` is both, too.
 template <int M_TILES>
-__device__ __forceinline__ void load_loose_windows(Windows<M_TILES>& x, const Raw* from,
-                                                   int element, int half_rows, int tap_row,
-                                                   int shift, int fine_w) {
+__device__ __forceinline__ void load_loose_windows(LooseWindows<M_TILES>& x, const uint32_t* fine,
+                                                   uint32_t at, int half_rows, uint32_t tap_row) {
 #pragma unroll
-  for (int m = 0; m < M_TILES; ++m) {
+  for (int h = 0; h < TAPS_H; ++h) {
+    const uint32_t of_row = at + h * tap_row;
+    const uint32_t bytes = (of_row & ((1u << LOOSE_SHIFT) - 1)) + (of_row >> LOOSE_SHIFT);
 #pragma unroll
-    for (int h = 0; h < TAPS_H; ++h) {
-      const int within = within_granule<Raw>(shift + h * DILATION_H * fine_w);
-      x[m][h].template load_loose<FineColumn, SHIFT, TAPS_W, TAP_COLUMNS, POSITION_COLUMNS,
-                                  COLUMN_STEP>(
-          from + 2 * m * half_rows + h * tap_row, element + within, half_rows);
+    for (int m = 0; m < M_TILES; ++m) {
+      if constexpr (PAIRED) {
+        x[m][h].load(fine + 2 * m * half_rows, bytes, half_rows);
+      } else {
+        x[m][h].template load_loose<FineColumn, SHIFT, TAPS_W, TAP_COLUMNS, POSITION_COLUMNS,
+                                    COLUMN_STEP>(fine + 2 * m * half_rows, bytes, half_rows);
+      }
     }
   }
 }
 
 // Starts the products of one chunk.
-template <int M_TILES, int N_BLOCKS>
-__device__ __forceinline__ void multiply(const Windows<M_TILES>& x, SharedColumns<1> coarse,
+template <int M_TILES, int N_BLOCKS, class Rows>
+__device__ __forceinline__ void multiply(const Rows (&x)[M_TILES][TAPS_H], SharedColumns<1> coarse,
                                          Sums<M_TILES, N_BLOCKS>& sum) {
   // All operands first: between products there is no place for what makes them.
   constexpr int STEPS = PRODUCT_STEPS<Product>;
@@ -454,84 +462,101 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
     uint2* const fine_table = reinterpret_cast<uint2*>(shared + s.fine_table);
     uint32_t* const stages = shared + s.stages;
 
-    int* const tile_shift = reinterpret_cast<int*>(shared);  // of loose lines, by buffer
+    uint32_t* const tile_shift = shared;  // of loose lines, by buffer
     if (LOOSENS && s.loose) {
       fill_loose_windows<Raw, STRIDE_D, STRIDE_H, STRIDE_W>(s, windows);
-      fill_granule_table(s, fine_table);
+      fill_granule_table<Raw>(s, fine_table);
     } else {
       fill_windows<QUAD_PITCH>(s, windows);
       fill_fine_table<QUAD_COLUMNS, QUAD_PITCH, ELEMENTS>(s, fine_table);
     }
-    fill_coarse_table(s, coarse_table, QUAD);
+    fill_quad_table(s, coarse_table);
     begin_releases<PRODUCT_STAGES>(shared + EMPTIES, s.unit_warps * s.parts * WARP);
     begin_releases<PRODUCT_STAGES>(shared + FILLS, STAGING_WARPS * WARP);
     __syncthreads();
 
     const ProductBlock block =
         locate_products<COARSE, M_TILES * PRODUCT_ROWS, TAPS_H, TAPS_W>(s, blockIdx.x);
-    const int first = block.split * s.tiles_per_split;
-    const int tiles = min(s.tiles_per_split, s.tiles - first);
+    const int tiles = split_tiles(s, block.split);
     const int meeting = blockDim.x;
 
     if (static_cast<int>(threadIdx.x) >= s.unit_warps * s.parts * WARP) {
       release_registers<STAGING_REGISTERS>();
       const int thread = threadIdx.x - s.unit_warps * s.parts * WARP;
+      const int staging_warp = __shfl_sync(0xffffffffu, thread / WARP, 0), lane = thread % WARP;
+      const T* const fine_block =
+          fine + (int64_t{block.group} * s.fine_channels + block.fine0) * s.fine_channel_stride;
+      const T* const coarse_block =
+          coarse +
+          (int64_t{block.group} * s.coarse_channels + block.coarse0) * s.coarse_channel_stride;
+      auto find_tile = [&](int index) {
+        const ProductTile at = locate_product_tile(s, index);
+        StagedTile tile;
+        tile.fine.channel = fine_block + at.n * s.fine_sample;
+        tile.fine.d = at.d0 * STRIDE_D + block.tap_d * DILATION_D - PADDING_D;
+        tile.fine.h = at.h0 * STRIDE_H + block.tap_h * DILATION_H - PADDING_H;
+        tile.fine.w = at.w0 * STRIDE_W + block.tap_w * DILATION_W - PADDING_W;
+        tile.fine.channels = s.fine_channels - block.fine0;
+        tile.coarse.channel = coarse_block + at.n * s.coarse_sample;
+        tile.coarse.d = at.d0, tile.coarse.h = at.h0, tile.coarse.w = at.w0;
+        tile.coarse.channels = s.coarse_channels - block.coarse0;
+        find_quads<Product, N_BLOCKS>(s, tile);
+        if (LOOSENS && s.loose) {
+          find_lines(s, tile, reinterpret_cast<const Raw*>(fine));
+        } else {
+          tile.fine.w -= SHIFT;
+          tile.first_line = 0, tile.lines = 0;
+        }
+        return tile;
+      };
+      SplitTiles dealt(block.split);
+      StagedTile tile = find_tile(dealt.tile());
+#pragma unroll 1
       for (int i = 0; i < tiles; ++i) {
         const int buffer = i % PRODUCT_STAGES;
         if (i >= PRODUCT_STAGES) {
           await_release<PRODUCT_EMPTY>(shared + EMPTIES, buffer, i / PRODUCT_STAGES, meeting);
         }
-        const ProductTile tile = locate_product_tile(s, first + i);
         uint32_t* const stage = stages + buffer * s.stage_words;
-        ProductOrigin origin;
-        origin.channel = fine + tile.n * s.fine_sample +
-                         (int64_t{block.group} * s.fine_channels + block.fine0) *
-                             s.fine_channel_stride;
-        origin.d = tile.d0 * STRIDE_D + block.tap_d * DILATION_D - PADDING_D;
-        origin.h = tile.h0 * STRIDE_H + block.tap_h * DILATION_H - PADDING_H;
-        origin.w = tile.w0 * STRIDE_W + block.tap_w * DILATION_W - PADDING_W;
-        origin.channels = s.fine_channels - block.fine0;
-        const ProductOrigin fine_origin = origin;
+        uint32_t* const fine_stage = stage + s.coarse_words;
         if (LOOSENS && s.loose) {
-          copy_granules(s, thread, fine_table, stage + s.coarse_words, origin,
+          copy_granules(s, staging_warp, lane, fine_table, fine_stage, tile,
                         reinterpret_cast<const Raw*>(fine));
-          if (thread == 0) {
-            tile_shift[buffer] = within_granule<Raw>(
-                reinterpret_cast<int64_t>(origin.channel) / sizeof(Raw) +
-                loose_element(s, origin, 0, 0));
-          }
+          if (thread == 0) tile_shift[buffer] = loose_shift(tile.first_line);
         } else {
-          origin.w -= SHIFT;
-          Raw* const to = reinterpret_cast<Raw*>(stage + s.coarse_words);
 #pragma unroll 1
           for (int copy = thread; copy < s.fine.total; copy += STAGING_WARPS * WARP) {
-            copy_place<FineColumn, COLUMN_ALIGN>(s.fine, fine_table, to, origin,
-                                                 static_cast<int>(s.fine_channel_stride),
-                                                 make_int3(s.fine_d, s.fine_h, s.fine_w),
-                                                 s.plane_step, s.row_step, copy);
+            copy_place<FineColumn, COLUMN_ALIGN>(
+                s.fine, fine_table, reinterpret_cast<Raw*>(fine_stage), tile.fine,
+                static_cast<int>(s.fine_channel_stride), make_int3(s.fine_d, s.fine_h, s.fine_w),
+                s.plane_step, s.row_step, copy);
           }
         }
-        origin.channel = coarse + tile.n * s.coarse_sample +
-                         (int64_t{block.group} * s.coarse_channels + block.coarse0) *
-                             s.coarse_channel_stride;
-        origin.d = tile.d0, origin.h = tile.h0, origin.w = tile.w0;
-        origin.channels = s.coarse_channels - block.coarse0;
-        if (s.coarse.access == 4) {
-          copy_coarse<Product, N_BLOCKS, 4>(s, thread, coarse_table, stage, origin);
-        } else if (s.coarse.access == 2) {
-          copy_coarse<Product, N_BLOCKS, 2>(s, thread, coarse_table, stage, origin);
+        // Words that are copied to their places have two elements.
+        constexpr bool IN_PLACE = CoarseRows<Product, N_BLOCKS>::IN_PLACE;
+        const int access = IN_PLACE ? min(s.coarse.access, 2) : s.coarse.access;
+        if (access == 4) {
+          copy_coarse<Product, N_BLOCKS, 4>(s, staging_warp, lane, coarse_table, stage, tile);
+        } else if (access == 2) {
+          copy_coarse<Product, N_BLOCKS, 2>(s, staging_warp, lane, coarse_table, stage, tile);
         } else {
-          copy_coarse<Product, N_BLOCKS, 1>(s, thread, coarse_table, stage, origin);
+          copy_coarse<Product, N_BLOCKS, 1>(s, staging_warp, lane, coarse_table, stage, tile);
         }
         copy_commit();
+        dealt.advance(s);
+        StagedTile next = find_tile(min(dealt.tile(), s.tiles - 1));  // the last one has no next
+        next.settle();
         copy_wait<0>();
-        named_barrier_sync(PRODUCT_COPIED, STAGING_WARPS * WARP);
-        arrange_coarse<Product, N_BLOCKS>(s, thread, stage);
-        if (LOOSENS && s.loose) {
-          clear_beside_lines<Raw>(s, thread, stage + s.coarse_words, fine_origin);
+        // What follows touches what others have copied.
+        const bool clears = LOOSENS && s.loose && reaches_beside(s, tile.fine);
+        if (!IN_PLACE || clears) named_barrier_sync(PRODUCT_COPIED, STAGING_WARPS * WARP);
+        if constexpr (!IN_PLACE) arrange_coarse<Product, N_BLOCKS>(s, thread, stage);
+        if (clears) {
+          clear_beside_lines<Raw>(s, thread, fine_table, fine_stage, tile.fine, tile.first_line);
         }
         bulk_fence();  // wgmma reads by the way of bulk copies
         release_buffer<PRODUCT_FULL>(shared + FILLS, buffer, meeting);
+        tile = next;
       }
       // Meet the last arrivals, so that every one is answered.
       for (int i = max(tiles - PRODUCT_STAGES, 0); i < tiles; ++i) {
@@ -560,13 +585,14 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
              ? 0
              : column_word(unit.w * TAPS_W * TAP_COLUMNS, QUAD_COLUMNS, QUAD_PITCH, ELEMENTS));
     // Of loose lines: where a unit's taps begin, and from LOOSE_SHIFT on how far within a granule
-    // its lines lie, compared with the block's first.
-    const uint32_t unit_place =
-        unit.w * TAPS_W * DILATION_W |
-        within_granule<Raw>(
-            (int64_t{unit.d} * DILATION_D * s.fine_h + unit.h * TAPS_H * DILATION_H) * s.fine_w +
-            s.fine_channel_stride * (unit.n * M_TILES * PRODUCT_ROWS + g))
-            << LOOSE_SHIFT;
+    // its lines lie, compared with the block's first. The same of a row of taps.
+    const int64_t unit_elements =
+        (int64_t{unit.d} * DILATION_D * s.fine_h + unit.h * TAPS_H * DILATION_H) * s.fine_w +
+        s.fine_channel_stride * (unit.n * M_TILES * PRODUCT_ROWS + g);
+    const uint32_t unit_place = unit.w * TAPS_W * DILATION_W * uint32_t{sizeof(Raw)} +
+                                loose_shift(unit_elements * int64_t{sizeof(Raw)});
+    const uint32_t loose_row =
+        tap_row * 4 + loose_shift(int64_t{DILATION_H} * s.fine_w * int64_t{sizeof(Raw)});
 
     Sums<M_TILES, N_BLOCKS> sum = {};
     int until_store = s.tiles_per_store;
@@ -577,24 +603,26 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       const uint32_t* const stage = stages + buffer * s.stage_words;
       const uint32_t* const fine_tile = stage + fine_offset;
       auto multiply_tile = [&](auto is_loose) {
-        Windows<M_TILES> x;
+        std::conditional_t<is_loose.value, LooseWindows<M_TILES>, Windows<M_TILES>> x;
+        // Of loose lines the place that all chunks add, from the start of shared memory on.
+        const uint32_t place =
+            is_loose.value ? unit_place + tile_shift[buffer] +
+                                 static_cast<uint32_t>(fine_tile - shared) * 4
+                           : 0;
         // Where a chunk's quad lies; the next one's comes in time, from a table that has one more.
-        uint32_t window = windows[part * CHUNK_QUADS + t];
+        const uint32_t* const own = windows + opaque(t);
+        uint32_t window = own[part * CHUNK_QUADS];
+        const SharedColumns<1> columns(stage);
         auto take = [&](int chunk) {
-          uint32_t at = window;
-          window = windows[(chunk + s.parts) * CHUNK_QUADS + t];
+          const uint32_t at = window;
+          window = own[(chunk + s.parts) * CHUNK_QUADS];
           const int half_rows = opaque(PRODUCT_COLUMNS * s.fine_pitch);
           if constexpr (is_loose.value) {
-            at += unit_place;
-            const int shift = tile_shift[buffer] + (at >> LOOSE_SHIFT);
-            const int element = at & ((1u << LOOSE_SHIFT) - 1);
-            load_loose_windows<M_TILES>(x, reinterpret_cast<const Raw*>(fine_tile), element,
-                                        half_rows * ELEMENTS, opaque(tap_row) * ELEMENTS, shift,
-                                        s.fine_w);
+            load_loose_windows<M_TILES>(x, shared, at + place, half_rows, loose_row);
           } else {
             load_windows<M_TILES>(x, fine_tile + at, half_rows, opaque(tap_row));
           }
-          multiply<M_TILES, N_BLOCKS>(x, SharedColumns<1>(stage + chunk * CHUNK), sum);
+          multiply<M_TILES, N_BLOCKS>(x, columns + chunk * CHUNK, sum);
         };
         // A chunk's products go on while the next one's windows are loaded, where registers hold
         // both. ptxas keeps those that products read only where no loop's end lies between these

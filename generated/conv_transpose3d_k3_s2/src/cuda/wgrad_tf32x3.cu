@@ -183,12 +183,11 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
   // One thread says where tiles start, from what lies in shared memory of its block and of the next
   // tile, and takes no registers in the loop. Of tiles the loop only counts those that are `left`
   // (this one too), for the same reason; buffers and origins go by the parity of that.
-  const int first = block.split * s.tiles_per_split;
-  int left = min(s.tiles_per_split, s.tiles - first);
-  int* const next_tile = reinterpret_cast<int*>(&origins[3]);
+  int left = split_tiles(s, block.split);
+  SplitTiles* const dealt = reinterpret_cast<SplitTiles*>(&origins[3]);
   auto aim = [&](int left) {
-    const ProductTile tile = locate_product_tile(s, *next_tile);
-    ++*next_tile;
+    const ProductTile tile = locate_product_tile(s, dealt->tile());
+    dealt->advance(s);
     ProductOrigins o = origins[2];
     o.coarse.channel = static_cast<const T*>(o.coarse.channel) + tile.n * s.coarse_sample;
     o.fine.channel = static_cast<const T*>(o.fine.channel) + tile.n * s.fine_sample;
@@ -210,7 +209,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     o.fine.w = block.tap_w * DILATION_W - PADDING_W - SHIFT;
     o.coarse.channels = s.coarse_channels - block.coarse0;
     o.fine.channels = s.fine_channels - block.fine0;
-    *next_tile = first;
+    *dealt = SplitTiles(block.split);
     aim(left);
     if (left > 1) aim(left - 1);
   }
@@ -314,8 +313,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     const int64_t slice = int64_t{split} * s.parts + self / s.units;
     float4* to = partial + ((slice * s.blocks + kind) * s.units + self % s.units) *
                                (M_TILES * N_TILES * TAPS_H * TAPS_W * WARP) + lane;
-    const int all = min(s.tiles_per_split, s.tiles - split * s.tiles_per_split);
-    const bool begun = all - left >= s.tiles_per_store;
+    const bool begun = split_tiles(s, split) - left >= s.tiles_per_store;
     store_sums<N_TILES * TAPS_H * TAPS_W * M_TILES>(to, &sum[0][0][0][0], begun);
     until_store = s.tiles_per_store * TILE;
   }
