@@ -17,19 +17,15 @@ namespace convgen {
 template <typename T>
 constexpr int GRANULE = GRANULE_BYTES / static_cast<int>(sizeof(T));  // elements
 
-// Where an element of the input lies in its granule, in elements.
-template <typename T>
-__device__ __forceinline__ int within_granule(const T* tensor, int64_t element) {
-  const uint64_t at = reinterpret_cast<uint64_t>(tensor) / sizeof(T) + element;
-  return static_cast<int>(at) & (GRANULE<T> - 1);
-}
-
-// The place within its granule of a tile's first element; `from` is the input's first channel.
+// The place within its granule of a tile's first element; `from` is the input's first channel. Low
+// bits of addresses and distances suffice.
 template <typename T>
 __device__ __forceinline__ int tile_shift(const GatherShape& s, const T* from,
                                           const TileOrigin& origin) {
-  return within_granule(from, int64_t{origin.r} * s.r.input_stride +
-                                  int64_t{origin.y} * s.y.input_stride + origin.x);
+  const uint32_t first = static_cast<uint32_t>(reinterpret_cast<uint64_t>(from)) / sizeof(T);
+  const uint32_t within = static_cast<uint32_t>(origin.r) * s.r.input_stride +
+                          static_cast<uint32_t>(origin.y) * s.y.input_stride + origin.x;
+  return static_cast<int>((first + within) % GRANULE<T>);
 }
 
 // Where the `index`-th octet of a tile, which begins with `channel`, has its first element.
@@ -108,11 +104,14 @@ class GranuleTile {
       // other lines is cleared later where it matters: to tell it here would take longer than to
       // copy it.
       const int64_t lowest = element(s, octet.channel, max(origin_.r, 0), max(origin_.y, 0));
-      const int64_t highest =
-          element(s, octet.last, min(last_r, s.r.input - 1), min(last_y, s.y.input - 1));
-      const bool whole = octet.last < channels_ && lowest >= GRANULE<T> &&
-                         highest + s.by_columns.divisor * GRANULE<T> <=
-                             channels_ * s.in_channel_stride;
+      const int64_t highest = element(s, min(octet.last, channels_ - 1),
+                                      min(last_r, s.r.input - 1), min(last_y, s.y.input - 1));
+      const bool whole =
+          lowest >= GRANULE<T> &&
+          highest + s.by_columns.divisor * GRANULE<T> <= channels_ * s.in_channel_stride;
+      bool exists[8];
+#pragma unroll
+      for (int slot = 0; slot < 8; ++slot) exists[slot] = slot_channel(s, octet, slot) < channels_;
       if (!whole) {
         copy_parts(s, crew, places, count, octet);
         continue;
@@ -128,7 +127,8 @@ class GranuleTile {
 #pragma unroll
         for (int slot = 0; slot < 8; ++slot) {
           copy_async<GRANULE_BYTES>(tile_ + (to & -GRANULE_BYTES),
-                                    reinterpret_cast<const void*>(at & -GRANULE_BYTES), inside);
+                                    reinterpret_cast<const void*>(at & -GRANULE_BYTES),
+                                    inside && exists[slot]);
           at += lane, to += s.lane_pitch * SIZE;
           if (slot == 3) at += half, to += (s.half_pitch - 4 * s.lane_pitch) * SIZE;
         }
@@ -187,8 +187,7 @@ class GranuleTile {
     return slot / 4 * s.half_pitch + slot % 4 * s.lane_pitch;
   }
 
-  // The granules of an octet of which some channels do not exist, or some granules lie beyond the
-  // input in part.
+  // The granules of an octet of which some lie beyond the input in part.
   __device__ __forceinline__ void copy_parts(const GatherShape& s, const Crew& crew,
                                              const GranulePlace* places, int count,
                                              const Octet& octet) const {

@@ -118,17 +118,22 @@ inline int64_t raw_total(const GatherTraits& t, int64_t columns, int64_t lines) 
   return t.raw_buffers * t.raw_channels * lines * raw_line_bytes(t, columns);
 }
 
-// Where lanes load words of neighbours, a product's channels lie even numbers apart, so that their
-// lines begin in the same half of a word. Four lanes have channels NEAR apart, or FAR, where there
-// are whole multiples of 32: these lie in different banks whatever a line's length.
+// Where lanes load words of neighbours, the lines of a product's channels begin in the same half of
+// a word. Where channels are an odd number of elements, those of four lanes lie NEAR apart; or FAR,
+// where there are whole multiples of 32: these lie in different banks whatever a line's length.
 constexpr int NEAR_CHANNELS = 2, FAR_CHANNELS = 8;
 constexpr int FAR_PERIOD = 4 * FAR_CHANNELS;
 
+inline int lane_channels_of(int64_t channels, int64_t channel_stride) {
+  if (channels % FAR_PERIOD == 0) return FAR_CHANNELS;
+  return channel_stride % 2 == 0 ? 1 : NEAR_CHANNELS;
+}
+
 // The first channel of an octet.
-__host__ __device__ constexpr int octet_channel(int lane_channels, int octet) {
-  return lane_channels == NEAR_CHANNELS  ? octet / 2 * 16 + octet % 2
-         : lane_channels == FAR_CHANNELS ? octet / 4 * 32 + octet / 2 % 2 * 4 + octet % 2
-                                         : octet * 8;
+__host__ __device__ constexpr int octet_channel(int lane_channels, unsigned octet) {
+  if (lane_channels == 1) return octet * 8;
+  const unsigned far = octet / 4 * FAR_PERIOD + octet / 2 % 2 * 4, near = octet / 2 * 16;
+  return (lane_channels == FAR_CHANNELS ? far : near) + octet % 2;
 }
 
 // Pitches, in elements, of a tile that is staged as the input lies in memory: an element's place in
@@ -160,20 +165,17 @@ struct GranulePitches {
       }
       return best;
     };
-    if (!t.loads_words) {
-      lane_channels = 1, half_channels = 4;
-      lane = spread(channel, stride, t.raw_channels);
-      half = 4 * lane, octet = 8 * lane;
-    } else if (t.words % FAR_PERIOD == 0) {
-      lane_channels = FAR_CHANNELS, half_channels = NEAR_CHANNELS;
+    lane_channels = t.loads_words ? lane_channels_of(s.in_channels, stride) : 1;
+    if (lane_channels == FAR_CHANNELS) {
+      half_channels = NEAR_CHANNELS;
       half = congruent(channel, half_channels * stride);
       lane = spread(half + channel, lane_channels * stride, 1);
       octet = round_up(4 * lane, t.granule) + t.granule;
     } else {
-      lane_channels = NEAR_CHANNELS, half_channels = 4 * NEAR_CHANNELS;
-      lane = spread(channel, lane_channels * stride, 1);
-      half = 4 * lane;
-      octet = round_up(8 * lane, t.granule) + t.granule;
+      half_channels = 4 * lane_channels;
+      lane = spread(channel, lane_channels * stride, t.raw_channels);
+      half = 4 * lane, octet = 8 * lane;
+      if (lane_channels == NEAR_CHANNELS) octet = round_up(octet, t.granule) + t.granule;
     }
   }
 
