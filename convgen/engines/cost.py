@@ -184,10 +184,12 @@ def gather_prediction(
     *,
     element_bytes: int,
     word_bytes: int,
+    neighbours: bool = False,
 ) -> Prediction:
     """Time of fprop or dgrad, whose thread blocks go on from tile to tile.
 
-    ``element_bytes`` are those of the tensors, ``word_bytes`` those of a staged word.
+    ``element_bytes`` are those of the tensors, ``word_bytes`` those of a staged word. With
+    ``neighbours`` lanes load two neighbouring elements at a time.
     """
     geometry, contraction, schedule = plan.geometry, plan.contraction, plan.schedule
     r, y, x = arrange(gather_axes(geometry, contraction))
@@ -207,7 +209,7 @@ def gather_prediction(
     plane = positions[y] * positions[x]
     tile = _tile(schedule, r.step, y.step, x.step, max(r.spans), max(y.spans), max(x.spans))
     # One pass: what its unrolled columns count.
-    units = gather_context(geometry, contraction, schedule)["units"]
+    units = gather_context(geometry, contraction, schedule, neighbours)["units"]
     counts = [_count(unit.columns) for unit in units] or [_loop_count(schedule)]
     weights = max(taps for _, taps in counts) * warp.weight_bytes * warps_c * warp.staged_words
 

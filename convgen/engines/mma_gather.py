@@ -258,6 +258,12 @@ def combine_tiles(choices: Sequence[tuple[KernelPlan, Problem]]) -> GatherTiles 
     return combined
 
 
+def _loads_words(plan: KernelPlan) -> bool:
+    """Whether lanes load words of two neighbouring elements."""
+    granules: bool = plan.schedule.granules
+    return granules and loads_words(plan.geometry, plan.contraction, plan.dtype)
+
+
 def tiles_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
     """Time of one call of fprop or dgrad."""
     rows, channels = tile = _tile_of(plan.schedule, plan, problem)
@@ -266,7 +272,9 @@ def tiles_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction
     mode = plan.dtype
     split = 2 if mode == "tf32x3" else 1
     inputs = problem.fine_channels if plan.contraction == "fprop" else problem.coarse_channels
-    elements = 4 // MODES[mode].size_bytes
+    neighbours = _loads_words(plan)
+    # Channels of a staged word.
+    elements = 1 if neighbours else 4 // MODES[mode].size_bytes
     products = 3 if split == 2 else 1
     grouped = gpu.grouped_product_clocks > 0 and channels >= GROUP_CHANNELS
     # Lanes load weights once per tap; the tensor core itself does, for the 64 positions of a
@@ -283,7 +291,10 @@ def tiles_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction
     _, _, x = arrange(gather_axes(plan.geometry, plan.contraction))
     load = (4.0, {"tf32": 8.0, "tf32x3": 24.0}.get(mode, 4.0))
     narrow = NARROW_PAIRS if elements == 2 else NARROW_ELEMENTS
-    if plan.schedule.granules:
+    if neighbours:
+        load = (4.0, 6.0)
+        narrow = (GRANULES[0], GRANULES[1] / 2)  # words of one element each
+    elif plan.schedule.granules:
         # Each element of a word is loaded, and a pair put together.
         load = (4.0 * elements * min(x.step, 2), load[1] + 8 * (elements - 1))
         narrow = GRANULES
@@ -309,7 +320,15 @@ def tiles_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction
         staging_warps=staging_warps,
     )
     size_bytes = MODES[mode].size_bytes
-    return gather_prediction(gather, problem, gpu, warp, element_bytes=size_bytes, word_bytes=4)
+    return gather_prediction(
+        gather,
+        problem,
+        gpu,
+        warp,
+        element_bytes=size_bytes,
+        word_bytes=2 if neighbours else 4,
+        neighbours=neighbours,
+    )
 
 
 def tiles_context(plan: KernelPlan) -> dict[str, Any]:
@@ -323,7 +342,7 @@ def tiles_context(plan: KernelPlan) -> dict[str, Any]:
         "f16tc": "Pairs<half>",
         "bf16tc": "Pairs<bfloat16>",
     }[plan.dtype]
-    words = plan.schedule.granules and loads_words(plan.geometry, plan.contraction, plan.dtype)
+    words = _loads_words(plan)
     if words:
         math = math.replace("Pairs", "Neighbours")
     element = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}

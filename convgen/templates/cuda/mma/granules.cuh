@@ -61,8 +61,12 @@ __device__ __forceinline__ void fill_places(const GatherShape& s, GranulePlace* 
     place.plane = i;
     const int within = s.by_columns.split(place.plane) * GRANULE<T>;
     place.row = s.by_rows.split(place.plane);
-    place.from = place.plane * PLANE_STEP * s.r.input_stride +
-                 place.row * LINE_STEP * s.y.input_stride + within;
+    // Of lines beyond the input, whatever 32 bits hold: they are not read.
+    place.from = static_cast<int>(static_cast<uint32_t>(place.plane * PLANE_STEP) *
+                                      static_cast<uint32_t>(s.r.input_stride) +
+                                  static_cast<uint32_t>(place.row * LINE_STEP) *
+                                      static_cast<uint32_t>(s.y.input_stride) +
+                                  within);
     place.to = place.plane * s.plane_pitch + place.row * s.row_pitch + within;
     places[i] = place;
   }

@@ -301,8 +301,8 @@ __device__ __forceinline__ bool line_inside(const ProductShape& s, const Product
          static_cast<unsigned>(h) < static_cast<unsigned>(s.fine_h);
 }
 
-// Of 16 channels, each of WARPS that stage copies every WARPS-th: these are alike by turns, in where
-// they begin in their granules.
+// Of 16 channels, each of WARPS that stage copies every WARPS-th: these are alike by turns, in
+// where they begin in their granules.
 template <int WARPS>
 constexpr int WARP_CHANNELS = PRODUCT_ROWS / WARPS;
 

@@ -176,13 +176,22 @@ __device__ __forceinline__ Work locate_work(const GatherShape& s, int index) {
       locate_block(s, index, s.lanes * (SCATTERED ? ROWS : 1), SCATTERED ? 1 : ROWS);
   const int group_x = block.phase % GROUPS_X;
   const int phase_y = block.phase / GROUPS_X % PHASES_Y;
-  const int phase_r = block.phase / (GROUPS_X * PHASES_Y);
+  const int phase_r = PHASES_R == 1 ? 0 : block.phase / (GROUPS_X * PHASES_Y);
   const int strip_positions = s.strip_width * s.y.positions;
   const int y0 = s.by_strip_width.divide(block.flat0);
   // The tile starts at a multiple of the access width, `shift` columns before its window.
   const int shift = (block.x0 * STEP_X + FIRST_X) & (s.load_width - 1);
   const int passes = COUNT_Y[phase_y] > 0 ? COUNT_R[phase_r] : 0;
   return {block, group_x, phase_y, phase_r, strip_positions, y0, shift, passes};
+}
+
+// The region of packed weights of one of its passes, and how many slots it has.
+__device__ __forceinline__ int region_of_pass(const GatherBlock& block, int pass) {
+  return PHASE_REGION[0] + pass;
+}
+
+__device__ __forceinline__ int taps_of_region(int region) {
+  return TAPS_PER_PASS;  // all have as many
 }
 
 // Where the tile of one of its passes begins in the input.
@@ -243,13 +252,35 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
   };
   const int consumers = blockDim.x - CREWS * CREW_WARPS * WARP;
   const int meeting = consumers + CREW_WARPS * WARP;  // threads that a buffer's barriers wait for
-  // Behind the stages: the consumers' scratch, the releases of buffers, raw buffers.
+  // Behind the stages: the consumers' scratch, the releases of buffers, mbarriers, and the places
+  // of granules, or raw buffers.
   constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, GROUPS_OF_WARPS> * SCRATCH_WORDS;
   auto find_releases = [&] { return shared + s.stages * s.stage_elements + SCRATCH; };
   auto find_fills = [&] { return find_releases() + RELEASE_WORDS<MOST_STAGES>; };
+  // Of each buffer, for the bulk copies of its weights.
+  auto find_landed = [&](int buffer) {
+    return reinterpret_cast<uint64_t*>(find_fills() + RELEASE_WORDS<MOST_STAGES>) + buffer;
+  };
+  if constexpr (BULK_COPIES) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < MOST_STAGES; ++i) mbarrier_init(find_landed(i), 1);
+      mbarrier_fence();
+    }
+  }
+  auto find_places = [&] {
+    return reinterpret_cast<GranulePlace*>(find_fills() + RELEASE_WORDS<MOST_STAGES> +
+                                           LANDED_WORDS);
+  };
+  fill_places<PLANE_STEP, LINE_STEP, T>(s, find_places());
+  __syncthreads();
   begin_releases<MOST_STAGES>(find_releases(), consumers);
   begin_releases<MOST_STAGES>(find_fills(), CREW_WARPS * WARP);
-  int step = 0, buffer = 0;  // counts passes over all tiles of this block; buffers take turns
+  // Counts passes over all tiles of this block. Buffers take turns, round after round.
+  int step = 0, buffer = 0, round = 0;
+  auto next_step = [&] {
+    ++step;
+    if (++buffer == s.stages) buffer = 0, ++round;
+  };
 
   if (static_cast<int>(threadIdx.x) >= consumers) {
     // Producers: the tile and the weights of every pass over every chunk, one pass ahead, across
@@ -263,77 +294,105 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     int turn_of_crew = thread / CREW_THREADS % CREWS;
     // By a shuffle, which tells the compiler that lanes agree: what loops count stays uniform.
     if constexpr (SEVERAL) turn_of_crew = __shfl_sync(0xffffffffu, turn_of_crew, 0);
+    // The weights of a step: by bulk copies of one thread where there are such.
+    auto stage_weights = [&](const Work& work, int pass, int first_word, int count, uint32_t* to) {
+      if (BULK_COPIES && crew.thread > 0) return;
+      const GatherBlock& block = work.block;
+      const int region = region_of_pass(block, pass), region_taps = taps_of_region(region);
+      const int blocks_c = find_blocks_c(), first_block = block.channel_block * s.warps_c;
+      const int blocks = min(s.warps_c, blocks_c - first_block);
+      const int group = block.group;
+      const int64_t block_words =
+          int64_t{SLOTS} * (opaque(s.words) / MMA_WORDS) * SLOT_WORDS<Math, CHANNELS>;
+      const uint32_t* from = packed + (int64_t{group} * blocks_c + first_block) * block_words +
+                             (int64_t{REGION_FIRST[region]} * (opaque(s.words) / MMA_WORDS) +
+                              first_word / MMA_WORDS * region_taps) *
+                                 SLOT_WORDS<Math, CHANNELS>;
+      const int words = count / MMA_WORDS * region_taps * SLOT_WORDS<Math, CHANNELS>;
+      const int bytes = words * static_cast<int>(sizeof(uint32_t));
+      if constexpr (BULK_COPIES) mbarrier_arrive_expect(find_landed(buffer), blocks * bytes);
+      for (int w = 0; w < blocks; ++w) {
+        if constexpr (BULK_COPIES) {
+          bulk_copy(to, from, bytes, find_landed(buffer));
+        } else {
+          stage_packed<true>(crew, to, from, words);
+        }
+        from += block_words, to += find_warp_weights();
+      }
+    };
+    // When all but the PENDING newest batches of this thread's copies have landed, and the weights:
+    // tells the consumers that a buffer is full, in this one of its rounds.
+    auto announce = [&](int of_buffer, int of_round, auto pending) {
+      if constexpr (BULK_COPIES) mbarrier_wait(find_landed(of_buffer), of_round & 1);
+      announce_full<CHANNELS, decltype(pending)::value>(find_fills(), of_buffer, meeting);
+    };
+    // A single crew with buffers to spare awaits copies when the next ones are on their way.
+    [[maybe_unused]] const bool at_once = CREWS > 1 || s.stages == GATHER_LEAST_STAGES;
+    [[maybe_unused]] constexpr std::integral_constant<int, 0> ALL_LANDED;
+    [[maybe_unused]] constexpr std::integral_constant<int, 1> BUT_NEWEST;
+    [[maybe_unused]] auto announce_last = [&](auto pending) {
+      announce(buffer == 0 ? s.stages - 1 : buffer - 1, buffer == 0 ? round - 1 : round, pending);
+    };
     // Each of the crew's steps: stages the weights, and whatever else `stage` does of it.
     auto produce = [&](auto&& stage) {
       for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
         const int index = tile_of_turn(turn);
         if (index >= s.blocks) continue;
         const Work work = locate_work<ROWS>(s, index);
-        const GatherBlock& block = work.block;
 #pragma unroll 1
         for (int chunk = 0; chunk < s.chunks; ++chunk) {
           const int first_word = chunk * s.chunk, count = min(s.chunk, s.words - first_word);
 #pragma unroll 1
-          for (int pass = 0; pass < work.passes; ++pass, ++step, buffer = next_buffer(s, buffer)) {
+          for (int pass = 0; pass < work.passes; ++pass, next_step()) {
             if (CREWS > 1 && step % CREWS != turn_of_crew) continue;
             if (step >= s.stages) {
-              await_release<BARRIER_EMPTY>(find_releases(), buffer, step / s.stages, meeting);
+              await_release<BARRIER_EMPTY>(find_releases(), buffer, round, meeting);
             }
             uint32_t* const tile = shared + buffer * s.stage_elements;
-            const int region = PHASE_REGION[block.phase] + pass;
-            const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
-            for (int w = 0; w < s.warps_c; ++w) {
-              const int from_block = block.channel_block * s.warps_c + w;
-              const int blocks_c = find_blocks_c();
-              if (from_block >= blocks_c) break;
-              const int64_t slot =
-                  (int64_t{block.group} * blocks_c + from_block) * SLOTS + REGION_FIRST[region];
-              const uint32_t* from = packed + (slot * (opaque(s.words) / MMA_WORDS) +
-                                               first_word / MMA_WORDS * region_taps) *
-                                                  SLOT_WORDS<Math, CHANNELS>;
-              stage_packed<true>(crew, tile + s.tile_elements + w * find_warp_weights(), from,
-                                 count / MMA_WORDS * region_taps * SLOT_WORDS<Math, CHANNELS>);
-            }
+            stage_weights(work, pass, first_word, count, tile + s.tile_elements);
             stage(work, pass, chunk, count, reinterpret_cast<Word*>(tile));
           }
         }
       }
     };
-    // When all but the PENDING newest steps of the crew have landed: the columns beside the input
-    // are cleared, and consumers told.
-    auto finish = [&](const GranuleMargins& margins, int landed, auto pending) {
-      constexpr int PENDING = decltype(pending)::value;
-      if (margins.channels > 0) {
-        copy_wait<PENDING>();
-        named_barrier_sync(BARRIER_COPIED + turn_of_crew, CREW_THREADS);
-        clear_margins<PLANE_STEP, LINE_STEP, Bits>(s, crew, margins);
-      }
-      announce_full<CHANNELS, PENDING>(find_fills(), landed, meeting);
-    };
-    auto copy = [&](const Work& work, int pass, int chunk, int count, Word* tile) {
-      const int first_channel = chunk * s.chunk * Math::CHANNELS;
-      const GranuleTile<PLANE_STEP, LINE_STEP, T> granules(
-          s, crew, tile, input,
-          locate_channels(s, work.block, input) + first_channel * s.in_channel_stride,
-          s.in_channels - first_channel, locate_tile(work, pass));
-      granules.copy(count * Math::CHANNELS);
+    auto begin = [&](const Work& work, int pass, int chunk, int count, Word* tile) {
+      constexpr int OCTETS = MMA_WORDS / 8 * Math::CHANNELS;  // of a product
+      const GranuleTile<PLANE_STEP, LINE_STEP, Bits> granules(
+          s, tile, reinterpret_cast<const Bits*>(input),
+          reinterpret_cast<const Bits*>(locate_channels(s, work.block, input)), s.in_channels,
+          chunk * s.chunk / MMA_WORDS * OCTETS, count / MMA_WORDS * OCTETS,
+          locate_tile(work, pass));
+      granules.copy(s, crew, find_places());
       copy_commit();
-      return granules.margins(count * Math::CHANNELS);
+      return granules;
     };
-    if (CREWS > 1 || s.stages == GATHER_LEAST_STAGES) {
+    // When all but the PENDING newest steps of the crew have landed: the columns beside the input
+    // are cleared.
+    auto clear = [&](const GranuleTile<PLANE_STEP, LINE_STEP, Bits>& granules, auto pending) {
+      if (!granules.has_margins(s)) return;
+      copy_wait<decltype(pending)::value>();
+      named_barrier_sync(BARRIER_COPIED + turn_of_crew, CREW_THREADS);
+      granules.clear_margins(s, crew);
+    };
+    if (at_once) {
       produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
-        finish(copy(work, pass, chunk, count, tile), buffer, std::integral_constant<int, 0>());
+        clear(begin(work, pass, chunk, count, tile), ALL_LANDED);
+        announce(buffer, round, ALL_LANDED);
       });
     } else {
-      // A single crew with buffers to spare awaits copies when the next ones are on their way.
-      GranuleMargins before = {};
-      auto last_buffer = [&] { return buffer == 0 ? s.stages - 1 : buffer - 1; };
+      GranuleTile<PLANE_STEP, LINE_STEP, Bits> before;
       produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
-        const GranuleMargins margins = copy(work, pass, chunk, count, tile);
-        if (step > 0) finish(before, last_buffer(), std::integral_constant<int, 1>());
-        before = margins;
+        const auto granules = begin(work, pass, chunk, count, tile);
+        if (step > 0) {
+          clear(before, BUT_NEWEST);
+          announce_last(BUT_NEWEST);
+        }
+        before = granules;
       });
-      if (step > 0) finish(before, last_buffer(), std::integral_constant<int, 0>());
+      if (step > 0) {
+        clear(before, ALL_LANDED);
+        announce_last(ALL_LANDED);
+      }
     }
     // Meet the consumers' last arrivals, so that every one is answered.
     for (int last = max(step - s.stages, 0); last < step; ++last) {
@@ -367,11 +426,10 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
 
     float acc[VARIANTS][ROWS][BLOCKS_N][4] = {};
     for (int chunk = 0; chunk < s.chunks; ++chunk) {
-      for (int pass = 0; pass < work.passes; ++pass, ++step, buffer = next_buffer(s, buffer)) {
-        await_release<BARRIER_FULL>(find_fills(), buffer, step / s.stages + 1, meeting);
+      for (int pass = 0; pass < work.passes; ++pass, next_step()) {
+        await_release<BARRIER_FULL>(find_fills(), buffer, round + 1, meeting);
         if (active) {
-          const int region = PHASE_REGION[block.phase] + pass;
-          const int region_taps = REGION_FIRST[region + 1] - REGION_FIRST[region];
+          const int region_taps = taps_of_region(region_of_pass(block, pass));
           const int count = min(s.chunk, s.words - chunk * s.chunk);
           const uint32_t* const staged = shared + buffer * s.stage_elements;
           const Math::Element* tile =
@@ -409,8 +467,10 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
 
     // Epilogue: bias; then the outputs, by way of the warp's scratch, from where they leave as they
     // lie in memory.
-    const Work at = locate_work<ROWS>(s, tile_of_turn(opaque(turn)));
-    const Consumer me = locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
+    // Where warps multiply alone there are no registers to keep where.
+    const bool keeps = BY_GROUPS<CHANNELS>;
+    const Work at = keeps ? work : locate_work<ROWS>(s, tile_of_turn(opaque(turn)));
+    const Consumer me = keeps ? self : locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
     const int first_out = (at.block.channel_block * s.warps_c + me.warp_c) * CHANNELS;
     if (bias) {
       const T* const of_group = bias + at.block.group * s.out_channels;
@@ -422,8 +482,10 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         output + ((int64_t{at.block.batch} * s.groups.divisor + at.block.group) * s.out_channels +
                   first_out) *
                      s.out_channel_stride;
-    auto store = [&](auto width) {
+    // ALL: whether all its channels exist, so that none need be asked for.
+    auto store = [&](auto width, auto all) {
       constexpr int WIDTH = decltype(width)::value;
+      constexpr bool ALL = decltype(all)::value;
       using Lanes = Storing<VARIANTS, WIDTH>;
       const bool stores = Lanes::active(me.lane);
       const int channel = stores ? Lanes::channel(me.lane) : 0;
@@ -473,7 +535,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
               Run<WIDTH, T> run;
               run.load(scratch + (channel + c) * OUTPUT_PITCH<VARIANTS> +
                        Lanes::output(me.lane, i));
-              if (from_first < channels[i]) run.store(to[i]);
+              if (ALL ? channels[i] > 0 : from_first < channels[i]) run.store(to[i]);
               to[i] = advance(to[i], step);
             }
           }
@@ -481,10 +543,18 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         }
       }
     };
-    if (s.vector_store) {
-      store(std::integral_constant<int, 2>());
+    constexpr std::integral_constant<int, 1> ALONE;
+    constexpr std::integral_constant<int, 2> TOGETHER;
+    if (first_out + CHANNELS > s.out_channels) {
+      if (s.vector_store) {
+        store(TOGETHER, std::false_type());
+      } else {
+        store(ALONE, std::false_type());
+      }
+    } else if (s.vector_store) {
+      store(TOGETHER, std::true_type());
     } else {
-      store(std::integral_constant<int, 1>());
+      store(ALONE, std::true_type());
     }
   }
 }
@@ -495,10 +565,13 @@ __global__ void fprop_pack_kernel(uint32_t* packed, const T* weight, int steps, 
   let_next_kernel_begin();
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (index >= words) return;
+  auto value_of = [&](int slot, int step, int word, int channel) {
+    return PackedValue{(step * MMA_WORDS + word) * Math::CHANNELS + channel, SLOT_TAP[slot]};
+  };
   constexpr bool OUTPUT_IS_COARSE = true;
-  pack_fragments<Math, CHANNELS, OUTPUT_IS_COARSE>(packed, weight, SLOT_TAP, REGION_FIRST, REGIONS,
-                                                   TAPS, SLOTS, steps, in_channels, out_channels,
-                                                   index);
+  pack_fragments<Math, CHANNELS, OUTPUT_IS_COARSE>(
+      packed, weight, REGION_FIRST, REGIONS, TAPS, SLOTS, steps, in_channels,
+      out_channels, index, value_of);
 }
 
 // Words of 8 input words' products that a call's reduction over channels has.
@@ -555,7 +628,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.most_stages = MOST_STAGES;
   traits.stage_step = roles.crews;
   traits.scratch_bytes = roles.consumer_warps() * SCRATCH_WORDS * sizeof(float) +
-                         2 * RELEASE_WORDS<MOST_STAGES> * sizeof(uint32_t);
+                         (2 * RELEASE_WORDS<MOST_STAGES> + LANDED_WORDS) * sizeof(uint32_t);
   traits.channels_per_warp = channels;
   traits.packed_per_slot = channels / MMA_COLUMNS * WARP * Math::PACKED / MMA_WORDS;
   traits.word_bytes = sizeof(Word);
@@ -567,7 +640,9 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.raw_channels = Math::CHANNELS;
   traits.element_bytes = sizeof(T);
   traits.granule = GRANULE_BYTES / sizeof(T);
+  traits.place_bytes = sizeof(GranulePlace);
   traits.plane_step = PLANE_STEP, traits.line_step = LINE_STEP;
+  traits.loads_words = false;
 
   return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
 }
@@ -579,9 +654,9 @@ int run(const ConvgenCall& call, const GatherShape& s, int multiprocessors) {
   const int64_t words = packed_words(call, CHANNELS);
   constexpr int PACK_THREADS = 256;
   if (const int error = launch<fprop_pack_kernel<CHANNELS>>(
-          dim3(ceil_div(words, PACK_THREADS)), dim3(PACK_THREADS), 0, device, call.stream, packed,
-          static_cast<const T*>(call.weight), s.words / MMA_WORDS, s.in_channels, s.out_channels,
-          words)) {
+          dim3(ceil_div(words, PACK_THREADS)), dim3(PACK_THREADS), 0, device, call.stream,
+          packed, static_cast<const T*>(call.weight), s.words / MMA_WORDS, s.in_channels,
+          s.out_channels, words)) {
     return error;
   }
   // Blocks stay and take tile after tile: the next one's copies overlap this one's stores.

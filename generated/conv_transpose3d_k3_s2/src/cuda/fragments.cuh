@@ -72,10 +72,10 @@ constexpr int MOST_STAGES = 4;
 constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = BARRIER_FULL + MOST_STAGES;
 constexpr int BARRIER_COPIED = BARRIER_EMPTY + MOST_STAGES;
 
-// The buffer of the next step.
-__device__ __forceinline__ int next_buffer(const GatherShape& s, int buffer) {
-  return buffer + 1 == s.stages ? 0 : buffer + 1;
-}
+// Weights are staged by bulk copies, which write 128 bytes of shared memory at a time, where copies
+// of 16 bytes take 2.5 times as long, and a thread for each.
+constexpr bool BULK_COPIES = HAS_WGMMA;
+constexpr int LANDED_WORDS = 2 * MOST_STAGES;  // of shared memory: an mbarrier for each buffer
 
 // Producers: tells the consumers that a buffer is full, once all of this thread's copies but the
 // PENDING newest batches have landed. `fills` is as in release_buffer.
@@ -272,15 +272,108 @@ __device__ __forceinline__ void end_products(float (&acc)[VARIANTS][ROWS][BLOCKS
   settle(acc);
 }
 
+// ---- Words of neighbours ------------------------------------------------------------------
+//
+// From granules lanes load words of two 16-bit inputs as they lie in memory (math.cuh). Which half
+// of its word a line begins in follows from the tensor's address and extents: strides are even, so
+// that it is the same for all positions, and differs between channels and taps alone. The weights
+// are packed accordingly, once for tensors whose first line begins in a low half, and once for the
+// others (a batch's samples and groups may be either); products have channels that are alike.
+
+constexpr int WORD_SETS = 2;  // of packed weights
+
+// Of a call: whether lines of neighbouring channels, planes along R and lines along Y begin in
+// different halves; and the order of channels, see octet_channel.
+struct WordOrder {
+  int odd_channel, odd_r, odd_y;  // 0 or 1
+  int lane_channels, half_channels;
+
+  WordOrder() = default;
+  explicit WordOrder(const GatherShape& s)
+      : odd_channel(s.in_channel_stride & 1),
+        odd_r(s.r.input_stride & 1),
+        odd_y(s.y.input_stride & 1),
+        lane_channels(s.lane_channels),
+        half_channels(s.half_channels) {}
+
+  // The channel of a product's word.
+  __device__ __forceinline__ int channel(int product, int word) const {
+    return octet_channel(lane_channels, product) + word % 4 * lane_channels +
+           word / 4 * half_channels;
+  }
+};
+
+// Where lanes find words: a tile, and one of its elements.
+struct WordTile {
+  const uint32_t* words;
+  int element;
+
+  __device__ __forceinline__ WordTile operator+(int elements) const {
+    return {words, element + elements};
+  }
+  // The word that holds an element so much further.
+  __device__ __forceinline__ const unsigned char* find(int elements) const {
+    return reinterpret_cast<const unsigned char*>(words) + ((element + elements) * 2 & -4);
+  }
+};
+
+// As load_fragments, of several words of a line. Offsets of positions and `half`, of half the
+// channels, are in bytes, `pitch` in elements.
+template <class Math, uint64_t USED, int... WORDS, int COUNT>
+__device__ __forceinline__ void load_words(typename Math::A (&x)[sizeof...(WORDS)][COUNT],
+                                           const WordTile& line, const int (&at)[2], int pitch,
+                                           int half) {
+  constexpr int WORD[] = {WORDS...};
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    if ((USED >> j) & 1) {
+      const unsigned char* const from = line.find(j * pitch);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto* const first =
+            reinterpret_cast<const uint32_t*>(from + (at[i % 2] + i / 2 * half));
+#pragma unroll
+        for (int w = 0; w < sizeof...(WORDS); ++w) Math::set(x[w][j], i, first[WORD[w]]);
+      }
+    }
+  }
+}
+
+// As load_scattered_fragments.
+template <class Math, int... WORDS, int COUNT>
+__device__ __forceinline__ void load_scattered_words(
+    typename Math::A (&x)[sizeof...(WORDS)][COUNT], const WordTile& line, const int (&at)[COUNT][2],
+    int half) {
+  constexpr int WORD[] = {WORDS...};
+  const unsigned char* const from = line.find(0);
+#pragma unroll
+  for (int m = 0; m < COUNT; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto* const first =
+          reinterpret_cast<const uint32_t*>(from + (at[m][i % 2] + i / 2 * half));
+#pragma unroll
+      for (int w = 0; w < sizeof...(WORDS); ++w) Math::set(x[w][m], i, first[WORD[w]]);
+    }
+  }
+}
+
+// Whose weight a value of a packed word is: an input channel's and a kernel element's, -1 for none.
+struct PackedValue {
+  int channel, tap;
+};
+
 // Weights (coarse, fine / groups, taps) -> [group][block of CHANNELS outputs][region]
 // [8 input words][slot of the region][8 outputs][lane][Math::PACKED], the words that the lanes of a
 // product hold (wgmma: [Math::PACKED][lane], see SharedColumns); zero beyond the channels. Regions
-// and slots as in pack_weight.
-template <class Math, int CHANNELS, bool OUTPUT_IS_COARSE, typename T>
+// and slots as in pack_weight. value_of(slot, step, word, i) is whose weight the i-th value is of a
+// word of a product.
+template <class Math, int CHANNELS, bool OUTPUT_IS_COARSE, typename T, typename ValueOf>
 __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight,
-                                               const int* slot_tap, const int* region_first,
-                                               int regions, int taps, int slots, int steps,
-                                               int in_channels, int out_channels, int64_t index) {
+                                               const int* region_first, int regions, int taps,
+                                               int slots, int steps, int in_channels,
+                                               int out_channels, int64_t index,
+                                               ValueOf&& value_of) {
   const int blocks = (out_channels + CHANNELS - 1) / CHANNELS;
   const int64_t slot_elements = int64_t{steps} * SLOT_WORDS<Math, CHANNELS>;
   // `index` counts packed words: undo the layout from the outside in.
@@ -300,13 +393,12 @@ __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight
   rest /= CHANNELS / MMA_COLUMNS;
   const int slot = region_first[region] + static_cast<int>(rest % region_slots);
   const int step = static_cast<int>(rest / region_slots);
-  const int word = step * MMA_WORDS + lane % 4 + 4 * (i % 2);
+  const int word = lane % 4 + 4 * (i % 2);
   const int out = block * CHANNELS + n * MMA_COLUMNS + lane / 4;
-  const int tap = slot_tap[slot];
   T value[2] = {};
 #pragma unroll
-  for (int c = 0; c < Math::CHANNELS; ++c) {
-    const int in = word * Math::CHANNELS + c;
+  for (int c = 0; c < Math::VALUES; ++c) {
+    const auto [in, tap] = value_of(slot, step, word, c);
     if (out < out_channels && in < in_channels && tap >= 0) {
       const int64_t coarse = int64_t{group} * (OUTPUT_IS_COARSE ? out_channels : in_channels) +
                              (OUTPUT_IS_COARSE ? out : in);

@@ -38,6 +38,7 @@ struct GatherShape {
   int columns;  // that lanes read of a line
   int planes, rows, row_pitch, residue_pitch, plane_pitch, channel_pitch;
   Divisor by_columns, by_rows;  // staged accesses of a line, lines of a plane
+  Divisor by_planes;            // planes of a channel
   int chunk, chunks, tile_elements, stage_elements;
   int stages;  // buffers that hold a staged tile and its weights
   int shared_bytes;
@@ -48,6 +49,11 @@ struct GatherShape {
   // granules of a line.
   int raw_lines, raw_line_bytes, raw_bytes;
   Divisor raw_parts, raw_planes, raw_granules;
+
+  // Of tiles in granules, whose channels lie in octets (granules.cuh), of a product's four lanes
+  // twice: channels, and elements of the tile, from lane to lane, half to half, octet to octet.
+  int lane_channels, half_channels;
+  int lane_pitch, half_pitch, octet_pitch;
 
   bool vector_store;  // the phases of X that a thread computes leave in one access
 };
@@ -83,6 +89,8 @@ struct GatherTraits {
   // input. Pitches then count elements.
   int granule = 0;
   int plane_step = 1, line_step = 1;
+  int place_bytes = 0;  // of a table of a channel's granules
+  bool loads_words = false;  // whether lanes load words of neighbours (WordOrder)
   // What lanes load of a line at once: strips and tiles are multiples of it.
   int access = 1;
 };
@@ -110,12 +118,32 @@ inline int64_t raw_total(const GatherTraits& t, int64_t columns, int64_t lines) 
   return t.raw_buffers * t.raw_channels * lines * raw_line_bytes(t, columns);
 }
 
+// Where lanes load words of neighbours, the lines of a product's channels begin in the same half of
+// a word. Where channels are an odd number of elements, those of four lanes lie NEAR apart; or FAR,
+// where there are whole multiples of 32: these lie in different banks whatever a line's length.
+constexpr int NEAR_CHANNELS = 2, FAR_CHANNELS = 8;
+constexpr int FAR_PERIOD = 4 * FAR_CHANNELS;
+
+inline int lane_channels_of(int64_t channels, int64_t channel_stride) {
+  if (channels % FAR_PERIOD == 0) return FAR_CHANNELS;
+  return channel_stride % 2 == 0 ? 1 : NEAR_CHANNELS;
+}
+
+// The first channel of an octet.
+__host__ __device__ constexpr int octet_channel(int lane_channels, unsigned octet) {
+  if (lane_channels == 1) return octet * 8;
+  const unsigned far = octet / 4 * FAR_PERIOD + octet / 2 % 2 * 4, near = octet / 2 * 16;
+  return (lane_channels == FAR_CHANNELS ? far : near) + octet % 2;
+}
+
 // Pitches, in elements, of a tile that is staged as the input lies in memory: an element's place in
 // its granule is the same on both sides wherever the tile begins, for each pitch is congruent to
 // the distance in the input. Lines have room for the granules that cover them from any start.
 struct GranulePitches {
   int64_t granules;  // of a line
-  int64_t line, plane, channel;
+  int64_t line, plane;
+  int lane_channels, half_channels;
+  int64_t lane, half, octet;
 
   GranulePitches(const GatherShape& s, const GatherTraits& t, int64_t columns, int64_t rows,
                  int64_t planes) {
@@ -125,20 +153,38 @@ struct GranulePitches {
     granules = ceil_div(columns + t.granule - 1, t.granule);
     line = congruent(granules * t.granule, int64_t{t.line_step} * s.y.input_stride);
     plane = congruent(rows * line, int64_t{t.plane_step} * s.r.input_stride);
-    const int64_t least = congruent(planes * plane, s.in_channel_stride);
-    int fewest = WARP + 1;
-    for (int64_t pitch = least; pitch < least + 128 / t.element_bytes; pitch += t.granule) {
-      const int wavefronts = fragment_wavefronts(t, pitch);
-      if (wavefronts < fewest) fewest = wavefronts, channel = pitch;
+    const int64_t channel = planes * plane, stride = s.in_channel_stride;
+    // From a lane's channels to the next lane's: of the next few, that with the fewest wavefronts.
+    auto spread = [&](int64_t least, int64_t distance, int slots) {
+      int64_t best = 0;
+      int fewest = WARP + 1;
+      for (int64_t i = 0; i < 128 / t.element_bytes; i += t.granule) {
+        const int64_t pitch = congruent(least, distance) + i;
+        const int wavefronts = fragment_wavefronts(t, slots * pitch);
+        if (wavefronts < fewest) fewest = wavefronts, best = pitch;
+      }
+      return best;
+    };
+    lane_channels = t.loads_words ? lane_channels_of(s.in_channels, stride) : 1;
+    if (lane_channels == FAR_CHANNELS) {
+      half_channels = NEAR_CHANNELS;
+      half = congruent(channel, half_channels * stride);
+      lane = spread(half + channel, lane_channels * stride, 1);
+      octet = round_up(4 * lane, t.granule) + t.granule;
+    } else {
+      half_channels = 4 * lane_channels;
+      lane = spread(channel, lane_channels * stride, t.raw_channels);
+      half = 4 * lane, octet = 8 * lane;
+      if (lane_channels == NEAR_CHANNELS) octet = round_up(octet, t.granule) + t.granule;
     }
   }
 
  private:
-  // Of a load of one element of a fragment: lane 4 g + t reads position g of word t.
-  static int fragment_wavefronts(const GatherTraits& t, int64_t pitch) {
+  // Of a load of a fragment: lane 4 g + t reads position g of the channels t * lane_pitch on.
+  static int fragment_wavefronts(const GatherTraits& t, int64_t lane_pitch) {
     int words[32][WARP], counts[32] = {}, most = 0;
     for (int lane = 0; lane < WARP; ++lane) {
-      const int64_t element = lane / 4 * t.step_x + lane % 4 * t.raw_channels * pitch;
+      const int64_t element = lane / 4 * t.step_x + lane % 4 * lane_pitch;
       const int word = static_cast<int>(element * t.element_bytes / 4), bank = word % 32;
       bool known = false;
       for (int i = 0; i < counts[bank]; ++i) known |= words[bank][i] == word;
@@ -217,13 +263,14 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       int64_t channel_pitch = word, line = pitch / s.load_width, accesses = line + WARP;
       if (t.granule) {
         const GranulePitches p(s, t, (width - 1) * t.step_x + t.span_x + 1, staged_rows, planes);
-        pitch = p.line, plane_pitch = p.plane, channel_pitch = p.channel;
-        word = ceil_div(t.raw_channels * p.channel * t.element_bytes, t.word_bytes);
+        pitch = p.line, plane_pitch = p.plane, channel_pitch = p.lane;
+        word = ceil_div(t.raw_channels * p.octet * t.element_bytes, 8 * t.word_bytes);
         line = accesses = p.granules;
       }
       int64_t bytes = GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step *
                       (round_up(word, 4) + round_up(weights, 4));
-      if (t.granule) bytes += GATHER_LEAST_STAGES * GRANULE_BYTES;
+      const int64_t places = t.place_bytes * planes * staged_rows * line;
+      if (t.granule) bytes += GATHER_LEAST_STAGES * GRANULE_BYTES + places;
       const int64_t raw_bytes =
           raw ? raw_total(t, pitch, raw_lines(t, pitch, staged_rows, raw_least)) : 0;
       if (bytes + raw_bytes > shared_limit) continue;
@@ -243,12 +290,20 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       s.plane_pitch = static_cast<int>(plane_pitch);
       s.channel_pitch = static_cast<int>(channel_pitch);
       s.by_columns = Divisor(line);
+      if (t.granule) {
+        const GranulePitches p(s, t, s.columns, staged_rows, planes);
+        s.lane_channels = p.lane_channels, s.half_channels = p.half_channels;
+        s.lane_pitch = static_cast<int>(p.lane), s.half_pitch = static_cast<int>(p.half);
+        s.octet_pitch = static_cast<int>(p.octet);
+      }
       word_pitch = word;
       s.strips = Divisor(strips);
       s.lane_tiles = Divisor(ceil_div(positions, flat));
     }
   }
   if (best_cost < 0) return CONVGEN_TOO_LARGE;
+  const int places = t.place_bytes * s.planes * s.rows * static_cast<int>(s.by_columns.divisor);
+  shared_limit -= places;
   if (raw) {
     shared_limit -=
         static_cast<int>(raw_total(t, s.row_pitch, raw_lines(t, s.row_pitch, s.rows, raw_least)));
@@ -275,12 +330,13 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;
   s.stages = shared_limit / stage_bytes / t.stage_step * t.stage_step;
   if (s.stages > t.most_stages) s.stages = t.most_stages;
-  s.shared_bytes = s.stages * stage_bytes + t.scratch_bytes;
+  s.shared_bytes = s.stages * stage_bytes + t.scratch_bytes + places;
   if (raw) s.shared_bytes += cut_raw(s, t, shared_limit - s.stages * stage_bytes, raw_least);
 
   const int64_t row_tiles = ceil_div(s.r.positions, t.scattered ? 1 : rows);
   s.by_strip_width = Divisor(s.strip_width);
   s.by_rows = Divisor(s.rows);
+  s.by_planes = Divisor(s.planes);
   s.channel_blocks = Divisor(blocks_c);
   s.phases = Divisor(t.phases);
   s.row_tiles = Divisor(row_tiles);

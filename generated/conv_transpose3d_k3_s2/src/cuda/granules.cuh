@@ -5,33 +5,37 @@
 // line's granules land where they are aligned too. Lanes find elements by these pitches alone; what
 // granules hold of other lines, nobody reads, but for the columns beside the input, which are
 // cleared.
+//
+// Channels lie in octets: 8 neighbouring ones, or those of a product whose lanes load words of
+// neighbours (WordOrder). An octet begins at a granule, its first line at its place in one.
 #pragma once
 
 #include "staging.cuh"
 
 namespace convgen {
 
-// Where an element of the input lies in its granule, in elements.
 template <typename T>
-__device__ __forceinline__ int within_granule(const T* tensor, int64_t element) {
-  const uint64_t at = reinterpret_cast<uint64_t>(tensor) / sizeof(T) + element;
-  return static_cast<int>(at) & (GRANULE_BYTES / static_cast<int>(sizeof(T)) - 1);
-}
+constexpr int GRANULE = GRANULE_BYTES / static_cast<int>(sizeof(T));  // elements
 
-// How many elements a tile begins behind the start of its buffer; `from` is its first channel.
+// The place within its granule of a tile's first element; `from` is the input's first channel. Low
+// bits of addresses and distances suffice.
 template <typename T>
 __device__ __forceinline__ int tile_shift(const GatherShape& s, const T* from,
                                           const TileOrigin& origin) {
-  return within_granule(from, int64_t{origin.r} * s.r.input_stride +
-                                  int64_t{origin.y} * s.y.input_stride + origin.x);
+  const uint32_t first = static_cast<uint32_t>(reinterpret_cast<uint64_t>(from)) / sizeof(T);
+  const uint32_t within = static_cast<uint32_t>(origin.r) * s.r.input_stride +
+                          static_cast<uint32_t>(origin.y) * s.y.input_stride + origin.x;
+  return static_cast<int>((first + within) % GRANULE<T>);
 }
 
-// The columns of a tile beside the input, which hold the ends of other lines.
-struct GranuleMargins {
-  unsigned char* tile;  // its first element
-  TileOrigin origin;
-  int channels;  // none if there are no such columns
-};
+// Where the `index`-th octet of a tile, which begins with `channel`, has its first element.
+// `shift` is the tile's.
+template <typename T>
+__device__ __forceinline__ int octet_place(const GatherShape& s, int index, int channel,
+                                           int shift) {
+  const int distance = static_cast<int>(s.in_channel_stride) & (GRANULE<T> - 1);
+  return index * s.octet_pitch + ((shift + channel * distance) & (GRANULE<T> - 1));
+}
 
 // Whether a line of the input is one of the tile's.
 template <int PLANE_STEP, int LINE_STEP>
@@ -41,139 +45,198 @@ __device__ __forceinline__ bool line_inside(const GatherShape& s, const TileOrig
          static_cast<unsigned>(origin.y + row * LINE_STEP) < static_cast<unsigned>(s.y.input);
 }
 
-// Clears these columns, of elements like Bits. Other lines are zero already.
-template <int PLANE_STEP, int LINE_STEP, typename Bits>
-__device__ __forceinline__ void clear_margins(const GatherShape& s, const Crew& crew,
-                                              const GranuleMargins& margins) {
-  const int left = min(max(-margins.origin.x, 0), s.columns);
-  const int right = max(s.x.input - margins.origin.x, left);
-  // Lines are few: half of the threads take every other channel.
-  const int half = crew.threads / 2, first = crew.thread / half;
+// A granule of a channel's lines in a tile: elements from the tile's first one, in the input and in
+// the tile. Threads find them in a table in shared memory.
+struct GranulePlace {
+  int from, to;
+  int plane, row;
+};
+
+// By all threads of a block, before they meet.
+template <int PLANE_STEP, int LINE_STEP, typename T>
+__device__ __forceinline__ void fill_places(const GatherShape& s, GranulePlace* places) {
+  const int count = s.planes * s.rows * static_cast<int>(s.by_columns.divisor);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    GranulePlace place;
+    place.plane = i;
+    const int within = s.by_columns.split(place.plane) * GRANULE<T>;
+    place.row = s.by_rows.split(place.plane);
+    // Of lines beyond the input, whatever 32 bits hold: they are not read.
+    place.from = static_cast<int>(static_cast<uint32_t>(place.plane * PLANE_STEP) *
+                                      static_cast<uint32_t>(s.r.input_stride) +
+                                  static_cast<uint32_t>(place.row * LINE_STEP) *
+                                      static_cast<uint32_t>(s.y.input_stride) +
+                                  within);
+    place.to = place.plane * s.plane_pitch + place.row * s.row_pitch + within;
+    places[i] = place;
+  }
+}
+
+// One tile, of elements like T (unsigned integers of their size), staged by a crew.
+template <int PLANE_STEP, int LINE_STEP, typename T>
+class GranuleTile {
+ public:
+  GranuleTile() = default;
+  // `from` is the first of `channels` channels of the input; the tile has `octets` octets from
+  // `first_octet` on. `tensor` is the whole one.
+  __device__ __forceinline__ GranuleTile(const GatherShape& s, void* tile, const T* tensor,
+                                         const T* from, int channels, int first_octet, int octets,
+                                         const TileOrigin& origin)
+      : tile_(static_cast<unsigned char*>(tile)),
+        tensor_(tensor),
+        from_(from),
+        channels_(channels),
+        first_octet_(first_octet),
+        octets_(octets),
+        origin_(origin),
+        shift_(tile_shift(s, from, origin)) {}
+
+  // Starts copying: zeros where there is no line or channel. Threads are dealt granules of lines.
+  __device__ __forceinline__ void copy(const GatherShape& s, const Crew& crew,
+                                       const GranulePlace* places) const {
+    const int count = s.planes * s.rows * static_cast<int>(s.by_columns.divisor);
+    const int last_r = origin_.r + (s.planes - 1) * PLANE_STEP;
+    const int last_y = origin_.y + (s.rows - 1) * LINE_STEP;
+    const bool all_inside =
+        origin_.r >= 0 && last_r < s.r.input && origin_.y >= 0 && last_y < s.y.input;
+    const int64_t lane = s.lane_channels * channel_bytes(s);
+    const int64_t half = s.half_channels * channel_bytes(s) - 4 * lane;
 #pragma unroll 1
-  for (int line = crew.thread % half; line < s.planes * s.rows; line += half) {
-    int plane = line;
-    const int row = s.by_rows.split(plane);
-    if (!line_inside<PLANE_STEP, LINE_STEP>(s, margins.origin, plane, row)) continue;
-    Bits* at = reinterpret_cast<Bits*>(margins.tile) + first * s.channel_pitch +
-               plane * s.plane_pitch + row * s.row_pitch;
+    for (int index = 0; index < octets_; ++index) {
+      const Octet octet = find_octet(s, index);
+      // Nearly always all granules of lines that exist lie within the input. What they hold of
+      // other lines is cleared later where it matters: to tell it here would take longer than to
+      // copy it.
+      const int64_t lowest = element(s, octet.channel, max(origin_.r, 0), max(origin_.y, 0));
+      const int64_t highest = element(s, min(octet.last, channels_ - 1),
+                                      min(last_r, s.r.input - 1), min(last_y, s.y.input - 1));
+      const bool whole =
+          lowest >= GRANULE<T> &&
+          highest + s.by_columns.divisor * GRANULE<T> <= channels_ * s.in_channel_stride;
+      bool exists[8];
+#pragma unroll
+      for (int slot = 0; slot < 8; ++slot) exists[slot] = slot_channel(s, octet, slot) < channels_;
+      if (!whole) {
+        copy_parts(s, crew, places, count, octet);
+        continue;
+      }
+      const int64_t first = begin() + element(s, octet.channel, origin_.r, origin_.y) * SIZE;
 #pragma unroll 1
-    for (int channel = first; channel < margins.channels; channel += 2) {
+      for (int i = crew.thread; i < count; i += crew.threads) {
+        const GranulePlace place = places[i];
+        const bool inside = all_inside || line_inside<PLANE_STEP, LINE_STEP>(
+                                              s, origin_, place.plane, place.row);
+        int64_t at = first + int64_t{place.from} * SIZE;
+        int to = (octet.place + place.to) * SIZE;
+#pragma unroll
+        for (int slot = 0; slot < 8; ++slot) {
+          copy_async<GRANULE_BYTES>(tile_ + (to & -GRANULE_BYTES),
+                                    reinterpret_cast<const void*>(at & -GRANULE_BYTES),
+                                    inside && exists[slot]);
+          at += lane, to += s.lane_pitch * SIZE;
+          if (slot == 3) at += half, to += (s.half_pitch - 4 * s.lane_pitch) * SIZE;
+        }
+      }
+    }
+  }
+
+  // Whether a line of the tile has columns beside the input, which hold the ends of other lines.
+  __device__ __forceinline__ bool has_margins(const GatherShape& s) const {
+    return origin_.x < 0 || s.x.input - origin_.x < s.columns;
+  }
+
+  // Clears these columns, once all copies of the crew have landed. Other lines are zero already.
+  __device__ __forceinline__ void clear_margins(const GatherShape& s, const Crew& crew) const {
+    const int left = min(max(-origin_.x, 0), s.columns);
+    const int right = max(s.x.input - origin_.x, left);
+    const int items = octets_ * 8 * s.planes * s.rows;
+#pragma unroll 1
+    for (int item = crew.thread; item < items; item += crew.threads) {
+      int index = item / 8;
+      const int slot = item % 8, row = s.by_rows.split(index), plane = s.by_planes.split(index);
+      const Octet octet = find_octet(s, index);
+      if (slot_channel(s, octet, slot) >= channels_) continue;
+      if (!line_inside<PLANE_STEP, LINE_STEP>(s, origin_, plane, row)) continue;
+      T* const at = reinterpret_cast<T*>(tile_) + octet.place + slot_place(s, slot) +
+                    plane * s.plane_pitch + row * s.row_pitch;
 #pragma unroll 1
       for (int column = 0; column < left; ++column) at[column] = 0;
 #pragma unroll 1
       for (int column = right; column < s.columns; ++column) at[column] = 0;
-      at += 2 * s.channel_pitch;
     }
-  }
-}
-
-// One tile, staged by a crew whose threads are dealt granules of lines, for all channels.
-template <int PLANE_STEP, int LINE_STEP, typename T>
-class GranuleTile {
- public:
-  // `channels` of the tile's channels exist, the first of which is `from`; `input` is the tensor.
-  __device__ __forceinline__ GranuleTile(const GatherShape& s, const Crew& crew, void* tile,
-                                         const T* input, const T* from, int channels,
-                                         const TileOrigin& origin)
-      : s_(s),
-        crew_(crew),
-        tile_(static_cast<unsigned char*>(tile)),
-        input_(input),
-        from_(from),
-        channels_(channels),
-        origin_(origin),
-        shift_(tile_shift(s, from, origin)) {}
-
-  // Starts copying `count` channels: zeros where there is no line or channel.
-  __device__ __forceinline__ void copy(int count) const {
-    const int existing = min(count, channels_);
-    const int64_t begin = reinterpret_cast<int64_t>(from_);
-    const int64_t end = begin + channels_ * channel_bytes();
-    const int items = s_.planes * s_.rows * static_cast<int>(s_.by_columns.divisor);
-#pragma unroll 1
-    for (int item = crew_.thread; item < items; item += crew_.threads) {
-      int line = item;
-      const int number = s_.by_columns.split(line);
-      const Place place = locate(line);
-      int64_t at = place.at + number * GRANULE_BYTES;
-      int to = place.to + number * GRANULE_BYTES;
-      int channel = 0;
-      // Nearly always all channels' granules lie within the input. What they hold of other lines
-      // is cleared later where it matters: to tell it here would take longer than to copy it.
-      if (!place.inside || ((at & -GRANULE_BYTES) >= begin &&
-                            at + (existing - 1) * channel_bytes() + GRANULE_BYTES <= end)) {
-#pragma unroll 4
-        for (; channel < existing; ++channel) {
-          copy_async<GRANULE_BYTES>(tile_ + (to & -GRANULE_BYTES),
-                                    reinterpret_cast<const void*>(at & -GRANULE_BYTES),
-                                    place.inside);
-          at += channel_bytes(), to += channel_pitch();
-        }
-      }
-#pragma unroll 1
-      for (; channel < count; ++channel) {
-        const int64_t granule = at & -GRANULE_BYTES;
-        int bytes = 0;
-        if (place.inside && channel < existing && granule + GRANULE_BYTES > begin &&
-            granule < end) {
-          bytes = static_cast<int>(min(end - granule, int64_t{GRANULE_BYTES}));
-        }
-        copy_granule(tile_ + (to & -GRANULE_BYTES),
-                     reinterpret_cast<const void*>(bytes > 0 ? granule : aligned_input()), bytes,
-                     input_);
-        at += channel_bytes(), to += channel_pitch();
-      }
-    }
-  }
-
-  // What is to be cleared of `count` channels when all copies of the crew have landed.
-  __device__ __forceinline__ GranuleMargins margins(int count) const {
-    GranuleMargins margins;
-    margins.tile = tile_ + shift_ * SIZE;
-    margins.origin = origin_;
-    const bool beside = origin_.x < 0 || s_.x.input - origin_.x < s_.columns;
-    margins.channels = beside ? min(count, channels_) : 0;
-    return margins;
   }
 
  private:
   static constexpr int SIZE = sizeof(T);
 
-  // The first column of a line, of the first channel: bytes.
-  struct Place {
-    int64_t at;   // address in the input
-    int to;       // in the tile
-    bool inside;  // whether there is such a line
+  struct Octet {
+    int channel, last;  // its first channel and its last one
+    int place;          // of its first element in the tile
   };
 
-  __device__ __forceinline__ Place locate(int line) const {
-    int plane = line;
-    const int row = s_.by_rows.split(plane);
-    Place place;
-    place.inside = line_inside<PLANE_STEP, LINE_STEP>(s_, origin_, plane, row);
-    const int first = place.inside ? (origin_.r + plane * PLANE_STEP) * s_.r.input_stride +
-                                         (origin_.y + row * LINE_STEP) * s_.y.input_stride
-                                   : 0;
-    place.at = reinterpret_cast<int64_t>(from_) + (int64_t{first} + origin_.x) * SIZE;
-    place.to = (shift_ + plane * s_.plane_pitch + row * s_.row_pitch) * SIZE;
-    return place;
+  __device__ __forceinline__ Octet find_octet(const GatherShape& s, int index) const {
+    Octet octet;
+    octet.channel = octet_channel(s.lane_channels, first_octet_ + index);
+    octet.last = octet.channel + s.half_channels + 3 * s.lane_channels;
+    octet.place = octet_place<T>(s, index, octet.channel, shift_);
+    return octet;
   }
 
-  // From one channel to the next.
-  __device__ __forceinline__ int64_t channel_bytes() const { return s_.in_channel_stride * SIZE; }
-  __device__ __forceinline__ int channel_pitch() const { return s_.channel_pitch * SIZE; }
-
-  __device__ __forceinline__ int64_t aligned_input() const {
-    return reinterpret_cast<int64_t>(input_) & -GRANULE_BYTES;
+  // Of the slots 0 to 7 of an octet.
+  __device__ __forceinline__ static int slot_channel(const GatherShape& s, const Octet& octet,
+                                                     int slot) {
+    return octet.channel + slot / 4 * s.half_channels + slot % 4 * s.lane_channels;
+  }
+  __device__ __forceinline__ static int slot_place(const GatherShape& s, int slot) {
+    return slot / 4 * s.half_pitch + slot % 4 * s.lane_pitch;
   }
 
-  const GatherShape& s_;
-  const Crew& crew_;
-  unsigned char* const tile_;
-  const T *const input_, *const from_;
-  const int channels_;
-  const TileOrigin origin_;
-  const int shift_;
+  // The granules of an octet of which some lie beyond the input in part.
+  __device__ __forceinline__ void copy_parts(const GatherShape& s, const Crew& crew,
+                                             const GranulePlace* places, int count,
+                                             const Octet& octet) const {
+    const int64_t end = begin() + channels_ * channel_bytes(s);
+#pragma unroll 1
+    for (int i = crew.thread; i < count; i += crew.threads) {
+      const GranulePlace place = places[i];
+      const bool inside =
+          line_inside<PLANE_STEP, LINE_STEP>(s, origin_, place.plane, place.row);
+#pragma unroll 1
+      for (int slot = 0; slot < 8; ++slot) {
+        const int channel = slot_channel(s, octet, slot);
+        const int64_t at = element(s, channel, origin_.r, origin_.y) + place.from;
+        const int64_t granule = (begin() + at * SIZE) & -GRANULE_BYTES;
+        int bytes = 0;
+        if (inside && channel < channels_ && granule + GRANULE_BYTES > begin() && granule < end) {
+          bytes = static_cast<int>(min(end - granule, int64_t{GRANULE_BYTES}));
+        }
+        const int to = (octet.place + slot_place(s, slot) + place.to) * SIZE;
+        copy_granule(tile_ + (to & -GRANULE_BYTES),
+                     reinterpret_cast<const void*>(bytes > 0 ? granule : aligned_tensor()), bytes,
+                     tensor_);
+      }
+    }
+  }
+
+  // The first column of a line of the tile, counted from the first channel's first element.
+  __device__ __forceinline__ int64_t element(const GatherShape& s, int channel, int r,
+                                             int y) const {
+    return channel * s.in_channel_stride + int64_t{r} * s.r.input_stride +
+           int64_t{y} * s.y.input_stride + origin_.x;
+  }
+  __device__ __forceinline__ int64_t begin() const { return reinterpret_cast<int64_t>(from_); }
+  __device__ __forceinline__ static int64_t channel_bytes(const GatherShape& s) {
+    return s.in_channel_stride * SIZE;
+  }
+  __device__ __forceinline__ int64_t aligned_tensor() const {
+    return reinterpret_cast<int64_t>(tensor_) & -GRANULE_BYTES;
+  }
+
+  unsigned char* tile_;
+  const T *tensor_, *from_;
+  int channels_, first_octet_, octets_;
+  TileOrigin origin_;
+  int shift_;
 };
 
 }  // namespace convgen

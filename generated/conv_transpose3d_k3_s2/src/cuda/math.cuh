@@ -1,9 +1,10 @@
 // The math modes of the mma engine's gathers: what a word of an operand is, how it is made from
 // the tensors' elements, and one 16 x 8 product of a word's worth of channels.
 //
-//   Input      what a staged word is: a float, or a pair of 16-bit channels
+//   Input      what a staged word is: a float, a pair of 16-bit channels, or two neighbours
 //   Element    one channel's part of it
 //   CHANNELS   input channels per word
+//   VALUES     weights per word
 //   PACKED     weight words per lane and 16 x 8 product
 //   copy       a word of an operand from another's
 //   settle     keeps what makes an operand on its side of this place
@@ -22,7 +23,7 @@ template <Rounding ROUNDING>
 struct Tf32 {
   using Input = float;
   using Element = float;
-  static constexpr int CHANNELS = 1, PACKED = 2;
+  static constexpr int CHANNELS = 1, VALUES = 1, PACKED = 2;
   static constexpr bool FLUSH = false;
 
   struct A {
@@ -70,7 +71,7 @@ struct Tf32 {
 struct Tf32x3 {
   using Input = float;
   using Element = float;
-  static constexpr int CHANNELS = 1, PACKED = 4;
+  static constexpr int CHANNELS = 1, VALUES = 1, PACKED = 4;
   static constexpr bool FLUSH = true;
 
   struct A {
@@ -121,7 +122,7 @@ template <typename T>
 struct Pairs {
   using Input = uint32_t;
   using Element = uint16_t;
-  static constexpr int CHANNELS = 2, PACKED = 2;
+  static constexpr int CHANNELS = 2, VALUES = 2, PACKED = 2;
   static constexpr bool FLUSH = false;
 
   struct A {
@@ -166,6 +167,14 @@ struct Pairs {
       wgmma_bf16(d, a.word, b);
     }
   }
+};
+
+// Pairs of neighbouring 16-bit inputs of one channel, as they lie in memory. A word has the weights
+// of two taps along X, or of one and zero: which follows from the half of a word in which the line
+// begins (see Origin in fragments.cuh).
+template <typename T>
+struct Neighbours : Pairs<T> {
+  static constexpr int CHANNELS = 1;
 };
 
 }  // namespace convgen

@@ -9,10 +9,18 @@
 
 namespace convgen {
 
-// Three groups of warps multiply, one stages. Together they have all registers.
-constexpr int GROUP_WARPS = 4, GROUPS_OF_WARPS = 3, STAGING_WARPS = 4;
-constexpr int GROUP_THREADS = (GROUPS_OF_WARPS * GROUP_WARPS + STAGING_WARPS) * WARP;
-constexpr int MULTIPLYING_REGISTERS = 144, STAGING_REGISTERS = 4 * 128 - 3 * MULTIPLYING_REGISTERS;
+// Three groups of warps multiply, others stage: four warps, or eight where few sums (16 x 8 each,
+// FRAGMENTS of them) leave the registers. Together they have all registers of the launch.
+constexpr int GROUP_WARPS = 4, GROUPS_OF_WARPS = 3;
+constexpr int FEW_FRAGMENTS = 12;
+template <int FRAGMENTS>
+constexpr int STAGING_WARPS = FRAGMENTS <= FEW_FRAGMENTS ? 8 : 4;
+template <int FRAGMENTS>
+constexpr int GROUP_THREADS = (GROUPS_OF_WARPS * GROUP_WARPS + STAGING_WARPS<FRAGMENTS>) * WARP;
+template <int FRAGMENTS>
+constexpr int MULTIPLYING_REGISTERS = FRAGMENTS <= FEW_FRAGMENTS ? 120 : 144;
+template <int FRAGMENTS>
+constexpr int STAGING_REGISTERS = FRAGMENTS <= FEW_FRAGMENTS ? 56 : 80;
 
 // Chunks in a row whose products overlap with the loads of the next.
 constexpr int RUN = 4;
@@ -29,7 +37,8 @@ constexpr bool OVERLAPS = TILES * 4 *
 
 // Launch bound where there is wgmma, and where the kernel is empty. The host tells devices apart by
 // it.
-constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS : WARP;
+template <int FRAGMENTS>
+constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS<FRAGMENTS> : WARP;
 
 // Named barriers of the two buffers: warps that stage arrive at FULL, those that multiply at EMPTY.
 // Those that stage meet at COPIED.
@@ -157,7 +166,7 @@ __device__ __forceinline__ void find_quads(const ProductShape& s, StagedTile& ti
 // Starts copying the coarse channels of a tile: a warp takes 8 channels of a chunk at a time (a
 // piece), a lane a quad of one channel. Channels and positions beyond the tensor are zero, and so
 // are those behind the last quad; of a WHOLE tile there are none.
-template <class Product, int N_BLOCKS, int ACCESS, bool WHOLE>
+template <int WARPS, class Product, int N_BLOCKS, int ACCESS, bool WHOLE>
 __device__ __forceinline__ void copy_quads(const ProductShape& s, int warp, int lane,
                                            const uint2* table, uint32_t* to,
                                            const ProductOrigin& origin, const void* first) {
@@ -170,7 +179,7 @@ __device__ __forceinline__ void copy_quads(const ProductShape& s, int warp, int 
   const auto* const tile = static_cast<const Raw*>(first) + stride * channel;
   uint32_t* rows = to + Rows::row(warp * N_BLOCKS, channel) + Rows::quad(t);
 #pragma unroll 1
-  for (int chunk = warp; chunk < s.chunks; chunk += STAGING_WARPS) {
+  for (int chunk = warp; chunk < s.chunks; chunk += WARPS) {
     const int index = chunk * CHUNK_QUADS + t;
     uint32_t place = 0;
     int valid = WHOLE ? QUAD : 0;
@@ -200,28 +209,30 @@ __device__ __forceinline__ void copy_quads(const ProductShape& s, int warp, int 
         from += stride * PRODUCT_COLUMNS;
       }
     }
-    rows += STAGING_WARPS * CHUNK_WORDS<Product, N_BLOCKS>;
+    rows += WARPS * CHUNK_WORDS<Product, N_BLOCKS>;
   }
 }
 
-template <class Product, int N_BLOCKS, int ACCESS>
+template <int WARPS, class Product, int N_BLOCKS, int ACCESS>
 __device__ __forceinline__ void copy_coarse(const ProductShape& s, int warp, int lane,
                                             const uint2* table, uint32_t* to,
                                             const StagedTile& tile) {
   if (tile.whole) {
-    copy_quads<Product, N_BLOCKS, ACCESS, true>(s, warp, lane, table, to, tile.coarse, tile.quads);
+    copy_quads<WARPS, Product, N_BLOCKS, ACCESS, true>(s, warp, lane, table, to, tile.coarse,
+                                                       tile.quads);
   } else {
-    copy_quads<Product, N_BLOCKS, ACCESS, false>(s, warp, lane, table, to, tile.coarse, tile.quads);
+    copy_quads<WARPS, Product, N_BLOCKS, ACCESS, false>(s, warp, lane, table, to, tile.coarse,
+                                                        tile.quads);
   }
 }
 
 // And arranges them, once all copies of all these warps have landed.
-template <class Product, int N_BLOCKS>
+template <int WARPS, class Product, int N_BLOCKS>
 __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread, uint32_t* to) {
   using Rows = CoarseRows<Product, N_BLOCKS>;
   const int shares = s.chunks * N_BLOCKS * PRODUCT_COLUMNS;
 #pragma unroll 2
-  for (int i = thread; i < shares; i += STAGING_WARPS * WARP) {
+  for (int i = thread; i < shares; i += WARPS * WARP) {
     Rows::arrange(to + Rows::row(i / PRODUCT_COLUMNS, i % PRODUCT_COLUMNS));
   }
 }
@@ -290,39 +301,41 @@ __device__ __forceinline__ bool line_inside(const ProductShape& s, const Product
          static_cast<unsigned>(h) < static_cast<unsigned>(s.fine_h);
 }
 
-// Of 16 channels, a warp that stages copies every fourth: these are alike by turns, in where they
-// begin in their granules.
-constexpr int WARP_CHANNELS = PRODUCT_ROWS / STAGING_WARPS, KINDS = 8 / STAGING_WARPS;
+// Of 16 channels, each of WARPS that stage copies every WARPS-th: these are alike by turns, in
+// where they begin in their granules.
+template <int WARPS>
+constexpr int WARP_CHANNELS = PRODUCT_ROWS / WARPS;
 
 // Starts copying the loose lines of a tile, whose first one begins at address `first`. All granules
 // of lines that exist lie within the tensor; of a WHOLE tile all lines and channels exist.
-template <bool WHOLE, typename Raw>
+template <int WARPS, bool WHOLE, typename Raw>
 __device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int lane,
                                            const uint2* table, uint32_t* to,
                                            const ProductOrigin& origin, int64_t first) {
-  const int step = opaque(STAGING_WARPS * s.fine_pitch);
+  const int step = opaque(WARPS * s.fine_pitch);
+  constexpr int CHANNELS = WARP_CHANNELS<WARPS>, ALIKE = 8 / WARPS;
   const int places = s.fine.places;
 #pragma unroll 1
   for (int channel = warp; channel < s.fine_staged; channel += PRODUCT_ROWS) {
     // A granule's address is its channel's in here, a multiple of 16, and a 32-bit offset.
-    int64_t from[WARP_CHANNELS];
-    uint32_t shift[KINDS];
+    int64_t from[CHANNELS];
+    uint32_t shift[ALIKE];
     from[0] = first + uint64_t{channel_bytes<Raw>(s)} * static_cast<uint32_t>(channel);
 #pragma unroll
-    for (int i = 0; i < WARP_CHANNELS; ++i) {
-      if (i > 0) from[i] = from[i - 1] + uint64_t{channel_bytes<Raw>(s)} * STAGING_WARPS;
-      if (i < KINDS) shift[i] = static_cast<uint32_t>(from[i]) % GRANULE_BYTES;
+    for (int i = 0; i < CHANNELS; ++i) {
+      if (i > 0) from[i] = from[i - 1] + uint64_t{channel_bytes<Raw>(s)} * WARPS;
+      if (i < ALIKE) shift[i] = static_cast<uint32_t>(from[i]) % GRANULE_BYTES;
     }
 #pragma unroll
-    for (int i = 0; i < WARP_CHANNELS; ++i) from[i] -= shift[i % KINDS];
+    for (int i = 0; i < CHANNELS; ++i) from[i] -= shift[i % ALIKE];
     const int existing = origin.channels - channel;
     auto copy = [&](uint32_t* word, uint2 place) {
       const bool inside = WHOLE || line_inside(s, origin, place);
 #pragma unroll
-      for (int i = 0; i < WARP_CHANNELS; ++i) {
-        const uint32_t offset = (place.x + shift[i % KINDS]) & ~(GRANULE_BYTES - 1u);
+      for (int i = 0; i < CHANNELS; ++i) {
+        const uint32_t offset = (place.x + shift[i % ALIKE]) & ~(GRANULE_BYTES - 1u);
         copy_async<GRANULE_BYTES>(word + i * step, reinterpret_cast<const void*>(from[i] + offset),
-                                  WHOLE || (inside && i * STAGING_WARPS < existing));
+                                  WHOLE || (inside && i * WARPS < existing));
       }
     };
     // Two places at a time, which a thread knows before it begins to copy.
@@ -346,7 +359,7 @@ __device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int 
 
 // The same of any tile: granules that reach beyond the tensor's ends are copied as far as they lie
 // within.
-template <typename Raw>
+template <int WARPS, typename Raw>
 __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, int lane,
                                                const uint2* table, uint32_t* to,
                                                const ProductOrigin& origin, int64_t first,
@@ -355,7 +368,7 @@ __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, 
   const int64_t begin = reinterpret_cast<int64_t>(tensor);
   const int64_t end = begin + s.fine_elements * int64_t{sizeof(Raw)};
 #pragma unroll 1
-  for (int channel = warp; channel < s.fine_staged; channel += STAGING_WARPS) {
+  for (int channel = warp; channel < s.fine_staged; channel += WARPS) {
 #pragma unroll 1
     for (int i = lane; i < s.fine.places; i += WARP) {
       const uint2 place = table[i];
@@ -406,16 +419,16 @@ __device__ __forceinline__ void find_lines(const ProductShape& s, StagedTile& ti
 }
 
 // Starts copying all loose lines of a tile to `to`.
-template <typename Raw>
+template <int WARPS, typename Raw>
 __device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, int lane,
                                               const uint2* table, uint32_t* to,
                                               const StagedTile& tile, const Raw* tensor) {
   if (tile.lines == ALL_LINES) {
-    copy_lines<true, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
+    copy_lines<WARPS, true, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
   } else if (tile.lines == SOME_LINES) {
-    copy_lines<false, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
+    copy_lines<WARPS, false, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
   } else {
-    copy_end_lines(s, warp, lane, table, to, tile.fine, tile.first_line, tensor);
+    copy_end_lines<WARPS>(s, warp, lane, table, to, tile.fine, tile.first_line, tensor);
   }
 }
 
@@ -425,7 +438,7 @@ __device__ __forceinline__ bool reaches_beside(const ProductShape& s, const Prod
 }
 
 // Writes zeros over it, when all copies have landed.
-template <typename Raw>
+template <int WARPS, typename Raw>
 __device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread,
                                                    const uint2* table, uint32_t* to,
                                                    const ProductOrigin& origin, int64_t first) {
@@ -438,7 +451,7 @@ __device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int th
     if (count <= 0) return;
 #pragma unroll 1
     for (int line = static_cast<unsigned>(thread) / 8; line < lines;
-         line += STAGING_WARPS * WARP / 8) {
+         line += WARPS * WARP / 8) {
       const uint32_t within = (begin + table[line * granules].x) % GRANULE_BYTES;
       Raw* at = reinterpret_cast<Raw*>(to + channel * s.fine_pitch + line * s.row_words) +
                 within / uint32_t{sizeof(Raw)} + column;

@@ -356,6 +356,8 @@ using FineColumn = StagedColumn<POSITION_COLUMNS, STRIDE_W, COLUMN_STEP>;
 constexpr bool LOOSENS = sizeof(Raw) < COPY_BYTES && POSITION_COLUMNS * COLUMN_STEP == STRIDE_W;
 
 template <int M_TILES, int N_BLOCKS>
+constexpr int FRAGMENTS = M_TILES * TAPS_H * TAPS_W * N_BLOCKS;
+template <int M_TILES, int N_BLOCKS>
 using Sums = float[M_TILES][TAPS_H][TAPS_W][N_BLOCKS][4];
 
 // What a lane reads of a chunk's fine tensor.
@@ -451,11 +453,12 @@ __device__ __forceinline__ void multiply(const Rows (&x)[M_TILES][TAPS_H], Share
 }
 
 template <int M_TILES, int N_BLOCKS>
-__global__ void __launch_bounds__(GROUP_BOUND, 1)
+__global__ void __launch_bounds__(GROUP_BOUND<FRAGMENTS<M_TILES, N_BLOCKS>>, 1)
     wgrad_groups_kernel(const ProductShape s, const T* coarse, const T* fine, float4* partial) {
   if constexpr (HAS_WGMMA) {
     constexpr int ELEMENTS = Product::ELEMENTS, COARSE = N_BLOCKS * PRODUCT_COLUMNS;
-    constexpr int CHUNK = CHUNK_WORDS<Product, N_BLOCKS>;
+    constexpr int CHUNK = CHUNK_WORDS<Product, N_BLOCKS>, SUMS = FRAGMENTS<M_TILES, N_BLOCKS>;
+    constexpr int STAGING = STAGING_WARPS<SUMS>;
     uint32_t* const shared = dynamic_shared<uint32_t>();
     uint32_t* const windows = shared + ORIGINS_WORDS;  // by quad of a tile
     uint2* const coarse_table = reinterpret_cast<uint2*>(shared + s.coarse_table);
@@ -472,7 +475,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
     }
     fill_quad_table(s, coarse_table);
     begin_releases<PRODUCT_STAGES>(shared + EMPTIES, s.unit_warps * s.parts * WARP);
-    begin_releases<PRODUCT_STAGES>(shared + FILLS, STAGING_WARPS * WARP);
+    begin_releases<PRODUCT_STAGES>(shared + FILLS, STAGING * WARP);
     __syncthreads();
 
     const ProductBlock block =
@@ -481,7 +484,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
     const int meeting = blockDim.x;
 
     if (static_cast<int>(threadIdx.x) >= s.unit_warps * s.parts * WARP) {
-      release_registers<STAGING_REGISTERS>();
+      release_registers<STAGING_REGISTERS<SUMS>>();
       const int thread = threadIdx.x - s.unit_warps * s.parts * WARP;
       const int staging_warp = __shfl_sync(0xffffffffu, thread / WARP, 0), lane = thread % WARP;
       const T* const fine_block =
@@ -520,12 +523,12 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
         uint32_t* const stage = stages + buffer * s.stage_words;
         uint32_t* const fine_stage = stage + s.coarse_words;
         if (LOOSENS && s.loose) {
-          copy_granules(s, staging_warp, lane, fine_table, fine_stage, tile,
+          copy_granules<STAGING>(s, staging_warp, lane, fine_table, fine_stage, tile,
                         reinterpret_cast<const Raw*>(fine));
           if (thread == 0) tile_shift[buffer] = loose_shift(tile.first_line);
         } else {
 #pragma unroll 1
-          for (int copy = thread; copy < s.fine.total; copy += STAGING_WARPS * WARP) {
+          for (int copy = thread; copy < s.fine.total; copy += STAGING * WARP) {
             copy_place<FineColumn, COLUMN_ALIGN>(
                 s.fine, fine_table, reinterpret_cast<Raw*>(fine_stage), tile.fine,
                 static_cast<int>(s.fine_channel_stride), make_int3(s.fine_d, s.fine_h, s.fine_w),
@@ -536,11 +539,14 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
         constexpr bool IN_PLACE = CoarseRows<Product, N_BLOCKS>::IN_PLACE;
         const int access = IN_PLACE ? min(s.coarse.access, 2) : s.coarse.access;
         if (access == 4) {
-          copy_coarse<Product, N_BLOCKS, 4>(s, staging_warp, lane, coarse_table, stage, tile);
+          copy_coarse<STAGING, Product, N_BLOCKS, 4>(s, staging_warp, lane, coarse_table, stage,
+                                                     tile);
         } else if (access == 2) {
-          copy_coarse<Product, N_BLOCKS, 2>(s, staging_warp, lane, coarse_table, stage, tile);
+          copy_coarse<STAGING, Product, N_BLOCKS, 2>(s, staging_warp, lane, coarse_table, stage,
+                                                     tile);
         } else {
-          copy_coarse<Product, N_BLOCKS, 1>(s, staging_warp, lane, coarse_table, stage, tile);
+          copy_coarse<STAGING, Product, N_BLOCKS, 1>(s, staging_warp, lane, coarse_table, stage,
+                                                     tile);
         }
         copy_commit();
         dealt.advance(s);
@@ -549,10 +555,11 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
         copy_wait<0>();
         // What follows touches what others have copied.
         const bool clears = LOOSENS && s.loose && reaches_beside(s, tile.fine);
-        if (!IN_PLACE || clears) named_barrier_sync(PRODUCT_COPIED, STAGING_WARPS * WARP);
-        if constexpr (!IN_PLACE) arrange_coarse<Product, N_BLOCKS>(s, thread, stage);
+        if (!IN_PLACE || clears) named_barrier_sync(PRODUCT_COPIED, STAGING * WARP);
+        if constexpr (!IN_PLACE) arrange_coarse<STAGING, Product, N_BLOCKS>(s, thread, stage);
         if (clears) {
-          clear_beside_lines<Raw>(s, thread, fine_table, fine_stage, tile.fine, tile.first_line);
+          clear_beside_lines<STAGING, Raw>(s, thread, fine_table, fine_stage, tile.fine,
+                                           tile.first_line);
         }
         bulk_fence();  // wgmma reads by the way of bulk copies
         release_buffer<PRODUCT_FULL>(shared + FILLS, buffer, meeting);
@@ -566,7 +573,7 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       return;
     }
 
-    claim_registers<MULTIPLYING_REGISTERS>();
+    claim_registers<MULTIPLYING_REGISTERS<SUMS>>();
     const int lane = threadIdx.x % WARP;
     // By a shuffle, which tells the compiler that lanes agree: tensor cores take addresses from
     // registers that a warp has once, and what each lane finds for itself is moved there for every
@@ -660,18 +667,17 @@ __global__ void __launch_bounds__(GROUP_BOUND, 1)
       // The sums leave the registers now and then, and at the end: tensor cores truncate when they
       // add, and the loss grows with the length of a run.
       if (--until_store > 0 && i + 1 < tiles) continue;
-      constexpr int FRAGMENTS = M_TILES * TAPS_H * TAPS_W * N_BLOCKS;
       float(*const sums)[4] = &sum[0][0][0][0];
 #pragma unroll
-      for (int j = 0; j < FRAGMENTS * 4; ++j) wgmma_settle(sums[j / 4][j % 4]);
+      for (int j = 0; j < SUMS * 4; ++j) wgmma_settle(sums[j / 4][j % 4]);
       // Found anew: beside the sums there are no registers to keep it.
       const int self = opaque(threadIdx.x / WARP), own = self % s.unit_warps;
       const int kind = opaque(blockIdx.x) % s.blocks, split = opaque(blockIdx.x) / s.blocks;
       const int64_t slice = int64_t{split} * s.parts + self / s.unit_warps;
       float4* const to = partial +
-                         ((slice * s.blocks + kind) * s.units + own) * (FRAGMENTS * WARP) +
+                         ((slice * s.blocks + kind) * s.units + own) * (SUMS * WARP) +
                          opaque(threadIdx.x) % WARP;
-      if (own < s.units) store_sums<FRAGMENTS>(to, sums, i + 1 > s.tiles_per_store);
+      if (own < s.units) store_sums<SUMS>(to, sums, i + 1 > s.tiles_per_store);
       until_store = s.tiles_per_store;
     }
   }
@@ -683,10 +689,10 @@ ProductTraits traits(int fine_wavefronts, int loose_loads) {
   t.taps_h = TAPS_H, t.taps_w = TAPS_W, t.tap_blocks_h = TAP_BLOCKS_H,
   t.tap_blocks_w = TAP_BLOCKS_W;
   t.coarse_tile = N_BLOCKS * PRODUCT_COLUMNS, t.fine_tile = M_TILES * PRODUCT_ROWS;
-  t.fragments = M_TILES * N_BLOCKS * TAPS_H * TAPS_W;
+  t.fragments = FRAGMENTS<M_TILES, N_BLOCKS>;
   t.products = M_TILES * TAPS_H * TAPS_W * PRODUCT_STEPS<Product>;
   t.warps = GROUPS_OF_WARPS * GROUP_WARPS, t.group_warps = GROUP_WARPS;
-  t.staging_warps = STAGING_WARPS;
+  t.staging_warps = STAGING_WARPS<FRAGMENTS<M_TILES, N_BLOCKS>>;
   t.quad_columns = QUAD_COLUMNS, t.quad_pitch = QUAD_PITCH, t.window_columns = WINDOW_COLUMNS;
   t.tap_columns = TAP_COLUMNS, t.column_align = COLUMN_ALIGN;
   t.joins_w = false;
@@ -708,13 +714,14 @@ struct Plan {
 
 // The plan of a call on the current device.
 int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
+  constexpr int SUMS = groups::FRAGMENTS<1, 4>;
   int bound = 0;
   if (const cudaError_t error =
-          launch_bound<groups::wgrad_groups_kernel<1, 4>, GROUP_BOUND>(
+          launch_bound<groups::wgrad_groups_kernel<1, 4>, GROUP_BOUND<SUMS>>(
               static_cast<int>(call.device), bound)) {
     return error;
   }
-  const bool grouped = bound == GROUP_THREADS;
+  const bool grouped = bound == GROUP_THREADS<SUMS>;
   thread_local ShapeCache<Plan> cache;
   bool known;
   Plan& cached = cache.find(call, grouped, known);
