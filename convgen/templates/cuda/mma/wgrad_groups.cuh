@@ -9,18 +9,19 @@
 
 namespace convgen {
 
-// Three groups of warps multiply, others stage: four warps, or eight where few sums (16 x 8 each,
-// FRAGMENTS of them) leave the registers. Together they have all registers of the launch.
+// Three groups of warps multiply, others stage: four warps, or eight where few registers suffice to
+// multiply (FEW): for sums, and the operands and windows of two chunks. Together they have all
+// registers of the launch.
 constexpr int GROUP_WARPS = 4, GROUPS_OF_WARPS = 3;
-constexpr int FEW_FRAGMENTS = 12;
-template <int FRAGMENTS>
-constexpr int STAGING_WARPS = FRAGMENTS <= FEW_FRAGMENTS ? 8 : 4;
-template <int FRAGMENTS>
-constexpr int GROUP_THREADS = (GROUPS_OF_WARPS * GROUP_WARPS + STAGING_WARPS<FRAGMENTS>) * WARP;
-template <int FRAGMENTS>
-constexpr int MULTIPLYING_REGISTERS = FRAGMENTS <= FEW_FRAGMENTS ? 120 : 144;
-template <int FRAGMENTS>
-constexpr int STAGING_REGISTERS = FRAGMENTS <= FEW_FRAGMENTS ? 56 : 80;
+constexpr int FEW_MULTIPLYING_REGISTERS = 104;
+template <bool FEW>
+constexpr int STAGING_WARPS = FEW ? 8 : 4;
+template <bool FEW>
+constexpr int GROUP_THREADS = (GROUPS_OF_WARPS * GROUP_WARPS + STAGING_WARPS<FEW>) * WARP;
+template <bool FEW>
+constexpr int MULTIPLYING_REGISTERS = FEW ? 120 : 144;
+template <bool FEW>
+constexpr int STAGING_REGISTERS = FEW ? 56 : 80;
 
 // Chunks in a row whose products overlap with the loads of the next.
 constexpr int RUN = 4;
@@ -37,8 +38,8 @@ constexpr bool OVERLAPS = TILES * 4 *
 
 // Launch bound where there is wgmma, and where the kernel is empty. The host tells devices apart by
 // it.
-template <int FRAGMENTS>
-constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS<FRAGMENTS> : WARP;
+template <bool FEW>
+constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS<FEW> : WARP;
 
 // Named barriers of the two buffers: warps that stage arrive at FULL, those that multiply at EMPTY.
 // Those that stage meet at COPIED.

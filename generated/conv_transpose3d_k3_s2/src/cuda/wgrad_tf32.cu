@@ -358,6 +358,11 @@ constexpr bool LOOSENS = sizeof(Raw) < COPY_BYTES && POSITION_COLUMNS * COLUMN_S
 template <int M_TILES, int N_BLOCKS>
 constexpr int FRAGMENTS = M_TILES * TAPS_H * TAPS_W * N_BLOCKS;
 template <int M_TILES, int N_BLOCKS>
+constexpr bool FEW = 4 * FRAGMENTS<M_TILES, N_BLOCKS> +
+                         M_TILES * TAPS_H * 4 * (2 * TAPS_W * PRODUCT_STEPS<Product> +
+                                                 WINDOW_VECTORS * VECTOR) <=
+                     FEW_MULTIPLYING_REGISTERS;
+template <int M_TILES, int N_BLOCKS>
 using Sums = float[M_TILES][TAPS_H][TAPS_W][N_BLOCKS][4];
 
 // What a lane reads of a chunk's fine tensor.
@@ -453,12 +458,13 @@ __device__ __forceinline__ void multiply(const Rows (&x)[M_TILES][TAPS_H], Share
 }
 
 template <int M_TILES, int N_BLOCKS>
-__global__ void __launch_bounds__(GROUP_BOUND<FRAGMENTS<M_TILES, N_BLOCKS>>, 1)
+__global__ void __launch_bounds__(GROUP_BOUND<FEW<M_TILES, N_BLOCKS>>, 1)
     wgrad_groups_kernel(const ProductShape s, const T* coarse, const T* fine, float4* partial) {
   if constexpr (HAS_WGMMA) {
     constexpr int ELEMENTS = Product::ELEMENTS, COARSE = N_BLOCKS * PRODUCT_COLUMNS;
     constexpr int CHUNK = CHUNK_WORDS<Product, N_BLOCKS>, SUMS = FRAGMENTS<M_TILES, N_BLOCKS>;
-    constexpr int STAGING = STAGING_WARPS<SUMS>;
+    constexpr bool FEW_NEEDED = FEW<M_TILES, N_BLOCKS>;
+    constexpr int STAGING = STAGING_WARPS<FEW_NEEDED>;
     uint32_t* const shared = dynamic_shared<uint32_t>();
     uint32_t* const windows = shared + ORIGINS_WORDS;  // by quad of a tile
     uint2* const coarse_table = reinterpret_cast<uint2*>(shared + s.coarse_table);
@@ -484,7 +490,7 @@ __global__ void __launch_bounds__(GROUP_BOUND<FRAGMENTS<M_TILES, N_BLOCKS>>, 1)
     const int meeting = blockDim.x;
 
     if (static_cast<int>(threadIdx.x) >= s.unit_warps * s.parts * WARP) {
-      release_registers<STAGING_REGISTERS<SUMS>>();
+      release_registers<STAGING_REGISTERS<FEW_NEEDED>>();
       const int thread = threadIdx.x - s.unit_warps * s.parts * WARP;
       const int staging_warp = __shfl_sync(0xffffffffu, thread / WARP, 0), lane = thread % WARP;
       const T* const fine_block =
@@ -573,7 +579,7 @@ __global__ void __launch_bounds__(GROUP_BOUND<FRAGMENTS<M_TILES, N_BLOCKS>>, 1)
       return;
     }
 
-    claim_registers<MULTIPLYING_REGISTERS<SUMS>>();
+    claim_registers<MULTIPLYING_REGISTERS<FEW_NEEDED>>();
     const int lane = threadIdx.x % WARP;
     // By a shuffle, which tells the compiler that lanes agree: tensor cores take addresses from
     // registers that a warp has once, and what each lane finds for itself is moved there for every
@@ -610,7 +616,9 @@ __global__ void __launch_bounds__(GROUP_BOUND<FRAGMENTS<M_TILES, N_BLOCKS>>, 1)
       const uint32_t* const stage = stages + buffer * s.stage_words;
       const uint32_t* const fine_tile = stage + fine_offset;
       auto multiply_tile = [&](auto is_loose) {
-        std::conditional_t<is_loose.value, LooseWindows<M_TILES>, Windows<M_TILES>> x;
+        // Beside few sums the next chunk's windows are loaded before this one's products begin.
+        constexpr int AHEAD = FEW_NEEDED ? 1 : 0;
+        std::conditional_t<is_loose.value, LooseWindows<M_TILES>, Windows<M_TILES>> x[1 + AHEAD];
         // Of loose lines the place that all chunks add, from the start of shared memory on.
         const uint32_t place =
             is_loose.value ? unit_place + tile_shift[buffer] +
@@ -620,16 +628,18 @@ __global__ void __launch_bounds__(GROUP_BOUND<FRAGMENTS<M_TILES, N_BLOCKS>>, 1)
         const uint32_t* const own = windows + opaque(t);
         uint32_t window = own[part * CHUNK_QUADS];
         const SharedColumns<1> columns(stage);
-        auto take = [&](int chunk) {
+        auto load = [&](int chunk, int into) {
           const uint32_t at = window;
           window = own[(chunk + s.parts) * CHUNK_QUADS];
           const int half_rows = opaque(PRODUCT_COLUMNS * s.fine_pitch);
           if constexpr (is_loose.value) {
-            load_loose_windows<M_TILES>(x, shared, at + place, half_rows, loose_row);
+            load_loose_windows<M_TILES>(x[into], shared, at + place, half_rows, loose_row);
           } else {
-            load_windows<M_TILES>(x, fine_tile + at, half_rows, opaque(tap_row));
+            load_windows<M_TILES>(x[into], fine_tile + at, half_rows, opaque(tap_row));
           }
-          multiply<M_TILES, N_BLOCKS>(x, columns + chunk * CHUNK, sum);
+        };
+        auto begin = [&](int chunk, int from) {
+          multiply<M_TILES, N_BLOCKS>(x[from], columns + chunk * CHUNK, sum);
         };
         // A chunk's products go on while the next one's windows are loaded, where registers hold
         // both. ptxas keeps those that products read only where no loop's end lies between these
@@ -639,9 +649,12 @@ __global__ void __launch_bounds__(GROUP_BOUND<FRAGMENTS<M_TILES, N_BLOCKS>>, 1)
                                TAP_COLUMNS == POSITION_COLUMNS>) {
 #pragma unroll 1
           for (; chunk + (RUN - 1) * s.parts < s.chunks; chunk += s.parts) {
+            if constexpr (AHEAD > 0) load(chunk, 0);
 #pragma unroll
             for (int i = 0; i < RUN; ++i) {
-              take(chunk);
+              if (AHEAD == 0) load(chunk, 0);
+              if (AHEAD > 0 && i + 1 < RUN) load(chunk + s.parts, (i + 1) % 2 * AHEAD);
+              begin(chunk, i % 2 * AHEAD);
               if (i + 1 < RUN) {
                 wgmma_wait<1>();
                 chunk += s.parts;
@@ -652,7 +665,8 @@ __global__ void __launch_bounds__(GROUP_BOUND<FRAGMENTS<M_TILES, N_BLOCKS>>, 1)
         }
 #pragma unroll 1
         for (; chunk < s.chunks; chunk += s.parts) {
-          take(chunk);
+          load(chunk, 0);
+          begin(chunk, 0);
           wgmma_wait<0>();
         }
       };
@@ -692,7 +706,7 @@ ProductTraits traits(int fine_wavefronts, int loose_loads) {
   t.fragments = FRAGMENTS<M_TILES, N_BLOCKS>;
   t.products = M_TILES * TAPS_H * TAPS_W * PRODUCT_STEPS<Product>;
   t.warps = GROUPS_OF_WARPS * GROUP_WARPS, t.group_warps = GROUP_WARPS;
-  t.staging_warps = STAGING_WARPS<FRAGMENTS<M_TILES, N_BLOCKS>>;
+  t.staging_warps = STAGING_WARPS<FEW<M_TILES, N_BLOCKS>>;
   t.quad_columns = QUAD_COLUMNS, t.quad_pitch = QUAD_PITCH, t.window_columns = WINDOW_COLUMNS;
   t.tap_columns = TAP_COLUMNS, t.column_align = COLUMN_ALIGN;
   t.joins_w = false;
@@ -714,14 +728,14 @@ struct Plan {
 
 // The plan of a call on the current device.
 int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
-  constexpr int SUMS = groups::FRAGMENTS<1, 4>;
+  constexpr bool FEW = groups::FEW<1, 4>;
   int bound = 0;
   if (const cudaError_t error =
-          launch_bound<groups::wgrad_groups_kernel<1, 4>, GROUP_BOUND<SUMS>>(
+          launch_bound<groups::wgrad_groups_kernel<1, 4>, GROUP_BOUND<FEW>>(
               static_cast<int>(call.device), bound)) {
     return error;
   }
-  const bool grouped = bound == GROUP_THREADS<SUMS>;
+  const bool grouped = bound == GROUP_THREADS<FEW>;
   thread_local ShapeCache<Plan> cache;
   bool known;
   Plan& cached = cache.find(call, grouped, known);
