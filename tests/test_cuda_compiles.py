@@ -78,6 +78,8 @@ CASES = [
     Case(spec(CONV, 3, 1, 1), "tf32x3", WGRAD),
     Case(spec(UP, 4, 2, 1), "tf32x3", ("dgrad",)),
     Case(spec(CONV, 5, 2, 2), "f16tc", ("dgrad",)),
+    # Words of neighbours.
+    Case(spec(CONV, 3, 2, 1), "bf16tc", ("fprop",)),
     Case(spec(CONV, 9, 1, (1, 4, 4)), "bf16tc", ("fprop",)),
     Case(spec(UP, 3, 2, 1, 1, in_channels=16, out_channels=8), "f16tc", ("fprop",)),
     Case(spec(CONV, 7, 2, 3), "f16tc", ("dgrad",)),

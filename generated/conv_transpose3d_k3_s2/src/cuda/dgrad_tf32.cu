@@ -547,8 +547,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     }
 
     // Epilogue: bias; then the outputs, by way of the warp's scratch, from where they leave as they
-    // lie in memory.
-    // Where warps multiply alone there are no registers to keep where.
+    // lie in memory. Warps that multiply alone have no registers to keep where.
     const bool keeps = BY_GROUPS<CHANNELS>;
     const Work at = keeps ? work : locate_work<ROWS>(s, tile_of_turn(opaque(turn)));
     const Consumer me = keeps ? self : locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
