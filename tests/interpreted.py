@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import struct
 import subprocess
 from collections.abc import Mapping
@@ -165,8 +166,11 @@ class Problem:
 
 
 def shifted(tensor: Tensor, elements: int) -> Tensor:
-    """The same values, so many elements behind an address that is a multiple of 16 bytes."""
-    storage = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
+    """The same values, so many elements behind an address that is a multiple of 16 bytes.
+
+    What lies beside them is NaN.
+    """
+    storage = torch.full((tensor.numel() + 16,), math.nan, dtype=tensor.dtype)
     first = -storage.data_ptr() // tensor.element_size() % (16 // tensor.element_size())
     view = storage[first + elements :][: tensor.numel()].view(tensor.shape)
     view.copy_(tensor)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from interpreted import Library, engine_sources, problem, shifted, solve
 
 from convgen.engines.gather import gather_axes, window_words
@@ -77,6 +78,47 @@ def test_words_of_neighbours_agree_with_float64(
             given.operands["fine"] = shifted(given.operands["fine"], elements)
             solve(loaded, given)
             given.check()
+
+
+def test_three_groups_beside_one_crew_agree_with_float64() -> None:
+    """A crew alone tells of a buffer when the next one's copies are on their way."""
+    spec, kind, style, calls = CASES[0]
+    default = MMA.plan(spec.geometry, "fprop", kind).schedule
+    schedule = replace(default, unroll=style, tiles=((2, 24),), groups=3, granules=True)
+    files = engine_sources(spec, kind, ("fprop",), {("fprop", kind): schedule})
+    loaded = Library(compile_interpreted("words_three", files, "checked", architecture="90a"))
+    for seed, (batch, channels, extents) in enumerate(calls):
+        given = problem(spec, "fprop", kind, extents, batch=batch, channels=channels, seed=seed)
+        solve(loaded, given)
+        given.check()
+
+
+@pytest.mark.parametrize("extents", [(5, 7, 19), (4, 6, 18)])
+@pytest.mark.parametrize("elements", [0, 1])
+@pytest.mark.parametrize("at", [slice(0, 1), slice(-2, None)], ids=["first", "last"])
+def test_nan_at_an_end_of_a_line_stays_in_its_line(
+    at: slice, elements: int, extents: tuple[int, int, int]
+) -> None:
+    """A word may hold it beside an end of the next line, or of the next sample."""
+    spec, kind = ConvSpec(CONV, 3, 2, 1), "bf16tc"
+    default = MMA.plan(spec.geometry, "fprop", kind).schedule
+    schedule = replace(default, unroll="slab", tiles=((2, 8),), granules=True)
+    files = engine_sources(spec, kind, ("fprop",), {("fprop", kind): schedule})
+    loaded = Library(compile_interpreted("words_nan", files, "checked"))
+    given = problem(spec, "fprop", kind, extents, batch=2, channels=(9, 4), seed=1)
+    given.operands["fine"][0, ..., at] = torch.nan
+    given.operands["fine"] = shifted(given.operands["fine"], elements)
+    solve(loaded, given)
+    # Position p reads columns 2p - 1 to 2p + 1; a word adds one on either side.
+    columns = range(extents[2])[at]
+    for p in range(given.result.shape[-1]):
+        read = {2 * p - 1, 2 * p, 2 * p + 1} & set(columns)
+        beside = {2 * p - 2, 2 * p + 2} & set(columns)
+        if read:
+            assert given.result[0, ..., p].isnan().all()
+        elif not beside:
+            assert given.result[0, ..., p].isfinite().all()
+    assert given.result[1].isfinite().all()
 
 
 def test_only_even_strides_load_words() -> None:

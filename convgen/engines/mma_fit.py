@@ -16,6 +16,7 @@ from convgen.engines.gather import (
     first_offset,
     gather_axes,
     style_refusal,
+    window_words,
 )
 from convgen.spec import Geometry
 
@@ -296,7 +297,8 @@ def misfit(
     planes = gather.planes(r)
     if style in ("line", "none"):
         return ""
-    code = taps_r * taps_y * sum(x.counts) * rows * blocks
+    slots = taps_r * taps_y * _slots_of_line(geometry, contraction, mode)
+    code = slots * rows * blocks
     if code * (3 if mode == "tf32x3" else 1) > UNROLL_LIMIT:
         return f"{code} products of an unrolled pass do not fit in the instruction cache"
     column = planes * _fragment_registers(mode)
@@ -309,7 +311,7 @@ def misfit(
     lines = 2 * (y.step if gather.window_y else 1) + span_y + 1
     columns = 31 * x.step + max(x.spans) + 4
     most = (max(r.counts) if gather.window_r else 1) * (max(y.counts) if gather.window_y else 1)
-    weights = most * sum(x.counts) * blocks * 8
+    weights = most * _slots_of_line(geometry, contraction, mode) * blocks * 8
     weights *= 2 if mode == "tf32x3" else 1
     stages = 2 * 8 * 4 * (planes * lines * columns + weights)
     if stages > STAGES_LIMIT_BYTES:
@@ -344,6 +346,15 @@ def loads_words(geometry: Geometry, contraction: str, mode: str) -> bool:
     return even and MODES[mode].size_bytes == 2
 
 
+def _slots_of_line(geometry: Geometry, contraction: str, mode: str) -> int:
+    """Weight slots of one line of a pass, at most: taps, or words of two of them."""
+    _, _, x = arrange(gather_axes(geometry, contraction))
+    taps = sum(x.counts)
+    if not loads_words(geometry, contraction, mode):
+        return taps
+    return max(taps, len(window_words(x)))
+
+
 def halves_spill(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
     """Whether halves of words, as granules hold them in 16 bits, likely spill beside a tile."""
     if MODES[mode].size_bytes == 4 or loads_words(geometry, contraction, mode):
@@ -370,6 +381,7 @@ def granules_pay(geometry: Geometry, contraction: str, mode: str, gather: Gather
     line_bytes = -(-(15 * x.step + max(x.spans) + 1) * size // 16) * 16 + 16
     channels = 8 * 4 // size
     split = 2 if mode == "tf32x3" else 1
-    weights = taps_r * taps_y * sum(x.counts) * min(gather.channels) * 8 * 4 * split
+    slots = taps_r * taps_y * _slots_of_line(geometry, contraction, mode)
+    weights = slots * min(gather.channels) * 8 * 4 * split
     stages = 2 * (channels * gather.planes(r) * lines * line_bytes + weights)
     return stages <= SMALL_STAGES_BYTES and not halves_spill(geometry, contraction, mode, gather)

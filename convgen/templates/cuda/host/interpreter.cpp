@@ -440,9 +440,9 @@ void require_aligned(const void* to, const void* from, int bytes, Site site) {
 }
 
 // Zeros where `from` is null.
-void issue(void* to, const void* from, int bytes, Site site) {
+void issue(void* to, const void* from, int bytes, Site site, bool foreign = false) {
   Fiber& fiber = *worker->running;
-  const AsyncCopy copy = {to, from, bytes, fiber.committed};
+  const AsyncCopy copy = {to, from, bytes, fiber.committed, foreign};
   check::issue_copy(fiber, copy, site);
   memset(to, 0xff, static_cast<size_t>(bytes));
   fiber.copies.push_back(copy);
@@ -462,12 +462,12 @@ void copy_granule(void* to, const void* from, int bytes, const void* begin, Site
     worker->fault(*worker->running, "an asynchronous copy of " + std::to_string(bytes) +
                                         " of 16 bytes (" + text(site) + ")");
   }
-  // What lies before the tensor has no contents here.
+  // What lies before the tensor may be anything.
   const ptrdiff_t before = static_cast<const char*>(begin) - static_cast<const char*>(from);
   const int skipped = before > 0 && before < bytes ? static_cast<int>(before) : 0;
   char* const at = static_cast<char*>(to);
   const char* const first = static_cast<const char*>(from) + skipped;
-  if (skipped > 0) issue(at, nullptr, skipped, site);
+  if (skipped > 0) issue(at, nullptr, skipped, site, true);
   if (bytes > 0) issue(at + skipped, first, bytes - skipped, site);
   if (bytes < SIZE) issue(at + bytes, nullptr, SIZE - bytes, site);
 }
@@ -484,7 +484,7 @@ void copy_wait(int pending) {
     if (copy.from) {
       memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     } else {
-      memset(copy.to, 0, static_cast<size_t>(copy.bytes));
+      memset(copy.to, copy.foreign ? 0xff : 0, static_cast<size_t>(copy.bytes));
     }
   }
   fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<ptrdiff_t>(done));

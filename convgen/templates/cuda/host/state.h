@@ -26,6 +26,7 @@ struct AsyncCopy {
   const void* from;  // null: zeros
   int bytes;
   int group;
+  bool foreign = false;  // of what is none of the tensor's, which is 0xff then: NaN in every format
 };
 
 // One thread of a block.

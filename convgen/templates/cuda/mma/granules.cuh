@@ -2,9 +2,10 @@
 // granules of 16 bytes, which asynchronous copies take whatever the lines' lengths and strides.
 //
 // The pitches of the tile are congruent to distances in the input modulo a granule, so that a
-// line's granules land where they are aligned too. Lanes find elements by these pitches alone; what
-// granules hold of other lines, nobody reads, but for the columns beside the input, which are
-// cleared.
+// line's granules land where they are aligned too. Lanes find elements by these pitches alone. What
+// granules hold beside a line, of other lines or before the tensor, nobody reads but for the
+// columns beside the input, and the other half of the first and the last word where lanes load
+// words of neighbours: these are cleared.
 //
 // Channels lie in octets: 8 neighbouring ones, or those of a product whose lanes load words of
 // neighbours (WordOrder). An octet begins at a granule, its first line at its place in one.
@@ -45,10 +46,11 @@ __device__ __forceinline__ bool line_inside(const GatherShape& s, const TileOrig
          static_cast<unsigned>(origin.y + row * LINE_STEP) < static_cast<unsigned>(s.y.input);
 }
 
-// A granule of a channel's lines in a tile: elements from the tile's first one, in the input and in
-// the tile. Threads find them in a table in shared memory.
+// A granule of a channel's lines in a tile: elements from the tile's first one, in the input
+// (modulo 2^32) and in the tile. Threads find them in a table in shared memory.
 struct GranulePlace {
-  int from, to;
+  uint32_t from;
+  int to;
   int plane, row;
 };
 
@@ -61,19 +63,19 @@ __device__ __forceinline__ void fill_places(const GatherShape& s, GranulePlace* 
     place.plane = i;
     const int within = s.by_columns.split(place.plane) * GRANULE<T>;
     place.row = s.by_rows.split(place.plane);
-    // Of lines beyond the input, whatever 32 bits hold: they are not read.
-    place.from = static_cast<int>(static_cast<uint32_t>(place.plane * PLANE_STEP) *
-                                      static_cast<uint32_t>(s.r.input_stride) +
-                                  static_cast<uint32_t>(place.row * LINE_STEP) *
-                                      static_cast<uint32_t>(s.y.input_stride) +
-                                  within);
+    place.from = static_cast<uint32_t>(place.plane * PLANE_STEP) *
+                     static_cast<uint32_t>(s.r.input_stride) +
+                 static_cast<uint32_t>(place.row * LINE_STEP) *
+                     static_cast<uint32_t>(s.y.input_stride) +
+                 within;
     place.to = place.plane * s.plane_pitch + place.row * s.row_pitch + within;
     places[i] = place;
   }
 }
 
-// One tile, of elements like T (unsigned integers of their size), staged by a crew.
-template <int PLANE_STEP, int LINE_STEP, typename T>
+// One tile, of elements like T (unsigned integers of their size), staged by a crew. WORDS: whether
+// lanes load words of neighbours.
+template <int PLANE_STEP, int LINE_STEP, bool WORDS, typename T>
 class GranuleTile {
  public:
   GranuleTile() = default;
@@ -120,13 +122,14 @@ class GranuleTile {
         copy_parts(s, crew, places, count, octet);
         continue;
       }
-      const int64_t first = begin() + element(s, octet.channel, origin_.r, origin_.y) * SIZE;
+      const int64_t first = begin() + octet.channel * channel_bytes(s);
+      const uint32_t origin = origin_element(s);
 #pragma unroll 1
       for (int i = crew.thread; i < count; i += crew.threads) {
         const GranulePlace place = places[i];
         const bool inside = all_inside || line_inside<PLANE_STEP, LINE_STEP>(
                                               s, origin_, place.plane, place.row);
-        int64_t at = first + int64_t{place.from} * SIZE;
+        int64_t at = first + int64_t{static_cast<int>(origin + place.from)} * SIZE;
         int to = (octet.place + place.to) * SIZE;
 #pragma unroll
         for (int slot = 0; slot < 8; ++slot) {
@@ -140,9 +143,10 @@ class GranuleTile {
     }
   }
 
-  // Whether a line of the tile has columns beside the input, which hold the ends of other lines.
+  // Whether a line of the tile has columns beside the input, which hold something else, or a word
+  // may.
   __device__ __forceinline__ bool has_margins(const GatherShape& s) const {
-    return origin_.x < 0 || s.x.input - origin_.x < s.columns;
+    return origin_.x < WORDS || s.x.input - origin_.x < s.columns + WORDS;
   }
 
   // Clears these columns, once all copies of the crew have landed. Other lines are zero already.
@@ -157,12 +161,16 @@ class GranuleTile {
       const Octet octet = find_octet(s, index);
       if (slot_channel(s, octet, slot) >= channels_) continue;
       if (!line_inside<PLANE_STEP, LINE_STEP>(s, origin_, plane, row)) continue;
-      T* const at = reinterpret_cast<T*>(tile_) + octet.place + slot_place(s, slot) +
-                    plane * s.plane_pitch + row * s.row_pitch;
+      const int place =
+          octet.place + slot_place(s, slot) + plane * s.plane_pitch + row * s.row_pitch;
+      T* const at = reinterpret_cast<T*>(tile_) + place;
+      // The first word's other half, and the last one's.
+      const int before = WORDS && origin_.x <= 0 ? place % 2 : 0;
+      const int behind = WORDS ? (place + s.columns) % 2 : 0;
 #pragma unroll 1
-      for (int column = 0; column < left; ++column) at[column] = 0;
+      for (int column = -before; column < left; ++column) at[column] = 0;
 #pragma unroll 1
-      for (int column = right; column < s.columns; ++column) at[column] = 0;
+      for (int column = right; column < s.columns + behind; ++column) at[column] = 0;
     }
   }
 
@@ -196,6 +204,7 @@ class GranuleTile {
                                              const GranulePlace* places, int count,
                                              const Octet& octet) const {
     const int64_t end = begin() + channels_ * channel_bytes(s);
+    const uint32_t origin = origin_element(s);
 #pragma unroll 1
     for (int i = crew.thread; i < count; i += crew.threads) {
       const GranulePlace place = places[i];
@@ -204,8 +213,9 @@ class GranuleTile {
 #pragma unroll 1
       for (int slot = 0; slot < 8; ++slot) {
         const int channel = slot_channel(s, octet, slot);
-        const int64_t at = element(s, channel, origin_.r, origin_.y) + place.from;
-        const int64_t granule = (begin() + at * SIZE) & -GRANULE_BYTES;
+        const int64_t at = begin() + channel * channel_bytes(s) +
+                           int64_t{static_cast<int>(origin + place.from)} * SIZE;
+        const int64_t granule = at & -GRANULE_BYTES;
         int bytes = 0;
         if (inside && channel < channels_ && granule + GRANULE_BYTES > begin() && granule < end) {
           bytes = static_cast<int>(min(end - granule, int64_t{GRANULE_BYTES}));
@@ -223,6 +233,13 @@ class GranuleTile {
                                              int y) const {
     return channel * s.in_channel_stride + int64_t{r} * s.r.input_stride +
            int64_t{y} * s.y.input_stride + origin_.x;
+  }
+  // The tile's first column in a channel, modulo 2^32: it may lie before the first line, and lines
+  // that exist lie within 2^31 elements of that.
+  __device__ __forceinline__ uint32_t origin_element(const GatherShape& s) const {
+    return static_cast<uint32_t>(origin_.r) * static_cast<uint32_t>(s.r.input_stride) +
+           static_cast<uint32_t>(origin_.y) * static_cast<uint32_t>(s.y.input_stride) +
+           static_cast<uint32_t>(origin_.x);
   }
   __device__ __forceinline__ int64_t begin() const { return reinterpret_cast<int64_t>(from_); }
   __device__ __forceinline__ static int64_t channel_bytes(const GatherShape& s) {

@@ -171,7 +171,7 @@ struct Pairs {
 
 // Pairs of neighbouring 16-bit inputs of one channel, as they lie in memory. A word has the weights
 // of two taps along X, or of one and zero: which follows from the half of a word in which the line
-// begins (see Origin in fragments.cuh).
+// begins (see WordOrder in fragments.cuh).
 template <typename T>
 struct Neighbours : Pairs<T> {
   static constexpr int CHANNELS = 1;

@@ -355,9 +355,10 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         }
       }
     };
+    using Granules = GranuleTile<PLANE_STEP, LINE_STEP, false, Bits>;
     auto begin = [&](const Work& work, int pass, int chunk, int count, Word* tile) {
       constexpr int OCTETS = MMA_WORDS / 8 * Math::CHANNELS;  // of a product
-      const GranuleTile<PLANE_STEP, LINE_STEP, Bits> granules(
+      const Granules granules(
           s, tile, reinterpret_cast<const Bits*>(input),
           reinterpret_cast<const Bits*>(locate_channels(s, work.block, input)), s.in_channels,
           chunk * s.chunk / MMA_WORDS * OCTETS, count / MMA_WORDS * OCTETS,
@@ -368,7 +369,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     };
     // When all but the PENDING newest steps of the crew have landed: the columns beside the input
     // are cleared.
-    auto clear = [&](const GranuleTile<PLANE_STEP, LINE_STEP, Bits>& granules, auto pending) {
+    auto clear = [&](const Granules& granules, auto pending) {
       if (!granules.has_margins(s)) return;
       copy_wait<decltype(pending)::value>();
       named_barrier_sync(BARRIER_COPIED + turn_of_crew, CREW_THREADS);
@@ -380,7 +381,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         announce(buffer, round, ALL_LANDED);
       });
     } else {
-      GranuleTile<PLANE_STEP, LINE_STEP, Bits> before;
+      Granules before;
       produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
         const auto granules = begin(work, pass, chunk, count, tile);
         if (step > 0) {
