@@ -89,7 +89,7 @@ struct GatherTraits {
   // input. Pitches then count elements.
   int granule = 0;
   int plane_step = 1, line_step = 1;
-  int place_bytes = 0;  // of a table of a channel's granules
+  int place_bytes = 0;  // of an entry of the table of a channel's granules
   bool loads_words = false;  // whether lanes load words of neighbours (WordOrder)
   // What lanes load of a line at once: strips and tiles are multiples of it.
   int access = 1;
@@ -119,8 +119,9 @@ inline int64_t raw_total(const GatherTraits& t, int64_t columns, int64_t lines) 
 }
 
 // Where lanes load words of neighbours, the lines of a product's channels begin in the same half of
-// a word. Where channels are an odd number of elements, those of four lanes lie NEAR apart; or FAR,
-// where there are whole multiples of 32: these lie in different banks whatever a line's length.
+// a word. The channels of four lanes lie FAR apart where there are whole multiples of 32: these lie
+// in different banks whatever a line's length. Else they are neighbours, or NEAR, where a channel
+// has an odd number of elements.
 constexpr int NEAR_CHANNELS = 2, FAR_CHANNELS = 8;
 constexpr int FAR_PERIOD = 4 * FAR_CHANNELS;
 

@@ -334,7 +334,8 @@ ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
 // shared memory. A warp keeps M_TILES such tiles of fine channels at TAPS_H x TAPS_W taps. Four
 // warps multiply together: each has fine channels and taps of its own, all have the same coarse
 // channels and chunks. Other warps stage: the fine tensor by asynchronous copies as above, the
-// coarse one likewise, whose words they then put in order, TF32 operands rounded.
+// coarse one likewise, 16-bit words where the tensor core reads them; those of TF32 they then put
+// in order, rounded.
 
 namespace groups {
 
