@@ -467,7 +467,8 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     }
 
     // Epilogue: bias; then the outputs, by way of the warp's scratch, from where they leave as they
-    // lie in memory. Warps that multiply alone, or in three groups, have no registers to keep where.
+    // lie in memory. Warps that multiply alone, or in three groups, have no registers to keep their
+    // place.
     const bool keeps = BY_GROUPS<CHANNELS> && GROUPS_OF_WARPS == 2;
     const Work at = keeps ? work : locate_work<ROWS>(s, tile_of_turn(opaque(turn)));
     const Consumer me = keeps ? self : locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
