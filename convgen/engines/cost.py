@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convgen.engines import KernelPlan
-from convgen.engines.gather import Column, GatherSchedule, arrange, gather_axes, gather_context
+from convgen.engines.gather import (
+    Column,
+    GatherSchedule,
+    arrange,
+    gather_axes,
+    gather_context,
+    runs_along_batch,
+)
 from convgen.spec import Geometry, Triple
 
 
@@ -140,6 +147,10 @@ def memory_ms(geometry: Geometry, problem: Problem, element_bytes: int, gpu: Gpu
     return 1e3 * elements * element_bytes / gpu.memory_bytes_per_s
 
 
+OVERRULES = 0.85
+"""A call takes another cut or tile than a simple rule's if it is expected to take so much less (in
+``simt/gather.cuh``: BestCut)."""
+
 NARROW_ELEMENTS = (1.0, 7.0)
 """``Warp.narrow`` where lines are staged element by element."""
 WARP_CLOCKS = 6.0
@@ -195,6 +206,8 @@ def gather_prediction(
     r, y, x = arrange(gather_axes(geometry, contraction))
     at = {axis: "dhw".index(axis.name) for axis in (r, y, x)}
     fprop = contraction == "fprop"
+    if runs_along_batch(y):
+        problem = _with_samples_along(problem, at[y])
     output_extent = problem.coarse_extent if fprop else problem.fine_extent
     input_extent = problem.fine_extent if fprop else problem.coarse_extent
     outputs = (problem.coarse_channels if fprop else problem.fine_channels) // geometry.groups
@@ -202,70 +215,104 @@ def gather_prediction(
     scattered = schedule.row_axis == "scattered"
     rows = schedule.rows
 
-    # The thread block: warps of channels first, then positions.
-    channel_blocks = -(-outputs // warp.channels)
-    blocks_c = -(-channel_blocks // 6)
-    warps_c = -(-channel_blocks // blocks_c)
     plane = positions[y] * positions[x]
     tile = _tile(schedule, r.step, y.step, x.step, max(r.spans), max(y.spans), max(x.spans))
     # One pass: what its unrolled columns count.
     units = gather_context(geometry, contraction, schedule, neighbours)["units"]
     counts = [_count(unit.columns) for unit in units] or [_loop_count(schedule)]
-    weights = max(taps for _, taps in counts) * warp.weight_bytes * warps_c * warp.staged_words
-
-    def stage_bytes(warps_p: int) -> float:
-        flat = warps_p * warp.lanes * (rows if scattered else 1)
-        return tile(flat, positions[x]) * warp.staged_words * word_bytes + weights
-
-    warps_p = max(1, warp.warps // warps_c)
-    lane_rows = rows if scattered else 1
-    while warps_p > 1 and (
-        (warps_p - 1) * warp.lanes * lane_rows >= plane
-        or 2 * stage_bytes(warps_p) > gpu.shared_bytes
-    ):
-        warps_p -= 1
-    if 2 * stage_bytes(warps_p) > gpu.shared_bytes:
-        return Prediction(math.inf, "shared memory")
-    lanes, warps = warps_p * warp.lanes, warps_p * warps_c
-    flat = lanes * lane_rows
-
     passes = 1 if schedule.window_r else sum(r.counts) / len(r.counts)
     passes *= 1 if schedule.window_y else sum(y.counts) / len(y.counts)
     passes *= max(x.counts) if schedule.unroll == "none" else 1
-    total, bound = 0.0, ""
-    tiles = blocks_c * geometry.groups * problem.batch
-    tiles *= -(-positions[r] // (1 if scattered else rows)) * -(-plane // flat)
     phases = len(r.phases) * len(y.phases) * -(-len(x.phases) // schedule.variants)
     # Staging accesses have four words where lines of the input allow it; one of a warp is about
     # seven instructions.
     wide = x.step == 1 and input_extent[at[x]] * element_bytes % 16 == 0
     passages, instructions = (1.0, 7 / 4) if wide else warp.narrow
-    tile_outputs = lanes * rows * schedule.variants * warp.channels * warps_c
-    stores = tile_outputs * element_bytes / (STORED_BYTES if len(x.phases) == 1 else SPREAD_BYTES)
-    for loads, taps in counts:
-        staged = tile(flat, positions[x]) * warp.staged_words
-        tile_bytes = staged * word_bytes
-        weight_bytes = taps * warp.weight_bytes * warps_c * warp.staged_words
-        wavefronts = warps * (loads * warp.load[0] + taps * warp.weight[0])
-        issue = warps * (
-            loads * warp.load[1] + taps * (warp.weight[1] + rows * warp.tap_instructions) + 20
+    channel_blocks = -(-outputs // warp.channels)
+
+    def predict(blocks_c: int) -> Prediction:
+        """With so many blocks of warps by channels."""
+        warps_c = -(-channel_blocks // blocks_c)
+        weights = max(taps for _, taps in counts) * warp.weight_bytes * warps_c * warp.staged_words
+
+        def stage_bytes(warps_p: int) -> float:
+            flat = warps_p * warp.lanes * (rows if scattered else 1)
+            return tile(flat, positions[x]) * warp.staged_words * word_bytes + weights
+
+        warps_p = max(1, warp.warps // warps_c)
+        lane_rows = rows if scattered else 1
+        while warps_p > 1 and (
+            (warps_p - 1) * warp.lanes * lane_rows >= plane
+            or 2 * stage_bytes(warps_p) > gpu.shared_bytes
+        ):
+            warps_p -= 1
+        if 2 * stage_bytes(warps_p) > gpu.shared_bytes:
+            return Prediction(math.inf, "shared memory")
+        lanes, warps = warps_p * warp.lanes, warps_p * warps_c
+        flat = lanes * lane_rows
+
+        total, bound = 0.0, ""
+        tiles = blocks_c * geometry.groups * problem.batch
+        tiles *= -(-positions[r] // (1 if scattered else rows)) * -(-plane // flat)
+        tile_outputs = lanes * rows * schedule.variants * warp.channels * warps_c
+        stores = tile_outputs * element_bytes
+        stores /= STORED_BYTES if len(x.phases) == 1 else SPREAD_BYTES
+        for loads, taps in counts:
+            staged = tile(flat, positions[x]) * warp.staged_words
+            tile_bytes = staged * word_bytes
+            weight_bytes = taps * warp.weight_bytes * warps_c * warp.staged_words
+            wavefronts = warps * (loads * warp.load[0] + taps * warp.weight[0])
+            issue = warps * (
+                loads * warp.load[1] + taps * (warp.weight[1] + rows * warp.tap_instructions) + 20
+            )
+            # Shared memory takes 128 bytes a clock.
+            work = Work(
+                arithmetic=warps * taps * rows * warp.tap_clocks,
+                shared=wavefronts + (passages * tile_bytes + weight_bytes) / 128,
+                issue=(issue + instructions * staged / 32) / 4,
+                level2=(tile_bytes + weight_bytes) / gpu.level2_bytes,
+                staging=WARP_CLOCKS * instructions * staged / 32 / (warp.staging_warps or math.inf),
+            )
+            step, bound = work.overlapped()
+            steps = -(-warp.words // warp.staged_words) * passes
+            # Barriers and what they wait for; the first stage of a tile; its outputs.
+            total += steps * (step + warp.staged_clocks) + 600 + stores
+        waves = -(-tiles * phases // gpu.multiprocessors)
+        return Prediction(waves * total / len(counts) / gpu.ghz * 1e-6, bound)
+
+    # Fewest blocks of warps by channels, each of which reads the input; or more of them.
+    least = -(-channel_blocks // 6)
+    predictions = [
+        predict(blocks_c)
+        for blocks_c in dict.fromkeys(
+            -(-channel_blocks // warps_c) for warps_c in range(-(-channel_blocks // least), 0, -1)
         )
-        # Shared memory takes 128 bytes a clock.
-        work = Work(
-            arithmetic=warps * taps * rows * warp.tap_clocks,
-            shared=wavefronts + (passages * tile_bytes + weight_bytes) / 128,
-            issue=(issue + instructions * staged / 32) / 4,
-            level2=(tile_bytes + weight_bytes) / gpu.level2_bytes,
-            staging=WARP_CLOCKS * instructions * staged / 32 / (warp.staging_warps or math.inf),
-        )
-        step, bound = work.overlapped()
-        steps = -(-warp.words // warp.staged_words) * passes
-        # Barriers and what they wait for; the first stage of a tile; its outputs.
-        total += steps * (step + warp.staged_clocks) + 600 + stores
-    waves = -(-tiles * phases // gpu.multiprocessors)
-    ms = waves * total / len(counts) / gpu.ghz * 1e-6
+    ]
+    chosen = overrule(predictions[0], predictions[1:])
     floor = memory_ms(geometry, problem, element_bytes, gpu)
-    return Prediction(ms, bound) if ms > floor else Prediction(floor, "memory")
+    return chosen if chosen.ms > floor else Prediction(floor, "memory")
+
+
+def overrule(ruled: Prediction, others: Sequence[Prediction]) -> Prediction:
+    """The rule's choice, unless another is expected to take less by the margin."""
+    fastest = min(others, key=lambda other: other.ms, default=ruled)
+    return fastest if fastest.ms < OVERRULES * ruled.ms else ruled
+
+
+def _with_samples_along(problem: Problem, axis: int) -> Problem:
+    """The problem whose samples lie along an axis, if its tensors have one position there."""
+    if problem.coarse_extent[axis] != 1 or problem.fine_extent[axis] != 1:
+        return problem
+
+    def extended(extent: Triple) -> Triple:
+        return _triple([problem.batch if i == axis else e for i, e in enumerate(extent)])
+
+    return replace(
+        problem,
+        batch=1,
+        coarse_extent=extended(problem.coarse_extent),
+        fine_extent=extended(problem.fine_extent),
+    )
 
 
 def _count(columns: Sequence[Column]) -> tuple[int, int]:

@@ -117,6 +117,14 @@ class Unit:
     columns: tuple[Column, ...]
 
 
+def runs_along_batch(y: Axis) -> bool:
+    """Whether samples of a batch may take the place of positions along Y, where it has but one.
+
+    Nothing is gathered along it then, and each position is one input's, one output's.
+    """
+    return y.step == 1 and [phase.taps for phase in y.phases] == [(Tap(0, 0),)]
+
+
 def gather_axes(geometry: Geometry, contraction: str) -> tuple[Axis, Axis, Axis]:
     """The axes (D, H, W) of fprop or dgrad."""
     axes = []
@@ -480,6 +488,7 @@ def gather_context(
         "span_y": max(y.spans) if schedule.window_y else 0,
         "span_x": span_x,
         "first_x": first_offset(x),
+        "samples_along_y": runs_along_batch(y),
         "recurring_residues": sum(columns > 1 for columns in residues.values()),
         "taps_per_pass": max(after - before for before, after in pairwise(region_first)),
         "output_is_coarse": contraction == "fprop",

@@ -17,6 +17,7 @@ from convgen.engines import Candidate, KernelPlan
 from convgen.engines.cost import (
     H200,
     NARROW_ELEMENTS,
+    OVERRULES,
     Gpu,
     Prediction,
     Problem,
@@ -178,12 +179,25 @@ def _ruled_schedule(geometry: Geometry, contraction: str, mode: str) -> GatherTi
     return schedule("line", budget(mode))
 
 
-def _tile_of(schedule: GatherTiles, plan: KernelPlan, problem: Problem) -> tuple[int, int]:
-    """A warp's tile, of those compiled: as the kernel chooses it."""
+def _tile_of(plan: KernelPlan, problem: Problem, gpu: Gpu) -> tuple[int, int]:
+    """A warp's tile, of those compiled, much as the kernel chooses it.
+
+    That which pads least, unless the model promises more of another: with few positions, narrower
+    tiles keep more multiprocessors at work.
+    """
     fprop = plan.contraction == "fprop"
     channels = problem.coarse_channels if fprop else problem.fine_channels
     needed = -(-channels // plan.geometry.groups // 8)
-    return min(schedule.tiles, key=lambda tile: _block_cost(tile[1] // 8, needed))
+    tiles: tuple[tuple[int, int], ...] = plan.schedule.tiles
+    ruled = min(tiles, key=lambda tile: _block_cost(tile[1] // 8, needed))
+    if len(tiles) == 1:
+        return ruled
+
+    def expected(tile: tuple[int, int]) -> float:
+        return _tile_prediction(plan, problem, gpu, tile).ms
+
+    fastest = min(tiles, key=expected)
+    return fastest if expected(fastest) < OVERRULES * expected(ruled) else ruled
 
 
 def tiles_space(geometry: Geometry, contraction: str, mode: str) -> list[Candidate]:
@@ -243,7 +257,7 @@ def combine_tiles(choices: Sequence[tuple[KernelPlan, Problem]]) -> GatherTiles 
     first = plans[0].schedule
     if any(replace(plan.schedule, tiles=first.tiles) != first for plan in plans):
         return None
-    wanted = {_tile_of(plan.schedule, plan, problem) for plan, problem in choices}
+    wanted = {_tile_of(plan, problem, H200) for plan, problem in choices}
     rows_of = {channels: rows for rows, channels in [*first.tiles, *wanted]}
     by_channels = sorted(rows_of.items(), reverse=True)
     combined: GatherTiles = replace(
@@ -251,7 +265,7 @@ def combine_tiles(choices: Sequence[tuple[KernelPlan, Problem]]) -> GatherTiles 
     )
     # Every call must take the tile that it has in its own schedule.
     if any(
-        _tile_of(combined, plan, problem) != _tile_of(plan.schedule, plan, problem)
+        _tile_of(replace(plan, schedule=combined), problem, H200) != _tile_of(plan, problem, H200)
         for plan, problem in choices
     ):
         return None
@@ -266,7 +280,15 @@ def _loads_words(plan: KernelPlan) -> bool:
 
 def tiles_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
     """Time of one call of fprop or dgrad."""
-    rows, channels = tile = _tile_of(plan.schedule, plan, problem)
+    return _tile_prediction(plan, problem, gpu, _tile_of(plan, problem, gpu))
+
+
+@cache
+def _tile_prediction(
+    plan: KernelPlan, problem: Problem, gpu: Gpu, tile: tuple[int, int]
+) -> Prediction:
+    """Time of one call with one of the compiled tiles."""
+    rows, channels = tile
     gather = replace(plan, schedule=plan.schedule.gather(tile))
     blocks = channels // 8
     mode = plan.dtype
