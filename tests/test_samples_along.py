@@ -29,37 +29,43 @@ def environment(session_cache: Path) -> Iterator[None]:
 # Specification; channels in and out, extents: small, so that a tile has many samples.
 Layer = tuple[ConvSpec, tuple[int, int], tuple[int, ...]]
 PLANES: Layer = ConvSpec("conv_transpose2d", 4, 2, 1), (18, 9), (3, 5)
-GROUPED: Layer = ConvSpec("conv2d", 3, (1, 2), 1, groups=2), (12, 34), (5, 4)
+GROUPED: Layer = ConvSpec("conv2d", 3, (1, 2), 1, groups=2), (6, 18), (5, 4)
 LINES: Layer = ConvSpec("conv1d", 5, 2, 2), (9, 17), (9,)
 
 
-@pytest.mark.parametrize("kind", ["f32", "tf32", "bf16tc"])
-@pytest.mark.parametrize("layer", [PLANES, GROUPED, LINES], ids=lambda layer: layer[0].name)
-def test_tiles_of_many_samples_agree_with_float64(layer: Layer, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("layer", "kind", "granules"),
+    [
+        (PLANES, "f32", False),
+        (PLANES, "tf32", True),
+        (GROUPED, "tf32", False),
+        (GROUPED, "bf16tc", True),
+        (LINES, "tf32", False),
+    ],
+    ids=lambda value: value[0].name if isinstance(value, tuple) else str(value),
+)
+def test_tiles_of_many_samples_agree_with_float64(layer: Layer, kind: str, granules: bool) -> None:
     spec, channels, extents = layer
     contractions = ("fprop", "dgrad")
-    for granules in (False, True) if kind != "f32" else (False,):
-        schedules = {}
-        if kind != "f32":
-            schedules = {
-                (contraction, kind): replace(
-                    MMA.plan(spec.geometry, contraction, kind).schedule, granules=granules
-                )
-                for contraction in contractions
-            }
-        files = engine_sources(spec, kind, contractions, schedules)
-        name = f"samples_{spec.name}_{kind}_{granules}"
-        loaded = Library(compile_interpreted(name, files, "checked"))
-        for contraction in contractions:
-            for seed, batch in enumerate((7, 1)):
-                given = problem(
-                    spec, contraction, kind, extents, batch=batch, channels=channels, seed=seed
-                )
-                for elements in (0, 1) if seed == 0 else (0,):
-                    read = "fine" if contraction == "fprop" else "coarse"
-                    given.operands[read] = shifted(given.operands[read], elements)
-                    solve(loaded, given)
-                    given.check()
+    schedules = {}
+    if kind != "f32":
+        schedules = {
+            (contraction, kind): replace(
+                MMA.plan(spec.geometry, contraction, kind).schedule, granules=granules
+            )
+            for contraction in contractions
+        }
+    files = engine_sources(spec, kind, contractions, schedules)
+    loaded = Library(compile_interpreted(f"samples_{spec.name}_{kind}", files, "checked"))
+    for contraction in contractions:
+        for seed, batch in enumerate((7, 1)):
+            given = problem(
+                spec, contraction, kind, extents, batch=batch, channels=channels, seed=seed
+            )
+            read = "fine" if contraction == "fprop" else "coarse"
+            given.operands[read] = shifted(given.operands[read], 1 - seed)
+            solve(loaded, given)
+            given.check()
 
 
 def test_samples_lie_along_an_axis_without_taps_alone() -> None:

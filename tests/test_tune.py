@@ -154,7 +154,7 @@ class TestLayersOfOneSpecification:
         Schedules of the two numbers of channels alone, in all the same rows.
         """
         spec = ConvSpec.make(kernel_size=3)
-        layers = [Layer(str(c), spec, (1, 48, 9, 9, 9), c, False) for c in (48, 24)]
+        layers = [Layer(str(c), spec, (2, 48, 64, 64, 64), c, False) for c in (48, 24)]
         found = [
             tune.candidates(job, H200, 1)
             for job in tune.jobs(layers, "cuda", "f32", True, ["dgrad"])

@@ -52,6 +52,10 @@ MAX_M_TILES, MAX_N_TILES = 4, 8
 MAX_TAPS = 28
 
 
+# What groups of warps take longer, as measured, where few warps stage strided lines word by word.
+STAGING_BOUND = 2.5
+
+
 @dataclass(frozen=True)
 class WgradSchedule:
     """What a warp keeps in registers, and what the template unrolls.
@@ -363,7 +367,12 @@ def _group_schedule(
     none: tuple[tuple[int, int], tuple[tuple[int, int], ...]] = (0, 0), ()
     coarse, fine = geometry.coarse_channels_per_group, geometry.fine_channels_per_group
     few = (coarse or GROUP_LEAST_COARSE) < GROUP_LEAST_COARSE or (fine or ROWS) < ROWS
-    if mode == "tf32x3" or few or (geometry.groups > 1 and not (coarse and fine)):
+    if (
+        mode == "tf32x3"
+        or few
+        or _staging_bounds_groups(geometry, mode)
+        or (geometry.groups > 1 and not (coarse and fine))
+    ):
         return none
     layouts = _layouts(geometry, mode)
     needed = -(-coarse // 8) if coarse else 0
@@ -394,6 +403,11 @@ def _group_schedule(
 
     taps = min((t for t, _ in costs), key=lambda t: (sum(time(t, b) for b in sizes), t))
     return taps, tuple((1, b) for b in sizes if (taps, (1, b)) in costs)
+
+
+def _staging_bounds_groups(geometry: Geometry, mode: str) -> bool:
+    """Whether groups of warps wait for those that stage: strided lines, copied word by word."""
+    return mode == "tf32" and geometry.stride[2] > 1
 
 
 def _layouts(geometry: Geometry, mode: str) -> dict[int, Layout]:
@@ -587,7 +601,9 @@ def wgrad_prediction(plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction
     # Rows are padded to whole quads.
     chunks = problem.batch * d * h * -(-w // QUAD) * QUAD / 16
     clocks = chunks * geometry.groups * min(costs)
-    if not grouped:
+    if grouped:
+        clocks *= STAGING_BOUND if _staging_bounds_groups(geometry, plan.dtype) else 1
+    else:
         clocks *= geometry.kernel[0] * gpu.product_clocks / PRODUCT_CLOCKS
     ms = clocks / gpu.multiprocessors / gpu.ghz * 1e-6
     # Adding up the partial results of all blocks.

@@ -15,6 +15,7 @@ from typing import Any
 from convgen.dtypes import DTYPES
 from convgen.engines import Candidate, KernelPlan, schedule_from
 from convgen.engines.cost import Gpu, Prediction, Problem, Warp, gather_prediction, memory_ms
+from convgen.engines.depthwise import depthwise_context, depthwise_prediction
 from convgen.engines.gather import (
     MAX_VARIANTS,
     STYLES,
@@ -219,6 +220,7 @@ class Simt:
         "common.cuh": "cuda/simt/common.cuh",
         "gather.cuh": "cuda/simt/gather.cuh",
         "wgrad.cuh": "cuda/simt/wgrad.cuh",
+        "depthwise.cuh": "cuda/simt/depthwise.cuh",
     }
 
     def plan(self, geometry: Geometry, contraction: str, dtype: str) -> KernelPlan:
@@ -265,6 +267,11 @@ class Simt:
         return None
 
     def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
+        # Whatever the schedule: it is of the other kernels.
+        if depthwise := depthwise_prediction(
+            plan.geometry, plan.contraction, problem, gpu, DTYPES[plan.dtype].size_bytes
+        ):
+            return depthwise
         if plan.contraction == "wgrad":
             return _wgrad_prediction(plan, problem, gpu)
         width = _width(plan.dtype)
@@ -303,6 +310,7 @@ class Simt:
         common = {
             "element": types[plan.dtype],
             "acc": types[DTYPES[plan.dtype].accumulator],
+            "depthwise": depthwise_context(plan.geometry, plan.contraction, _width(plan.dtype)),
         }
         if plan.contraction == "wgrad":
             schedule: WgradSchedule = plan.schedule

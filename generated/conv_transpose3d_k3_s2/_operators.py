@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_a07c6b43"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_5f923fa0"
 NAMESPACE += VARIANT
 
 

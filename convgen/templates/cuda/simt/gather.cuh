@@ -350,9 +350,9 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   return s.blocks <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
 }
 
-// What a call is expected to take, in clocks: convgen/engines/cost.py in short, with an H200's rates.
-// Thread blocks take turns on the multiprocessors; of a step the longer of products and copies
-// counts, a fifth of the other, and what barriers take.
+// What a call is expected to take, in clocks: convgen/engines/cost.py in short, with the rates of
+// an H200. Thread blocks take turns on the multiprocessors; of a step the longer of products and
+// copies counts, a fifth of the other, and what barriers take.
 inline double expected_clocks(const GatherShape& s, const GatherTraits& t, int multiprocessors) {
   constexpr double LEVEL2_BYTES = 28, STORED_BYTES = 24, SPREAD_BYTES = 12;  // per clock
   constexpr double STEP_CLOCKS = 60, TILE_CLOCKS = 600;
@@ -567,28 +567,6 @@ __device__ __forceinline__ void multiply_add(Acc (&acc)[ROWS][CHANNELS], const A
   for (int m = 0; m < ROWS; ++m) {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) acc[m][c] += x[FIRST + m * STEP] * w[c];
-  }
-}
-
-// Writes the VARIANTS neighbouring outputs of one position and channel.
-template <int VARIANTS, typename T, typename Acc>
-__device__ __forceinline__ void store_outputs(T* to, const Acc (&value)[VARIANTS], int valid,
-                                              bool vector_store) {
-  struct alignas(sizeof(T) * (VARIANTS == 2 || VARIANTS == 4 ? VARIANTS : 1)) Wide {
-    T element[VARIANTS];
-  };
-  if constexpr (VARIANTS == 2 || VARIANTS == 4) {
-    if (vector_store) {
-      Wide wide;
-#pragma unroll
-      for (int v = 0; v < VARIANTS; ++v) narrow(wide.element[v], value[v]);
-      *reinterpret_cast<Wide*>(to) = wide;
-      return;
-    }
-  }
-#pragma unroll
-  for (int v = 0; v < VARIANTS; ++v) {
-    if (v < valid) narrow(to[v], value[v]);
   }
 }
 

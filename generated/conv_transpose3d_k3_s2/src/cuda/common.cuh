@@ -112,6 +112,30 @@ __device__ __forceinline__ void load_row(Acc (&to)[COUNT], const Acc* from) {
   }
 }
 
+// ---- Results --------------------------------------------------------------------------------
+
+// Writes the VARIANTS neighbouring outputs of one position and channel.
+template <int VARIANTS, typename T, typename Acc>
+__device__ __forceinline__ void store_outputs(T* to, const Acc (&value)[VARIANTS], int valid,
+                                              bool vector_store) {
+  struct alignas(sizeof(T) * (VARIANTS == 2 || VARIANTS == 4 ? VARIANTS : 1)) Wide {
+    T element[VARIANTS];
+  };
+  if constexpr (VARIANTS == 2 || VARIANTS == 4) {
+    if (vector_store) {
+      Wide wide;
+#pragma unroll
+      for (int v = 0; v < VARIANTS; ++v) narrow(wide.element[v], value[v]);
+      *reinterpret_cast<Wide*>(to) = wide;
+      return;
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < VARIANTS; ++v) {
+    if (v < valid) narrow(to[v], value[v]);
+  }
+}
+
 // ---- Host arithmetic ------------------------------------------------------------------------
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -343,9 +343,9 @@ int64_t packed_elements(const ConvgenCall& call) {
   return GROUPS * round_up(out_channels, channels) * in_channels * SLOTS;
 }
 
-// Cuts a call into tiles.
+// Cuts a call into tiles, which are expected to take so many clocks.
 int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
-        GatherShape& s) {
+        GatherShape& s, double& clocks) {
   const int64_t* in = call.coarse_extent;
   const int64_t* out = call.fine_extent;
   const int64_t in_stride[3] = {in[1] * in[2], in[2], 1};
@@ -366,6 +366,10 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
   s.out_channels = static_cast<int>(call.fine_channels / GROUPS);
   s.in_channel_stride = in[0] * in[1] * in[2];
   s.out_channel_stride = out[0] * out[1] * out[2];
+  const int64_t batch = call.batch;
+  s.in_span = (s.in_channels - 1) * s.in_channel_stride +
+              int64_t{s.r.input - 1} * s.r.input_stride +
+              int64_t{s.y.input - 1} * s.y.input_stride + s.x.input;
 
   GatherTraits traits;
   traits.phases = PHASES_R * PHASES_Y * GROUPS_X;
@@ -377,6 +381,8 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
   traits.span_x = 1;
   traits.scattered = SCATTERED;
   traits.taps_per_pass = TAPS_PER_PASS;
+  traits.slots = SLOTS, traits.regions = REGIONS;
+  traits.variants = VARIANTS, traits.phases_x = PHASES_X;
   traits.rows_per_thread = ROWS;
   traits.max_warps = GATHER_MAX_WARPS;
   traits.lanes_per_warp = WARP;
@@ -386,7 +392,9 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
   traits.words = s.in_channels;
   traits.chunk_step = 1;
   traits.max_chunk = 8;
-  return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
+  traits.element_bytes = sizeof(T);
+  traits.slot_clocks = ROWS * channels * sizeof(Acc) / 16.0;
+  return cut_gather(s, traits, batch, GROUPS, limits.shared_bytes, limits.multiprocessors, clocks);
 }
 
 template <int CHANNELS>
@@ -398,7 +406,8 @@ int run(const ConvgenCall& call, const DeviceLimits& limits) {
   GatherShape& s = cache.find(call, load_width, known);
   if (!known) {
     s.load_width = load_width;
-    if (const int error = cut(call, limits, CHANNELS, s)) {
+    double clocks;
+    if (const int error = cut(call, limits, CHANNELS, s, clocks)) {
       cache.forget(s);
       return error;
     }

@@ -666,9 +666,9 @@ int64_t packed_words(const ConvgenCall& call, int64_t channels) {
          Math::PACKED;
 }
 
-// Cuts a call into tiles.
+// Cuts a call into tiles, which are expected to take so many clocks.
 int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles, int channels,
-        GatherShape& s) {
+        GatherShape& s, double& clocks) {
   const int64_t* in = call.coarse_extent;
   const int64_t* out = call.fine_extent;
   const int64_t in_stride[3] = {in[1] * in[2], in[2], 1};
@@ -689,6 +689,10 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   s.out_channels = static_cast<int>(call.fine_channels / GROUPS);
   s.in_channel_stride = in[0] * in[1] * in[2];
   s.out_channel_stride = out[0] * out[1] * out[2];
+  const int64_t batch = call.batch;
+  s.in_span = (s.in_channels - 1) * s.in_channel_stride +
+              int64_t{s.r.input - 1} * s.r.input_stride +
+              int64_t{s.y.input - 1} * s.y.input_stride + s.x.input;
 
   GatherTraits traits;
   traits.phases = PHASES_R * PHASES_Y * GROUPS_X;
@@ -700,6 +704,8 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.span_x = 1;
   traits.scattered = SCATTERED;
   traits.taps_per_pass = TAPS_PER_PASS;
+  traits.slots = SLOTS, traits.regions = REGIONS;
+  traits.variants = VARIANTS, traits.phases_x = PHASES_X;
   traits.rows_per_thread = rows_of(channels);
   traits.max_warps = roles.groups;
   traits.max_warps_c = roles.max_groups_c;
@@ -720,8 +726,11 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.raw_buffers = 0;
   traits.raw_channels = Math::CHANNELS;
   traits.element_bytes = sizeof(T);
+  // A product's clocks, of one warp or of four together.
+  traits.slot_clocks = rows_of(channels) * channels / MMA_COLUMNS * (Math::FLUSH ? 3 : 1) *
+                       (roles.group_warps == 1 ? 1.5 : roles.group_warps * 1.0);
 
-  return cut_gather(s, traits, call.batch, GROUPS, limits.shared_bytes);
+  return cut_gather(s, traits, batch, GROUPS, limits.shared_bytes, limits.multiprocessors, clocks);
 }
 
 template <int CHANNELS>
@@ -776,27 +785,26 @@ int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) 
   bool known;
   Choice& cached = cache.find(call, load_width, known);
   if (!known) {
-    int64_t best_cost = -1;
+    BestCut<Choice> cuts;
     for (const int channels : {32, 24, 16}) {
-      const int64_t cost = channels_cost(call.fine_channels / GROUPS, channels);
-      Choice candidate;
-      candidate.channels = channels;
-      candidate.shape.load_width = load_width;
-      if (best_cost >= 0 && cost >= best_cost) continue;
       int bound = 0;
       if (const int error = compiled_bound(call, channels, bound)) {
         cache.forget(cached);
         return error;
       }
       const Roles roles = roles_of(bound, channels, GROUPS_OF_WARPS);
-      if (cut(call, limits, roles, channels, candidate.shape)) continue;
-      best_cost = cost;
-      cached = candidate;
+      Choice candidate;
+      candidate.channels = channels;
+      candidate.shape.load_width = load_width;
+      double clocks;
+      if (cut(call, limits, roles, channels, candidate.shape, clocks)) continue;
+      cuts.offer(candidate, channels_cost(call.fine_channels / GROUPS, channels), clocks);
     }
-    if (best_cost < 0) {
+    if (!cuts.found()) {
       cache.forget(cached);
       return CONVGEN_TOO_LARGE;
     }
+    cached = cuts.best();
   }
   choice = cached;
   // Pairs of outputs leave together where they lie together and whole lines of them are aligned.

@@ -23,6 +23,7 @@ struct GatherShape {
   GatherAxis r, y, x;
   int in_channels, out_channels;  // per group
   int64_t in_channel_stride, out_channel_stride;
+  int64_t in_span;  // elements from a group's first to its last
 
   // The cut: planes are cut into strips of columns; LANES positions of a strip, times ROWS rows,
   // times `warps_c` blocks of CHANNELS output channels are one thread block.
@@ -93,6 +94,11 @@ struct GatherTraits {
   bool loads_words = false;  // whether lanes load words of neighbours (WordOrder)
   // What lanes load of a line at once: strips and tiles are multiples of it.
   int access = 1;
+  // For expected_clocks: weight slots and regions of all phases, what a warp takes of its
+  // multiprocessor for one slot and `chunk_step` words, and phases of X per thread.
+  int slots, regions;
+  double slot_clocks;
+  int variants, phases_x;
 };
 
 // What an asynchronous copy takes at once, at addresses that are multiples of it.
@@ -217,15 +223,12 @@ inline int cut_raw(GatherShape& s, const GatherTraits& t, int64_t spare, int64_t
   return t.raw_buffers * s.raw_bytes;
 }
 
-// Cuts a call into tiles: blocks of warps by channels first, then the strip width that stages the
-// fewest elements, then as many input words per stage as keep the tile small.
+// Cuts a call into tiles: `blocks_c` blocks of warps by channels, then the strip width that stages
+// the fewest elements, then as many input words per stage as keep the tile small.
 inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
-                     int shared_limit, int64_t raw_least) {
+                     int shared_limit, int64_t blocks_c, int64_t raw_least) {
   shared_limit -= t.scratch_bytes;
-  const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
-  // Fewest blocks per output channel, then least idle warps.
-  const int64_t blocks_c = ceil_div(channel_blocks, t.max_warps_c);
-  s.warps_c = static_cast<int>(ceil_div(channel_blocks, blocks_c));
+  s.warps_c = static_cast<int>(ceil_div(ceil_div(s.out_channels, t.channels_per_warp), blocks_c));
   const int rows = t.rows_per_thread;
   const int64_t flat_rows = t.scattered ? rows : 1;
   const int64_t plane = int64_t{s.y.positions} * s.x.positions;
@@ -347,12 +350,72 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   return s.blocks <= INDEX_LIMIT ? CONVGEN_OK : CONVGEN_TOO_LARGE;
 }
 
-// The same, with raw buffers of one line where tiles leave no room for more.
+// What a call is expected to take, in clocks: convgen/engines/cost.py in short, with the rates of
+// an H200. Thread blocks take turns on the multiprocessors; of a step the longer of products and
+// copies counts, a fifth of the other, and what barriers take.
+inline double expected_clocks(const GatherShape& s, const GatherTraits& t, int multiprocessors) {
+  constexpr double LEVEL2_BYTES = 28, STORED_BYTES = 24, SPREAD_BYTES = 12;  // per clock
+  constexpr double STEP_CLOCKS = 60, TILE_CLOCKS = 600;
+  const double warps = double(s.lanes) / t.lanes_per_warp * s.warps_c;
+  const double slots = double(t.slots) / t.regions;  // of a step
+  const double arithmetic = warps * slots * t.slot_clocks;
+  const double words = double(s.tile_elements) / s.chunk + slots * t.packed_per_slot * s.warps_c;
+  const double copies = words * t.word_bytes * t.chunk_step / LEVEL2_BYTES;
+  const double longer = arithmetic > copies ? arithmetic : copies;
+  const double step = longer + 0.2 * (arithmetic + copies - longer) + STEP_CLOCKS;
+  const double steps = double(t.regions) / t.phases * s.words / t.chunk_step;
+  const double outputs = double(s.lanes) * t.rows_per_thread * t.variants * t.channels_per_warp *
+                         s.warps_c * t.element_bytes;
+  const double stores = outputs / (t.phases_x == 1 ? STORED_BYTES : SPREAD_BYTES);
+  return double(ceil_div(s.blocks, multiprocessors)) * (steps * step + TILE_CLOCKS + stores);
+}
+
+// The best of some cuts: that with the least `cost` by a simple rule, unless expected_clocks has
+// another take less by a margin.
+template <class Cut>
+class BestCut {
+ public:
+  void offer(const Cut& cut, int64_t cost, double clocks) {
+    if (!found_ || cost < cost_) preferred_ = cut, cost_ = cost, preferred_clocks_ = clocks;
+    if (!found_ || clocks < fastest_clocks_) fastest_ = cut, fastest_clocks_ = clocks;
+    found_ = true;
+  }
+  bool found() const { return found_; }
+  const Cut& best() const { return overrules() ? fastest_ : preferred_; }
+  double clocks() const { return overrules() ? fastest_clocks_ : preferred_clocks_; }
+
+ private:
+  static constexpr double MARGIN = 0.85;
+  bool overrules() const { return fastest_clocks_ < MARGIN * preferred_clocks_; }
+
+  Cut preferred_, fastest_;
+  int64_t cost_ = 0;
+  double preferred_clocks_ = 0, fastest_clocks_ = 0;
+  bool found_ = false;
+};
+
+// Cuts a call into tiles. Fewest blocks per output channel, each of which reads the input; more of
+// them, with more positions each, where reading the weights takes longer. Raw buffers have one line
+// where tiles leave no room for more.
 inline int cut_gather(GatherShape& s, const GatherTraits& t, int64_t batch, int64_t groups,
-                      int shared_limit) {
-  const int error = cut_tiles(s, t, batch, groups, shared_limit, RAW_LEAST_BYTES);
-  if (error == CONVGEN_OK || t.raw_buffers == 0) return error;
-  return cut_tiles(s, t, batch, groups, shared_limit, 0);
+                      int shared_limit, int multiprocessors, double& clocks) {
+  const int64_t channel_blocks = ceil_div(s.out_channels, t.channels_per_warp);
+  const int64_t least = ceil_div(channel_blocks, t.max_warps_c);
+  BestCut<GatherShape> cuts;
+  for (int64_t warps_c = ceil_div(channel_blocks, least); warps_c >= 1; --warps_c) {
+    const int64_t blocks_c = ceil_div(channel_blocks, warps_c);
+    if (ceil_div(channel_blocks, blocks_c) != warps_c) continue;  // as another number of warps
+    GatherShape shape = s;
+    int failed = cut_tiles(shape, t, batch, groups, shared_limit, blocks_c, RAW_LEAST_BYTES);
+    if (failed && t.raw_buffers > 0) {
+      failed = cut_tiles(shape, t, batch, groups, shared_limit, blocks_c, 0);
+    }
+    if (!failed) cuts.offer(shape, blocks_c, expected_clocks(shape, t, multiprocessors));
+  }
+  if (!cuts.found()) return CONVGEN_TOO_LARGE;
+  s = cuts.best();
+  clocks = cuts.clocks();
+  return CONVGEN_OK;
 }
 
 // Where a thread block works: block `index` of s.blocks.
@@ -504,28 +567,6 @@ __device__ __forceinline__ void multiply_add(Acc (&acc)[ROWS][CHANNELS], const A
   for (int m = 0; m < ROWS; ++m) {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) acc[m][c] += x[FIRST + m * STEP] * w[c];
-  }
-}
-
-// Writes the VARIANTS neighbouring outputs of one position and channel.
-template <int VARIANTS, typename T, typename Acc>
-__device__ __forceinline__ void store_outputs(T* to, const Acc (&value)[VARIANTS], int valid,
-                                              bool vector_store) {
-  struct alignas(sizeof(T) * (VARIANTS == 2 || VARIANTS == 4 ? VARIANTS : 1)) Wide {
-    T element[VARIANTS];
-  };
-  if constexpr (VARIANTS == 2 || VARIANTS == 4) {
-    if (vector_store) {
-      Wide wide;
-#pragma unroll
-      for (int v = 0; v < VARIANTS; ++v) narrow(wide.element[v], value[v]);
-      *reinterpret_cast<Wide*>(to) = wide;
-      return;
-    }
-  }
-#pragma unroll
-  for (int v = 0; v < VARIANTS; ++v) {
-    if (v < valid) narrow(to[v], value[v]);
   }
 }
 

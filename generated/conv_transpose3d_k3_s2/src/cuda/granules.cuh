@@ -114,7 +114,7 @@ class GranuleTile {
                                       min(last_r, s.r.input - 1), min(last_y, s.y.input - 1));
       const bool whole =
           lowest >= GRANULE<T> &&
-          highest + s.by_columns.divisor * GRANULE<T> <= channels_ * s.in_channel_stride;
+          highest + s.by_columns.divisor * GRANULE<T> <= s.in_span;
       bool exists[8];
 #pragma unroll
       for (int slot = 0; slot < 8; ++slot) exists[slot] = slot_channel(s, octet, slot) < channels_;
@@ -203,7 +203,7 @@ class GranuleTile {
   __device__ __forceinline__ void copy_parts(const GatherShape& s, const Crew& crew,
                                              const GranulePlace* places, int count,
                                              const Octet& octet) const {
-    const int64_t end = begin() + channels_ * channel_bytes(s);
+    const int64_t end = begin() + s.in_span * SIZE;
     const uint32_t origin = origin_element(s);
 #pragma unroll 1
     for (int i = crew.thread; i < count; i += crew.threads) {
