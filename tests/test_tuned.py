@@ -226,7 +226,8 @@ def _store_some(path: Path, process: int) -> None:
 
 
 def test_this_version_can_have_every_schedule_of_the_packages_tables() -> None:
-    specs = {layer.spec.name: layer.spec for layer in read_suite("kernelbench3d")}
+    layers = [layer for name in ("kernelbench3d", "models") for layer in read_suite(name)]
+    specs = {layer.spec.name: layer.spec for layer in layers}
     winners = [winner for path in tuned._SHIPPED.glob("*.json") for winner in tuned.read(path)]
     assert winners
     for each in winners:
