@@ -50,8 +50,6 @@ UNKNOWN_GROUP_BLOCKS = (4, 6, 8)
 UNKNOWN_M_TILES = (1, 2, 3)
 MAX_M_TILES, MAX_N_TILES = 4, 8
 MAX_TAPS = 28
-
-
 # What groups of warps take longer, as measured, where few warps stage strided lines word by word.
 STAGING_BOUND = 2.5
 
@@ -405,6 +403,14 @@ def _group_schedule(
     return taps, tuple((1, b) for b in sizes if (taps, (1, b)) in costs)
 
 
+def _suits_groups(geometry: Geometry, mode: str) -> bool:
+    """Whether a group's channels may fill the products of groups of warps."""
+    coarse, fine = geometry.coarse_channels_per_group, geometry.fine_channels_per_group
+    few = (coarse or GROUP_LEAST_COARSE) < GROUP_LEAST_COARSE or (fine or ROWS) < ROWS
+    unknown = geometry.groups > 1 and not (coarse and fine)
+    return mode != "tf32x3" and not few and not unknown
+
+
 def _staging_bounds_groups(geometry: Geometry, mode: str) -> bool:
     """Whether groups of warps wait for those that stage: strided lines, copied word by word."""
     return mode == "tf32" and geometry.stride[2] > 1
@@ -556,7 +562,7 @@ def wgrad_space(geometry: Geometry, mode: str) -> list[Candidate]:
     schedules = [
         WgradSchedule(*taps, tiles, _flush(mode)) for taps, tiles in product(taps_blocks, lists)
     ]
-    if default.group_tiles:
+    if _suits_groups(geometry, mode):
         most = min(MAX_GROUP_BLOCKS, -(-coarse // 8)) if coarse else MAX_GROUP_BLOCKS
         most_m = min(MAX_GROUP_TILES, -(-fine // ROWS)) if fine else MAX_GROUP_TILES
         tiles_of_groups: list[tuple[tuple[int, int], ...]] = [
