@@ -468,12 +468,17 @@ def test_every_number_of_channels_has_rows_of_its_own(
     check_calls(loaded, case)
 
 
-def test_a_call_takes_the_rows_of_its_channels() -> None:
+def test_a_call_takes_the_rows_of_its_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tap that is wrong for one number of rows is wrong in the calls with its channels alone."""
-    case, style = ROWS_CASES[0]
-    sources = engine_sources(case.spec, case.dtype, ("fprop",), tiles_of(case, style))
+    # Calls for which no other tile promises more: of fewer thread blocks, or with fewer of them.
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
+    calls = (1, (9, 40), (9, 7)), (1, (33, 24), (4, 8))
+    case = Case(spec("conv2d", 3, 1, 1), "tf32", calls)
+    schedule = MMA.plan(case.spec.geometry, "fprop", case.dtype).schedule
+    schedule = replace(schedule, unroll="taps", tiles=((3, 48), (2, 24)))
+    sources = engine_sources(case.spec, case.dtype, ("fprop",), {("fprop", case.dtype): schedule})
     file = f"fprop_{case.dtype}.cu"
-    for rows, wrong in (2, (True, False)), (3, (False, True)):
+    for rows, wrong in (3, (True, False)), (2, (False, True)):
         before, after = sources[file].split(f"for 8 input words and {rows} rows.")
         assert "tile_offset<CHANNELS>(1)" in after
         buggy = before + after.replace("tile_offset<CHANNELS>(1)", "tile_offset<CHANNELS>(2)", 1)

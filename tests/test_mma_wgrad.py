@@ -28,6 +28,7 @@ from convgen.engines.mma_wgrad import (
     _wavefronts,
     wgrad_refusal,
     wgrad_schedule,
+    with_groups,
 )
 from convgen.interpret import library as compile_interpreted
 from convgen.spec import ConvSpec, Geometry
@@ -41,6 +42,11 @@ def environment(session_cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
         yield
+
+
+def grouped_schedule(spec: ConvSpec, mode: str) -> WgradSchedule:
+    """The default, with groups of warps wherever channels suit them."""
+    return with_groups(wgrad_schedule(spec.geometry, mode), spec.geometry, mode)
 
 
 # ---- Schedules ------------------------------------------------------------------------------
@@ -137,7 +143,9 @@ def test_kernels_compile_without_spills(
     spec: ConvSpec, mode: str, architecture: str, tmp_path: Path
 ) -> None:
     compiler = toolchain.find_cuda()
-    for name, text in engine_sources(spec, mode, ("wgrad",)).items():
+    schedule = grouped_schedule(spec, mode)
+    sources = engine_sources(spec, mode, ("wgrad",), {("wgrad", mode): schedule})
+    for name, text in sources.items():
         (tmp_path / name).write_text(text)
     command = [compiler.path, "-ccbin", compiler.host, "-std=c++17", "-O3", "-Xptxas", "-v"]
     command += [f"-arch=sm_{architecture}", "-cubin", f"wgrad_{mode}.cu", "-o", "wgrad.cubin"]
@@ -145,7 +153,6 @@ def test_kernels_compile_without_spills(
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     kernels = toolchain.ptxas_resources(done.stdout + done.stderr)
-    schedule = wgrad_schedule(spec.geometry, mode)
     for name, tiles in (("wgrad_kernel", schedule.tiles), ("groups", schedule.group_tiles)):
         assert len([kernel for kernel in kernels if name in kernel.kernel]) == len(tiles)
     # ptxas says so where it cannot overlap products of groups.
@@ -221,6 +228,8 @@ GROUP_CASES = [
         ("bf16tc",),
         ((1, (32, 64), (3, 5, 9)),),
     ),
+    # Strided lines, word by word: what is tuned may have groups there, the default has none.
+    Case(ConvSpec(UP, 3, 2, 1), ("tf32",), ((1, (32, 48), (3, 5, 9)),)),
     # Loose lines that are read in words: of a stride of four, with a word that half of them read.
     Case(ConvSpec(UP, (2, 3, 5), (1, 2, 4), (0, 1, 2)), ("f16tc",), ((2, (32, 16), (4, 5, 9)),)),
     Case(ConvSpec(UP, (1, 2, 4), 2, (0, 0, 1)), ("bf16tc",), ((1, (40, 24), (3, 5, 17)),)),
@@ -239,13 +248,14 @@ RUNS += [
     for case, modes in [(case, case.modes) for case in GROUP_CASES]
     + [(case, case.modes[-1:]) for case in CASES[1:]]
     for mode in modes
-    if wgrad_schedule(case.spec.geometry, mode).group_tiles
+    if grouped_schedule(case.spec, mode).group_tiles
 ]
 
 
 @cache
 def library(spec: ConvSpec, mode: str, checks: str, architecture: str = "80") -> Path:
-    sources = engine_sources(spec, mode, ("wgrad",))
+    schedule = grouped_schedule(spec, mode)
+    sources = engine_sources(spec, mode, ("wgrad",), {("wgrad", mode): schedule})
     name = f"{spec.name}_{mode}_wgrad" + ("" if architecture == "80" else f"_{architecture}")
     return compile_interpreted(name, sources, checks, architecture=architecture)
 

@@ -18,6 +18,7 @@ import pytest
 from interpreted import engine_sources
 
 from convgen import toolchain
+from convgen.engines.mma_wgrad import wgrad_schedule, with_groups
 from convgen.spec import ConvSpec
 
 UP = "conv_transpose3d"
@@ -41,7 +42,11 @@ def cubin(
     fault: tuple[str, str] | None,
     mode: str = "tf32",
 ) -> Path:
-    for name, text in engine_sources(spec, mode, (contraction,)).items():
+    schedules = {}
+    if contraction == "wgrad":
+        schedule = wgrad_schedule(spec.geometry, mode)
+        schedules = {(contraction, mode): with_groups(schedule, spec.geometry, mode)}
+    for name, text in engine_sources(spec, mode, (contraction,), schedules).items():
         if fault is not None and fault[0] in text:
             text = text.replace(*fault)
             fault = None

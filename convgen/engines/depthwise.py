@@ -22,7 +22,7 @@ UNROLL_LIMIT = 1500
 # Longer windows that no neighbours share go to the other kernels, which stage them.
 LONGEST_LINE = 8
 # Channels of a group of the one tensor for one of the other (DEPTHWISE_RATIO in depthwise.cuh).
-MOST_CHANNELS = 4
+MOST_CHANNELS = 2
 # Warps of columns of a step, where neighbours along H share nothing.
 BLOCKS_W = 4
 # Positions along H of a step of wgrad.

@@ -361,16 +361,10 @@ def _group_cost(
 def _group_schedule(
     geometry: Geometry, mode: str
 ) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
-    """Default ``group_taps`` and ``group_tiles``."""
+    """The best ``group_taps`` and ``group_tiles``."""
     none: tuple[tuple[int, int], tuple[tuple[int, int], ...]] = (0, 0), ()
     coarse, fine = geometry.coarse_channels_per_group, geometry.fine_channels_per_group
-    few = (coarse or GROUP_LEAST_COARSE) < GROUP_LEAST_COARSE or (fine or ROWS) < ROWS
-    if (
-        mode == "tf32x3"
-        or few
-        or _staging_bounds_groups(geometry, mode)
-        or (geometry.groups > 1 and not (coarse and fine))
-    ):
+    if not _suits_groups(geometry, mode):
         return none
     layouts = _layouts(geometry, mode)
     needed = -(-coarse // 8) if coarse else 0
@@ -501,7 +495,16 @@ def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
         tiles = tuple(
             best([taps], (m,))[1] for m in UNKNOWN_M_TILES if cost(taps, m, 1) is not None
         )
-    return WgradSchedule(*taps, tiles, _flush(mode), *_group_schedule(geometry, mode))
+    alone = WgradSchedule(*taps, tiles, _flush(mode))
+    if _staging_bounds_groups(geometry, mode):
+        return alone
+    return with_groups(alone, geometry, mode)
+
+
+def with_groups(schedule: WgradSchedule, geometry: Geometry, mode: str) -> WgradSchedule:
+    """The same, with the best tiles of groups of warps, where channels suit them."""
+    taps, tiles = _group_schedule(geometry, mode)
+    return replace(schedule, group_taps=taps, group_tiles=tiles)
 
 
 def _flush(mode: str) -> int:

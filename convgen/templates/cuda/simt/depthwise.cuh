@@ -16,7 +16,7 @@ namespace convgen {
 
 constexpr int DEPTHWISE_WARPS = 4;
 // Channels of a group that a single one of the other tensor may meet: each of them reads it anew.
-constexpr int DEPTHWISE_RATIO = 4;
+constexpr int DEPTHWISE_RATIO = 2;
 // Columns of a window up to which each lane remembers which of them lie within the input.
 constexpr int DEPTHWISE_LINE = 8;
 // Blocks that a call is cut into for each multiprocessor: several times as many as it holds, so
