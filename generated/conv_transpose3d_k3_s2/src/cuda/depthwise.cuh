@@ -16,7 +16,7 @@ namespace convgen {
 
 constexpr int DEPTHWISE_WARPS = 4;
 // Channels of a group that a single one of the other tensor may meet: each of them reads it anew.
-constexpr int DEPTHWISE_RATIO = 4;
+constexpr int DEPTHWISE_RATIO = 2;
 // Columns of a window up to which each lane remembers which of them lie within the input.
 constexpr int DEPTHWISE_LINE = 8;
 // Blocks that a call is cut into for each multiprocessor: several times as many as it holds, so
@@ -252,16 +252,15 @@ __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
 // partial[part][a, b, t] = sum over a part of n, i of
 //     coarse[n, a, i] * fine[n, b, i * stride - padding + t * dilation]
 //
-// Layer has of an axis: kernel, stride, padding, dilation, and taps, those of one thread; ROWS, its
-// positions along H, and BLOCKS_W, warps of columns. A block has one pair of channels, and one part
-// of the taps.
+// Layer has of an axis: kernel, stride, padding, dilation, and taps, those of one thread, of which
+// there are PARTS; ROWS, its positions along H, and BLOCKS_W, warps of columns. A block has one
+// pair of channels, and one part of the taps.
 template <class Layer, typename Acc, typename T>
 __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
     depthwise_wgrad_kernel(const DepthwiseShape s, const T* coarse, const T* fine, Acc* partial) {
   constexpr int TAPS_D = Layer::taps(0), TAPS_H = Layer::taps(1), TAPS_W = Layer::taps(2);
   constexpr int PARTS_H = (Layer::kernel(1) + TAPS_H - 1) / TAPS_H;
   constexpr int PARTS_W = (Layer::kernel(2) + TAPS_W - 1) / TAPS_W;
-  constexpr int PARTS = (Layer::kernel(0) + TAPS_D - 1) / TAPS_D * PARTS_H * PARTS_W;
   constexpr int ROWS = Layer::ROWS;
   constexpr int WINDOW_H = (ROWS - 1) * Layer::stride(1) + (TAPS_H - 1) * Layer::dilation(1) + 1;
   constexpr int SUMS = TAPS_D * TAPS_H * TAPS_W;
@@ -278,8 +277,8 @@ __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
 
   int pair = blockIdx.x;
   const int split = s.blocks_of_channel.split(pair);
-  const int part = pair % PARTS;
-  pair /= PARTS;
+  const int part = pair % Layer::PARTS;
+  pair /= Layer::PARTS;
   const int tap_w = part % PARTS_W * TAPS_W, tap_h = part / PARTS_W % PARTS_H * TAPS_H;
   const int tap_d = part / (PARTS_W * PARTS_H) * TAPS_D;
   const int coarse_channel = s.by_output.divide(pair), fine_channel = s.by_input.divide(pair);
