@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from interpreted import Library, engine_sources, problem, solve
@@ -19,7 +20,14 @@ from convgen.spec import ConvSpec
 def environment(session_cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        # Blocks have several steps, and no more of them than that takes.
+        patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
         yield
+
+
+def fixed(op: str, *rest: Any, groups: int, **more: Any) -> ConvSpec:
+    """A layer of so many channels, for which no other sizes of kernels are compiled."""
+    return ConvSpec(op, *rest, groups=groups, in_channels=groups, out_channels=groups, **more)
 
 
 # Specification, dtype, contractions; batch, channels in and out, extents.
@@ -27,7 +35,7 @@ Case = tuple[ConvSpec, str, tuple[str, ...], tuple[int, tuple[int, int], tuple[i
 GATHERS, ALL = ("fprop", "dgrad"), ("fprop", "dgrad", "wgrad")
 CASES: list[Case] = [
     # Inside and borders, several warps of columns, samples that share one.
-    (ConvSpec("conv3d", 3, 1, 1, groups=2), "bf16", ALL, (2, (2, 2), (3, 10, 35))),
+    (fixed("conv3d", 3, 1, 1, groups=2), "bf16", ALL, (2, (2, 2), (3, 10, 35))),
     # Eight phases, odd extents; two outputs of a group.
     (
         ConvSpec("conv_transpose3d", 3, 2, 1, 1, groups=2),
@@ -37,7 +45,7 @@ CASES: list[Case] = [
     ),
     # Phases without taps, stride and dilation that differ.
     (
-        ConvSpec("conv_transpose2d", (2, 3), (3, 2), (1, 0), dilation=(1, 3), groups=3),
+        fixed("conv_transpose2d", (2, 3), (3, 2), (1, 0), dilation=(1, 3), groups=3),
         "f64",
         ALL,
         (2, (3, 3), (4, 9)),
@@ -50,9 +58,9 @@ CASES: list[Case] = [
         (1, (4, 2), (10, 41)),
     ),
     # Several warps of columns at once.
-    (ConvSpec("conv1d", 4, 1, 3, groups=3), "f32", ALL, (2, (3, 3), (150,))),
+    (fixed("conv1d", 4, 1, 3, groups=3), "f32", ALL, (2, (3, 3), (150,))),
     # Rows along D alone.
-    (ConvSpec("conv3d", (5, 1, 1), 1, (2, 0, 0), groups=2), "f32", ALL, (2, (2, 2), (9, 3, 4))),
+    (fixed("conv3d", (5, 1, 1), 1, (2, 0, 0), groups=2), "f32", ALL, (2, (2, 2), (9, 3, 4))),
 ]
 
 

@@ -38,7 +38,7 @@ LINES: Layer = ConvSpec("conv1d", 5, 2, 2), (9, 17), (9,)
     [
         (PLANES, "f32", False),
         (PLANES, "tf32", True),
-        (GROUPED, "tf32", False),
+        (GROUPED, "bf16tc", False),
         (GROUPED, "bf16tc", True),
         (LINES, "tf32", False),
     ],
