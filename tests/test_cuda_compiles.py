@@ -57,7 +57,7 @@ def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) 
 
 
 UP, CONV = "conv_transpose3d", "conv3d"
-GATHERS, WGRAD = ("fprop", "dgrad"), ("wgrad",)
+GATHERS, WGRAD, FORWARD = ("fprop", "dgrad"), ("wgrad",), ("fprop",)
 CASES = [
     # All taps unrolled, register rows along D or H.
     Case(spec(UP, 3, 2, 1, 1), "f32"),
@@ -66,7 +66,7 @@ CASES = [
     Case(spec(UP, 2, 2), "bf16", ("dgrad",)),
     Case(spec(CONV, 3, 1, 1, groups=8, in_channels=8, out_channels=8), "f32", WGRAD),
     Case(spec(UP, 3, 2, 1, 1, groups=8, in_channels=8, out_channels=8), "f32", GATHERS),
-    Case(spec("conv2d", 7, 1, 3, groups=8, in_channels=8, out_channels=8), "f32"),
+    Case(spec("conv2d", 7, 1, 3, groups=8, in_channels=8, out_channels=8), "f32", FORWARD),
     # A plane of taps at a time, or a line; on the tensor cores also a slab.
     Case(spec("conv2d", 7, 2, 3), "f64", GATHERS),
     Case(spec(CONV, 9, 1, (1, 4, 4)), "f32", ("dgrad",)),
