@@ -93,6 +93,8 @@ def test_they_are_rendered_where_a_call_may_be_depthwise() -> None:
         True,
     ]
     assert rendered(ConvSpec("conv3d", 3, groups=4, in_channels=8, out_channels=8)) == [False] * 3
+    # More channels of the one tensor than are worth reading the other anew for.
+    assert rendered(ConvSpec("conv3d", 3, groups=4, in_channels=4, out_channels=64)) == [False] * 3
     # Long windows without neighbours that share them are staged.
     assert rendered(ConvSpec("conv1d", 31, groups=4)) == [False] * 3
     # More taps than are unrolled.

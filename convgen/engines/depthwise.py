@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from convgen.engines.cost import Gpu, Prediction, Problem, memory_ms
-from convgen.engines.gather import Axis, gather_axes
+from convgen.engines.gather import Axis, first_offset, gather_axes
 from convgen.spec import Geometry, Triple
 
 # Sums of a thread, in 32-bit registers: of a gather, so that neighbouring outputs share what they
@@ -38,6 +38,8 @@ def depthwise_context(geometry: Geometry, contraction: str, width: int) -> dict[
     read = {"fprop": (fine,), "dgrad": (coarse,), "wgrad": (coarse, fine)}[contraction]
     if geometry.groups == 1 or all(count not in (None, 1) for count in read):
         return None
+    if max(coarse or 1, fine or 1) > MOST_CHANNELS:
+        return None
     if geometry.kernel[:2] == (1, 1) and geometry.kernel[2] > LONGEST_LINE:
         return None
     if contraction == "wgrad":
@@ -51,12 +53,13 @@ def depthwise_context(geometry: Geometry, contraction: str, width: int) -> dict[
         "rows": rows,
         "steps": [axis.step for axis in axes],
         "phases": phases,
-        "first": [min(axis.first) for axis in axes],
+        "first": [first_offset(axis) for axis in axes],
         "last": [_last(axis) for axis in axes],
         "counts": [axis.counts for axis in axes],
         "first_taps": [[p.taps[0].index if p.taps else 0 for p in axis.phases] for axis in axes],
         "first_offsets": [
-            [p.taps[0].offset if p.taps else min(axis.first) for p in axis.phases] for axis in axes
+            [p.taps[0].offset if p.taps else first_offset(axis) for p in axis.phases]
+            for axis in axes
         ],
         "tap_steps": [_tap_step(axis) for axis in axes],
         "deltas": [axis.delta for axis in axes],

@@ -112,7 +112,7 @@ __host__ __device__ constexpr bool reads(int axis, int at) {
 }
 
 // output[n, b, o] = bias[b] + sum over the taps of o's phases of
-//     input[n, b / ratio, q * step + offset] * weight[b, tap],   o = q * phases + phase
+//     input[n, b's group, q * step + offset] * weight[b, tap],   o = q * phases + phase
 //
 // for fprop and dgrad. Layer has of an axis: kernel; step, the inputs from position to position;
 // phases; first and last, the least and the greatest offset; rows, the positions of a thread (of W,
