@@ -1,7 +1,9 @@
-# make demo   sets everything up in .venv and does the main job
-# make test   sets everything up in .venv and passes the tests
-# make lint   ruff and mypy
-# make clean  removes .venv and what the tools leave behind
+# make demo       sets everything up in .venv and does the main job
+# make test       sets everything up in .venv and passes the tests
+# make test-long  the tests that `make test` leaves out for their time
+# make test-all   both
+# make lint       ruff and mypy
+# make clean      removes .venv and what the tools leave behind
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +12,7 @@ BIN    := $(VENV)/bin
 TEST   := $(VENV)/.installed-test
 DEV    := $(VENV)/.installed-dev
 
-.PHONY: demo test lint clean check-machine
+.PHONY: demo test test-long test-all lint clean check-machine
 .DELETE_ON_ERROR:
 
 demo: $(TEST)
@@ -19,8 +21,15 @@ demo: $(TEST)
 	$(BIN)/convgen verify conv_transpose3d_k3_s2
 
 # A process for each core; one file's tests share what they compile.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: $(TEST)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST) -m "not long"
+
+test-long: $(TEST)
+	$(PYTEST) -m long
+
+test-all: test test-long
 
 lint: $(DEV)
 	$(BIN)/ruff check

@@ -193,6 +193,7 @@ def test_what_was_measured_on_sm_90a_brings_no_spills_to_sm_90(
             assert kernel.registers <= REGISTERS, kernel
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "contraction", "fields"),
     [
