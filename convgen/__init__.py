@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from convgen.build import BuildError as BuildError
+    from convgen.building.build import BuildError as BuildError
+    from convgen.building.toolchain import ToolchainError as ToolchainError
+    from convgen.checking.verify import verify as verify
     from convgen.spec import ConvSpec as ConvSpec
     from convgen.spec import SpecError as SpecError
     from convgen.specialize import specialize as specialize
-    from convgen.toolchain import ToolchainError as ToolchainError
-    from convgen.verify import verify as verify
 
 _EXPORTS = {
-    "BuildError": "convgen.build",
+    "BuildError": "convgen.building.build",
     "ConvSpec": "convgen.spec",
     "SpecError": "convgen.spec",
-    "ToolchainError": "convgen.toolchain",
+    "ToolchainError": "convgen.building.toolchain",
     "specialize": "convgen.specialize",
     "verify": "convgen.verify",
 }

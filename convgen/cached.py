@@ -6,7 +6,7 @@ Thus the classes of a specialized module have an importable home, and what was p
 
 from __future__ import annotations
 
-from convgen.cache import cache_dir, cache_path
+from convgen.building.cache import cache_dir, cache_path
 
 # The folder is created by whoever builds; if it exists, it must be nobody else's to write.
 __path__ = [str(cache_dir() if cache_path().exists() else cache_path())]

@@ -1,6 +1,6 @@
 """The command line: parse, call, print. What the commands do lies in the modules they call.
 
-``bench`` and ``tune`` are in ``cli_measure.py``. Nothing heavier than click is imported at the top
+``bench`` and ``tune`` are in ``measure.py``. Nothing heavier than click is imported at the top
 of either: ``convgen --help`` must answer at once.
 """
 
@@ -15,10 +15,11 @@ from typing import Any
 
 import click
 
-from convgen import __version__, cli_measure, options
-from convgen.dtypes import DTYPES
+from convgen import __version__
+from convgen.commands import measure, options
 from convgen.engines import BACKENDS
 from convgen.spec import ConvSpec, SpecError
+from convgen.spec.dtypes import DTYPES
 
 FOLDER = "generated"
 """Where ``generate`` writes and the other commands look, unless ``--out`` says otherwise."""
@@ -154,7 +155,8 @@ def generate(
       convgen generate --kernel 3,5,5 --padding 1,2,2 --dtype f32,f16 --backend cuda --arch 90a
       convgen generate --op conv1d --kernel 7 --padding same --dilation 3 --groups 64
     """
-    from convgen import catalog, report
+    from convgen.building import catalog
+    from convgen.commands import report
     from convgen.specialize import export
     from convgen.specialize import generate as build
 
@@ -220,7 +222,8 @@ def verify(
       convgen verify conv_transpose3d_k3_s2 --dtype f32 --all
       convgen verify --interpret --quick
     """
-    from convgen import catalog, report
+    from convgen.building import catalog
+    from convgen.commands import report
 
     if interpret and device not in (None, "cuda"):
         raise click.UsageError("--interpret runs CUDA kernels: it goes with no other --device.")
@@ -228,9 +231,9 @@ def verify(
     if not found:
         raise click.UsageError(f"No modules in {folder}: run convgen generate first.")
     # These import torch, which takes a second or two.
-    from convgen.interpreted import load as load_interpreted
+    from convgen.checking.interpreted import load as load_interpreted
+    from convgen.checking.verify import verify as check
     from convgen.specialize import load
-    from convgen.verify import verify as check
 
     failed = []
     for module in found:
@@ -260,8 +263,8 @@ def verify(
     click.echo(f"All errors are within their limits: {', '.join(m.name for m in found)}.")
 
 
-cli.add_command(cli_measure.bench_)
-cli.add_command(cli_measure.tune_)
+cli.add_command(measure.bench_)
+cli.add_command(measure.tune_)
 
 
 @cli.command("list")
@@ -269,7 +272,8 @@ cli.add_command(cli_measure.tune_)
 @_JSON
 def list_(folder: Path, as_json: bool) -> None:
     """List the generated modules."""
-    from convgen import catalog, report
+    from convgen.building import catalog
+    from convgen.commands import report
 
     modules = catalog.scan(folder)
     if as_json:
@@ -286,7 +290,8 @@ def list_(folder: Path, as_json: bool) -> None:
 @_JSON
 def show(module: str, folder: Path, as_json: bool) -> None:
     """Show the specification, phases, schedules and files of a MODULE (name or path)."""
-    from convgen import catalog, report
+    from convgen.building import catalog
+    from convgen.commands import report
 
     (found,) = catalog.find([module], folder)
     if as_json:
@@ -313,7 +318,7 @@ def clean(
       convgen clean conv_transpose3d_k3_s2
       convgen clean --cache --generated --yes
     """
-    from convgen import cache, catalog
+    from convgen.building import cache, catalog
 
     if not (modules or with_cache or with_generated):
         raise click.UsageError("Say what to delete: --cache, --generated, or names of modules.")
@@ -343,8 +348,8 @@ def doctor(as_json: bool) -> None:
 
     Exit status 1 if something is missing that convgen cannot do without.
     """
-    from convgen import doctor as examination
-    from convgen import report
+    from convgen.building import doctor as examination
+    from convgen.commands import report
 
     findings = examination.examine()
     if as_json:
@@ -385,12 +390,12 @@ def main(args: Sequence[str] | None = None, prog_name: str = "convgen") -> int:
 
 def _status(error: Exception) -> int | None:
     """Exit status of convgen's own errors; None for those of others, which are bugs."""
-    from convgen.cache import BuildError
-    from convgen.catalog import CatalogError
-    from convgen.layers import SuiteError
-    from convgen.plots import PlotError
-    from convgen.toolchain import ToolchainError
-    from convgen.tuned import TunedError
+    from convgen.building.cache import BuildError
+    from convgen.building.catalog import CatalogError
+    from convgen.building.toolchain import ToolchainError
+    from convgen.engines.tuned import TunedError
+    from convgen.measuring.layers import SuiteError
+    from convgen.measuring.plots import PlotError
 
     if isinstance(error, SpecError | CatalogError | SuiteError):
         return 2

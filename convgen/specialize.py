@@ -10,14 +10,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convgen import toolchain, tuned
-from convgen.build import Library, Progress, build
-from convgen.dtypes import DTYPES, parse_dtype
-from convgen.engines import BACKENDS, SOURCE_SUFFIX, KernelPlan
-from convgen.folders import export as export
-from convgen.folders import load as load
+from convgen.building import toolchain
+from convgen.building.build import Library, Progress, build
+from convgen.building.folders import export as export
+from convgen.building.folders import load as load
+from convgen.building.toolchain import Commands
+from convgen.engines import BACKENDS, SOURCE_SUFFIX, KernelPlan, tuned
 from convgen.spec import ConvSpec, SpecError
-from convgen.toolchain import Commands
+from convgen.spec.dtypes import DTYPES, parse_dtype
 
 DEFAULT_DTYPES = {"cpu": ("f32", "f64"), "cuda": ("f32",)}
 
@@ -140,8 +140,8 @@ def render(
     contraction and dtype or math mode.
     """
     # Imported here because of jinja2: neither `convgen --help` nor a module found again needs it.
-    from convgen.package import render_package
-    from convgen.render import render_kernels
+    from convgen.codegen.package import render_package
+    from convgen.codegen.render import render_kernels
 
     chosen = None if dtypes is None else _dtypes(dtypes)
     files: dict[str, str] = {}

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convgen import interpret
-from convgen.dtypes import DTYPES, MODES
+from convgen.checking import interpret
+from convgen.codegen.render import TEMPLATES, Schedules, headers, render_unit
 from convgen.engines import Engine
 from convgen.engines.mma import ENGINE as MMA
 from convgen.engines.simt import ENGINE as SIMT
-from convgen.render import TEMPLATES, Schedules, headers, render_unit
 from convgen.spec import ConvSpec
+from convgen.spec.dtypes import DTYPES, MODES
 
 OUTPUT, INPUT, INOUT = 0, 1, 2
 """What is known of a tensor's contents, as ``convgen_interpret_register`` takes it."""

@@ -20,11 +20,11 @@ import pytest
 import torch
 
 import convgen
-from convgen import toolchain
-from convgen.build import Library, cache_key
+from convgen.building import toolchain
+from convgen.building.build import Library, cache_key
+from convgen.building.toolchain import CppCompiler, CudaCompiler, ToolchainError
 from convgen.spec import ConvSpec, SpecError
 from convgen.specialize import export, generate, load, render
-from convgen.toolchain import CppCompiler, CudaCompiler, ToolchainError
 
 # convgen.specialize is the function; this is the file.
 pipeline = importlib.import_module("convgen.specialize")
@@ -290,7 +290,7 @@ class TestKey:
     def test_moves_with_a_header(
         self, fake_toolchain: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        from convgen import render as rendering
+        from convgen.codegen import render as rendering
 
         before = key()
         shutil.copytree(rendering.TEMPLATES, tmp_path / "templates")

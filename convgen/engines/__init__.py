@@ -54,13 +54,13 @@ class Engine(Protocol):
     """Plain headers: path in the package below ``src/<backend>/`` -> template folder path."""
 
     def plan(self, geometry: Geometry, contraction: str, dtype: str) -> KernelPlan:
-        """The default schedule for a contraction and a dtype or math mode (``convgen.dtypes``)."""
+        """The default schedule for a contraction and a dtype or math mode (``spec.dtypes``)."""
 
     def template(self, contraction: str) -> str:
         """Template of a contraction, relative to ``convgen/templates``."""
 
     def context(self, plan: KernelPlan) -> dict[str, Any]:
-        """What the template is given beyond the common context (see ``convgen.render``)."""
+        """What the template is given beyond the common context (see ``convgen.codegen.render``)."""
 
     def space(self, geometry: Geometry, contraction: str, dtype: str) -> list[Candidate]:
         """All schedules that ``convgen tune`` may consider, legal ones and refused ones."""
@@ -112,7 +112,7 @@ SOURCE_SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 """Suffix of the translation units of each backend."""
 
 TENSOR_CORE_MODES = {"f32": ("tf32", "tf32x3"), "f16": ("f16tc",), "bf16": ("bf16tc",)}
-"""Math modes (keys of ``convgen.dtypes.MODES``) that CUDA libraries have beside a dtype's unit."""
+"""Math modes (keys of ``spec.dtypes.MODES``) that CUDA libraries have beside a dtype's unit."""
 
 TENSOR_CORE_WIDTH = 8
 """Channels that a tensor core's product takes at once, of either tensor."""

@@ -14,11 +14,11 @@ from itertools import pairwise, product
 from math import prod
 from typing import Any
 
-from convgen.dtypes import DTYPES
 from convgen.engines import Candidate, KernelPlan, schedule_from
 from convgen.engines.cost import Gpu, Prediction, Problem
 from convgen.spec import Geometry
-from convgen.taps import Phase, Tap, dgrad_phases, gather_taps
+from convgen.spec.dtypes import DTYPES
+from convgen.spec.taps import Phase, Tap, dgrad_phases, gather_taps
 
 AXES = ("D", "H", "W")
 

@@ -15,7 +15,7 @@ from math import gcd
 from typing import Any
 
 from convgen.spec import Geometry, Triple
-from convgen.taps import Phase, Tap, dgrad_phases, gather_taps, offset_range
+from convgen.spec.taps import Phase, Tap, dgrad_phases, gather_taps, offset_range
 
 AXES = "dhw"
 

@@ -2,7 +2,7 @@
 
 fprop and dgrad share one kernel, a gather (:mod:`convgen.engines.mma_gather`); wgrad is in
 :mod:`convgen.engines.mma_wgrad`. Its units are math modes rather than dtypes: see
-``convgen.dtypes.MODES``.
+``convgen.spec.dtypes.MODES``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from convgen.dtypes import MODES
 from convgen.engines import Candidate, KernelPlan, schedule_from
 from convgen.engines.cost import Gpu, Prediction, Problem
 from convgen.engines.lattice import lattice_of
@@ -34,6 +33,7 @@ from convgen.engines.mma_wgrad import (
     wgrad_space,
 )
 from convgen.spec import Geometry
+from convgen.spec.dtypes import MODES
 
 
 class Mma:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from convgen.dtypes import MODES
 from convgen.engines.gather import (
     Axis,
     GatherSchedule,
@@ -19,6 +18,7 @@ from convgen.engines.gather import (
     window_words,
 )
 from convgen.spec import Geometry
+from convgen.spec.dtypes import MODES
 
 # 16 x 8 products that a warp keeps in registers, four each: 80 registers, beside which the
 # fragments of a column and what tells a warp its place stay under the 168 that blocks of 12 warps

@@ -12,7 +12,6 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from convgen.dtypes import MODES
 from convgen.engines import Candidate, KernelPlan
 from convgen.engines.cost import (
     H200,
@@ -68,6 +67,7 @@ from convgen.engines.mma_fit import (
     tuned_refusal,
 )
 from convgen.spec import Geometry
+from convgen.spec.dtypes import MODES
 
 ENGINE_NAME = "mma"
 # Output channels per warp, in blocks of 8, where the count is not known.

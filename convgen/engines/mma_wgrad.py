@@ -14,10 +14,10 @@ from itertools import product
 from math import gcd
 from typing import Any
 
-from convgen.dtypes import MODES
 from convgen.engines import Candidate, KernelPlan
 from convgen.engines.cost import Gpu, Prediction, Problem, memory_ms
 from convgen.spec import Geometry
+from convgen.spec.dtypes import MODES
 
 QUAD = 4
 """Neighbouring positions along W that one lane feeds to a product."""
@@ -457,7 +457,7 @@ def _cost(
 
 
 def wgrad_schedule(geometry: Geometry, mode: str) -> WgradSchedule:
-    """The default schedule of a mode (a key of ``convgen.dtypes.MODES``): least time per weight."""
+    """The default schedule of a mode (a key of ``spec.dtypes.MODES``): least time per weight."""
     channels = geometry.coarse_channels_per_group, geometry.fine_channels_per_group
     coarse, fine = channels
     layouts = _layouts(geometry, mode)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from convgen.dtypes import DTYPES
 from convgen.engines import Candidate, KernelPlan, schedule_from
 from convgen.engines.cost import Gpu, Prediction, Problem, Warp, gather_prediction, memory_ms
 from convgen.engines.depthwise import depthwise_context, depthwise_prediction
@@ -28,6 +27,7 @@ from convgen.engines.gather import (
     style_refusal,
 )
 from convgen.spec import Geometry
+from convgen.spec.dtypes import DTYPES
 
 # Accumulators per thread, in 32-bit registers: with the column and the weights beside them a
 # thread stays under the 168 registers that blocks of 384 threads leave it.

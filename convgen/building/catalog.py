@@ -1,0 +1,249 @@
+"""The generated modules that lie in a folder: finding them, reading ``spec.json``, importing them.
+
+A folder is a generated module if it holds a ``spec.json`` that names convgen and a specification;
+nothing else is ever touched.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import keyword
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convgen.codegen.package import class_name
+from convgen.spec import ConvSpec
+from convgen.spec.taps import dgrad_phases
+
+METADATA = "spec.json"
+
+_WRITTEN = {
+    *(METADATA, "__init__.py", "_operators.py", "_kernels.py", "_runtime.py", "py.typed"),
+    *("src", "lib"),
+    # Of ninja, run in the module by its user, and of Python.
+    *("build.ninja", "obj", ".ninja_log", ".ninja_deps", ".ninja_lock", "__pycache__"),
+}
+"""What lies at the top of a generated module."""
+
+
+class CatalogError(ValueError):
+    """A module, folder or name that was given cannot serve; the message says what can."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated module on disk."""
+
+    path: Path
+    spec: ConvSpec
+    version: str
+    """Of the convgen that wrote it."""
+    command: str
+    """Regenerates it."""
+    dtypes: dict[str, tuple[str, ...]]
+    """Backends that it has sources for, and the dtypes of each."""
+    kernels: dict[str, list[dict[str, Any]]]
+    """Backend -> one entry per translation unit: contraction, dtype, engine, schedule."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def class_name(self) -> str:
+        return class_name(self.spec.op)
+
+    @property
+    def built(self) -> tuple[str, ...]:
+        """Backends whose library lies there."""
+        return tuple(
+            backend for backend in self.dtypes if (self.path / "lib" / f"{backend}.so").is_file()
+        )
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Size in bytes of every file, by its path in the module; caches of Python left out."""
+        return {
+            str(path.relative_to(self.path)): path.stat().st_size
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and path.parent.name != "__pycache__"
+        }
+
+
+def load(path: Path) -> Generated:
+    """Reads a module's ``spec.json``.
+
+    Raises:
+        CatalogError: if there is no generated module at ``path``.
+    """
+    try:
+        data = json.loads((path / METADATA).read_text())
+        backends = data["backends"]
+        return Generated(
+            path=path,
+            spec=ConvSpec.from_dict(data["spec"]),
+            version=data["convgen"],
+            command=data["command"],
+            dtypes={backend: tuple(backends[backend]["dtypes"]) for backend in backends},
+            kernels={backend: backends[backend]["kernels"] for backend in backends},
+        )
+    except FileNotFoundError:
+        raise CatalogError(f"{path} is not a generated module") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CatalogError(f"{path / METADATA} cannot be read: {error}") from error
+
+
+def scan(folder: Path) -> list[Generated]:
+    """All generated modules directly in a folder, by name; none if the folder is missing."""
+    modules = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (path / METADATA).is_file():
+            try:
+                modules.append(load(path))
+            except CatalogError:
+                continue
+    return modules
+
+
+def find(names: Iterable[str], folder: Path) -> list[Generated]:
+    """The modules of the given names in a folder, or at the given paths; all of it for no names.
+
+    Raises:
+        CatalogError: for a name that is neither, with the names that there are.
+    """
+    modules = []
+    for name in dict.fromkeys(names):
+        path = folder / name
+        if os.sep in name or not path.is_dir():
+            path = Path(name)
+        if not path.is_dir():
+            there = ", ".join(module.name for module in scan(folder)) or "no modules"
+            raise CatalogError(f"no module {name!r} in {folder}: it holds {there}")
+        modules.append(load(path))
+    return modules or scan(folder)
+
+
+def destination(out: Path, name: str) -> Path:
+    """``out / name``, after checking that a module of that name can be written and imported.
+
+    Leaves nothing behind.
+
+    Raises:
+        CatalogError: saying what stands in the way.
+    """
+    if not name.isidentifier() or keyword.iskeyword(name):
+        why = "is a keyword of Python" if keyword.iskeyword(name) else "is not an identifier"
+        raise CatalogError(f"name {name!r} {why}, so it cannot be imported: give another --name")
+    if name in ("torch", "convgen"):
+        raise CatalogError(f"name {name!r} would hide the package {name}: give another --name")
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise CatalogError(f"cannot write to {out}: {existing} is not a folder")
+    try:
+        # Asking beforehand does not help root, nor on a file system that is mounted read-only.
+        os.rmdir(tempfile.mkdtemp(prefix=".convgen-", dir=existing))
+    except OSError as error:
+        raise CatalogError(f"cannot write to {out}: {error.strerror} ({existing})") from error
+    target = out / name
+    if target.is_symlink() or (target.exists() and not (target / METADATA).is_file()):
+        raise CatalogError(
+            f"{target} exists and is not a generated module: remove it, or give another --name"
+        )
+    return target
+
+
+def import_line(module: Generated) -> str:
+    """The Python line that imports a module's class from a program started in this folder."""
+    root, here = module.path.absolute().parent, Path.cwd()
+    if root.is_relative_to(here):
+        parts = root.relative_to(here).parts
+        importable = all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
+        if importable and not (parts and _hidden(parts[0], here)):
+            package = ".".join((*parts, module.name))
+            return f"from {package} import {module.class_name}"
+    return (
+        f"import sys; sys.path.insert(0, {str(root)!r}); "
+        f"from {module.name} import {module.class_name}"
+    )
+
+
+def _hidden(name: str, here: Path) -> bool:
+    """Whether ``import name`` finds another package than the plain folder ``here / name``.
+
+    A folder without ``__init__.py`` is found last, after every installed package of its name.
+    """
+    if (here / name / "__init__.py").is_file():
+        return False
+    found = importlib.machinery.PathFinder.find_spec(name)
+    return found is not None and found.origin is not None
+
+
+def remove(module: Generated) -> None:
+    """Deletes a generated module.
+
+    Raises:
+        CatalogError: if it holds anything that convgen does not write, or cannot be deleted.
+    """
+    if module.path.is_symlink():
+        raise CatalogError(f"{module.path} is a link: remove it by hand")
+    if foreign := sorted({path.name for path in module.path.iterdir()} - _WRITTEN):
+        raise CatalogError(f"{module.path} holds files of yours: move {', '.join(foreign)} first")
+    try:
+        # spec.json goes last, so that what an interrupted removal leaves is still recognized.
+        for path in module.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != METADATA:
+                path.unlink()
+        shutil.rmtree(module.path)
+    except OSError as error:
+        raise CatalogError(f"cannot remove {module.path}: {error.strerror}") from error
+
+
+def phases(spec: ConvSpec) -> dict[str, list[dict[str, Any]]]:
+    """The phases of dgrad in each spatial dimension: residue, and ``[tap, offset]`` pairs.
+
+    Output ``o = q * stride + residue`` reads tap ``t`` at ``i = q + offset``.
+    """
+    g, lead = spec.geometry, 3 - spec.ndim
+    return {
+        axis: [
+            {"residue": phase.residue, "taps": [[tap.index, tap.offset] for tap in phase.taps]}
+            for phase in dgrad_phases(g.kernel[d], g.stride[d], g.padding[d], g.dilation[d])
+        ]
+        for d, axis in enumerate("DHW")
+        if d >= lead
+    }
+
+
+def summary(module: Generated) -> dict[str, Any]:
+    """What ``convgen list --json`` says about a module."""
+    return {
+        "name": module.name,
+        "path": str(module.path),
+        "command": module.command,
+        "convgen": module.version,
+        "dtypes": module.dtypes,
+        "built": module.built,
+        "size_bytes": sum(module.files.values()),
+    }
+
+
+def details(module: Generated) -> dict[str, Any]:
+    """What ``convgen show --json`` says about a module."""
+    return {
+        **summary(module),
+        "import": import_line(module),
+        "spec": module.spec.to_dict(),
+        "phases": phases(module.spec),
+        "kernels": module.kernels,
+        "files": module.files,
+    }

@@ -1,0 +1,1 @@
+"""From plans to the text of a package; knows no compiler."""

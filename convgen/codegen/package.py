@@ -1,0 +1,164 @@
+"""The generated Python package around the kernels: what a user imports.
+
+It needs torch alone. Its Python is rendered from ``templates/module`` with the constants of the
+specification, so that it holds nothing that its operator does not use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from convgen import __version__
+from convgen.codegen.render import command_line, render_template
+from convgen.engines import TENSOR_CORE_WIDTH, KernelPlan
+from convgen.engines.lattice import lattice_of
+from convgen.spec import ConvSpec
+from convgen.spec.dtypes import DTYPES, MODES
+
+_AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
+_DIGEST = "@DIGEST@"
+"""Stands for the digest of a package until all of its files are known."""
+
+
+def render_package(
+    spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]], kernels: Mapping[str, str]
+) -> dict[str, str]:
+    """The Python side of a package: ``{path in the package: text}``.
+
+    ``plans`` gives the kernels of each backend and ``kernels`` the text of their files, as
+    :func:`convgen.codegen.render.render_kernels` returns them. The files are ``__init__.py``,
+    ``_operators.py``, ``_kernels.py``, ``_runtime.py``, ``py.typed`` and ``spec.json``, a function
+    of the arguments and of convgen's version alone.
+    """
+    description = describe(spec, plans)
+    text = json.dumps(description, indent=2) + "\n"
+    context = {
+        "version": __version__,
+        "spec": spec,
+        "command": _lines(command_line(spec)),
+        "namespace": f"convgen_{spec.name}_{_DIGEST}",
+        "backends": {name: kernels["dtypes"] for name, kernels in description["backends"].items()},
+        "dtypes": DTYPES,
+        "math_modes": description["backends"].get("cuda", {}).get("math_modes", []),
+        "tensor_core_width": TENSOR_CORE_WIDTH,
+        # Whether the gradients of a layer both read what one of them packs.
+        "shares_packed": spec.transposed
+        and bool(description["backends"].get("cuda", {}).get("math_modes"))
+        and lattice_of(spec.geometry, "wgrad") is not None,
+        "axes": _AXES[spec.ndim],
+        "extents": _extents(spec),
+        "class_name": class_name(spec.op),
+    }
+    context |= _output_padding(spec) if spec.transposed else _padding(spec)
+    files = {
+        "__init__.py": render_template("module/__init__.py.j2", context),
+        "_operators.py": render_template("module/_operators.py.j2", context),
+        "_kernels.py": render_template("module/_kernels.py.j2", context),
+        "_runtime.py": render_template("module/_runtime.py.j2", context),
+        "py.typed": "",
+        "spec.json": text,
+    }
+    # Names of torch operators are global to a process: two packages may share them only if they
+    # are the same.
+    everything = json.dumps({**kernels, **files}, sort_keys=True)
+    digest = hashlib.sha256(everything.encode()).hexdigest()[:8]
+    return {path: text.replace(_DIGEST, digest) for path, text in files.items()}
+
+
+def describe(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) -> dict[str, Any]:
+    """What ``spec.json`` holds: version, command, specification, and the kernels per backend."""
+    return {
+        "convgen": __version__,
+        "name": spec.name,
+        "command": command_line(spec),
+        "spec": spec.to_dict(),
+        "backends": {
+            backend: {
+                "dtypes": list(
+                    dict.fromkeys(plan.dtype for plan in kernels if plan.dtype in DTYPES)
+                ),
+                "math_modes": list(
+                    dict.fromkeys(plan.dtype for plan in kernels if plan.dtype in MODES)
+                ),
+                "kernels": [
+                    {
+                        "contraction": plan.contraction,
+                        "dtype": plan.dtype,
+                        "engine": plan.engine,
+                        "schedule": dataclasses.asdict(plan.schedule),
+                    }
+                    for plan in kernels
+                ],
+            }
+            for backend, kernels in plans.items()
+        },
+    }
+
+
+def class_name(op: str) -> str:
+    """Name of torch's module class for an operator: ``conv_transpose3d`` -> ``ConvTranspose3d``."""
+    return "".join(word.capitalize() for word in op.split("_"))
+
+
+def _lines(command: str) -> list[str]:
+    """A command, broken where it is too long for a line of the package."""
+    return [command] if len(command) <= 94 else textwrap.wrap(command, 88, break_on_hyphens=False)
+
+
+def _extents(spec: ConvSpec) -> list[str]:
+    """A Python expression per axis for the output's extent, over the names of ``_AXES``."""
+    plain = dataclasses.replace(spec, output_padding=(0,) * spec.ndim)
+    expressions = []
+    for axis, name in enumerate(_AXES[spec.ndim]):
+        stride = spec.stride[axis]
+        if spec.transposed:
+            constant = plain.output_extents((0,) * spec.ndim)[axis]
+            scaled = name if stride == 1 else f"{name} * {stride}"
+            expressions.append(f"{_plus(scaled, constant)} + output_padding[{axis}]")
+            continue
+        pads = spec.padding_begin[axis] + spec.padding_end[axis]
+        constant = pads - spec.dilation[axis] * (spec.kernel_size[axis] - 1)
+        if stride == 1:
+            expressions.append(_plus(name, constant))
+        elif constant == 1:
+            expressions.append(f"{name} // {stride} + 1")
+        else:
+            expressions.append(f"({_plus(name, constant - 1)}) // {stride} + 1")
+    return expressions
+
+
+def _plus(expression: str, constant: int) -> str:
+    if constant == 0:
+        return expression
+    return f"{expression} {'+' if constant > 0 else '-'} {abs(constant)}"
+
+
+def _output_padding(spec: ConvSpec) -> dict[str, Any]:
+    """Context of transposed convolutions: what bounds output_padding, exclusively."""
+    return {"limits": tuple(map(max, zip(spec.stride, spec.dilation, strict=True)))}
+
+
+def _padding(spec: ConvSpec) -> dict[str, Any]:
+    """Context of convolutions: reach of the kernel and paddings, and how padding modes use them.
+
+    A mode other than zeros pads the input itself, by ``b`` in front, though the kernels pad by
+    ``b`` zeros once more. With ``m * stride - b`` further zeros in front, ``m = ceil(b / stride)``,
+    output ``j + m`` is the wanted output ``j``.
+    """
+    shift = [-(-b // s) for b, s in zip(spec.padding_begin, spec.stride, strict=True)]
+    prepended = [m * s - b for m, s, b in zip(shift, spec.stride, spec.padding_begin, strict=True)]
+    return {
+        "span": tuple(
+            d * (k - 1) + 1 for k, d in zip(spec.kernel_size, spec.dilation, strict=True)
+        ),
+        "pads": tuple(map(sum, zip(spec.padding_begin, spec.padding_end, strict=True))),
+        # torch.nn.functional.pad takes (before, after) from the last dimension to the first.
+        "prepended": [value for zeros in reversed(prepended) for value in (zeros, 0)],
+        "shift": shift,
+    }

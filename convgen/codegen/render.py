@@ -1,0 +1,123 @@
+"""Templates to text: the only user of jinja2. Knows no compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from convgen import __version__
+from convgen.engines import CONTRACTIONS, SOURCE_SUFFIX, Engine, KernelPlan, units
+from convgen.spec import ConvSpec
+from convgen.spec.dtypes import DTYPES, MODES
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The one Jinja2 environment: an undefined name is an error, blocks leave no blank lines."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    env.filters["pyrepr"] = repr
+    return env
+
+
+def render_template(name: str, context: dict[str, Any]) -> str:
+    """Renders ``templates/<name>``, with runs of blank lines folded to one (in Python, to two)."""
+    text = environment().get_template(name).render(context)
+    if name.endswith(".py.j2"):
+        return re.sub(r"\n{4,}", "\n\n\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+Schedules = Mapping[tuple[str, str], Any]
+"""Schedules other than the engines' defaults, by contraction and dtype or math mode."""
+
+
+def render_kernels(
+    spec: ConvSpec, backend: str, dtypes: Iterable[str], schedules: Schedules | None = None
+) -> tuple[dict[str, str], list[KernelPlan]]:
+    """The sources of one backend: ``{path in the package: text}``, and the plans behind them.
+
+    Sources lie at ``src/<backend>/<contraction>_<dtype or math mode><suffix>``; each is one
+    translation unit.
+    """
+    files: dict[str, str] = {}
+    plans = []
+    for engine, kind in units(backend, spec.geometry, dtypes):
+        files |= headers(engine)
+        for contraction in CONTRACTIONS:
+            plan = engine.plan(spec.geometry, contraction, kind)
+            if schedule := (schedules or {}).get((contraction, kind)):
+                plan = dataclasses.replace(plan, schedule=schedule)
+            plans.append(plan)
+            path = f"src/{backend}/{contraction}_{kind}{SOURCE_SUFFIX[backend]}"
+            files[path] = render_unit(spec, engine, plan)
+    return files, plans
+
+
+def headers(engine: Engine) -> dict[str, str]:
+    """The plain headers that an engine's units include, by their paths in a package."""
+    return {
+        f"src/{engine.backend}/{path}": (TEMPLATES / source).read_text()
+        for path, source in engine.headers.items()
+    }
+
+
+def render_unit(spec: ConvSpec, engine: Engine, plan: KernelPlan) -> str:
+    """The source of one translation unit."""
+    context = kernel_context(spec, plan) | engine.context(plan)
+    return render_template(engine.template(plan.contraction), context)
+
+
+def kernel_context(spec: ConvSpec, plan: KernelPlan) -> dict[str, Any]:
+    """What every kernel template is given."""
+    return {
+        "version": __version__,
+        "spec": spec,
+        "command": command_line(spec),
+        "g": plan.geometry,
+        "contraction": plan.contraction,
+        "dtype": (DTYPES | MODES)[plan.dtype],
+        "schedule": plan.schedule,
+        "schedule_text": json.dumps(dataclasses.asdict(plan.schedule), sort_keys=True),
+    }
+
+
+def command_line(spec: ConvSpec) -> str:
+    """The ``convgen generate`` command that regenerates a specification."""
+    words = ["convgen generate"]
+    if spec.op != "conv_transpose3d":
+        words.append(f"--op {spec.op}")
+
+    def option(name: str, values: tuple[int, ...] | str, default: int | None) -> None:
+        if isinstance(values, str):
+            words.append(f"--{name} {values}")
+        elif any(v != default for v in values):
+            same = len(set(values)) == 1
+            words.append(f"--{name} {values[0] if same else ','.join(map(str, values))}")
+
+    option("kernel", spec.kernel_size, None)
+    option("stride", spec.stride, 1)
+    option("padding", spec.padding, 0)
+    option("output-padding", spec.output_padding, 0)
+    option("dilation", spec.dilation, 1)
+    option("groups", (spec.groups,), 1)
+    if spec.in_channels is not None:
+        words.append(f"--in-channels {spec.in_channels}")
+    if spec.out_channels is not None:
+        words.append(f"--out-channels {spec.out_channels}")
+    return " ".join(words)

@@ -1,0 +1,266 @@
+"""The commands that measure, ``bench`` and ``tune``: parse, call, print. ``cli.py`` registers them.
+
+Nothing heavier than click is imported at the top: ``convgen --help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convgen.commands import options
+from convgen.engines import CONTRACTIONS
+from convgen.spec import ConvSpec
+
+if TYPE_CHECKING:
+    from convgen.measuring.layers import Layer
+
+
+@click.command("bench", short_help="Time modules beside torch's own.")
+@options.layers
+@click.option("--bias", is_flag=True, help="Give the one layer a bias.")
+@options.setting
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Time for all layers, without compiling.  [default: about 10 s a layer]",
+)
+@click.option(
+    "--overhead", is_flag=True, help="Measure instead what a forward call costs the host."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write all figures as JSON, after every layer.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw a roofline and the speed-ups.",
+)
+def bench_(
+    suite: str | None,
+    patterns: tuple[str, ...],
+    kernel: tuple[int, ...] | None,
+    shape: tuple[int, ...] | None,
+    out_channels: int | None,
+    bias: bool,
+    dtype: str,
+    device: str | None,
+    tf32: bool,
+    fixed_channels: bool,
+    seconds: float | None,
+    overhead: bool,
+    seed: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+    **constants: Any,
+) -> None:
+    """Time layers forward and backward beside torch, as it comes and at its best.
+
+    All results are compared with float64 in the same run: a wrong one has no time. Exit status 1
+    if one of convgen's is wrong, or if a layer did not run.
+
+    \b
+    Examples:
+      convgen bench --suite kernelbench3d --seconds 300 --json out.json --plot out.png
+      convgen bench --suite models --layers hifigan*,3dgan* --dtype f16
+      convgen bench --kernel 3 --stride 2 --padding 1 --shape 2,32,16,32,32 --out-channels 16
+    """
+    from convgen.commands import report
+    from convgen.measuring import plots
+
+    chosen = _layers(suite, patterns, kernel, shape, out_channels, bias, constants)
+    if plot_file:
+        plots.matplotlib_figure()  # Rather now than after the work.
+    # These import torch, which takes a second or two.
+    from convgen.measuring import bench
+    from convgen.measuring.overhead import overheads
+
+    where = bench.device_for(device)
+    if where is None:
+        raise click.UsageError("--device cuda: there is no GPU that torch can use.")
+    with report.plain_warnings(), report.Progress() as progress:
+        modules = bench.compile_layers(chosen, where, dtype, fixed_channels, progress)
+    if overhead:
+        host = overheads(chosen, modules, device=where, dtype=dtype, tf32=tf32)
+        report.host_times(host)
+        if json_file:
+            report.write_json(json_file, host.to_dict())
+        raise click.exceptions.Exit(0 if host.ok else 1)
+    with report.Progress() as progress:
+
+        def finished(result: bench.Report, layer: str) -> None:
+            if json_file:
+                report.write_json(json_file, result.to_dict())
+            progress(result.finished, len(chosen), report.progress_of(result, layer))
+
+        result = bench.bench(
+            chosen,
+            modules,
+            device=where,
+            dtype=dtype,
+            tf32=tf32,
+            seconds=seconds,
+            seed=seed,
+            on_layer=finished,
+        )
+    report.benchmark(result)
+    if json_file:
+        report.write_json(json_file, result.to_dict())
+    if plot_file:
+        plots.plot(result, plot_file)
+    raise click.exceptions.Exit(0 if result.ok else 1)
+
+
+@click.command("tune", short_help="Find the fastest schedules by timing them.")
+@options.layers
+@options.setting
+@click.option(
+    "--contraction",
+    "contractions",
+    multiple=True,
+    type=click.Choice(CONTRACTIONS),
+    help="Only this one; repeat it for several.  [default: all three]",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Schedules to compile for each contraction: the default, the table's, the model's best.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Time for all, without compiling.  [default: about 4 s a contraction]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+@click.option(
+    "--table",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="Where to keep what won.  [default: the table that convgen generate reads]",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Only list the candidates, with their predicted times."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write all candidates and their times as JSON.",
+)
+def tune_(
+    suite: str | None,
+    patterns: tuple[str, ...],
+    kernel: tuple[int, ...] | None,
+    shape: tuple[int, ...] | None,
+    out_channels: int | None,
+    dtype: str,
+    device: str | None,
+    tf32: bool,
+    fixed_channels: bool,
+    contractions: tuple[str, ...],
+    candidates: int,
+    seconds: float | None,
+    seed: int,
+    table: Path | None,
+    dry_run: bool,
+    json_file: Path | None,
+    **constants: Any,
+) -> None:
+    """Compile the most promising schedules of layers, time them, and keep the fastest.
+
+    What wins goes into a table, from which `convgen generate` takes it from then on, on this kind
+    of GPU or processor. A schedule whose results are not those of float64 cannot win. Exit status
+    1 if a contraction has no winner.
+
+    \b
+    Examples:
+      convgen tune --suite kernelbench3d --layers 58,68 --seconds 120
+      convgen tune --kernel 3 --stride 2 --padding 1 --shape 2,32,16,32,32 --out-channels 16
+      convgen tune --suite models --layers nnunet-up1 --fixed-channels --no-tf32
+    """
+    from convgen.building import toolchain
+    from convgen.commands import report
+    from convgen.engines import tuned
+
+    chosen = _layers(suite, patterns, kernel, shape, out_channels, False, constants)
+    path = table or tuned.user_table()
+    if path is None and not dry_run:
+        raise click.UsageError("CONVGEN_TUNED=0 switches tables off: give --table.")
+    if path is not None:
+        tuned.read(path)  # Rather now than after the work.
+    # These import torch, which takes a second or two.
+    from convgen.measuring import bench
+    from convgen.tuning import tune
+
+    where = bench.device_for(device)
+    if where is None and not dry_run:
+        raise click.UsageError("--device cuda: there is no GPU that torch can use.")
+    backend = device or (where.type if where else "cuda")
+    work = tune.jobs(
+        chosen,
+        backend,
+        dtype,
+        tf32,
+        tuple(dict.fromkeys(contractions)) or CONTRACTIONS,
+        fixed_channels,
+    )
+    architectures = toolchain.gpu_architectures()
+    gpu = tune.gpu_of(architectures)
+    outcomes = tune.all_candidates(work, gpu, candidates, architectures)
+    if dry_run or where is None:
+        report.candidates(outcomes)
+        raise click.exceptions.Exit(0)
+    with report.plain_warnings(), report.Progress() as progress:
+        tune.compile_candidates(outcomes, backend, progress=progress)
+    with report.Progress() as progress:
+
+        def finished(outcome: tune.Outcome, done: int) -> None:
+            progress(done, len(outcomes), report.progress_of_tuning(outcome))
+
+        winners = tune.tune(outcomes, where, seconds=seconds, seed=seed, on_job=finished)
+    report.tuning(outcomes)
+    if json_file:
+        report.write_json(json_file, {"outcomes": [outcome.to_dict() for outcome in outcomes]})
+    assert path is not None
+    if winners:
+        count = tuned.store(winners, path)
+        click.echo(f"{len(winners)} winners are in {path}, which holds {count}.")
+    raise click.exceptions.Exit(0 if len(winners) == len(outcomes) else 1)
+
+
+def _layers(
+    suite: str | None,
+    patterns: tuple[str, ...],
+    kernel: tuple[int, ...] | None,
+    shape: tuple[int, ...] | None,
+    out_channels: int | None,
+    bias: bool,
+    constants: dict[str, Any],
+) -> list[Layer]:
+    """The layers that the options of :func:`convgen.commands.options.layers` name."""
+    from convgen.measuring import layers
+
+    if (suite is None) == (kernel is None):
+        raise click.UsageError("Give --suite, or one layer by --kernel, --shape, --out-channels.")
+    if kernel is None:
+        assert suite is not None
+        return layers.select(layers.read_suite(suite), patterns or ("*",))
+    if shape is None or out_channels is None:
+        raise click.UsageError("One layer needs --shape and --out-channels.")
+    spec = ConvSpec.make(kernel_size=kernel, **constants)
+    return [layers.Layer(spec.name, spec, shape, out_channels, bias)]

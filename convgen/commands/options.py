@@ -1,0 +1,176 @@
+"""Options that several commands take, and the parsers of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from convgen.engines import BACKENDS
+from convgen.spec import OPERATORS
+from convgen.spec.dtypes import DTYPES, parse_dtype
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_PER_DIMENSION = "K|D,H,W"
+
+
+def extents(*words: str) -> Callable[[str | int], tuple[int, ...] | str]:
+    """Parses an int, ints per spatial dimension (``3,5,7`` or ``3x5x7``), or one of ``words``."""
+
+    def parse(value: str | int) -> tuple[int, ...] | str:
+        text = str(value)
+        if text in words:
+            return text
+        try:
+            return tuple(int(part) for part in text.replace("x", ",").split(","))
+        except ValueError:
+            allowed = "".join(f", nor {word!r}" for word in words)
+            raise click.BadParameter(
+                f"{text!r} is neither an int nor ints as in 3,5,7{allowed}."
+            ) from None
+
+    return parse
+
+
+def split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """``--dtype f32 --dtype f64`` and ``--dtype f32,f64`` mean the same."""
+    words = (word.strip() for value in values for word in value.split(","))
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
+def dtypes(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    """Canonical names of element types; None where none is given."""
+    if not values:
+        return None
+    try:
+        names = tuple(dict.fromkeys(map(parse_dtype, split(ctx, param, values))))
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    if not names:
+        raise click.BadParameter(f"choose from {', '.join(DTYPES)}", ctx, param)
+    return names
+
+
+def specification(required: bool) -> Callable[[Command], Command]:
+    """The options that make a specification; ``required`` says whether ``--kernel`` is."""
+    options = (
+        click.option(
+            "--op",
+            type=click.Choice(OPERATORS),
+            default=OPERATORS[0],
+            show_default=True,
+            help="Operator, under torch.nn.functional's name.",
+        ),
+        click.option(
+            "--kernel",
+            type=extents(),
+            required=required,
+            metavar=_PER_DIMENSION,
+            help="Kernel size: an int, or one per spatial dimension.",
+        ),
+        click.option(
+            "--stride",
+            type=extents(),
+            default=1,
+            show_default=True,
+            metavar=_PER_DIMENSION,
+            help="Stride.",
+        ),
+        click.option(
+            "--padding",
+            type=extents("same", "valid"),
+            default=0,
+            show_default=True,
+            metavar=f"{_PER_DIMENSION}|same|valid",
+            help="Padding; 'same' and 'valid' are for convolutions.",
+        ),
+        click.option(
+            "--output-padding",
+            type=extents(),
+            default=0,
+            show_default=True,
+            metavar=_PER_DIMENSION,
+            help="Extra output at the end; for transposed convolutions.",
+        ),
+        click.option(
+            "--dilation",
+            type=extents(),
+            default=1,
+            show_default=True,
+            metavar=_PER_DIMENSION,
+            help="Distance between the taps.",
+        ),
+        click.option(
+            "--groups", type=int, default=1, show_default=True, metavar="N", help="Groups."
+        ),
+    )
+
+    return lambda command: _decorated(command, *options)
+
+
+def layers(command: Command) -> Command:
+    """The options that choose layers: a suite's, or one by its specification and shape."""
+    return _decorated(
+        command,
+        click.option(
+            "--suite",
+            metavar="NAME|FILE.json",
+            help="Layers to run: kernelbench3d, kernelbench, models, or a file of layers.",
+        ),
+        click.option(
+            "--layers",
+            "patterns",
+            multiple=True,
+            callback=split,
+            metavar="NAMES",
+            help="Only these of the suite, as in 61,hifigan*; repeat it or separate by commas.",
+        ),
+        specification(required=False),
+        click.option(
+            "--shape", type=extents(), metavar="N,C,D,H,W", help="Input of the one layer."
+        ),
+        click.option(
+            "--out-channels", type=int, metavar="N", help="Output channels of the one layer."
+        ),
+    )
+
+
+def setting(command: Command) -> Command:
+    """The options that say in which dtype, where and for which channels layers are run."""
+    return _decorated(
+        command,
+        click.option(
+            "--dtype",
+            type=click.Choice(tuple(DTYPES)),
+            default="f32",
+            show_default=True,
+            help="Element type.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(BACKENDS),
+            help="Where to run.  [default: a GPU if there is one, else cpu]",
+        ),
+        click.option(
+            "--tf32/--no-tf32",
+            default=True,
+            show_default=True,
+            help="Torch's switch for rounding fp32 to TF32 on a GPU.",
+        ),
+        click.option(
+            "--fixed-channels",
+            is_flag=True,
+            help="Generate modules for the layers' channels alone.",
+        ),
+    )
+
+
+def _decorated(command: Command, *decorators: Callable[[Any], Any]) -> Command:
+    """Options in the order in which the help shows them."""
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command

@@ -1,0 +1,226 @@
+"""Layers with their shapes, as benchmarks run them, and the suites of layers in ``suites/``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from convgen.spec import ConvSpec, SpecError
+
+_FOLDER = Path(__file__).parents[1] / "suites"
+
+
+class SuiteError(ValueError):
+    """A suite or a layer in it that cannot be run; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution layer and the input that it is given.
+
+    ``spec`` leaves the channels open; ``input_shape`` is (N, C_in, spatial extents...).
+    """
+
+    name: str
+    spec: ConvSpec
+    input_shape: tuple[int, ...]
+    out_channels: int
+    bias: bool
+
+    def __post_init__(self) -> None:
+        if len(self.input_shape) != self.spec.ndim + 2:
+            raise SuiteError(
+                f"layer {self.name}: {self.spec.op} takes a batched input of {self.spec.ndim + 2} "
+                f"dimensions, not {list(self.input_shape)}"
+            )
+        if any(extent < 1 for extent in self.output_shape):
+            raise SuiteError(
+                f"layer {self.name}: an input of {list(self.input_shape)} gives no output, "
+                f"{list(self.output_shape)}"
+            )
+        try:
+            self.fixed()
+        except SpecError as error:
+            raise SuiteError(f"layer {self.name}: {error}") from error
+
+    @property
+    def in_channels(self) -> int:
+        return self.input_shape[1]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(N, C_out, spatial extents...)."""
+        extents = self.spec.output_extents(self.input_shape[2:])
+        return (self.input_shape[0], self.out_channels, *extents)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """As torch has it: (C_in, C_out / groups, *k) if transposed, (C_out, C_in / groups, *k)."""
+        first, second = self.out_channels, self.in_channels
+        if self.spec.transposed:
+            first, second = second, first
+        return (first, second // self.spec.groups, *self.spec.kernel_size)
+
+    @property
+    def multiplications(self) -> int:
+        """Products of an input element and a weight that the layer needs, borders counted exactly.
+
+        The same number for the forward pass, the gradient of the input and that of the weight.
+        """
+        coarse, fine = self.input_shape, self.output_shape
+        if not self.spec.transposed:
+            coarse, fine = fine, coarse
+        pairs: list[int] = [
+            # Taps t and coarse positions i whose fine position i * s - p + t * d exists.
+            sum(
+                max(0, min(ni, (no - 1 + p - t * d) // s + 1) - max(0, -(-(p - t * d) // s)))
+                for t in range(k)
+            )
+            for ni, no, k, s, p, d in zip(
+                coarse[2:],
+                fine[2:],
+                self.spec.kernel_size,
+                self.spec.stride,
+                self.spec.padding_begin,
+                self.spec.dilation,
+                strict=True,
+            )
+        ]
+        channels = coarse[1] * (fine[1] // self.spec.groups)
+        return coarse[0] * channels * math.prod(pairs)
+
+    def flops(self, direction: str) -> int:
+        """Operations of ``"forward"`` or ``"backward"`` (gradients of input and weight)."""
+        return 2 * self.multiplications * (1 if direction == "forward" else 2)
+
+    def traffic_bytes(self, direction: str, element_bytes: int) -> int:
+        """Fewest bytes of memory traffic: each operand read once, each result written once."""
+        weight = math.prod(self.weight_shape)
+        bias = self.out_channels * self.bias
+        inputs, outputs = math.prod(self.input_shape), math.prod(self.output_shape)
+        inputs_read, outputs_read = inputs, outputs
+        if self.spec.transposed:
+            outputs_read = self._reached(self.output_shape, element_bytes)
+        else:
+            inputs_read = self._reached(self.input_shape, element_bytes)
+        if direction == "forward":
+            return element_bytes * (inputs_read + weight + bias + outputs)
+        # Reads grad_output, input and weight; writes the gradients of input, weight and bias.
+        read = (outputs if self.bias else outputs_read) + inputs_read + weight
+        return element_bytes * (read + inputs + weight + bias)
+
+    def _reached(self, fine_shape: Sequence[int], element_bytes: int) -> int:
+        """Elements of the fine tensor that taps reach: not all where a stride skips some."""
+        elements = math.prod(fine_shape[:2])
+        for axis, extent in enumerate(fine_shape[2:]):
+            s, d, p = (
+                self.spec.stride[axis],
+                self.spec.dilation[axis],
+                self.spec.padding_begin[axis],
+            )
+            phases = len({(t * d - p) % s for t in range(self.spec.kernel_size[axis])})
+            # Memory comes in sectors of 32 bytes: within a row, small gaps save nothing.
+            dense = axis == self.spec.ndim - 1 and s * element_bytes <= 32
+            elements *= extent if dense or phases == s else extent // s * phases
+        return elements
+
+    def fixed(self) -> ConvSpec:
+        """The specification with the layer's channels.
+
+        Raises:
+            SpecError: if groups do not divide them.
+        """
+        return ConvSpec(
+            **{
+                **asdict(self.spec),
+                "in_channels": self.in_channels,
+                "out_channels": self.out_channels,
+            }
+        )
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.input_shape))
+        return f"{self.name}: {self.spec.name} {shape} -> {self.out_channels}"
+
+
+def suites() -> list[str]:
+    """Names of the suites in the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+
+
+def read_suite(name: str) -> list[Layer]:
+    """The layers of a suite of the package, or of a JSON file (a name that ends in ``.json``).
+
+    A file holds ``{"layers": [...]}``; each layer is an object with ``name``, ``op``, ``input``
+    (N, C_in, extents...), ``out_channels``, ``kernel_size`` and, where they differ from torch's
+    defaults, ``stride``, ``padding``, ``output_padding``, ``dilation``, ``groups`` and ``bias``
+    (false by default). With ``"of": "SUITE"`` beside it, a layer may also be the name of one of
+    that suite.
+
+    Raises:
+        SuiteError: if there is no such suite or file, or a layer in it is wrong.
+    """
+    if name.endswith(".json"):
+        path = Path(name)
+    elif name in suites():
+        path = _FOLDER / f"{name}.json"
+    else:
+        raise SuiteError(f"no suite {name!r}: choose {', '.join(suites())}, or give a .json file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SuiteError(f"{path} cannot be read: {error}") from error
+    entries = data.get("layers") if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise SuiteError(f'{path} is no suite: it needs {{"layers": [...]}}')
+    parent = {layer.name: layer for layer in read_suite(data["of"])} if "of" in data else {}
+    layers = [_layer(path, entry, parent) for entry in entries]
+    names = [layer.name for layer in layers]
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
+        raise SuiteError(f"{path} has several layers named {', '.join(repeated)}")
+    return layers
+
+
+def select(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+    """The layers whose names match the patterns (``61``, ``hifigan*``), in the patterns' order.
+
+    Raises:
+        SuiteError: if a pattern matches none.
+    """
+    chosen: dict[str, Layer] = {}
+    for pattern in patterns:
+        found = {layer.name: layer for layer in layers if fnmatchcase(layer.name, pattern)}
+        if not found:
+            known = ", ".join(layer.name for layer in layers)
+            raise SuiteError(f"no layer {pattern!r}: there are {known}")
+        chosen |= {name: layer for name, layer in found.items() if name not in chosen}
+    return list(chosen.values())
+
+
+def _layer(path: Path, entry: object, parent: Mapping[str, Layer]) -> Layer:
+    if isinstance(entry, str):
+        if entry not in parent:
+            raise SuiteError(f'{path}: no layer {entry!r} in the suite that "of" names')
+        return parent[entry]
+    if not isinstance(entry, dict):
+        raise SuiteError(f"{path}: a layer is an object or a name, not {entry!r}")
+    fields: dict[str, Any] = dict(entry)
+    name = str(fields.pop("name", "?"))
+    try:
+        shape = tuple(int(extent) for extent in fields.pop("input"))
+        out_channels = int(fields.pop("out_channels"))
+        bias = bool(fields.pop("bias", False))
+        if reserved := {"in_channels"} & set(fields):
+            raise SuiteError(f"{path}, layer {name}: {reserved.pop()} follows from the input")
+        return Layer(name, ConvSpec.from_dict(fields), shape, out_channels, bias)
+    except KeyError as error:
+        raise SuiteError(f"{path}, layer {name}: {error.args[0]} is missing") from error
+    except SuiteError as error:
+        raise SuiteError(f"{path}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise SuiteError(f"{path}, layer {name}: {error}") from error

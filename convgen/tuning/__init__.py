@@ -1,0 +1,1 @@
+"""Races of schedules on this machine."""

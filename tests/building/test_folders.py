@@ -1,0 +1,257 @@
+"""Exporting and importing package folders; no kernel is compiled."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from convgen.building import cache, folders
+from convgen.building.cache import BuildError
+from convgen.building.folders import export, is_package, load
+
+KEY = "f" * 64
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CONVGEN_CACHE_DIR", str(folder))
+    return folder
+
+
+def write_package(folder: Path, code: str = "value = 1\nclass Layer: pass\n") -> Path:
+    (folder / "lib").mkdir(parents=True)
+    (folder / "__init__.py").write_text(code)
+    (folder / "_part.py").write_text("PART = 1\n")
+    (folder / "spec.json").write_text(json.dumps({"convgen": "1", "spec": {"op": "conv1d"}}))
+    (folder / "lib" / "cpu.so").write_bytes(b"\x7fELF")
+    return folder
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    return write_package(tmp_path / "source" / "layer")
+
+
+def cached_package(key: str, code: str = "value = 1\nclass Layer: pass\n") -> Path:
+    with cache.locked(key):
+        folder = cache.temporary(key)
+        write_package(folder / "layer", code)
+        return cache.commit(key, "layer", folder, {})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+class TestExport:
+    def test_copies_the_package_under_its_name_or_another(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        assert export(package, tmp_path / "deep" / "out") == tmp_path / "deep" / "out" / "layer"
+        named = export(package, tmp_path / "deep" / "out", "mine")
+        assert content(named) == content(package)
+        assert sorted(os.listdir(tmp_path / "deep" / "out")) == ["layer", "mine"]
+
+    def test_leaves_out_what_python_and_ninja_left_in_the_package(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        expected = content(package)
+        for name in ("__pycache__", "obj"):
+            (package / name).mkdir()
+            (package / name / "x").touch()
+        assert content(export(package, tmp_path / "out")) == expected
+
+    def test_replaces_an_older_package_whole(self, tmp_path: Path, package: Path) -> None:
+        old = write_package(tmp_path / "out" / "layer", "OLD = 1\n")
+        (old / "gone.py").touch()
+        with open(old / "__init__.py") as loaded:
+            assert content(export(package, tmp_path / "out")) == content(package)
+            assert loaded.read() == "OLD = 1\n"
+        assert os.listdir(tmp_path / "out") == ["layer"]
+
+    def test_leaves_an_equal_package_untouched(self, tmp_path: Path, package: Path) -> None:
+        target = export(package, tmp_path / "out")
+        before = target.stat()
+        assert export(package, tmp_path / "out") == target
+        assert (target.stat().st_ino, target.stat().st_mtime_ns) == (
+            before.st_ino,
+            before.st_mtime_ns,
+        )
+
+    @pytest.mark.parametrize("kind", ["folder", "file", "link", "other metadata", "no code"])
+    def test_refuses_to_replace_what_is_no_package(
+        self, tmp_path: Path, package: Path, kind: str
+    ) -> None:
+        target = tmp_path / "out" / "layer"
+        if kind == "link":
+            target.parent.mkdir()
+            target.symlink_to(package)
+        elif kind == "file":
+            target.parent.mkdir()
+            target.write_text("mine")
+        else:
+            write_package(target)
+            if kind == "folder":
+                (target / "spec.json").unlink()
+            elif kind == "other metadata":
+                (target / "spec.json").write_text("[1, 2]")
+            else:
+                (target / "__init__.py").unlink()
+        with pytest.raises(BuildError, match="is no package of convgen: move it away"):
+            export(package, tmp_path / "out")
+        assert target.is_symlink() == (kind == "link")
+        assert target.exists()
+
+    def test_refuses_a_source_that_is_no_package(self, tmp_path: Path) -> None:
+        with pytest.raises(BuildError, match="is no package of convgen"):
+            export(tmp_path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("name", ["", "a-b", "1st", "class", "a/b", ".."])
+    def test_refuses_a_name_that_cannot_be_imported(
+        self, tmp_path: Path, package: Path, name: str
+    ) -> None:
+        with pytest.raises(BuildError, match="give a Python identifier"):
+            export(package, tmp_path / "out", name)
+        assert not (tmp_path / "out").exists()
+
+    def test_failing_half_way_keeps_the_old_package_and_leaves_nothing(
+        self, tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = write_package(tmp_path / "out" / "layer", "OLD = 1\n")
+        expected = content(old)
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        rename = os.rename
+
+        def refuse(source: Path, target: Path) -> None:
+            if source.name == "new":
+                raise OSError(errno.EACCES, "Permission denied")
+            rename(source, target)
+
+        for place, name, failing in ((shutil, "copyfile", full), (os, "rename", refuse)):
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, failing)
+                with pytest.raises(BuildError, match=r"cannot write .*(No space|Permission)"):
+                    export(package, tmp_path / "out")
+            assert content(old) == expected
+            assert os.listdir(tmp_path / "out") == ["layer"]
+
+    def test_clears_what_a_killed_process_left(self, tmp_path: Path, package: Path) -> None:
+        for leftover in (".layer.abc.convgen", ".other.abc.convgen"):
+            write_package(tmp_path / "out" / leftover / "new")
+        export(package, tmp_path / "out")
+        assert sorted(os.listdir(tmp_path / "out")) == [".other.abc.convgen", "layer"]
+
+    def test_from_several_threads_at_once_leaves_one_whole_package(self, tmp_path: Path) -> None:
+        packages = [write_package(tmp_path / str(n) / "layer", f"number = {n}\n") for n in range(4)]
+        threads = [
+            threading.Thread(target=export, args=(package, tmp_path / "out"))
+            for package in packages * 5
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert content(tmp_path / "out" / "layer") in map(content, packages)
+        assert os.listdir(tmp_path / "out") == ["layer"]
+
+
+class TestLoad:
+    def test_imports_a_folder_and_gives_the_same_module_again(self, package: Path) -> None:
+        module = load(package)
+        assert module.value == 1
+        assert load(package) is module
+        assert sys.modules[module.__name__] is module
+        assert module.__name__.startswith("layer_")
+
+    def test_submodules_import_relatively(self, tmp_path: Path) -> None:
+        package = write_package(tmp_path / "relative", "from ._part import PART\n")
+        assert load(package).PART == 1
+
+    def test_a_folder_that_changed_is_imported_anew(self, tmp_path: Path, package: Path) -> None:
+        target = export(package, tmp_path / "out")
+        first = load(target)
+        export(write_package(tmp_path / "b" / "layer", "value = 2\n"), tmp_path / "out")
+        second = load(target)
+        assert (first.value, second.value) == (1, 2)
+        assert load(target) is second
+
+    def test_equal_names_in_different_places_do_not_meet(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        assert load(export(package, tmp_path / "a")) is not load(export(package, tmp_path / "b"))
+
+    def test_a_package_of_the_cache_has_an_importable_home(self) -> None:
+        module = load(cached_package(KEY))
+        assert module.__name__ == f"convgen.cached.{KEY}.layer"
+        assert load(Path(str(module.__file__)).parent) is module
+
+    def test_what_was_pickled_loads_in_another_process(self) -> None:
+        module = load(cached_package("e" * 64))
+        result = subprocess.run(
+            [sys.executable, "-c", "import pickle, sys; print(pickle.load(sys.stdin.buffer))"],
+            input=pickle.dumps(module.Layer),
+            capture_output=True,
+        )
+        assert result.returncode == 0, result.stderr
+        assert b"layer.Layer" in result.stdout
+
+    def test_a_cache_that_moved_within_the_process_is_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in range(2):
+            monkeypatch.setenv("CONVGEN_CACHE_DIR", str(tmp_path / f"cache{number}"))
+            module = load(cached_package(f"{number}" * 64, f"number = {number}\n"))
+            assert module.number == number
+
+    def test_an_import_that_fails_leaves_no_module(self, tmp_path: Path) -> None:
+        package = write_package(tmp_path / "broken", "raise ValueError('broken')\n")
+        with pytest.raises(ValueError, match="broken"):
+            load(package)
+        assert not any(name.startswith("broken_") for name in sys.modules)
+
+    def test_what_is_no_package_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(BuildError, match="is no package of convgen"):
+            load(tmp_path / "missing")
+
+    def test_from_several_threads_gives_one_module(self, tmp_path: Path) -> None:
+        slow = "import time; time.sleep(0.05)\n"
+        packages = [write_package(tmp_path / "slow", slow), cached_package("d" * 64, slow)]
+        for package in packages:
+            found: list[ModuleType] = []
+            threads = [
+                threading.Thread(target=lambda p=package, f=found: f.append(load(p)))  # type: ignore[misc]
+                for _ in range(4)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(found) == 4
+            assert len({id(module) for module in found}) == 1
+
+
+def test_a_folder_with_a_damaged_description_is_no_package(package: Path) -> None:
+    assert is_package(package)
+    (package / "spec.json").write_text('{"convgen": "1"')
+    assert not is_package(package)
+    assert not is_package(package / "missing")
+    assert folders.is_package(write_package(package / "inner"))

@@ -1,0 +1,144 @@
+"""The interpreter beside the GPU that it stands in for: the same sources give the same bits."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import OPERANDS, Library, Problem, compile_sources, engine_sources, problem, solve
+from torch import Tensor
+
+from convgen.building import toolchain
+from convgen.building.build import Library as Target
+from convgen.building.build import build
+from convgen.checking import interpret
+from convgen.codegen.render import TEMPLATES
+from convgen.spec import ConvSpec
+
+pytestmark = pytest.mark.gpu
+
+FOLDER = Path(__file__).parent / "interpreter"
+CONTRACTIONS = ("fprop", "dgrad", "wgrad", "bgrad")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment(session_cache: Path) -> Iterator[None]:
+    properties = torch.cuda.get_device_properties(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        # The cut of a call depends on the GPU.
+        patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", str(properties.multi_processor_count))
+        patch.setenv(
+            "CONVGEN_INTERPRET_SHARED_BYTES", str(properties.shared_memory_per_block_optin)
+        )
+        yield
+
+
+def compile_for_gpu(name: str, sources: dict[str, str]) -> ctypes.CDLL:
+    """The same sources through nvcc."""
+    compiler = toolchain.find_cuda()
+    commands = compiler.commands(toolchain.default_architectures(compiler))
+    files = {f"src/{file}": text for file, text in sources.items()}
+    units = tuple(sorted(file for file in files if file.endswith(".cu")))
+    library = ctypes.CDLL(
+        str(build(name, files, [Target("lib/cuda.so", units, commands)]) / "lib/cuda.so")
+    )
+    library.convgen_error_string.restype = ctypes.c_char_p
+    return library
+
+
+def solve_on_gpu(library: ctypes.CDLL, given: Problem) -> Tensor:
+    tensors = {name: tensor.cuda() for name, tensor in given.operands.items()}
+    numbers = struct.pack("10q", 0, *given.numbers)
+    workspace = library[f"{given.symbol}_workspace"]
+    workspace.restype = ctypes.c_int64
+    scratch = torch.full((workspace(bytes(48) + numbers) + 1,), 0xFF, dtype=torch.uint8).cuda()
+    addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in OPERANDS]
+    stream = torch.cuda.current_stream().cuda_stream
+    pointers = struct.pack("6Q", *addresses, scratch.data_ptr(), stream)
+    code = library[given.symbol](pointers + numbers)
+    assert code == 0, library.convgen_error_string(code).decode()
+    torch.cuda.synchronize()
+    (name,) = [name for name, tensor in given.operands.items() if tensor is given.result]
+    return tensors[name].cpu()
+
+
+UP = ConvSpec("conv_transpose3d", 3, 2)
+CASES = [
+    *((UP, dtype) for dtype in ("f32", "f64", "f16", "bf16")),
+    (ConvSpec("conv3d", (2, 3, 3), 2, 1, 0, (1, 2, 3), 3), "f32"),
+    (ConvSpec("conv_transpose1d", 16, 8, 4), "f64"),
+    (ConvSpec("conv2d", (3, 40), 1, (1, 20)), "f32"),
+]
+
+
+@pytest.mark.parametrize(("spec", "dtype"), CASES, ids=[f"{s.name}-{d}" for s, d in CASES])
+def test_engines_give_the_gpus_bits(spec: ConvSpec, dtype: str) -> None:
+    sources = engine_sources(spec, dtype, CONTRACTIONS)
+    compiled = compile_for_gpu(spec.name, sources)
+    interpreted = Library(interpret.library(spec.name, sources, "plain"))
+    channels = (9, 15) if spec.groups == 3 else (10, 13)
+    extents = {1: (301,), 2: (7, 50), 3: (5, 9, 21)}[spec.ndim]
+    for contraction in CONTRACTIONS:
+        given = problem(spec, contraction, dtype, extents, batch=2, channels=channels)
+        solve(interpreted, given)
+        given.check()
+        on_gpu = solve_on_gpu(compiled, given)
+        differing = int((on_gpu != given.result).sum())
+        assert differing == 0, (
+            f"{contraction}: {differing} of {on_gpu.numel()} elements differ, at most by "
+            f"{float((on_gpu.double() - given.result.double()).abs().max())}"
+        )
+
+
+def test_hand_written_kernels_give_the_gpus_bits() -> None:
+    """Shuffles, votes, asynchronous and bulk copies, mbarriers, conversions."""
+    calls: dict[str, list[tuple[str, list[Tensor | int], int]]] = {
+        "tile.cu": [("tile", [torch.randn(502), torch.randn(3), torch.zeros(500), 500], 2)],
+        "warps.cu": [
+            ("reduce", [torch.randn(5, 1000).double(), torch.zeros(5).double(), 1000, 5], 1),
+            ("lanes", [torch.zeros(64, 8, dtype=torch.int32)], 0),
+            ("exchange", [torch.zeros(64, dtype=torch.int32)], 0),
+            ("pipeline", [torch.randn(5, 64), torch.zeros(64), 5], 1),
+            ("where", [torch.zeros(480, dtype=torch.int32)], 0),
+        ],
+    }
+    values = torch.randn(4096) * torch.exp2(torch.randint(-30, 18, (4096,)).float())
+    for kind in ("half", "bfloat16"):
+        narrowed = torch.zeros(4096, dtype=torch.int16)
+        calls["warps.cu"].append(
+            (f"convert_{kind}", [values, narrowed, torch.zeros(4096), 4096], 1)
+        )
+    if torch.cuda.get_device_capability() >= (9, 0):
+        calls["pipeline.cu"] = [
+            ("ring", [torch.randn(7, 64), torch.zeros(64), 7], 1),
+            ("handover", [torch.zeros(32)], 0),
+        ]
+        rounded = [torch.zeros(4096, dtype=torch.int32) for _ in range(2)]
+        integers = [torch.randint(-8, 9, shape).float() for shape in ((16, 8), (8, 8), (16, 8))]
+        calls["tensor_core.cu"] = [
+            ("rounded", [values, *rounded, 4096], 1),
+            ("product_tf32", integers, 2),
+        ]
+    headers = {file.name: file.read_text() for file in (TEMPLATES / "cuda").rglob("*.cuh")}
+    headers["convgen_abi.h"] = (TEMPLATES / "common" / "convgen_abi.h").read_text()
+    for source, made in calls.items():
+        text = (FOLDER / source).read_text()
+        compiled = compile_for_gpu("test", {**headers, source: text})
+        interpreted = Library(compile_sources("plain", {source: text}))
+        for symbol, arguments, result in made:
+            on_gpu = [a if isinstance(a, int) else a.cuda() for a in arguments]
+            code = compiled[symbol](
+                *(a if isinstance(a, int) else ctypes.c_void_p(a.data_ptr()) for a in on_gpu)
+            )
+            assert code == 0, compiled.convgen_error_string(code).decode()
+            torch.cuda.synchronize()
+            interpreted(symbol, *(a if isinstance(a, int) else a.numpy() for a in arguments))
+            expected, got = on_gpu[result], arguments[result]
+            assert isinstance(expected, Tensor)
+            assert isinstance(got, Tensor)
+            assert torch.equal(expected.cpu(), got), symbol

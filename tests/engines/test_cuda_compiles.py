@@ -1,0 +1,245 @@
+"""The CUDA engines' kernels, compiled for every GPU since sm_75: no spills and no warnings.
+
+Registers are counted by ptxas alone, so this needs nvcc and no GPU. The cases are chosen so that
+every style of kernel is compiled (see :func:`test_every_style_of_kernel_is_compiled`), and among
+them those that fill their registers.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from interpreted import engine_sources
+
+from convgen.building import toolchain
+from convgen.building.toolchain import CUDA_FLAGS, CudaCompiler, KernelResources, ToolchainError
+from convgen.engines import CONTRACTIONS, KernelPlan, tuned
+from convgen.engines.gather import GatherSchedule
+from convgen.engines.mma import ENGINE as MMA
+from convgen.engines.mma_fit import GatherTiles
+from convgen.engines.mma_wgrad import WgradSchedule as ProductSchedule
+from convgen.engines.simt import ENGINE as SIMT
+from convgen.spec import ConvSpec
+from convgen.spec.dtypes import DTYPES, MODES
+
+REGISTERS = 168
+"""What blocks of 12 warps leave a thread."""
+
+# The intermediate code of these pairs and triples is the same: the sources ask for __CUDA_ARCH__
+# 800 and 900 alone. Tensor cores multiply TF32 and bfloat16 since sm_80.
+TARGETS = {"75": ("75",), "80": ("80", "86", "89"), "90a": ("90a",), "100": ("100", "120")}
+OLDEST = {SIMT.name: 75, MMA.name: 80}
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: ConvSpec
+    kind: str
+    """A dtype or a math mode."""
+    contractions: tuple[str, ...] = CONTRACTIONS
+
+    def __str__(self) -> str:
+        return f"{self.spec.name}-{self.kind}"
+
+    def plans(self) -> list[KernelPlan]:
+        engine = MMA if self.kind in MODES else SIMT
+        return [engine.plan(self.spec.geometry, c, self.kind) for c in self.contractions]
+
+
+def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) -> ConvSpec:
+    return ConvSpec(op, kernel, *rest, **more)  # type: ignore[arg-type]
+
+
+UP, CONV = "conv_transpose3d", "conv3d"
+GATHERS, WGRAD, FORWARD = ("fprop", "dgrad"), ("wgrad",), ("fprop",)
+CASES = [
+    # All taps unrolled, register rows along D or H.
+    Case(spec(UP, 3, 2, 1, 1), "f32"),
+    Case(spec("conv2d", 3, 1, 1), "f16", ("fprop",)),
+    # No overlap; depthwise.
+    Case(spec(UP, 2, 2), "bf16", ("dgrad",)),
+    Case(spec(CONV, 3, 1, 1, groups=8, in_channels=8, out_channels=8), "f32", WGRAD),
+    Case(spec(UP, 3, 2, 1, 1, groups=8, in_channels=8, out_channels=8), "f32", GATHERS),
+    Case(spec("conv2d", 7, 1, 3, groups=8, in_channels=8, out_channels=8), "f32", FORWARD),
+    # A plane of taps at a time, or a line; on the tensor cores also a slab.
+    Case(spec("conv2d", 7, 2, 3), "f64", GATHERS),
+    Case(spec(CONV, 9, 1, (1, 4, 4)), "f32", ("dgrad",)),
+    # One-dimensional: positions scattered over the plane. Many phases, long lines.
+    Case(spec("conv_transpose1d", 16, 8, 4), "f64"),
+    Case(spec("conv_transpose1d", 12, 6, 3), "f64", ("fprop",)),
+    Case(spec("conv_transpose1d", 40, 20, 10), "f32", ("dgrad",)),
+    Case(spec("conv2d", (3, 40), 1, (1, 20)), "f32", ("fprop",)),
+    # Tensor cores.
+    Case(spec(CONV, 3, 1, 1), "tf32", GATHERS),
+    Case(spec(CONV, 3, 1, 1), "tf32x3", WGRAD),
+    Case(spec(UP, 4, 2, 1), "tf32x3", ("dgrad",)),
+    Case(spec(CONV, 5, 2, 2), "f16tc", ("dgrad",)),
+    # Words of neighbours.
+    Case(spec(CONV, 3, 2, 1), "bf16tc", ("fprop",)),
+    Case(spec(CONV, 9, 1, (1, 4, 4)), "bf16tc", ("fprop",)),
+    Case(spec(UP, 3, 2, 1, 1, in_channels=16, out_channels=8), "f16tc", ("fprop",)),
+    Case(spec(CONV, 7, 2, 3), "f16tc", ("dgrad",)),
+    Case(spec("conv_transpose1d", 16, 8, 4), "tf32", GATHERS),
+    Case(spec("conv_transpose1d", 16, 8, 4), "bf16tc", WGRAD),
+    Case(spec("conv_transpose1d", 4, 3, 0, 2, dilation=2), "tf32", WGRAD),
+    Case(spec("conv_transpose1d", 6, 3), "tf32x3", WGRAD),
+    Case(spec("conv_transpose1d", 40, 20, 10), "tf32", ("dgrad",)),
+    Case(spec("conv2d", (3, 40), 1, (1, 20)), "tf32x3", ("fprop",)),
+    # What has spilled: wgrad's sums beside fragments of three or four coarse tiles.
+    Case(spec("conv1d", 3, 2, 1), "tf32", WGRAD),
+    Case(spec("conv_transpose2d", (3, 2), (2, 3), groups=2), "tf32", WGRAD),
+    Case(spec(UP, 2, 2, in_channels=128, out_channels=64), "tf32", WGRAD),
+    # Columns of a strided window, where warps multiply together.
+    Case(spec("conv_transpose2d", 4, 2, 1), "bf16tc", ("fprop",)),
+    Case(spec(UP, 4, 2, 1, in_channels=64, out_channels=1), "tf32", ("fprop",)),
+]
+
+
+@cache
+def compiler() -> CudaCompiler:
+    try:
+        return toolchain.find_cuda()
+    except ToolchainError as error:
+        pytest.skip(str(error))
+
+
+def targets(engine: str) -> dict[str, list[str]]:
+    """The architectures to compile for, by that of their intermediate code."""
+    supported = compiler().supported_architectures()
+
+    def served(name: str) -> bool:
+        number = int(name.removesuffix("a"))
+        return number in supported and number >= OLDEST[engine]
+
+    return {
+        virtual: [real for real in reals if served(real)]
+        for virtual, reals in TARGETS.items()
+        if served(virtual)
+    }
+
+
+def kernels_of(plan: KernelPlan) -> int:
+    """How many sizes of its kernel a unit instantiates."""
+    if isinstance(plan.schedule, ProductSchedule | GatherTiles):
+        return len(plan.schedule.tiles)
+    sizes: tuple[int, ...] = plan.schedule.channels
+    return len(sizes)
+
+
+def compile_unit(
+    folder: Path, plan: KernelPlan, compiled: dict[str, list[str]] | None = None
+) -> list[KernelResources]:
+    """What the kernels of one unit take, its gathers or wgrad; fails for errors and warnings."""
+    name = f"{plan.contraction}_{plan.dtype}"
+    command = [compiler().path, "-ccbin", compiler().host, *CUDA_FLAGS]
+    architectures = []
+    for virtual, reals in (compiled or targets(plan.engine)).items():
+        code = ",".join(f"sm_{real}" for real in reals)
+        command += ["-gencode", f"arch=compute_{virtual},code=[{code}]"]
+        architectures += [f"sm_{real}" for real in reals]
+    # Without the host's part: g++ sees it when the sources are compiled for the interpreter.
+    command += ["-fatbin", f"{name}.cu", "-o", f"{name}.fatbin"]
+    environment = toolchain.build_environment()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    assert "warning" not in log, log
+    # ptxas says so where products by wgmma wait for each other.
+    assert "Potential Performance Loss" not in log, log
+    kernels = toolchain.ptxas_resources(log)
+    main = [
+        k.architecture
+        for k in kernels
+        if f"{plan.contraction}_kernel" in k.kernel and "depthwise" not in k.kernel
+    ]
+    assert sorted(main) == sorted(architectures * kernels_of(plan)), log
+    return kernels
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_compile_without_spills_or_warnings(case: Case, tmp_path: Path) -> None:
+    for name, text in engine_sources(case.spec, case.kind, case.contractions).items():
+        (tmp_path / name).write_text(text)
+    with ThreadPoolExecutor(2) as pool:
+        units = list(pool.map(partial(compile_unit, tmp_path), case.plans()))
+    for kernel in chain.from_iterable(units):
+        assert not kernel.spills, kernel
+        assert kernel.registers <= REGISTERS, kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("bf16", "bf16tc"), ("f32", "tf32"), ("f32", "tf32x3")]
+)
+def test_what_was_measured_on_sm_90a_brings_no_spills_to_sm_90(
+    dtype: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where warps multiply together they have more registers; the tables have such schedules."""
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "none"))
+    layer = spec(UP, 3)
+    found = tuned.schedules(layer, "cuda", [dtype], ["90"], "")
+    for name, text in engine_sources(layer, kind, GATHERS, found).items():
+        (tmp_path / name).write_text(text)
+    for contraction in GATHERS:
+        default = MMA.plan(layer.geometry, contraction, kind)
+        plan = replace(default, schedule=found.get((contraction, kind), default.schedule))
+        for kernel in compile_unit(tmp_path, plan, {"90": ["90"]}):
+            assert not kernel.spills, kernel
+            assert kernel.registers <= REGISTERS, kernel
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "contraction", "fields"),
+    [
+        ("tf32", "dgrad", {"groups": 3, "tiles": ((3, 48), (2, 64))}),
+        ("tf32x3", "dgrad", {"groups": 3, "tiles": ((2, 32),)}),
+        ("tf32", "dgrad", {"pairs": True, "tiles": ((3, 48), (2, 16))}),
+        ("bf16tc", "fprop", {"pairs": True, "tiles": ((3, 48),)}),
+        ("tf32", "fprop", {"groups": 3, "pairs": True, "tiles": ((3, 32),)}),
+        ("bf16tc", "fprop", {"granules": True, "tiles": ((3, 48),)}),
+    ],
+    ids=str,
+)
+def test_what_a_tuned_schedule_may_have_fits_into_registers(
+    kind: str, contraction: str, fields: dict[str, object], tmp_path: Path
+) -> None:
+    """Three groups of warps, pairs of columns, granules, near their limits."""
+    layer = spec(UP, 3)
+    default = MMA.plan(layer.geometry, contraction, kind)
+    plan = replace(default, schedule=replace(default.schedule, **fields))
+    assert MMA.refusal(plan, ["90a"]) == ""
+    found = {(contraction, kind): plan.schedule}
+    for name, text in engine_sources(layer, kind, (contraction,), found).items():
+        (tmp_path / name).write_text(text)
+    for kernel in compile_unit(tmp_path, plan, {"90a": ["90a"]}):
+        assert not kernel.spills, kernel
+
+
+def test_every_style_of_kernel_is_compiled() -> None:
+    gathers, wgrads = set(), set()
+    for plan in [plan for case in CASES for plan in case.plans()]:
+        schedule = plan.schedule
+        if isinstance(schedule, GatherSchedule | GatherTiles):
+            scattered = schedule.row_axis == "scattered"
+            gathers.add((plan.engine, schedule.unroll, scattered))
+            continue
+        tap_blocks = plan.geometry.kernel[2] > schedule.taps_w
+        wgrads.add((plan.engine, tap_blocks))
+        if isinstance(schedule, ProductSchedule):
+            wgrads.add((plan.engine, f"flush {schedule.flush > 0}"))
+        else:
+            wgrads.add((plan.engine, f"positions {schedule.positions}"))
+    styles = {(style, False) for style in ("taps", "plane", "line")}
+    styles |= {(style, True) for style in ("line", "none")}
+    assert (MMA.name, "slab", False) in gathers
+    assert gathers >= {(engine, *style) for engine in OLDEST for style in styles}
+    assert wgrads >= {(engine, blocks) for engine in OLDEST for blocks in (False, True)}
+    assert wgrads >= {("mma", "flush True"), ("mma", "flush False")}
+    assert wgrads >= {("simt", "positions 1"), ("simt", "positions 4")}
+    assert {case.kind for case in CASES} == set(DTYPES) | set(MODES)

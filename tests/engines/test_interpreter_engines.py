@@ -1,0 +1,576 @@
+"""The CUDA engines' kernels, executed on the CPU: every access checked, results against float64.
+
+These are the rendered sources that nvcc compiles, to the byte. The cases are chosen so that every
+branch of the templates is rendered: see :func:`test_every_style_of_kernel_is_run`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import (
+    LIMITS,
+    Fault,
+    Library,
+    Problem,
+    engine_sources,
+    problem,
+    solve,
+    solve_exactly,
+)
+
+from convgen.checking.interpret import library as compile_interpreted
+from convgen.codegen.render import render_kernels
+from convgen.engines import Engine
+from convgen.engines.mma import ENGINE as MMA
+from convgen.engines.simt import ENGINE as SIMT
+from convgen.spec import ConvSpec
+from convgen.spec.dtypes import DTYPES, MODES
+
+CONTRACTIONS = ("fprop", "dgrad", "wgrad", "bgrad")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment(session_cache: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: ConvSpec
+    dtype: str
+    calls: tuple[tuple[int, tuple[int, int], tuple[int, ...]], ...]
+    """Batch, channels in and out, input extents."""
+
+    def __str__(self) -> str:
+        return f"{self.spec.name}-{self.dtype}"
+
+    @property
+    def stem(self) -> str:
+        return f"{self.spec.name}_{self.dtype}"
+
+    @property
+    def contractions(self) -> tuple[str, ...]:
+        # Biases have no math modes.
+        return tuple(c for c in CONTRACTIONS if c != "bgrad" or self.dtype in DTYPES)
+
+    def problems(self) -> list[Problem]:
+        return [
+            problem(
+                self.spec,
+                contraction,
+                self.dtype,
+                extents,
+                batch=batch,
+                channels=channels,
+                bias=index % 2 == 0,
+                seed=index,
+            )
+            for index, (batch, channels, extents) in enumerate(self.calls)
+            for contraction in self.contractions
+        ]
+
+
+def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) -> ConvSpec:
+    return ConvSpec(op, kernel, *rest, **more)  # type: ignore[arg-type]
+
+
+UP, CONV = "conv_transpose3d", "conv3d"
+CASES = [
+    # All taps unrolled, register rows along D; ragged tiles, several chunks of channels.
+    Case(spec(UP, 3, 2), "f32", ((2, (5, 6), (3, 5, 9)), (1, (19, 9), (1, 2, 37)))),
+    Case(spec(UP, 3, 2, 1, 1, in_channels=8, out_channels=16), "f32", ((1, (8, 16), (3, 4, 8)),)),
+    Case(spec(UP, 3, 2, 1, 1), "f64", ((1, (3, 5), (2, 5, 7)),)),
+    # Rows along H; a kernel without depth.
+    Case(spec("conv2d", 3, 1, 1), "f16", ((3, (9, 4), (11, 13)), (1, (1, 1), (1, 1)))),
+    Case(spec("conv_transpose2d", (4, 3), 2, 1), "bf16", ((2, (7, 3), (6, 9)),)),
+    # No overlap: one product and a scatter; vector stores.
+    Case(spec(UP, 2, 2), "f32", ((1, (8, 4), (3, 4, 8)), (2, (3, 2), (2, 3, 5)))),
+    # Empty phases; padding beyond the kernel.
+    Case(spec(UP, (1, 2, 1), (2, 3, 2), 0, (1, 2, 1)), "f64", ((1, (3, 2), (2, 3, 4)),)),
+    Case(spec(CONV, (1, 2, 2), (1, 2, 1), (2, 3, 2)), "f32", ((1, (2, 3), (2, 3, 4)),)),
+    # Dilation and stride together, in groups with odd channels.
+    Case(
+        spec(CONV, (2, 3, 3), 2, 1, dilation=(1, 2, 3), groups=3), "f32", ((2, (9, 15), (4, 7, 9)),)
+    ),
+    Case(
+        spec(UP, 3, (1, 2, 3), 1, (0, 1, 2), dilation=2, groups=2),
+        "f16",
+        ((1, (6, 10), (3, 4, 5)),),
+    ),
+    # Depthwise.
+    Case(
+        spec(CONV, 3, 1, 1, groups=8, in_channels=8, out_channels=8),
+        "bf16",
+        ((2, (8, 8), (3, 5, 9)),),
+    ),
+    # Too many taps to unroll: a plane of taps at a time, or a line.
+    Case(spec(CONV, (3, 5, 7), 1, (1, 2, 3)), "f32", ((1, (4, 5), (4, 6, 9)),)),
+    Case(spec(CONV, 9, 1, (1, 4, 4)), "f32", ((1, (2, 3), (8, 4, 5)),)),
+    # One-dimensional: positions scattered over the plane. A vocoder's upsampling.
+    Case(spec("conv1d", 7, 1, 3, groups=4), "f32", ((3, (8, 12), (50,)), (1, (4, 4), (301,)))),
+    Case(spec("conv_transpose1d", 16, 8, 4), "f32", ((2, (6, 3), (37,)),)),
+    # Long lines and many phases: loops over taps.
+    Case(spec("conv_transpose1d", 40, 20, 10), "f32", ((1, (4, 3), (23,)),)),
+    Case(spec("conv2d", (3, 40), (1, 1), (1, 20)), "f32", ((1, (3, 4), (5, 45)),)),
+    Case(spec("conv_transpose2d", (4, 3), (2, 12)), "f64", ((1, (3, 4), (3, 5)),)),
+]
+
+# The tensor cores' engine: every math mode, every way of unrolling.
+MMA_CASES = [
+    Case(spec(UP, 3, 2), "tf32x3", ((2, (5, 19), (3, 5, 9)), (1, (19, 9), (1, 2, 37)))),
+    Case(spec(CONV, (3, 5, 7), 1, (1, 2, 3)), "tf32", ((1, (9, 5), (4, 6, 9)),)),
+    Case(spec("conv2d", 3, 1, 1, groups=2), "f16tc", ((2, (18, 8), (11, 13)),)),
+    Case(spec("conv_transpose1d", 16, 8, 4), "bf16tc", ((2, (17, 7), (37,)),)),
+    Case(spec("conv_transpose1d", 40, 20, 10), "tf32", ((1, (9, 12), (23,)),)),
+    Case(spec(UP, 2, 2, in_channels=16, out_channels=8), "f16tc", ((1, (16, 8), (3, 4, 8)),)),
+    # Staging: long lines in blocks of columns, by strides that divide a warp or do not; few
+    # channels, whose planes are shared out; halos on all sides, wider than the tensor.
+    Case(
+        spec("conv2d", 3, (1, 2), 1),
+        "tf32",
+        (
+            (1, (9, 3), (5, 259)),
+            (1, (1, 9), (3, 131)),
+            (1, (2, 17), (2, 70)),
+            (1, (3, 2), (9, 39)),
+            (1, (1, 1), (6, 33)),
+            (1, (2, 2), (7, 33)),
+        ),
+    ),
+    Case(
+        spec("conv2d", (3, 5), (2, 1), (4, 8), dilation=(3, 4)),
+        "tf32",
+        ((2, (11, 8), (3, 61)), (1, (1, 2), (5, 9)), (1, (8, 1), (1, 2))),
+    ),
+    Case(spec("conv2d", 3, (1, 3), 1), "tf32", ((1, (9, 5), (4, 397)), (1, (6, 9), (3, 50)))),
+    Case(
+        spec("conv2d", 3, (1, 2), 1),
+        "f16tc",
+        (
+            (1, (17, 3), (5, 259)),
+            (1, (1, 9), (3, 131)),
+            (1, (3, 17), (2, 70)),
+            (1, (6, 2), (9, 39)),
+            (1, (2, 1), (6, 33)),
+            (1, (3, 3), (7, 33)),
+        ),
+    ),
+    Case(spec("conv2d", 3, (2, 5), 4), "bf16tc", ((1, (9, 7), (5, 333)), (2, (3, 18), (4, 77)))),
+    Case(spec("conv1d", 13, 11, 6), "f16tc", ((1, (9, 4), (200,)),)),
+    Case(spec(CONV, 3, 1, 1, groups=2), "f16tc", ((1, (6, 10), (3, 5, 41)),)),
+]
+
+
+# As compiled for a GPU with wgmma: groups of warps by positions, and by channels; both widths of
+# accesses.
+WGMMA_CASES = [
+    *MMA_CASES,
+    Case(spec(UP, 3), "tf32", ((1, (8, 41), (3, 9, 16)), (2, (9, 3), (1, 2, 3)))),
+    Case(spec(CONV, 3, 2, 1), "tf32x3", ((1, (17, 40), (5, 9, 13)),)),
+]
+
+
+@cache
+def library(case: Case, mode: str) -> Path:
+    sources = engine_sources(case.spec, case.dtype, case.contractions)
+    return compile_interpreted(case.stem, sources, mode)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MMA_CASES], ids=str)
+def test_checked_kernels_agree_with_float64(case: Case) -> None:
+    loaded = Library(library(case, "checked"))
+    for given in case.problems():
+        solve(loaded, given)
+        given.check()
+
+
+GATHERS = ("fprop", "dgrad")
+
+
+def check_calls(loaded: Library, case: Case, contractions: tuple[str, ...] = GATHERS) -> None:
+    """The case's calls of some contractions agree with float64."""
+    for given in case.problems():
+        if given.contraction in contractions:
+            solve(loaded, given)
+            given.check()
+
+
+def grouped(case: Case, contractions: tuple[str, ...] = GATHERS, groups: int = 2) -> dict[str, str]:
+    """Sources with enough channels per warp that warps multiply in groups."""
+    schedules = {}
+    for contraction in contractions:
+        default = MMA.plan(case.spec.geometry, contraction, case.dtype).schedule
+        if contraction == "wgrad":
+            continue  # by groups wherever it can be
+        (rows, _), *_ = default.tiles
+        schedules[contraction, case.dtype] = replace(default, tiles=((rows, 24),), groups=groups)
+    return engine_sources(case.spec, case.dtype, contractions, schedules)
+
+
+def compile_sm_90a(name: str, sources: dict[str, str]) -> Path:
+    return compile_interpreted(name, sources, "checked", architecture="90a")
+
+
+@pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
+def test_groups_of_warps_agree_with_float64(case: Case) -> None:
+    loaded = Library(compile_sm_90a(f"{case.spec.name}_{case.dtype}_90a", grouped(case)))
+    check_calls(loaded, case)
+
+
+# Three groups beside one crew that stages: by copies of elements and wide ones, with raw lines,
+# with sums that leave the tensor cores, and several phases.
+THREE_GROUPS = [WGMMA_CASES[i] for i in (0, 2, 3, 4, 6, 9, -2)]
+
+
+@pytest.mark.parametrize("case", THREE_GROUPS, ids=str)
+def test_three_groups_of_warps_agree_with_float64(case: Case) -> None:
+    name = f"{case.spec.name}_{case.dtype}_three"
+    loaded = Library(compile_sm_90a(name, grouped(case, groups=3)))
+    check_calls(loaded, case)
+
+
+# Tiles as the input lies in memory: all modes, inputs with and without stride, lines of any length
+# and place, scattered positions, phases, windows of planes and lines. (Case, style of unrolling.)
+GRANULES = [
+    (WGMMA_CASES[0], "taps"),
+    (WGMMA_CASES[1], "plane"),
+    (WGMMA_CASES[2], "taps"),
+    (WGMMA_CASES[6], "taps"),
+    (WGMMA_CASES[8], "slab"),
+    (WGMMA_CASES[9], "taps"),
+    (WGMMA_CASES[10], "plane"),
+    (WGMMA_CASES[-1], "line"),
+    (Case(spec("conv1d", 5, 2, 3), "bf16tc", ((2, (18, 9), (71,)), (1, (3, 4), (40,)))), "line"),
+    (
+        Case(
+            spec(CONV, 3, 2, 1, dilation=2, groups=2),
+            "f16tc",
+            ((2, (22, 10), (7, 8, 33)), (1, (2, 4), (3, 5, 16))),
+        ),
+        "taps",
+    ),
+]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(("case", "style"), GRANULES, ids=str)
+def test_tiles_may_be_staged_as_the_input_lies_in_memory(
+    case: Case, style: str, architecture: str
+) -> None:
+    schedules = {}
+    for contraction in GATHERS:
+        default = MMA.plan(case.spec.geometry, contraction, case.dtype).schedule
+        (rows, _), *_ = default.tiles
+        schedules[contraction, case.dtype] = replace(
+            default, unroll=style, tiles=((rows, 24), (1, 8)), granules=True
+        )
+    sources = engine_sources(case.spec, case.dtype, GATHERS, schedules)
+    name = f"{case.stem}_granules_{architecture}"
+    loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+    check_calls(loaded, case)
+
+
+# Lanes with neighbouring positions: all modes, first columns that are even and odd, taps apart,
+# phases, lines of odd lengths, aligned and not. (Case, style of unrolling.)
+PAIRS = [
+    (WGMMA_CASES[0], "taps"),
+    (WGMMA_CASES[1], "slab"),
+    (WGMMA_CASES[2], "taps"),
+    (WGMMA_CASES[-2], "taps"),
+    (
+        Case(spec("conv2d", (2, 4), 1, (0, 3), dilation=(1, 2)), "tf32", ((1, (9, 17), (3, 67)),)),
+        "line",
+    ),
+    (
+        Case(spec(CONV, 3, 1, 1), "tf32", ((2, (9, 30), (4, 6, 16)), (1, (8, 8), (3, 5, 7)))),
+        "plane",
+    ),
+    (Case(spec(UP, (3, 4, 5), 1, 2), "bf16tc", ((1, (18, 9), (4, 6, 32)),)), "taps"),
+]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(("case", "style"), PAIRS, ids=str)
+def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architecture: str) -> None:
+    schedules = {}
+    for contraction in GATHERS:
+        default = MMA.plan(case.spec.geometry, contraction, case.dtype)
+        rows = min(default.schedule.tiles[0][0], 2)
+        schedule = replace(default.schedule, unroll=style, tiles=((rows, 24), (1, 8)), pairs=True)
+        if MMA.refusal(replace(default, schedule=schedule), ["90a"]) == "":
+            schedules[contraction, case.dtype] = schedule
+    assert schedules
+    contractions = tuple(contraction for contraction, _ in schedules)
+    sources = engine_sources(case.spec, case.dtype, contractions, schedules)
+    name = f"{case.stem}_pairs_{architecture}"
+    loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+    check_calls(loaded, case, contractions)
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
+    """As compiled for racecheck, whose tool does not follow named barriers."""
+    for case in (WGMMA_CASES[3], WGMMA_CASES[-2]):
+        sources = grouped(case, (*GATHERS, "wgrad"))
+        macro = "#define CONVGEN_RACECHECK\n"
+        sources = {**sources, "releases.cuh": macro + sources["releases.cuh"]}
+        name = f"{case.stem}_racecheck_{architecture}"
+        loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+        check_calls(loaded, case, (*GATHERS, "wgrad"))
+
+
+def test_products_that_nothing_waits_for_are_caught() -> None:
+    case = WGMMA_CASES[-2]
+    sources = grouped(case, ("dgrad",))
+    file = "fragments.cuh"
+    # Both the last column's wait and the one before sums are read.
+    text = sources[file]
+    ends = {"wgmma_wait<ONE ? 0 : 1>();": "wgmma_wait<1>();", "wgmma_wait<0>();": ""}
+    for wait, left in ends.items():
+        assert text.count(wait) == 1
+        text = text.replace(wait, left)
+    buggy = {**sources, file: text}
+    loaded = Library(compile_sm_90a("buggy_wait", buggy))
+    given = next(p for p in case.problems() if p.contraction == "dgrad")
+    with pytest.raises(Fault, match=r"race on shared memory|wgmma_wait is missing"):
+        solve(loaded, given)
+
+
+@pytest.mark.parametrize(
+    "case", [*(CASES[i] for i in (0, 4, 8, 15)), *(MMA_CASES[i] for i in (6, 10))], ids=str
+)
+def test_sanitized_kernels_agree_with_float64(case: Case, tmp_path: Path) -> None:
+    """Under AddressSanitizer and UBSan, with tensors of exactly their sizes."""
+    problems = case.problems()
+    solve_exactly(library(case, "address"), problems, tmp_path)
+    for given in problems:
+        given.check()
+
+
+def test_all_modes_and_thread_counts_give_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[0]
+    results = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("CONVGEN_INTERPRET_THREADS", threads)
+        for mode in ("plain", "checked", "address"):
+            problems = case.problems()
+            if mode == "address":
+                solve_exactly(library(case, mode), problems, tmp_path)
+            else:
+                loaded = Library(library(case, mode))
+                for given in problems:
+                    solve(loaded, given)
+            results.append([given.result for given in problems])
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with 48 KiB of shared memory per block and one multiprocessor."""
+    monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", str(48 * 1024))
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
+    case = CASES[0]
+    case = Case(case.spec, case.dtype, ((2, (33, 17), (4, 5, 10)),))
+    # A copy: the library remembers the limits that it has asked for.
+    path = tmp_path / "small.so"
+    path.write_bytes(library(case, "checked").read_bytes())
+    loaded = Library(path)
+    for given in case.problems():
+        solve(loaded, given)
+        given.check()
+
+
+# Ways of unrolling that no default takes there: (style, rows, channels).
+OTHER_SCHEDULES = [
+    (Case(spec(CONV, (3, 5, 5)), "f32", ((1, (5, 9), (5, 7, 12)),)), "slab", 4, 8),
+    (Case(spec(UP, 3, 2, 1, 1), "f32", ((2, (4, 5), (3, 4, 9)),)), "slab", 2, 4),
+    (Case(spec(UP, (3, 5, 5)), "tf32", ((1, (9, 20), (7, 4, 12)),)), "slab", 4, 16),
+    (Case(spec(CONV, (3, 3, 5), (2, 2, 1), 1), "tf32x3", ((1, (9, 7), (6, 7, 11)),)), "slab", 2, 8),
+    (Case(spec(UP, (4, 3, 3), 2, 1, 1), "f16tc", ((1, (17, 9), (3, 4, 6)),)), "slab", 2, 8),
+    (Case(spec(CONV, 3, 1, 1), "bf16tc", ((1, (18, 20), (8, 4, 9)),)), "taps", 6, 16),
+    (Case(spec(UP, 3, 1, 1), "tf32", ((1, (8, 30), (7, 5, 9)),)), "taps", 6, 24),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "style", "rows", "channels"), OTHER_SCHEDULES, ids=lambda value: str(value)
+)
+def test_other_schedules_agree_with_float64(
+    case: Case, style: str, rows: int, channels: int
+) -> None:
+    """What ``convgen tune`` may choose."""
+    engine: Engine = MMA if case.dtype in MODES else SIMT
+    schedules = {}
+    for contraction in ("fprop", "dgrad"):
+        default = engine.plan(case.spec.geometry, contraction, case.dtype).schedule
+        schedules[contraction, case.dtype] = (
+            replace(default, unroll=style, tiles=((rows, channels),))
+            if engine is MMA
+            else replace(default, unroll=style, rows=rows, channels=(channels,))
+        )
+    sources = engine_sources(case.spec, case.dtype, ("fprop", "dgrad"), schedules)
+    loaded = Library(compile_interpreted(f"{case.stem}_{style}{rows}", sources, "checked"))
+    check_calls(loaded, case)
+
+
+ROWS_CASES = [
+    # All taps; slabs, of phases. Calls take the tiles in turn.
+    (Case(spec("conv2d", 3, 1, 1), "tf32", ((1, (9, 40), (9, 7)), (1, (33, 24), (5, 8)))), "taps"),
+    (
+        Case(
+            spec(UP, 3, (2, 1, 2), 1), "tf32x3", ((1, (9, 16), (5, 4, 6)), (1, (5, 8), (4, 3, 5)))
+        ),
+        "slab",
+    ),
+    # Positions scattered over the plane, a line at a time, and a tap at a time.
+    (Case(spec("conv1d", 5, 1, 2), "bf16tc", ((1, (9, 40), (70,)), (2, (48, 24), (33,)))), "line"),
+    (
+        Case(
+            spec("conv_transpose1d", 40, 20, 10), "tf32", ((1, (9, 16), (23,)), (1, (8, 8), (9,)))
+        ),
+        "none",
+    ),
+]
+
+
+def tiles_of(case: Case, style: str) -> dict[tuple[str, str], object]:
+    """Schedules whose tiles have rows of their own for either number of channels of the calls."""
+    tiles = ((1, 16), (2, 8)) if case.spec.transposed else ((2, 48), (3, 24))
+    return {
+        (contraction, case.dtype): replace(
+            MMA.plan(case.spec.geometry, contraction, case.dtype).schedule,
+            unroll=style,
+            tiles=tiles,
+        )
+        for contraction in GATHERS
+    }
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(("case", "style"), ROWS_CASES, ids=str)
+def test_every_number_of_channels_has_rows_of_its_own(
+    case: Case, style: str, architecture: str
+) -> None:
+    sources = engine_sources(case.spec, case.dtype, GATHERS, tiles_of(case, style))
+    name = f"{case.stem}_rows_{architecture}"
+    loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
+    check_calls(loaded, case)
+
+
+def test_a_call_takes_the_rows_of_its_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tap that is wrong for one number of rows is wrong in the calls with its channels alone."""
+    # Calls for which no other tile promises more: of fewer thread blocks, or with fewer of them.
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
+    calls = (1, (9, 40), (9, 7)), (1, (33, 24), (4, 8))
+    case = Case(spec("conv2d", 3, 1, 1), "tf32", calls)
+    schedule = MMA.plan(case.spec.geometry, "fprop", case.dtype).schedule
+    schedule = replace(schedule, unroll="taps", tiles=((3, 48), (2, 24)))
+    sources = engine_sources(case.spec, case.dtype, ("fprop",), {("fprop", case.dtype): schedule})
+    file = f"fprop_{case.dtype}.cu"
+    for rows, wrong in (3, (True, False)), (2, (False, True)):
+        before, after = sources[file].split(f"for 8 input words and {rows} rows.")
+        assert "tile_offset<CHANNELS>(1)" in after
+        buggy = before + after.replace("tile_offset<CHANNELS>(1)", "tile_offset<CHANNELS>(2)", 1)
+        loaded = Library(
+            compile_interpreted(f"buggy_rows_{rows}", {**sources, file: buggy}, "checked")
+        )
+        problems = [given for given in case.problems() if given.contraction == "fprop"]
+        for given in problems:
+            solve(loaded, given)
+        assert tuple(given.error() > 100 * LIMITS[case.dtype] for given in problems) == wrong
+
+
+def test_every_style_of_kernel_is_run() -> None:
+    styles = set()
+    for case in CASES:
+        _, plans = render_kernels(case.spec, "cuda", [case.dtype])
+        for plan in plans:
+            if plan.contraction == "wgrad":
+                continue
+            scattered = plan.schedule.row_axis == "scattered"
+            styles.add((plan.contraction, plan.schedule.unroll, scattered))
+    gathers = ("fprop", "dgrad")
+    assert styles >= {(c, style, False) for c in gathers for style in ("taps", "plane")}
+    assert styles >= {(c, "line", scattered) for c in gathers for scattered in (False, True)}
+    assert styles >= {(c, "none", scattered) for c in gathers for scattered in (False, True)}
+
+
+# ---- Bugs put into the rendered sources -----------------------------------------------------
+
+BUGGY = CASES[0]
+
+
+def plant(contraction: str, file: str, pattern: str, replacement: str) -> Library:
+    """The checked library with the first match of a pattern replaced in one file."""
+    sources = engine_sources(BUGGY.spec, BUGGY.dtype, (contraction,))
+    text, count = re.subn(pattern, replacement, sources[file], count=1)
+    assert count == 1
+    path = compile_interpreted(f"buggy_{contraction}", {**sources, file: text}, "checked")
+    return Library(path)
+
+
+def call_of(contraction: str) -> Problem:
+    batch, channels, extents = BUGGY.calls[0]
+    return problem(BUGGY.spec, contraction, BUGGY.dtype, extents, batch=batch, channels=channels)
+
+
+@pytest.mark.parametrize("contraction", ["fprop", "dgrad"])
+def test_an_off_by_one_in_a_tap_offset_is_caught(contraction: str) -> None:
+    buggy = plant(
+        contraction,
+        f"{contraction}_f32.cu",
+        r"const Acc\* column = tile \+ 1;",
+        "const Acc* column = tile + 2;",
+    )
+    given = call_of(contraction)
+    try:
+        solve(buggy, given)
+    except Fault as fault:
+        assert re.match(rf"kernel {contraction}_kernel<8>, block .*, thread ", str(fault))  # noqa: PT017
+    else:
+        assert given.error() > 100 * LIMITS["f32"]
+
+
+@pytest.mark.parametrize("contraction", ["fprop", "dgrad", "wgrad"])
+def test_a_missing_barrier_is_caught(contraction: str) -> None:
+    buggy = plant(contraction, f"{contraction}_f32.cu", r"__syncthreads\(\);", "")
+    with pytest.raises(
+        Fault,
+        match=rf"^kernel {contraction}_kernel<8>, block \(\d+, 0, 0\), thread \(\d+, 0, 0\): "
+        r"(race on shared memory|reads shared memory that).*\(\w+\.cuh?:\d+",
+    ):
+        solve(buggy, call_of(contraction))
+
+
+@pytest.mark.parametrize("contraction", ["fprop", "dgrad", "wgrad"])
+def test_an_overrun_of_shared_memory_is_caught(contraction: str) -> None:
+    """The launch asks for less than the kernel uses."""
+    buggy = plant(
+        contraction,
+        f"{contraction}_f32.cu",
+        r"dim3\(s\.threads\), s\.shared_bytes, device",
+        "dim3(s.threads), s.shared_bytes / 4, device",
+    )
+    with pytest.raises(
+        Fault,
+        match=rf"^kernel {contraction}_kernel<8>, block \(\d+, 0, 0\), thread \(\d+, 0, 0\): "
+        r"writes (out of bounds|beyond the end) of dynamic shared memory",
+    ):
+        solve(buggy, call_of(contraction))
+
+
+def test_a_wait_for_the_wrong_group_of_copies_is_caught() -> None:
+    buggy = plant("dgrad", "dgrad_f32.cu", r"copy_wait<1>\(\)", "copy_wait<2>()")
+    with pytest.raises(Fault, match=r"^kernel dgrad_kernel<8>, .* asynchronous copy of thread"):
+        solve(buggy, call_of("dgrad"))

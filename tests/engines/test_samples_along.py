@@ -1,0 +1,81 @@
+"""Gathers of one- and two-dimensional layers, whose tiles run on from sample to sample of a batch.
+
+Where nothing is gathered along an axis and tensors have one position there, the samples lie along
+it (``samples_along_y`` in ``cuda/gather.j2``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from interpreted import Library, engine_sources, problem, shifted, solve
+
+from convgen.checking.interpret import library as compile_interpreted
+from convgen.engines.gather import arrange, gather_axes, runs_along_batch
+from convgen.engines.mma import ENGINE as MMA
+from convgen.spec import ConvSpec
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment(session_cache: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        yield
+
+
+# Specification; channels in and out, extents: small, so that a tile has many samples.
+Layer = tuple[ConvSpec, tuple[int, int], tuple[int, ...]]
+PLANES: Layer = ConvSpec("conv_transpose2d", 4, 2, 1), (18, 9), (3, 5)
+GROUPED: Layer = ConvSpec("conv2d", 3, (1, 2), 1, groups=2), (6, 18), (5, 4)
+LINES: Layer = ConvSpec("conv1d", 5, 2, 2), (9, 17), (9,)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "granules"),
+    [
+        (PLANES, "f32", False),
+        (PLANES, "tf32", True),
+        (GROUPED, "bf16tc", False),
+        (GROUPED, "bf16tc", True),
+        (LINES, "tf32", False),
+    ],
+    ids=lambda value: value[0].name if isinstance(value, tuple) else str(value),
+)
+def test_tiles_of_many_samples_agree_with_float64(layer: Layer, kind: str, granules: bool) -> None:
+    spec, channels, extents = layer
+    contractions = ("fprop", "dgrad")
+    schedules = {}
+    if kind != "f32":
+        schedules = {
+            (contraction, kind): replace(
+                MMA.plan(spec.geometry, contraction, kind).schedule, granules=granules
+            )
+            for contraction in contractions
+        }
+    files = engine_sources(spec, kind, contractions, schedules)
+    loaded = Library(compile_interpreted(f"samples_{spec.name}_{kind}", files, "checked"))
+    for contraction in contractions:
+        for seed, batch in enumerate((7, 1)):
+            given = problem(
+                spec, contraction, kind, extents, batch=batch, channels=channels, seed=seed
+            )
+            read = "fine" if contraction == "fprop" else "coarse"
+            given.operands[read] = shifted(given.operands[read], 1 - seed)
+            solve(loaded, given)
+            given.check()
+
+
+def test_samples_lie_along_an_axis_without_taps_alone() -> None:
+    for spec, expected in (
+        (PLANES[0], True),
+        (LINES[0], True),
+        (ConvSpec("conv3d", 3, 1, 1), False),
+        (ConvSpec("conv3d", (1, 3, 3), (2, 1, 1)), False),
+        (ConvSpec("conv3d", (1, 3, 3), 1, (1, 0, 0)), False),
+    ):
+        for contraction in ("fprop", "dgrad"):
+            _, y, _ = arrange(gather_axes(spec.geometry, contraction))
+            assert runs_along_batch(y) == expected, (spec.name, contraction)

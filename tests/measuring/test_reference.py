@@ -1,0 +1,90 @@
+"""The float64 reference at sampled positions against torch in float64, and what it catches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convgen.measuring.reference import Reference, agreement
+from convgen.spec import ConvSpec
+
+SPECS = [
+    ConvSpec("conv_transpose3d", (3, 2, 4), (2, 1, 3), (1, 0, 2), 0, (1, 2, 1), 2),
+    ConvSpec("conv_transpose3d", 2, 3, 0, (1, 0, 2)),
+    ConvSpec("conv_transpose2d", (3, 5), (2, 3), (1, 2), 0, (2, 1), 2),
+    ConvSpec("conv_transpose1d", 16, 8, 4),
+    ConvSpec("conv3d", (1, 3, 2), (2, 1, 2), (0, 2, 1), 0, (1, 2, 1)),
+    ConvSpec("conv2d", 3, 1, "same", groups=4),
+    ConvSpec("conv1d", 5, 3, 2, dilation=2),
+]
+
+Results = tuple[Tensor, ...]
+
+
+def case(spec: ConvSpec, dtype: torch.dtype = torch.float64) -> tuple[Reference, Results]:
+    """A reference, and (output, gradients of input, weight and bias) by torch."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    first, second = (4, 8 // spec.groups) if spec.transposed else (8, 4 // spec.groups)
+    x = draw(2, 4, *(9, 8, 11)[: spec.ndim]).requires_grad_()
+    weight = draw(first, second, *spec.kernel_size).requires_grad_()
+    bias = draw(8).requires_grad_()
+    arguments = {"stride": spec.stride, "padding": spec.padding, "dilation": spec.dilation}
+    arguments |= {"groups": spec.groups}
+    if spec.transposed:
+        arguments["output_padding"] = spec.output_padding
+    output = getattr(F, spec.op)(x, weight, bias, **arguments)
+    grad = draw(*output.shape)
+    reference = Reference(spec, x, weight, bias, grad)
+    return reference, (
+        output.detach(),
+        *torch.autograd.grad(output, (x, weight, bias), grad),
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_agrees_with_torch_in_float64(spec: ConvSpec) -> None:
+    reference, results = case(spec)
+    assert reference.errors(results).worst < 1e-13
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_float32_has_the_error_of_float32(spec: ConvSpec) -> None:
+    reference, results = case(spec, torch.float32)
+    assert 1e-9 < reference.errors(results).worst < 1e-5
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("spec", SPECS[:5:4], ids=lambda spec: spec.name)
+def test_catches_a_result_that_is_off_everywhere(spec: ConvSpec, which: int) -> None:
+    reference, results = case(spec)
+    wrong = [result * (1.01 if index == which else 1) for index, result in enumerate(results)]
+    errors = reference.errors(tuple(wrong))
+    found = (errors.output, errors.grad_input, errors.grad_weight, errors.grad_bias)
+    assert [error > 1e-3 for error in found] == [index == which for index in range(4)]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_catches_a_single_element_that_was_not_written(which: int) -> None:
+    reference, results = case(SPECS[0])
+    results[which].view(-1)[3] = math.nan
+    errors = reference.errors(results)
+    assert (errors.of("forward") == math.inf) == (which == 0)
+    assert (errors.of("backward") == math.inf) == (which > 0)
+
+
+def test_agreement_sees_one_wrong_element_of_whole_results() -> None:
+    a = torch.ones(5, 3)
+    b = a.clone()
+    assert agreement((a,), (b,)) == [0.0]
+    a[4, 2] = 3.0
+    assert agreement((a,), (b,)) == [pytest.approx(2 / math.sqrt(15))]
+    a[0, 0] = math.nan
+    assert agreement((a,), (b,)) == [math.inf]
