@@ -224,7 +224,7 @@ def _has_tensor_cores(device: torch.device) -> bool:
 def _load(backend: str) -> ctypes.CDLL:
     if INTERPRETED and backend == "cpu":
         # Compiles src/cuda as it is on disk, with convgen's interpreter.
-        from convgen.interpreted import open_package
+        from convgen.checking.interpreted import open_package
 
         _libraries[backend] = open_package(FOLDERS[0])
         _libraries[backend].convgen_error_string.restype = ctypes.c_char_p
