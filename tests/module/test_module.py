@@ -407,3 +407,36 @@ class TestPackage:
         )
         assert "cpu.so is missing" in done.stderr
         assert "run `convgen generate --kernel 3 --stride 2 --backend auto`" in done.stderr
+
+    def test_a_copy_with_a_broken_library_does_not_keep_a_good_one_from_being_used(
+        self, k3s2: ModuleType, tmp_path: Path
+    ) -> None:
+        import shutil
+        import subprocess
+
+        from convgen.specialize import export
+
+        assert k3s2.__file__ is not None
+        original = Path(k3s2.__file__).parent
+        for name in ("broken", "foreign", "absent", "good"):
+            export(original, tmp_path, name)
+        (tmp_path / "broken/lib/cpu.so").write_text("no library")
+        # A library that loads and has no kernels.
+        shutil.copyfile(torch._C.__file__, tmp_path / "foreign/lib/cpu.so")
+        shutil.rmtree(tmp_path / "absent/lib")
+        code = (
+            "import torch, broken, foreign, absent\n"
+            "x, w = torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 3, 3, 3)\n"
+            "try: broken.conv_transpose3d(x, w)\n"
+            "except RuntimeError as error: print(error)\n"
+            "import good\n"
+            "for copy in (broken, foreign, absent, good): print(copy.conv_transpose3d(x, w).sum())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        )
+        refused, *sums = done.stdout.splitlines()
+        assert "broken/lib/cpu.so cannot be loaded" in refused
+        assert "foreign/lib/cpu.so cannot be loaded" in refused
+        assert "run `convgen generate --kernel 3 --stride 2 --backend auto`" in refused
+        assert sums == ["tensor(27.)"] * 4
