@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_a8028a68"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_eb4ee44e"
 NAMESPACE += VARIANT
 
 

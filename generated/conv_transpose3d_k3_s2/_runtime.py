@@ -50,7 +50,7 @@ MATH_MODES = {"tf32", "tf32x3"}
 """Further CUDA kernels, on tensor cores: see :func:`_math_mode`."""
 
 FOLDERS = [Path(__file__).parent]
-"""Folders with a copy of this package; its kernels are loaded from the first that has them."""
+"""Folders with a copy of this package; its kernels are loaded from the first whose library loads."""
 
 _POINTERS = struct.Struct("6Q")  # ConvgenCall: coarse, fine, weight, bias, workspace, stream
 _NUMBERS = struct.Struct("10q")  # ConvgenCall: device, batch, channels, extents
@@ -230,19 +230,26 @@ def _load(backend: str) -> ctypes.CDLL:
         _libraries[backend].convgen_error_string.restype = ctypes.c_char_p
         return _libraries[backend]
     file = f"lib/{backend}.so"
-    path = next((folder / file for folder in FOLDERS if (folder / file).exists()), None)
-    if path is None:
+    refused = []
+    for folder in FOLDERS:
+        path = folder / file
+        if not os.path.exists(path):
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            library.convgen_error_string.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            # Another copy of the package may have a library that serves.
+            refused.append(f"{path} cannot be loaded ({error})")
+            continue
+        _libraries[backend] = library
+        return library
+    if not refused:
         raise RuntimeError(
             f"{FOLDERS[0] / file} is missing: {NAME} was not compiled for {backend} here; "
             f"run `{COMMAND} --backend auto`"
         )
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise RuntimeError(
-            f"{path} cannot be loaded ({error}): it was compiled for another kind of machine, "
-            f"or is damaged; run `{COMMAND} --backend auto`"
-        ) from error
-    library.convgen_error_string.restype = ctypes.c_char_p
-    _libraries[backend] = library
-    return library
+    raise RuntimeError(
+        f"{'; '.join(refused)}: it was compiled for another kind of machine, or is damaged; "
+        f"run `{COMMAND} --backend auto`"
+    )
