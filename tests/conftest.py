@@ -8,10 +8,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# Every test process has a pool of OpenMP threads for all cores. Threads that spin while they wait
+# take the cores from the other processes, and every wait lasts many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
 import convgen
+from convgen.building import toolchain
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -23,7 +28,10 @@ LAYERS: dict[str, dict[str, Any]] = {
     "conv2d": {"kernel_size": (2, 3), "padding": "same", "dilation": (1, 2), "groups": 2},
     "conv1d": {"kernel_size": 5, "stride": 3, "padding": 2},
 }
-"""One specification of each operator, which most tests use: compiling takes seconds."""
+"""One specification of each operator, which most tests use; in f32 and f64 compiled as for users."""
+
+UNOPTIMIZED = tuple("-O0" if flag == "-O3" else flag for flag in toolchain.CPP_FLAGS)
+"""For other specifications and dtypes: a sixth of the time, and tests are after the values."""
 
 ALL_DTYPES = ("f32", "f64", "f16", "bf16")
 
@@ -56,9 +64,18 @@ def _untuned() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of compiled packages; CONVGEN_TEST_CACHE keeps one between sessions."""
-    kept = os.environ.get("CONVGEN_TEST_CACHE")
-    return Path(kept) if kept else tmp_path_factory.mktemp("packages", numbered=False)
+    """The cache of compiled packages, one for all of pytest-xdist's processes.
+
+    CONVGEN_TEST_CACHE keeps one between sessions.
+    """
+    if kept := os.environ.get("CONVGEN_TEST_CACHE"):
+        return Path(kept)
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # Each process has a folder of its own in there.
+        session = session.parent
+    cache = session / "packages"
+    cache.mkdir(exist_ok=True)
+    return cache
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +86,8 @@ def package(session_cache: Path) -> Package:
         constants.setdefault("dtypes", ("f32", "f64"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+            if constants != {"dtypes": ("f32", "f64"), **LAYERS[op]}:
+                patch.setattr(toolchain, "CPP_FLAGS", UNOPTIMIZED)
             return convgen.specialize(op, backends=device, **constants)
 
     return build
