@@ -28,7 +28,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "conv2d": {"kernel_size": (2, 3), "padding": "same", "dilation": (1, 2), "groups": 2},
     "conv1d": {"kernel_size": 5, "stride": 3, "padding": 2},
 }
-"""One specification of each operator, which most tests use; in f32 and f64 compiled as for users."""
+"""One specification of each operator, for most tests; in f32 and f64 compiled as for users."""
 
 UNOPTIMIZED = tuple("-O0" if flag == "-O3" else flag for flag in toolchain.CPP_FLAGS)
 """For other specifications and dtypes: a sixth of the time, and tests are after the values."""
