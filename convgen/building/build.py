@@ -136,14 +136,16 @@ def ninja_file(name: str, libraries: Sequence[Library]) -> str:
             "",
             f"rule link_{rule}",
             f"  command = {_wrapped((*commands.link, '-o', '$out', '$in'))}"
-            + (f" {_quoted(commands.link_libraries)}" if commands.link_libraries else ""),
+            + (f" {_quoted(commands.link_libraries)}" if commands.link_libraries else "")
+            # What the package compares a library with before it loads it.
+            + " && sha256sum $out >$out.sha256",
             "  description = link $out",
             "",
         ]
         objects = [_object(source) for source in library.sources]
         for source, target in zip(library.sources, objects, strict=True):
             lines.append(f"build {target}: compile_{rule} {source}")
-        lines.append(f"build {library.path}: link_{rule} $")
+        lines.append(f"build {library.path} | {library.path}.sha256: link_{rule} $")
         lines.append("    " + " $\n    ".join(objects))
     return "\n".join(lines) + "\n"
 
@@ -299,7 +301,7 @@ def _failure(key: str, name: str, package: Path, status: int, log: str) -> str:
 def _failed_step(log: str) -> tuple[str, str, str]:
     """Target, command and output of the first step that failed; empty strings if none is named."""
     match = re.search(
-        r"^FAILED: (?:\[code=\d+\] )?(?P<target>\S+) *\n(?P<command>.*)\n"
+        r"^FAILED: (?:\[code=\d+\] )?(?P<target>\S+).*\n(?P<command>.*)\n"
         r"(?P<said>(?:(?!\[\d+/\d+\] |ninja: build stopped|FAILED: ).*\n?)*)",
         log,
         re.MULTILINE,

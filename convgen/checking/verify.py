@@ -324,7 +324,9 @@ def _generated(module: ModuleType, spec: ConvSpec, case: Case) -> Callable[..., 
     function: Callable[..., Tensor] = getattr(module, spec.op)
     if not spec.transposed:
         return function
-    return lambda input, weight, bias=None: function(input, weight, bias, case.output_padding)
+    return lambda input, weight, bias=None: function(
+        input, weight, bias, output_padding=case.output_padding
+    )
 
 
 def _reference(spec: ConvSpec, case: Case) -> Callable[..., Tensor]:

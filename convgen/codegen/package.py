@@ -141,7 +141,26 @@ def _plus(expression: str, constant: int) -> str:
 
 def _output_padding(spec: ConvSpec) -> dict[str, Any]:
     """Context of transposed convolutions: what bounds output_padding, exclusively."""
-    return {"limits": tuple(map(max, zip(spec.stride, spec.dilation, strict=True)))}
+    return {
+        "limits": tuple(map(max, zip(spec.stride, spec.dilation, strict=True))),
+        "paddings": [spec.padding],
+    }
+
+
+def _paddings(spec: ConvSpec) -> list[str]:
+    """Python expressions of what ``padding`` may be for a convolution: its own, then its equals."""
+    begin, end = spec.padding_begin, spec.padding_end
+    own = '"same"' if isinstance(spec.padding, str) else str(spec.padding)
+    equal = {own}
+    if begin == end:
+        equal.add(str(begin))
+    if not any(begin + end):
+        equal.add('"valid"')
+    if all(s == 1 for s in spec.stride):
+        same = dataclasses.replace(spec, padding="same")
+        if (same.padding_begin, same.padding_end) == (begin, end):
+            equal.add('"same"')
+    return sorted(equal, key=lambda padding: (padding != own, padding))
 
 
 def _padding(spec: ConvSpec) -> dict[str, Any]:
@@ -156,6 +175,13 @@ def _padding(spec: ConvSpec) -> dict[str, Any]:
     return {
         "span": tuple(
             d * (k - 1) + 1 for k, d in zip(spec.kernel_size, spec.dilation, strict=True)
+        ),
+        "paddings": _paddings(spec),
+        # As torch keeps them in its layer for torch.nn.functional.pad.
+        "repeated": tuple(
+            value
+            for pair in reversed(list(zip(spec.padding_begin, spec.padding_end, strict=True)))
+            for value in pair
         ),
         "pads": tuple(map(sum, zip(spec.padding_begin, spec.padding_end, strict=True))),
         # torch.nn.functional.pad takes (before, after) from the last dimension to the first.

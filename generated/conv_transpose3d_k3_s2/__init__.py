@@ -12,24 +12,33 @@ work as with torch's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from operator import index
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._operators import dgrad
-from ._runtime import BACKENDS
+from ._runtime import BACKENDS, NAME, check_memory
 
 __all__ = ["BACKENDS", "SPEC", "ConvTranspose3d", "conv_transpose3d"]
 
+KERNEL_SIZE = (3, 3, 3)
+STRIDE = (2, 2, 2)
+PADDING = (0, 0, 0)
+DILATION = (1, 1, 1)
+GROUPS = 1
+OUTPUT_PADDING = (0, 0, 0)
+
 SPEC: dict[str, Any] = {
     "op": "conv_transpose3d",
-    "kernel_size": (3, 3, 3),
-    "stride": (2, 2, 2),
-    "padding": (0, 0, 0),
-    "output_padding": (0, 0, 0),
-    "dilation": (1, 1, 1),
-    "groups": 1,
+    "kernel_size": KERNEL_SIZE,
+    "stride": STRIDE,
+    "padding": PADDING,
+    "output_padding": OUTPUT_PADDING,
+    "dilation": DILATION,
+    "groups": GROUPS,
     "in_channels": None,
     "out_channels": None,
 }
@@ -40,7 +49,11 @@ def conv_transpose3d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    output_padding: int | Sequence[int] = (0, 0, 0),
+    stride: int | Sequence[int] = STRIDE,
+    padding: int | Sequence[int] = PADDING,
+    output_padding: int | Sequence[int] = OUTPUT_PADDING,
+    groups: int = GROUPS,
+    dilation: int | Sequence[int] = DILATION,
 ) -> Tensor:
     """torch.nn.functional.conv_transpose3d with the constants of `SPEC`.
 
@@ -48,25 +61,35 @@ def conv_transpose3d(
         input: (N, C_in, D, H, W) or (C_in, D, H, W), of any strides.
         weight: (C_in, C_out, KD, KH, KW), KD, KH, KW = 3, 3, 3.
         bias: (C_out,).
+        stride, padding, dilation, groups: those of `SPEC`, if given.
         output_padding: extends the output at its ends, by less than stride or dilation.
 
     Returns:
         (N, C_out, D, H, W) or (C_out, D, H, W), contiguous.
 
     Raises:
+        ValueError: where a constant is not that of `SPEC`.
         RuntimeError: as torch does, for shapes, dtypes or devices that do not fit; and for
             devices or dtypes without generated kernels.
     """
+    if (
+        stride is not STRIDE
+        or padding is not PADDING
+        or dilation is not DILATION
+        or groups is not GROUPS
+    ):
+        _check(stride=stride, padding=padding, dilation=dilation, groups=groups)
     if input.dim() != 5:
         if input.dim() == 4:
-            return conv_transpose3d(input.unsqueeze(0), weight, bias, output_padding).squeeze(0)
+            batch = input.unsqueeze(0)
+            return conv_transpose3d(batch, weight, bias, output_padding=output_padding).squeeze(0)
         raise RuntimeError(
             "Expected 4D (unbatched) or 5D (batched) input to conv_transpose3d, "
             f"but got input of size: {list(input.shape)}"
         )
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
-    if output_padding != (0, 0, 0):
+    if type(output_padding) is not tuple or output_padding != OUTPUT_PADDING:
         output_padding = _check_output_padding(output_padding)
     # (extent - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + output_padding + 1
     _, _, depth, height, width = input.shape
@@ -82,44 +105,126 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
     """torch.nn.ConvTranspose3d with the constants of `SPEC`.
 
     Parameters, their names and initialization, state_dict, attributes and `forward` are those of
-    torch's layer.
+    torch's layer, and so are the constructor's arguments. Constants may be left out; another value
+    than that of `SPEC` raises ValueError, in the constructor or, where an attribute is changed, at
+    the next call. `output_padding` is free.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
+        kernel_size: int | tuple[int, ...] = KERNEL_SIZE,
+        stride: int | tuple[int, ...] = STRIDE,
+        padding: int | tuple[int, ...] = PADDING,
+        output_padding: int | tuple[int, ...] = OUTPUT_PADDING,
+        groups: int = GROUPS,
         bias: bool = True,
+        dilation: int | tuple[int, ...] = DILATION,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check(
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
         super().__init__(
             in_channels,
             out_channels,
-            kernel_size=(3, 3, 3),
-            stride=(2, 2, 2),
-            padding=(0, 0, 0),
-            output_padding=(0, 0, 0),
-            dilation=(1, 1, 1),
-            groups=1,
-            bias=bias,
-            device=device,
-            dtype=dtype,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
         )
 
+    _convolve = staticmethod(conv_transpose3d)
+    """What the layer calls; an instance with an attribute that is not `SPEC`'s has `_refuse`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _ALLOWED:
+            self._compare()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compare()
+
+    def _compare(self) -> None:
+        """Lets the next call raise if an attribute is not the constant; other calls pay nothing."""
+        self.__dict__.pop("_convolve", None)
+        try:
+            _check(**{name: self.__dict__[name] for name in _ALLOWED if name in self.__dict__})
+        except ValueError as error:
+            self.__dict__["_convolve"] = partial(_refuse, str(error))
+
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        output_padding: Sequence[int] = (0, 0, 0)
+        output_padding: Sequence[int] = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(
                 input,
                 list(output_size),
-                [2, 2, 2],
-                [0, 0, 0],
-                [3, 3, 3],
+                list(STRIDE),
+                list(PADDING),
+                list(KERNEL_SIZE),
                 3,
-                [1, 1, 1],
+                list(DILATION),
             )
-        return conv_transpose3d(input, self.weight, self.bias, output_padding)
+        return self._convolve(input, self.weight, self.bias, output_padding=output_padding)
+
+
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "kernel_size": (KERNEL_SIZE,),
+    "stride": (STRIDE,),
+    "padding": ((0, 0, 0),),
+    "dilation": (DILATION,),
+    "groups": (GROUPS,),
+    "padding_mode": ("zeros",),
+}
+"""The values of each attribute that mean what is generated, the canonical one first."""
+
+
+def _check(**values: Any) -> None:
+    """Raises ValueError, which names the constant, unless all values are those of `SPEC`."""
+    for name, value in values.items():
+        if _canonical(name, value) not in _ALLOWED[name]:
+            raise ValueError(
+                f"{name} must be {_ALLOWED[name][0]!r}, as generated, not {value!r}: "
+                f"{NAME} has kernels for nothing else"
+            )
+
+
+def _canonical(name: str, value: Any) -> Any:
+    """One int per dimension, or one, as torch takes them; None for what is none of these."""
+    if isinstance(value, str):
+        return value
+    try:
+        values = tuple(value)
+    except TypeError:
+        values = (value,)
+    if any(isinstance(each, bool) for each in values):
+        return None
+    try:
+        values = tuple(map(index, values))
+    except TypeError:
+        return None
+    if name == "groups":
+        return values[0] if len(values) == 1 else None
+    return values * 3 if len(values) == 1 else values
+
+
+def _refuse(why: str, *_: Any, **__: Any) -> Tensor:
+    """Stands in for `conv_transpose3d` in a layer with other constants."""
+    raise ValueError(why)
 
 
 def _autocast(
@@ -132,6 +237,7 @@ def _autocast(
 
     def cast(tensor: Tensor) -> Tensor:
         eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+        check_memory(tensor)
         return tensor.to(dtype) if eligible else tensor
 
     return cast(input), cast(weight), None if bias is None else cast(bias)
@@ -139,7 +245,13 @@ def _autocast(
 
 def _check_output_padding(output_padding: int | Sequence[int]) -> Sequence[int]:
     """One value per dimension, each smaller than stride or dilation."""
-    values = [output_padding] if isinstance(output_padding, int) else list(output_padding)
+    given = output_padding if isinstance(output_padding, Sequence) else [output_padding]
+    try:
+        values = list(map(index, given))
+    except TypeError:
+        raise TypeError(
+            f"conv_transpose3d(): output_padding must be an int or 3, not {output_padding!r}"
+        ) from None
     if len(values) == 1:
         values *= 3
     if len(values) != 3:
@@ -155,4 +267,4 @@ def _check_output_padding(output_padding: int | Sequence[int]) -> Sequence[int]:
             "output padding must be smaller than either stride or dilation, but got "
             f"output_padding {values} for stride [2, 2, 2] and dilation [1, 1, 1]"
         )
-    return values
+    return tuple(values)

@@ -9,12 +9,22 @@ What they compute, and of what, is said in _operators.py, which makes torch oper
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._runtime import INTERPRETED, NAME, Launch, check_generated, fp32_precision, prepare
+from ._runtime import (
+    INTERPRETED,
+    NAME,
+    Launch,
+    check_generated,
+    check_memory,
+    contiguous,
+    fp32_precision,
+    prepare,
+)
 
 KERNEL_SIZE = (3, 3, 3)
 
@@ -26,8 +36,10 @@ def fprop_shape(
     fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> tuple[int, ...]:
     _check_operands(fine, weight, bias)
+    _check_size(size)
     _check_channels(fine, weight, weight.shape[1])
     _check_bias(bias, weight, weight.shape[0])
+    _check_not_negative(size)
     return (fine.shape[0], weight.shape[0], *size)
 
 
@@ -35,9 +47,11 @@ def dgrad_shape(
     coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> tuple[int, ...]:
     _check_operands(coarse, weight, bias)
+    _check_size(size)
     _check_channels(coarse, weight, weight.shape[0])
     _check_bias(bias, weight, weight.shape[1])
-    if any(extent < 1 for extent in size):
+    # An empty batch may have empty extents, as with torch.
+    if any(extent < 1 for extent in size) and (coarse.shape[0] != 0 or min(size) < 0):
         raise RuntimeError(
             f"Given input size per channel: {_by(coarse.shape[2:])}. "
             f"Calculated output size per channel: {_by(size)}. Output size is too small"
@@ -56,6 +70,8 @@ def wgrad_shape(coarse: Tensor, fine: Tensor) -> tuple[int, ...]:
 
 def bgrad_shape(grad: Tensor) -> tuple[int, ...]:
     _check_kind(grad=grad)
+    if grad.dim() != 5:
+        raise RuntimeError(f"{NAME} takes 5 dimensions, but got size {list(grad.shape)}")
     return (grad.shape[1],)
 
 
@@ -73,11 +89,21 @@ def _check_operands(operand: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             f"{NAME} takes an input of 5 dimensions and a weight with kernel size {KERNEL_SIZE}, "
             f"but got input of size {list(operand.shape)} and weight of size {list(weight.shape)}"
         )
-    if 0 in operand.shape[2:]:
+    if 0 in operand.shape[2:] and operand.shape[0] != 0:
         raise RuntimeError(
             "Only zero batch or zero channel inputs are supported, "
             f"but got input shape: {list(operand.shape)}"
         )
+
+
+def _check_size(size: Sequence[int]) -> None:
+    if len(size) != 3 or not all(isinstance(extent, int | torch.SymInt) for extent in size):
+        raise RuntimeError(f"{NAME}: the extents of a result are 3 ints, not {list(size)}")
+
+
+def _check_not_negative(size: Sequence[int]) -> None:
+    if any(extent < 0 for extent in size):
+        raise RuntimeError(f"{NAME}: a result cannot have negative extents: {list(size)}")
 
 
 def _check_kind(**tensors: Tensor) -> None:
@@ -132,12 +158,14 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
         shape = fprop_shape(fine, weight, bias, size)
         plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape)
     shape, launch = plan
-    coarse = fine.new_empty(*shape)
+    coarse = fine.new_empty(size=shape)
     if launch is None:
         return _bias_alone(coarse, bias)
-    launch.run(
-        coarse, fine.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    )
+    if not (fine.is_contiguous() and weight.is_contiguous()):
+        fine, weight = contiguous(fine), contiguous(weight)
+    if bias is not None and not bias.is_contiguous():
+        bias = contiguous(bias)
+    launch.run(coarse, fine, weight, bias)
     return coarse
 
 
@@ -149,12 +177,14 @@ def dgrad_kernel(
         shape = dgrad_shape(coarse, weight, bias, size)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape)
     shape, launch = plan
-    fine = coarse.new_empty(*shape)
+    fine = coarse.new_empty(size=shape)
     if launch is None:
         return _bias_alone(fine, bias)
-    launch.run(
-        coarse.contiguous(), fine, weight.contiguous(), None if bias is None else bias.contiguous()
-    )
+    if not (coarse.is_contiguous() and weight.is_contiguous()):
+        coarse, weight = contiguous(coarse), contiguous(weight)
+    if bias is not None and not bias.is_contiguous():
+        bias = contiguous(bias)
+    launch.run(coarse, fine, weight, bias)
     return fine
 
 
@@ -164,10 +194,12 @@ def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
         shape = wgrad_shape(coarse, fine)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
     shape, launch = plan
-    weight = coarse.new_empty(*shape)
+    weight = coarse.new_empty(size=shape)
     if launch is None:
         return weight.zero_()
-    launch.run(coarse.contiguous(), fine.contiguous(), weight, None)
+    if not (coarse.is_contiguous() and fine.is_contiguous()):
+        coarse, fine = contiguous(coarse), contiguous(fine)
+    launch.run(coarse, fine, weight, None)
     return weight
 
 
@@ -177,10 +209,10 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
         shape = bgrad_shape(grad)
         plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape)
     shape, launch = plan
-    bias = grad.new_empty(*shape)
+    bias = grad.new_empty(size=shape)
     if launch is None:
         return bias.zero_()
-    launch.run(grad.contiguous(), None, None, bias)
+    launch.run(grad if grad.is_contiguous() else contiguous(grad), None, None, bias)
     return bias
 
 
@@ -192,10 +224,13 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
         shape = wgrad_shape(coarse, fine)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
     shape, launch = plan
-    weight, bias = coarse.new_empty(*shape), coarse.new_empty(fine.shape[1])
+    weight = coarse.new_empty(size=shape)
+    bias = coarse.new_empty(size=(fine.shape[1],))
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
-    launch.run(coarse.contiguous(), fine.contiguous(), weight, bias)
+    if not (coarse.is_contiguous() and fine.is_contiguous()):
+        coarse, fine = contiguous(coarse), contiguous(fine)
+    launch.run(coarse, fine, weight, bias)
     return weight, bias
 
 
@@ -231,6 +266,9 @@ def _remember(
     coarse: Sequence[int],
     fine: Sequence[int],
 ) -> _Plan:
+    for extents in (coarse, fine):
+        if prod(extents) >= 1 << 63:  # not in a C struct either
+            raise RuntimeError(f"{NAME}: size {list(extents)} has more elements than a tensor can")
     launch = None
     if 0 not in coarse and 0 not in fine:
         launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1])
@@ -241,4 +279,5 @@ def _remember(
 
 
 def _bias_alone(result: Tensor, bias: Tensor | None) -> Tensor:
+    check_memory(bias)
     return result.zero_() if bias is None else result.copy_(bias.view(-1, 1, 1, 1))

@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_eb4ee44e"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_64e6960b"
 NAMESPACE += VARIANT
 
 
@@ -236,7 +236,7 @@ def below_autograd(
 ) -> Any:
     """Goes on below the Autograd key, or straight to the kernel if nothing else is there."""
     if keyset.raw_repr() in _PLAIN:
-        return kernel(*inputs)
+        return kernel(*without_subclasses(inputs))
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
@@ -249,10 +249,27 @@ def forward(
     Outer levels of torch.func (the outer one of two gradients) need them on. There is no keyset
     where the dispatcher was not asked.
     """
-    if keyset is None or keyset.raw_repr() in _PLAIN:
+    if keyset is None:
         return kernel(*inputs)
+    if keyset.raw_repr() in _PLAIN:
+        return kernel(*without_subclasses(inputs))
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return below_autograd(operator, kernel, keyset, *inputs)
+
+
+def without_subclasses(inputs: tuple[Any, ...]) -> list[Any]:
+    """The same memory as torch's own tensors.
+
+    A subclass may override any method that a kernel calls, or carry what the results of such calls
+    do not have. The dispatcher gives results their class.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return [
+            Tensor.as_subclass(value, Tensor)
+            if isinstance(value, Tensor) and type(value) not in _TENSORS
+            else value
+            for value in inputs
+        ]
 
 
 _TENSORS = {Tensor, Parameter}
@@ -333,7 +350,7 @@ def _define(
     register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     library.impl(name, autograd, "Autograd", with_keyset=True)
     for key in ("CPU", "CUDA"):
-        library.impl(name, kernel, key)
+        library.impl(name, lambda *inputs: kernel(*without_subclasses(inputs)), key)
     return call
 
 

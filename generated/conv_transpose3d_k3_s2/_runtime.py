@@ -10,6 +10,7 @@ here. Nothing is loaded before the first tensor of a device type arrives.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import struct
 import threading
@@ -22,6 +23,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 NAME = "conv_transpose3d_k3_s2"
 COMMAND = "convgen generate --kernel 3 --stride 2"
@@ -75,6 +77,38 @@ def check_generated(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+_LEAST_ADDRESS = 1 << 40
+"""Below it, an address is looked at more closely: see :func:`check_memory`."""
+
+
+def check_memory(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError where the storage of a tensor was freed, resized to 0 as FSDP does.
+
+    The address of such a tensor is its offset in the storage, in bytes: 0, or a small number.
+    Operators of torch would read there.
+    """
+    if is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        try:
+            freed = not tensor.untyped_storage().nbytes() and tensor.numel()
+        except (NotImplementedError, RuntimeError):  # what has no storage: torch.func wraps it
+            continue
+        if freed:
+            raise RuntimeError(
+                f"{NAME}: the storage of a tensor of size {list(tensor.shape)} was freed: "
+                "its elements are not in memory"
+            )
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """A contiguous copy of a tensor that is not; torch's own copy would read freed memory."""
+    check_memory(tensor)
+    return tensor.contiguous()
+
+
 _KEPT_BYTES = 1 << 20
 
 
@@ -118,8 +152,19 @@ class Launch:
         """Runs on contiguous tensors, one of which is the result, on the current stream.
 
         Raises:
-            RuntimeError: where CUDA or the kernel refuses the call.
+            RuntimeError: where CUDA or the kernel refuses the call, or an operand was freed.
         """
+        coarse_address = coarse.data_ptr()
+        fine_address = 0 if fine is None else fine.data_ptr()
+        weight_address = 0 if weight is None else weight.data_ptr()
+        bias_address = 0 if bias is None else bias.data_ptr()
+        if (
+            coarse_address < _LEAST_ADDRESS
+            or (fine_address < _LEAST_ADDRESS and fine is not None)
+            or (weight_address < _LEAST_ADDRESS and weight is not None)
+            or (bias_address < _LEAST_ADDRESS and bias is not None)
+        ):
+            check_memory(coarse, fine, weight, bias)
         stream = workspace = 0
         if self.gpu is not None:
             stream = torch._C._cuda_getCurrentRawStream(self.gpu)
@@ -128,13 +173,13 @@ class Launch:
         elif self.workspace_bytes:
             # Aligned to 256 bytes. The caching allocator gives the memory to later work of the
             # same stream only, so that it may be released before the kernel has run.
-            scratch = coarse.new_empty(self.workspace_bytes + 255, dtype=torch.uint8)
+            scratch = coarse.new_empty(size=(self.workspace_bytes + 255,), dtype=torch.uint8)
             workspace = (scratch.data_ptr() + 255) & -256
         pointers = _POINTERS.pack(
-            coarse.data_ptr(),
-            0 if fine is None else fine.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            coarse_address,
+            fine_address,
+            weight_address,
+            bias_address,
             workspace,
             stream,
         )
@@ -233,9 +278,10 @@ def _load(backend: str) -> ctypes.CDLL:
     refused = []
     for folder in FOLDERS:
         path = folder / file
-        if not os.path.exists(path):
+        if not path.is_file():
             continue
         try:
+            _check_digest(path)
             library = ctypes.CDLL(str(path))
             library.convgen_error_string.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
@@ -253,3 +299,19 @@ def _load(backend: str) -> ctypes.CDLL:
         f"{'; '.join(refused)}: it was compiled for another kind of machine, or is damaged; "
         f"run `{COMMAND} --backend auto`"
     )
+
+
+def _check_digest(path: Path) -> None:
+    """Raises OSError unless a library is what was linked: one cut short would end the process.
+
+    Its SHA-256 is in a file beside it, which build.ninja writes as sha256sum does.
+    """
+    beside = path.with_name(f"{path.name}.sha256")
+    if not beside.is_file():
+        raise OSError(f"{beside.name} is missing beside it")
+    with path.open("rb") as library, beside.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := library.read(1 << 20):
+            digest.update(block)
+        if file.read(64) != digest.hexdigest().encode():
+            raise OSError(f"its {path.stat().st_size} bytes are not those that were linked")

@@ -142,7 +142,7 @@ class TestPublishing:
     def test_publishes_sources_and_library_and_nothing_else(self, library: Library) -> None:
         package = build("package", FILES, [library])
         found = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
-        assert found == {*FILES, "build.ninja", "lib/cpu.so"}
+        assert found == {*FILES, "build.ninja", "lib/cpu.so", "lib/cpu.so.sha256"}
         assert {name: (package / name).read_text() for name in FILES} == FILES
 
     def test_compiles_once(

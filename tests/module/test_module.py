@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import pickle
 import re
@@ -197,7 +198,9 @@ class TestFunction:
     def test_output_padding(self, k3s2: ModuleType, output_padding: Any) -> None:
         x, w, b = torch.randn(1, 2, 3, 4, 5), torch.randn(2, 3, 3, 3, 3), torch.randn(3)
         expected = F.conv_transpose3d(x, w, b, 2, 0, output_padding)
-        torch.testing.assert_close(k3s2.conv_transpose3d(x, w, b, output_padding), expected)
+        torch.testing.assert_close(
+            k3s2.conv_transpose3d(x, w, b, output_padding=output_padding), expected
+        )
 
     @pytest.mark.parametrize("output_padding", [2, -1, (1, 1), (0, 2, 0)])
     def test_refuses_output_padding_that_torch_refuses(
@@ -207,7 +210,7 @@ class TestFunction:
         with pytest.raises(RuntimeError) as expected:
             F.conv_transpose3d(x, w, None, 2, 0, output_padding)
         with pytest.raises(RuntimeError) as error:
-            k3s2.conv_transpose3d(x, w, None, output_padding)
+            k3s2.conv_transpose3d(x, w, None, 2, 0, output_padding)
         assert str(error.value).split(" output_padding")[0].split(", but")[0] in str(expected.value)
 
     def test_takes_any_strides_and_offsets(self, package: Package, device: str) -> None:
@@ -422,7 +425,10 @@ class TestPackage:
             export(original, tmp_path, name)
         (tmp_path / "broken/lib/cpu.so").write_text("no library")
         # A library that loads and has no kernels.
-        shutil.copyfile(torch._C.__file__, tmp_path / "foreign/lib/cpu.so")
+        foreign = tmp_path / "foreign/lib/cpu.so"
+        shutil.copyfile(torch._C.__file__, foreign)
+        digest = hashlib.sha256(foreign.read_bytes()).hexdigest()
+        foreign.with_name("cpu.so.sha256").write_text(f"{digest}  lib/cpu.so\n")
         shutil.rmtree(tmp_path / "absent/lib")
         code = (
             "import torch, broken, foreign, absent\n"
