@@ -84,8 +84,8 @@ class TestText:
         words = {
             "def _check_output_padding": spec.transposed,
             "output_size": spec.transposed,
-            "padding_mode": not spec.transposed,
-            "GROUPS": spec.groups > 1,
+            "self.padding_mode": not spec.transposed,
+            "% GROUPS": spec.groups > 1,
             "LEADING": spec.ndim < 3,
             "COARSE_CHANNELS": spec.geometry.coarse_channels is not None,
             "FINE_CHANNELS": spec.geometry.fine_channels is not None,

@@ -90,7 +90,9 @@ class TestCompile:
             return graph
 
         function = torch.compile(module.conv_transpose3d, fullgraph=True, backend=backend)
-        function(torch.randn(1, 2, 3, 3, 3), torch.randn(2, 2, 3, 3, 3), None, (1, 0, 1))
+        function(
+            torch.randn(1, 2, 3, 3, 3), torch.randn(2, 2, 3, 3, 3), None, output_padding=(1, 0, 1)
+        )
         function(torch.randn(2, 3, 3, 3), torch.randn(2, 2, 3, 3, 3))  # unbatched
         assert sum("dgrad" in str(target) for target in seen) == 2
         assert not any("convolution" in str(target) for target in seen)
