@@ -40,7 +40,7 @@ from torch._C._autograd import _profiler_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_dynamo_compiling
-from torch.library import Library, register_fake
+from torch.library import Library, register_fake, register_vmap
 from torch.nn import Parameter
 
 from ._kernels import (
@@ -57,7 +57,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_64e6960b"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_d275c402"
 NAMESPACE += VARIANT
 
 
@@ -311,6 +311,37 @@ def _has_tangent(value: Any) -> bool:
     return forward_ad.unpack_dual(value).tangent is not None
 
 
+def _batching_rule(operator: Any) -> Callable[..., Any]:
+    """What torch.func.vmap does with an operator."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        batched = [isinstance(dim, int) for dim in in_dims]
+        operands = [
+            value.movedim(dim, 0) if moves else value
+            for value, dim, moves in zip(inputs, in_dims, batched, strict=True)
+        ]
+        if len(inputs) == 4 and batched == [True, False, False, False]:
+            # fprop and dgrad have a batch of their own, which takes another one in.
+            first, *others = operands
+            result = operator(first.flatten(0, 1), *others)
+            return result.reshape(*first.shape[:2], *result.shape[1:]), 0
+
+        def example(index: int) -> tuple[Tensor, ...]:
+            # Sums of no examples have the shape of one, and derivatives.
+            chosen = (
+                (value[index] if info.batch_size else value.sum(0)) if moves else value
+                for value, moves in zip(operands, batched, strict=True)
+            )
+            result = operator(*chosen)
+            return result if isinstance(result, tuple) else (result,)
+
+        examples = [example(index) for index in range(max(info.batch_size, 1))]
+        stacks = [torch.stack(each)[: info.batch_size] for each in zip(*examples, strict=True)]
+        return (tuple(stacks), (0,) * len(stacks)) if len(stacks) > 1 else (stacks[0], 0)
+
+    return rule
+
+
 def _define(
     library: Library,
     schema: str,
@@ -348,6 +379,7 @@ def _define(
         return kernel(*inputs)
 
     register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    register_vmap(f"{NAMESPACE}::{name}", _batching_rule(operator), lib=library)
     library.impl(name, autograd, "Autograd", with_keyset=True)
     for key in ("CPU", "CUDA"):
         library.impl(name, lambda *inputs: kernel(*without_subclasses(inputs)), key)

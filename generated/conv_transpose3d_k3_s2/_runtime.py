@@ -90,11 +90,11 @@ def check_memory(*tensors: Tensor | None) -> None:
     if is_compiling():
         return
     for tensor in tensors:
-        if tensor is None:
-            continue
+        if tensor is None or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            continue  # a wrapper's memory is that of what it wraps
         try:
             freed = not tensor.untyped_storage().nbytes() and tensor.numel()
-        except (NotImplementedError, RuntimeError):  # what has no storage: torch.func wraps it
+        except (NotImplementedError, RuntimeError):  # so does torch.func wrap
             continue
         if freed:
             raise RuntimeError(
