@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convgen.codegen.package import class_name
+from convgen.codegen.package import PYTHON, class_name
 from convgen.spec import ConvSpec
 from convgen.spec.taps import dgrad_phases
 
 METADATA = "spec.json"
 
 _WRITTEN = {
-    *(METADATA, "__init__.py", "_operators.py", "_kernels.py", "_runtime.py", "py.typed"),
-    *("src", "lib"),
+    *(METADATA, *PYTHON, "py.typed", "src", "lib"),
     # Of ninja, run in the module by its user, and of Python.
     *("build.ninja", "obj", ".ninja_log", ".ninja_deps", ".ninja_lock", "__pycache__"),
 }

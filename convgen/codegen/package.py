@@ -22,6 +22,9 @@ from convgen.spec.dtypes import DTYPES, MODES
 
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
+PYTHON = ("__init__.py", "_operators.py", "_integration.py", "_kernels.py", "_runtime.py")
+"""The modules of a package, each with a template of its own."""
+
 _DIGEST = "@DIGEST@"
 """Stands for the digest of a package until all of its files are known."""
 
@@ -32,9 +35,8 @@ def render_package(
     """The Python side of a package: ``{path in the package: text}``.
 
     ``plans`` gives the kernels of each backend and ``kernels`` the text of their files, as
-    :func:`convgen.codegen.render.render_kernels` returns them. The files are ``__init__.py``,
-    ``_operators.py``, ``_kernels.py``, ``_runtime.py``, ``py.typed`` and ``spec.json``, a function
-    of the arguments and of convgen's version alone.
+    :func:`convgen.codegen.render.render_kernels` returns them. The files are :data:`PYTHON`,
+    ``py.typed`` and ``spec.json``, a function of the arguments and of convgen's version alone.
     """
     description = describe(spec, plans)
     text = json.dumps(description, indent=2) + "\n"
@@ -52,18 +54,11 @@ def render_package(
         and bool(description["backends"].get("cuda", {}).get("math_modes"))
         and lattice_of(spec.geometry, "wgrad") is not None,
         "axes": _AXES[spec.ndim],
-        "extents": _extents(spec),
         "class_name": class_name(spec.op),
     }
     context |= _output_padding(spec) if spec.transposed else _padding(spec)
-    files = {
-        "__init__.py": render_template("module/__init__.py.j2", context),
-        "_operators.py": render_template("module/_operators.py.j2", context),
-        "_kernels.py": render_template("module/_kernels.py.j2", context),
-        "_runtime.py": render_template("module/_runtime.py.j2", context),
-        "py.typed": "",
-        "spec.json": text,
-    }
+    files = {name: render_template(f"module/{name}.j2", context) for name in PYTHON}
+    files |= {"py.typed": "", "spec.json": text}
     # Names of torch operators are global to a process: two packages may share them only if they
     # are the same.
     everything = json.dumps({**kernels, **files}, sort_keys=True)
@@ -112,15 +107,17 @@ def _lines(command: str) -> list[str]:
 
 
 def _extents(spec: ConvSpec) -> list[str]:
-    """A Python expression per axis for the output's extent, over the names of ``_AXES``."""
+    """A Python expression per axis for the output's extent, over the names of ``_AXES``.
+
+    Without the output padding, for transposed convolutions.
+    """
     plain = dataclasses.replace(spec, output_padding=(0,) * spec.ndim)
     expressions = []
     for axis, name in enumerate(_AXES[spec.ndim]):
         stride = spec.stride[axis]
         if spec.transposed:
             constant = plain.output_extents((0,) * spec.ndim)[axis]
-            scaled = name if stride == 1 else f"{name} * {stride}"
-            expressions.append(f"{_plus(scaled, constant)} + output_padding[{axis}]")
+            expressions.append(_plus(name if stride == 1 else f"{name} * {stride}", constant))
             continue
         pads = spec.padding_begin[axis] + spec.padding_end[axis]
         constant = pads - spec.dilation[axis] * (spec.kernel_size[axis] - 1)
@@ -140,10 +137,13 @@ def _plus(expression: str, constant: int) -> str:
 
 
 def _output_padding(spec: ConvSpec) -> dict[str, Any]:
-    """Context of transposed convolutions: what bounds output_padding, exclusively."""
+    """Context of transposed convolutions: what bounds output_padding, exclusively, and extents."""
+    smallest = _extents(spec)
     return {
         "limits": tuple(map(max, zip(spec.stride, spec.dilation, strict=True))),
         "paddings": [spec.padding],
+        "smallest": smallest,
+        "extents": [f"{extent} + output_padding[{axis}]" for axis, extent in enumerate(smallest)],
     }
 
 
@@ -173,6 +173,7 @@ def _padding(spec: ConvSpec) -> dict[str, Any]:
     shift = [-(-b // s) for b, s in zip(spec.padding_begin, spec.stride, strict=True)]
     prepended = [m * s - b for m, s, b in zip(shift, spec.stride, spec.padding_begin, strict=True)]
     return {
+        "extents": _extents(spec),
         "span": tuple(
             d * (k - 1) + 1 for k, d in zip(spec.kernel_size, spec.dilation, strict=True)
         ),

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from convgen.codegen.package import class_name, render_package
+from convgen.codegen.package import PYTHON, class_name, render_package
 from convgen.codegen.render import render_kernels
 from convgen.spec import OPERATORS, ConvSpec
-
-PYTHON = ("__init__.py", "_operators.py", "_kernels.py", "_runtime.py")
 
 SPECS = [
     ConvSpec.make(kernel_size=3, stride=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ALL_DTYPES, Package
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
@@ -102,6 +104,23 @@ class TestCompile:
         compiled = torch.compile(module.conv_transpose3d, backend="eager")
         with pytest.raises(RuntimeError, match="to have 4 channels"):
             compiled(torch.randn(1, 3, 3, 3, 3), torch.randn(4, 2, 3, 3, 3))
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_backward_writes_the_incoming_gradient_once(
+        self, package: Package, memory_format: torch.memory_format
+    ) -> None:
+        """One buffer serves the gradients of input, weight and bias, and is what these read."""
+        layer = package("conv2d", kernel_size=3, stride=2, padding=1).Conv2d(2, 3)
+        x = torch.randn(2, 2, 21, 13, requires_grad=True)
+        gradient = torch.randn(2, 3, 11, 7).to(memory_format=memory_format)
+
+        def backward() -> None:
+            compiled = torch.compile(lambda x: layer(x).relu() * 2, fullgraph=True)
+            compiled(x).backward(gradient)
+
+        _, (_, code) = run_and_get_code(backward)
+        written = re.findall(r"empty_strided_cpu\(\(2, 3, 11, 7\), \((.*?)\)", code)
+        assert written == ["231, 77, 7, 1"]
 
     def test_make_fx_traces_gradients(self, package: Package) -> None:
         module = package("conv1d", kernel_size=5, stride=3, padding=2)
