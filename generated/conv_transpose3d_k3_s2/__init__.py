@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._operators import dgrad
+from ._integration import by_others, count_as_torch
+from ._operators import dgrad, dgrad_op, dgrad_plain, is_plain
 from ._runtime import BACKENDS, NAME, check_memory
 
 __all__ = ["BACKENDS", "SPEC", "ConvTranspose3d", "conv_transpose3d"]
@@ -79,6 +80,10 @@ def conv_transpose3d(
         or groups is not GROUPS
     ):
         _check(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    if not (plain := is_plain((input, weight, bias))):
+        result = by_others(conv_transpose3d, input, weight, bias, output_padding)
+        if result is not None:
+            return result
     if input.dim() != 5:
         if input.dim() == 4:
             batch = input.unsqueeze(0)
@@ -98,7 +103,7 @@ def conv_transpose3d(
         height * 2 + 1 + output_padding[1],
         width * 2 + 1 + output_padding[2],
     )
-    return dgrad(input, weight, bias, size)
+    return (dgrad_plain if plain else dgrad)(input, weight, bias, size)
 
 
 class ConvTranspose3d(torch.nn.ConvTranspose3d):
@@ -146,6 +151,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
             device,
             dtype,
         )
+        count_as_torch(ConvTranspose3d, dgrad_op.overloadpacket)
 
     _convolve = staticmethod(conv_transpose3d)
     """What the layer calls; an instance with an attribute that is not `SPEC`'s has `_refuse`."""

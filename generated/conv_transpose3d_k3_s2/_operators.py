@@ -43,6 +43,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.library import Library, register_fake, register_vmap
 from torch.nn import Parameter
 
+from ._integration import register, register_shardings
 from ._kernels import (
     bgrad_kernel,
     bgrad_shape,
@@ -55,9 +56,9 @@ from ._kernels import (
     wgrad_kernel,
     wgrad_shape,
 )
-from ._runtime import FOLDERS, VARIANT
+from ._runtime import FOLDERS, VARIANT, contiguous
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_d275c402"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_1d9452e1"
 NAMESPACE += VARIANT
 
 
@@ -96,6 +97,7 @@ class Fprop(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         fine, weight = ctx.saved_tensors
+        grad = grad if grad.is_contiguous() else contiguous(grad)  # one copy for all that read it
         needs_fine, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
             dgrad(grad, weight, None, ctx.extents) if needs_fine else None,
@@ -134,6 +136,7 @@ class Dgrad(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coarse, weight = ctx.saved_tensors
+        grad = grad if grad.is_contiguous() else contiguous(grad)  # one copy for all that read it
         needs_coarse, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if needs_weight and needs_bias:
             grad_coarse = fprop(grad, weight, None, ctx.extents) if needs_coarse else None
@@ -348,9 +351,15 @@ def _define(
     shape: Callable[..., tuple[Any, ...]],
     kernel: Callable[..., Any],
     function: type[Function],
-) -> Callable[..., Any]:
-    """Registers an operator, and returns a function that calls it, or does the same sooner."""
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Registers an operator.
+
+    Returns a function that calls it, or does the same sooner, and one for calls of which `is_plain`
+    is known.
+    """
+    # Any strides are taken, those that Inductor likes best too. If it had to keep eager's, it would
+    # write a gradient once for each operator that reads it.
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     name = schema.partition("(")[0]
     operator = getattr(_namespace, name).default
     apply = super(Function, function).apply  # type: ignore[misc]
@@ -362,6 +371,7 @@ def _define(
         return inputs[0].new_empty(result)
 
     def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
+        register_shardings(_namespace)
         recorded = torch.is_grad_enabled() and _any_requires_grad(*inputs)
         if not recorded and not any(map(_has_tangent, inputs)):
             return below_autograd(operator, kernel, keyset, *inputs)
@@ -371,22 +381,27 @@ def _define(
                 return apply(*inputs, keyset)
         return apply(*inputs, keyset)
 
-    def call(*inputs: Any) -> Any:
-        if not is_plain(inputs):
-            return operator(*inputs)
+    def call_plain(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(*inputs):
             return apply(*inputs, None)
         return kernel(*inputs)
+
+    def call(*inputs: Any) -> Any:
+        if is_plain(inputs):
+            return call_plain(*inputs)
+        if not is_dynamo_compiling():
+            register_shardings(_namespace)  # the dispatcher asks for them next
+        return operator(*inputs)
 
     register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     register_vmap(f"{NAMESPACE}::{name}", _batching_rule(operator), lib=library)
     library.impl(name, autograd, "Autograd", with_keyset=True)
     for key in ("CPU", "CUDA"):
         library.impl(name, lambda *inputs: kernel(*without_subclasses(inputs)), key)
-    return call
+    return call, call_plain
 
 
-def _register(library: Library) -> list[Callable[..., Any]]:
+def _register(library: Library) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
     more = "Tensor weight, Tensor? bias, SymInt[] size) -> Tensor"
     pair = "Tensor coarse, Tensor fine) -> "
     both = f"wbgrad({pair}(Tensor, Tensor)"
@@ -408,6 +423,7 @@ else:
     _namespace.library = Library(NAMESPACE, "DEF")
     _namespace.calls = _register(_namespace.library)
     _namespace.folders = FOLDERS
+    register(_namespace)
 
 fprop_op = _namespace.fprop.default
 dgrad_op = _namespace.dgrad.default
@@ -420,4 +436,4 @@ dgrad: Callable[..., Tensor]
 wgrad: Callable[..., Tensor]
 bgrad: Callable[..., Tensor]
 wbgrad: Callable[..., tuple[Tensor, Tensor]]
-fprop, dgrad, wgrad, bgrad, wbgrad = _namespace.calls
+(fprop, fprop_plain), (dgrad, dgrad_plain), (wgrad, _), (bgrad, _), (wbgrad, _) = _namespace.calls
