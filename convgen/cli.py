@@ -17,7 +17,7 @@ import click
 
 from convgen import __version__
 from convgen.commands import measure, options
-from convgen.engines import BACKENDS
+from convgen.engines.backends import BACKENDS
 from convgen.spec import ConvSpec, SpecError
 from convgen.spec.dtypes import DTYPES
 

@@ -14,8 +14,11 @@ from convgen.building import toolchain
 from convgen.building.build import Library, Progress, build
 from convgen.building.folders import export as export
 from convgen.building.folders import load as load
+from convgen.building.processor import processor_name
 from convgen.building.toolchain import Commands
-from convgen.engines import BACKENDS, SOURCE_SUFFIX, KernelPlan, tuned
+from convgen.engines import tuned
+from convgen.engines.backends import BACKENDS, SOURCE_SUFFIX
+from convgen.engines.registry import AnyPlan
 from convgen.spec import ConvSpec, SpecError
 from convgen.spec.dtypes import DTYPES, parse_dtype
 
@@ -118,7 +121,7 @@ def generate(
             backend,
             given or DEFAULT_DTYPES[backend],
             commands[backend][1],
-            tuned.processor_name() if backend == "cpu" else "",
+            processor_name() if backend == "cpu" else "",
         )
         for backend in chosen
     }
@@ -145,7 +148,7 @@ def render(
 
     chosen = None if dtypes is None else _dtypes(dtypes)
     files: dict[str, str] = {}
-    plans: dict[str, list[KernelPlan]] = {}
+    plans: dict[str, list[AnyPlan]] = {}
     for backend in backends:
         sources, plans[backend] = render_kernels(
             spec, backend, chosen or DEFAULT_DTYPES[backend], (schedules or {}).get(backend)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import math
 import struct
 import subprocess
@@ -12,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import plans
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from convgen.checking import interpret
 from convgen.codegen.render import TEMPLATES, Schedules, headers, render_unit
-from convgen.engines import Engine
-from convgen.engines.mma import ENGINE as MMA
-from convgen.engines.simt import ENGINE as SIMT
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
 
@@ -110,17 +107,18 @@ def engine_sources(
 ) -> dict[str, str]:
     """The rendered CUDA sources of some contractions, with their headers, by file name.
 
-    ``dtype`` is a dtype, or a math mode of the tensor cores' engine; ``schedules`` are other than
+    ``dtype`` is a dtype, or a math mode of the tensor cores; ``schedules`` are other than
     its defaults.
     """
-    engine: Engine = MMA if dtype in MODES else SIMT
-    files = {Path(path).name: text for path, text in headers(engine).items()}
+    files: dict[str, str] = {}
     # bgrad lies in wgrad's unit.
     for contraction in {"wgrad" if name == "bgrad" else name for name in contractions}:
-        plan = engine.plan(spec.geometry, contraction, dtype)
+        unit = plans.unit(spec, contraction, dtype)
+        plan = unit.default()
         if schedule := (schedules or {}).get((contraction, dtype)):
-            plan = dataclasses.replace(plan, schedule=schedule)
-        files[f"{contraction}_{dtype}.cu"] = render_unit(spec, engine, plan)
+            plan = unit.with_schedule(schedule)
+        files |= {Path(path).name: text for path, text in headers(unit).items()}
+        files[f"{contraction}_{dtype}.cu"] = render_unit(spec, unit, plan)
     return files
 
 

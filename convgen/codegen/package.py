@@ -15,8 +15,8 @@ from typing import Any
 
 from convgen import __version__
 from convgen.codegen.render import command_line, render_template
-from convgen.engines import TENSOR_CORE_WIDTH, KernelPlan
-from convgen.engines.lattice import lattice_of
+from convgen.engines import tensor_cores
+from convgen.engines.registry import AnyPlan
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
 
@@ -30,7 +30,7 @@ _DIGEST = "@DIGEST@"
 
 
 def render_package(
-    spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]], kernels: Mapping[str, str]
+    spec: ConvSpec, plans: Mapping[str, Sequence[AnyPlan]], kernels: Mapping[str, str]
 ) -> dict[str, str]:
     """The Python side of a package: ``{path in the package: text}``.
 
@@ -48,11 +48,12 @@ def render_package(
         "backends": {name: kernels["dtypes"] for name, kernels in description["backends"].items()},
         "dtypes": DTYPES,
         "math_modes": description["backends"].get("cuda", {}).get("math_modes", []),
-        "tensor_core_width": TENSOR_CORE_WIDTH,
+        "tensor_core_width": tensor_cores.WIDTH,
         # Whether the gradients of a layer both read what one of them packs.
         "shares_packed": spec.transposed
-        and bool(description["backends"].get("cuda", {}).get("math_modes"))
-        and lattice_of(spec.geometry, "wgrad") is not None,
+        and any(
+            plan.contraction == "wgrad" and plan.problem.lattice for plan in plans.get("cuda", ())
+        ),
         "axes": _AXES[spec.ndim],
         "class_name": class_name(spec.op),
     }
@@ -66,7 +67,7 @@ def render_package(
     return {path: text.replace(_DIGEST, digest) for path, text in files.items()}
 
 
-def describe(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) -> dict[str, Any]:
+def describe(spec: ConvSpec, plans: Mapping[str, Sequence[AnyPlan]]) -> dict[str, Any]:
     """What ``spec.json`` holds: version, command, specification, and the kernels per backend."""
     return {
         "convgen": __version__,
@@ -75,17 +76,15 @@ def describe(spec: ConvSpec, plans: Mapping[str, Sequence[KernelPlan]]) -> dict[
         "spec": spec.to_dict(),
         "backends": {
             backend: {
-                "dtypes": list(
-                    dict.fromkeys(plan.dtype for plan in kernels if plan.dtype in DTYPES)
-                ),
+                "dtypes": list(dict.fromkeys(plan.kind for plan in kernels if plan.kind in DTYPES)),
                 "math_modes": list(
-                    dict.fromkeys(plan.dtype for plan in kernels if plan.dtype in MODES)
+                    dict.fromkeys(plan.kind for plan in kernels if plan.kind in MODES)
                 ),
                 "kernels": [
                     {
                         "contraction": plan.contraction,
-                        "dtype": plan.dtype,
-                        "engine": plan.engine,
+                        "dtype": plan.kind,
+                        "engine": plan.family.name,
                         "schedule": dataclasses.asdict(plan.schedule),
                     }
                     for plan in kernels

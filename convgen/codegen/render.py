@@ -13,9 +13,10 @@ from typing import Any
 import jinja2
 
 from convgen import __version__
-from convgen.engines import CONTRACTIONS, SOURCE_SUFFIX, Engine, KernelPlan, units
+from convgen.engines.backends import SOURCE_SUFFIX
+from convgen.engines.registry import AnyPlan, Unit, units
 from convgen.spec import ConvSpec
-from convgen.spec.dtypes import DTYPES, MODES
+from convgen.spec.dtypes import KINDS
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -44,12 +45,12 @@ def render_template(name: str, context: dict[str, Any]) -> str:
 
 
 Schedules = Mapping[tuple[str, str], Any]
-"""Schedules other than the engines' defaults, by contraction and dtype or math mode."""
+"""Schedules other than the families' defaults, by contraction and :attr:`Unit.kind`."""
 
 
 def render_kernels(
     spec: ConvSpec, backend: str, dtypes: Iterable[str], schedules: Schedules | None = None
-) -> tuple[dict[str, str], list[KernelPlan]]:
+) -> tuple[dict[str, str], list[AnyPlan]]:
     """The sources of one backend: ``{path in the package: text}``, and the plans behind them.
 
     Sources lie at ``src/<backend>/<contraction>_<dtype or math mode><suffix>``; each is one
@@ -57,41 +58,48 @@ def render_kernels(
     """
     files: dict[str, str] = {}
     plans = []
-    for engine, kind in units(backend, spec.geometry, dtypes):
-        files |= headers(engine)
-        for contraction in CONTRACTIONS:
-            plan = engine.plan(spec.geometry, contraction, kind)
-            if schedule := (schedules or {}).get((contraction, kind)):
-                plan = dataclasses.replace(plan, schedule=schedule)
-            plans.append(plan)
-            path = f"src/{backend}/{contraction}_{kind}{SOURCE_SUFFIX[backend]}"
-            files[path] = render_unit(spec, engine, plan)
+    for unit in units(backend, spec.geometry, dtypes):
+        files |= headers(unit)
+        plan = unit.default()
+        if schedule := (schedules or {}).get(unit.key):
+            plan = unit.with_schedule(schedule)
+        plans.append(plan)
+        path = f"src/{backend}/{unit.name}{SOURCE_SUFFIX[backend]}"
+        files[path] = render_unit(spec, unit, plan)
     return files, plans
 
 
-def headers(engine: Engine) -> dict[str, str]:
-    """The plain headers that an engine's units include, by their paths in a package."""
+def headers(unit: Unit) -> dict[str, str]:
+    """The plain headers that a unit includes, by their paths in a package."""
+    found = dict(unit.family.headers)
+    for guest, plan in unit.guests:
+        if plan is not None:
+            found |= guest.headers
     return {
-        f"src/{engine.backend}/{path}": (TEMPLATES / source).read_text()
-        for path, source in engine.headers.items()
+        f"src/{unit.family.backend}/{path}": (TEMPLATES / source).read_text()
+        for path, source in found.items()
     }
 
 
-def render_unit(spec: ConvSpec, engine: Engine, plan: KernelPlan) -> str:
+def render_unit(spec: ConvSpec, unit: Unit, plan: AnyPlan) -> str:
     """The source of one translation unit."""
-    context = kernel_context(spec, plan) | engine.context(plan)
-    return render_template(engine.template(plan.contraction), context)
+    context = kernel_context(spec, unit, plan) | unit.family.context(plan)
+    for guest, guest_plan in unit.guests:
+        context[guest.name] = None if guest_plan is None else guest.context(guest_plan)
+    return render_template(unit.family.template.format(contraction=plan.contraction), context)
 
 
-def kernel_context(spec: ConvSpec, plan: KernelPlan) -> dict[str, Any]:
+def kernel_context(spec: ConvSpec, unit: Unit, plan: AnyPlan) -> dict[str, Any]:
     """What every kernel template is given."""
     return {
         "version": __version__,
         "spec": spec,
         "command": command_line(spec),
+        "unit": unit.name,
         "g": plan.geometry,
+        "lattice": plan.problem.lattice,
         "contraction": plan.contraction,
-        "dtype": (DTYPES | MODES)[plan.dtype],
+        "dtype": KINDS[plan.kind],
         "schedule": plan.schedule,
         "schedule_text": json.dumps(dataclasses.asdict(plan.schedule), sort_keys=True),
     }

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convgen.commands import options
-from convgen.engines import CONTRACTIONS
-from convgen.spec import ConvSpec
+from convgen.spec import CONTRACTIONS, ConvSpec
 
 if TYPE_CHECKING:
     from convgen.measuring.layers import Layer
@@ -205,7 +204,7 @@ def tune_(
         tuned.read(path)  # Rather now than after the work.
     # These import torch, which takes a second or two.
     from convgen.measuring import bench
-    from convgen.tuning import tune
+    from convgen.tuning import tables, tune
 
     where = bench.device_for(device)
     if where is None and not dry_run:
@@ -238,7 +237,7 @@ def tune_(
         report.write_json(json_file, {"outcomes": [outcome.to_dict() for outcome in outcomes]})
     assert path is not None
     if winners:
-        count = tuned.store(winners, path)
+        count = tables.store(winners, path)
         click.echo(f"{len(winners)} winners are in {path}, which holds {count}.")
     raise click.exceptions.Exit(0 if len(winners) == len(outcomes) else 1)
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from convgen.engines import BACKENDS
+from convgen.engines.backends import BACKENDS
 from convgen.spec import OPERATORS
 from convgen.spec.dtypes import DTYPES, parse_dtype
 

@@ -1,4 +1,4 @@
-"""The ``cpu`` engine: C++17, OpenMP, explicit SIMD through the compiler's vector types.
+"""The CPU's families: C++17, OpenMP, explicit SIMD through the compiler's vector types.
 
 fprop and dgrad are one algorithm over different axes (``gather.h``), wgrad is another
 (``reduce.h``); the templates give them the geometry's constants and the unrolled taps. Sources
@@ -14,10 +14,11 @@ from itertools import pairwise, product
 from math import prod
 from typing import Any
 
-from convgen.engines import Candidate, KernelPlan, schedule_from
-from convgen.engines.cost import Gpu, Prediction, Problem
-from convgen.spec import Geometry
+from convgen.engines.cost import Gpu, Prediction
+from convgen.engines.family import Candidate, Family, Plan
+from convgen.engines.problem import Call, Problem
 from convgen.spec.dtypes import DTYPES
+from convgen.spec.geometry import Geometry
 from convgen.spec.taps import Phase, Tap, dgrad_phases, gather_taps
 
 AXES = ("D", "H", "W")
@@ -130,154 +131,183 @@ class ColumnPart:
     comment: str
 
 
-class CpuEngine:
-    """See :class:`convgen.engines.Engine`."""
+NAME = "cpu"
 
-    name = "cpu"
+HEADERS: Mapping[str, str] = {
+    "convgen_abi.h": "common/convgen_abi.h",
+    "runtime.h": "cpu/runtime.h",
+    "simd.h": "cpu/simd.h",
+    "scratch.h": "cpu/scratch.h",
+    "gather.h": "cpu/gather.h",
+    "reduce.h": "cpu/reduce.h",
+}
+
+
+class CpuGather(Family[GatherSchedule]):
+    """fprop and dgrad: see :class:`convgen.engines.family.Family`."""
+
+    name = NAME
     backend = "cpu"
-    headers: Mapping[str, str] = {
-        "convgen_abi.h": "common/convgen_abi.h",
-        "runtime.h": "cpu/runtime.h",
-        "simd.h": "cpu/simd.h",
-        "scratch.h": "cpu/scratch.h",
-        "gather.h": "cpu/gather.h",
-        "reduce.h": "cpu/reduce.h",
-    }
+    contractions = ("fprop", "dgrad")
+    kinds = DTYPES
+    schedule_type = GatherSchedule
+    template = "cpu/{contraction}.cpp.j2"
+    headers = HEADERS
 
-    def plan(self, geometry: Geometry, contraction: str, dtype: str) -> KernelPlan:
-        assert dtype in DTYPES
-        g = geometry
-        schedule: GatherSchedule | ReduceSchedule
-        if contraction == "wgrad":
-            coarse = g.coarse_channels_per_group
-            schedule = ReduceSchedule(
-                unroll="full" if g.taps <= MAX_UNROLLED_TAPS else "none",
-                tiles=_tiles(coarse, most=8, sums=24, widest=6, of_one=12),
-                tiles_of_16=_tiles(coarse, most=4, sums=12, widest=6, of_one=12),
-                fine_block=3 if g.taps == 1 and coarse != 1 else 1,
-            )
-        else:
-            outputs = (
-                g.coarse_channels_per_group if contraction == "fprop" else g.fine_channels_per_group
-            )
-            schedule = GatherSchedule(
-                unroll=_unroll(g, phased=contraction == "dgrad"),
-                tiles=_tiles(outputs, most=8, sums=24, widest=6, of_one=6),
-                tiles_of_16=_tiles(outputs, most=4, sums=12, widest=4, of_one=6),
-            )
-        return KernelPlan(geometry, contraction, dtype, self.name, schedule)
+    def default(self, problem: Problem) -> GatherSchedule:
+        outputs = problem.output_channels
+        return GatherSchedule(
+            unroll=_unroll(problem.geometry, phased=problem.output == "fine"),
+            tiles=_tiles(outputs, most=8, sums=24, widest=6, of_one=6),
+            tiles_of_16=_tiles(outputs, most=4, sums=12, widest=4, of_one=6),
+        )
 
-    def space(self, geometry: Geometry, contraction: str, dtype: str) -> list[Candidate]:
-        default = self.plan(geometry, contraction, dtype).schedule
-        lists = dict.fromkeys([default.tiles, *_tile_lists(default.tiles)])
-        schedules: list[Any]
-        if contraction == "wgrad":
-            schedules = [
-                replace(default, tiles=tiles, coarse_tile_bytes=kilobytes << 10)
-                for tiles, kilobytes in product(lists, (12, 20, 28))
-            ]
-        else:
-            schedules = [
-                replace(default, tiles=tiles, scratch_bytes=l2 << 10, buffer_bytes=l1 << 10)
-                for tiles, l2, l1 in product(lists, (256, 512), (16, 32, 64))
-            ]
-        plans = [
-            KernelPlan(geometry, contraction, dtype, self.name, schedule)
+    def candidates(self, problem: Problem) -> list[Candidate[GatherSchedule]]:
+        default = self.default(problem)
+        schedules = [
+            replace(default, tiles=tiles, scratch_bytes=l2 << 10, buffer_bytes=l1 << 10)
+            for tiles, l2, l1 in product(_tile_lists(default.tiles), (256, 512), (16, 32, 64))
+        ]
+        return [
+            Candidate(schedule, _refusal(schedule, default))
             for schedule in dict.fromkeys([default, *schedules])
         ]
-        return [Candidate(plan.schedule, self.refusal(plan)) for plan in plans]
 
-    def refusal(self, plan: KernelPlan, architectures: Iterable[str] = ()) -> str:
-        for registers, tiles in ((32, plan.schedule.tiles), (16, plan.schedule.tiles_of_16)):
-            for height, width in tiles:
-                # Sums and operands; those of one channel come from memory.
-                needed = height * width + (width if height > 1 else 0)
-                if needed > registers:
-                    return (
-                        f"a tile of {height} x {width} sums takes {needed} of {registers} registers"
-                    )
-            if list(tiles) != sorted(tiles):
-                return "tiles are listed by rising number of channels"
-        if plan.schedule.unroll not in ("full", self._unroll(plan)):
-            return f"so many taps are unrolled as {self._unroll(plan)!r}"
-        return ""
+    def refusal(self, plan: Plan[GatherSchedule], architectures: Iterable[str] = ()) -> str:
+        return _refusal(plan.schedule, self.default(plan.problem))
 
-    def _unroll(self, plan: KernelPlan) -> str:
-        default = self.plan(plan.geometry, plan.contraction, plan.dtype).schedule
-        unroll: str = default.unroll
-        return unroll
+    def predict(self, plan: Plan[GatherSchedule], call: Call, gpu: Gpu) -> Prediction:
+        problem = plan.problem
+        rows, others = call.channels(problem.output), call.channels(problem.input)
+        return _prediction(problem, plan.schedule, call, rows, others)
 
-    def combine(self, choices: Sequence[tuple[KernelPlan, Problem]]) -> None:
-        return None
+    def context(self, plan: Plan[GatherSchedule]) -> dict[str, Any]:
+        axes = [_axis(plan.geometry, plan.contraction, axis) for axis in range(3)]
+        phases = _unrolled_phases(axes, plan.schedule.unroll)
+        by_phase = bool(phases) and phases[0].name != "AllTaps"
+        return _common_context(plan.problem, plan.schedule, axes) | {
+            "phases": phases,
+            "by_phase": by_phase,
+        }
 
-    def predict(self, plan: KernelPlan, problem: Problem, gpu: Gpu) -> Prediction:
-        """Clocks of one core's vector units, at one multiply-add and one load each per clock."""
-        geometry, schedule = plan.geometry, plan.schedule
-        fprop_like = plan.contraction != "dgrad"
-        rows = problem.coarse_channels if fprop_like else problem.fine_channels
-        rows //= geometry.groups
-        height, width = next(
-            (tile for tile in schedule.tiles if tile[0] >= rows), schedule.tiles[-1]
+
+class CpuWgrad(Family[ReduceSchedule]):
+    """wgrad: see :class:`convgen.engines.family.Family`."""
+
+    name = NAME
+    backend = "cpu"
+    contractions = ("wgrad",)
+    kinds = DTYPES
+    schedule_type = ReduceSchedule
+    template = "cpu/{contraction}.cpp.j2"
+    headers = HEADERS
+
+    def default(self, problem: Problem) -> ReduceSchedule:
+        taps, coarse = problem.geometry.taps, problem.geometry.coarse_channels_per_group
+        return ReduceSchedule(
+            unroll="full" if taps <= MAX_UNROLLED_TAPS else "none",
+            tiles=_tiles(coarse, most=8, sums=24, widest=6, of_one=12),
+            tiles_of_16=_tiles(coarse, most=4, sums=12, widest=6, of_one=12),
+            fine_block=3 if taps == 1 and coarse != 1 else 1,
         )
-        # A register tile: `height` broadcasts (they come with the multiply-add) and `width` loads.
-        arithmetic, loads = float(height * width), width + height / 2
-        clocks = max(arithmetic, loads) + 0.2 * min(arithmetic, loads)
-        if schedule.unroll != "full":
-            clocks += 0.1 * arithmetic
-        products = problem.batch * math.prod(problem.coarse_extent) * geometry.taps
-        products *= -(-rows // height) * height
-        products *= geometry.groups
-        products *= problem.fine_channels if fprop_like else problem.coarse_channels
-        products //= geometry.groups
-        lanes = 64 // DTYPES[DTYPES[plan.dtype].accumulator].size_bytes
-        ms = products / (height * width) * clocks / lanes / CORE_GHZ / CORES * 1e-6
-        floor = (
-            problem.batch
-            * (
-                problem.coarse_channels * math.prod(problem.coarse_extent)
-                + problem.fine_channels * math.prod(problem.fine_extent)
-            )
-            * DTYPES[plan.dtype].size_bytes
-            / MEMORY_BYTES_PER_S
-            * 1e3
-        )
-        return Prediction(ms, "arithmetic") if ms > floor else Prediction(floor, "memory")
 
-    def read_schedule(self, contraction: str, fields: Mapping[str, Any]) -> Any:
-        return schedule_from(ReduceSchedule if contraction == "wgrad" else GatherSchedule, fields)
+    def candidates(self, problem: Problem) -> list[Candidate[ReduceSchedule]]:
+        default = self.default(problem)
+        schedules = [
+            replace(default, tiles=tiles, coarse_tile_bytes=kilobytes << 10)
+            for tiles, kilobytes in product(_tile_lists(default.tiles), (12, 20, 28))
+        ]
+        return [
+            Candidate(schedule, _refusal(schedule, default))
+            for schedule in dict.fromkeys([default, *schedules])
+        ]
 
-    def template(self, contraction: str) -> str:
-        return f"cpu/{contraction}.cpp.j2"
+    def refusal(self, plan: Plan[ReduceSchedule], architectures: Iterable[str] = ()) -> str:
+        return _refusal(plan.schedule, self.default(plan.problem))
 
-    def context(self, plan: KernelPlan) -> dict[str, Any]:
+    def predict(self, plan: Plan[ReduceSchedule], call: Call, gpu: Gpu) -> Prediction:
+        rows, others = call.coarse_channels, call.fine_channels
+        return _prediction(plan.problem, plan.schedule, call, rows, others)
+
+    def context(self, plan: Plan[ReduceSchedule]) -> dict[str, Any]:
         g, schedule = plan.geometry, plan.schedule
         axes = [_axis(g, plan.contraction, axis) for axis in range(3)]
-        context: dict[str, Any] = {
-            "axes": axes,
-            "real": REAL[DTYPES[plan.dtype].accumulator],
-            "storage": STORAGE[plan.dtype],
-            "tile_list": _tile_list(schedule.tiles),
-            "tile_list_of_16": _tile_list(schedule.tiles_of_16),
-        }
-        if isinstance(schedule, ReduceSchedule):
-            widths = sorted({width for _, width in schedule.tiles + schedule.tiles_of_16})
-            full = schedule.unroll == "full"
-            context["columns"] = {
+        widths = sorted({width for _, width in schedule.tiles + schedule.tiles_of_16})
+        full = schedule.unroll == "full"
+        return _common_context(plan.problem, schedule, axes) | {
+            "columns": {
                 width: _column_parts(g, schedule.fine_block, width) for width in widths if full
             }
-        else:
-            context["phases"] = phases = _unrolled_phases(axes, schedule.unroll)
-            context["by_phase"] = bool(phases) and phases[0].name != "AllTaps"
-        return context
+        }
+
+
+def _refusal(
+    schedule: GatherSchedule | ReduceSchedule, default: GatherSchedule | ReduceSchedule
+) -> str:
+    """Why a problem with a default cannot have a schedule; empty if it can."""
+    for registers, tiles in ((32, schedule.tiles), (16, schedule.tiles_of_16)):
+        for height, width in tiles:
+            # Sums and operands; those of one channel come from memory.
+            needed = height * width + (width if height > 1 else 0)
+            if needed > registers:
+                return f"a tile of {height} x {width} sums takes {needed} of {registers} registers"
+        if list(tiles) != sorted(tiles):
+            return "tiles are listed by rising number of channels"
+    if schedule.unroll not in ("full", default.unroll):
+        return f"so many taps are unrolled as {default.unroll!r}"
+    return ""
+
+
+def _prediction(
+    problem: Problem,
+    schedule: GatherSchedule | ReduceSchedule,
+    call: Call,
+    rows: int,
+    others: int,
+) -> Prediction:
+    """Clocks of one core's vector units, at one multiply-add and one load each per clock.
+
+    ``rows`` channels are those that register tiles are high; ``others`` are the other tensor's.
+    """
+    groups = problem.geometry.groups
+    rows //= groups
+    height, width = next((tile for tile in schedule.tiles if tile[0] >= rows), schedule.tiles[-1])
+    # A register tile: `height` broadcasts (they come with the multiply-add) and `width` loads.
+    arithmetic, loads = float(height * width), width + height / 2
+    clocks = max(arithmetic, loads) + 0.2 * min(arithmetic, loads)
+    if schedule.unroll != "full":
+        clocks += 0.1 * arithmetic
+    products = call.batch * math.prod(call.coarse_extent) * problem.geometry.taps
+    products *= -(-rows // height) * height * others
+    lanes = 16 // problem.accumulator_registers
+    ms = products / (height * width) * clocks / lanes / CORE_GHZ / CORES * 1e-6
+    elements = call.batch * (
+        call.coarse_channels * math.prod(call.coarse_extent)
+        + call.fine_channels * math.prod(call.fine_extent)
+    )
+    floor = elements * problem.element_bytes / MEMORY_BYTES_PER_S * 1e3
+    return Prediction(ms, "arithmetic") if ms > floor else Prediction(floor, "memory")
+
+
+def _common_context(
+    problem: Problem, schedule: GatherSchedule | ReduceSchedule, axes: Sequence[Axis]
+) -> dict[str, Any]:
+    return {
+        "axes": axes,
+        "real": REAL[DTYPES[problem.kind].accumulator],
+        "storage": STORAGE[problem.kind],
+        "tile_list": _tile_list(schedule.tiles),
+        "tile_list_of_16": _tile_list(schedule.tiles_of_16),
+    }
 
 
 def _tile_lists(tiles: Tiles) -> list[Tiles]:
-    """The same list with other sizes of its largest tile, and of the one before it."""
+    """The list, and the same with other sizes of its largest tile, and of the one before it."""
     *rest, (height, _) = tiles
     if height == 1:
-        return [(*rest, (1, width)) for width in (4, 6, 8, 12)]
+        return [tiles, *((*rest, (1, width)) for width in (4, 6, 8, 12))]
     others = [(height, 28 // (height + 1)), (6, 4), (8, 3), (4, 6), (12, 2), (14, 1)]
-    return [(*rest, tile) for tile in others if not rest or tile[0] > rest[-1][0]]
+    return [tiles, *((*rest, tile) for tile in others if not rest or tile[0] > rest[-1][0])]
 
 
 def _tiles(channels: int | None, *, most: int, sums: int, widest: int, of_one: int) -> Tiles:
@@ -396,4 +426,4 @@ def _table(entries: Iterable[str]) -> str:
     return "{\n" + "\n".join([*lines, current.rstrip(",")]) + "}"
 
 
-ENGINE = CpuEngine()
+GATHER, WGRAD = CpuGather(), CpuWgrad()

@@ -11,20 +11,17 @@ that took longest counts, unless the caller names a size.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from convgen.building.cache import write_atomically
-from convgen.engines import CONTRACTIONS, KernelPlan, units
+from convgen.engines.registry import units
 from convgen.spec import ConvSpec
 
 VARIABLE = "CONVGEN_TUNED"
@@ -64,7 +61,7 @@ class Winner:
     schedule: Mapping[str, Any]
     ms: float
     default_ms: float
-    """What the engine's own choice took in the same run."""
+    """What the default took in the same run."""
     convgen: str
     """Version that measured it."""
 
@@ -125,44 +122,44 @@ def schedules(
         return found
     architectures = tuple(architectures)
     wanted = {name.partition("+")[0].rstrip("af") for name in architectures}
-    for engine, kind in units(backend, spec.geometry, dtypes):
-        for contraction in CONTRACTIONS:
-            here = [
-                w
-                for w in winners
-                if w.contraction == contraction
-                and (
-                    w.architecture.rstrip("af") in wanted
-                    if backend == "cuda"
-                    else not w.architecture and w.device == device
-                )
-            ]
-            matching = [w for w in here if w.kind == kind]
-            matching = matching or [w for w in here if w.kind == ALIKE.get(kind)]
-            if not matching:
-                continue
-            if size is None:
-                winner = max(matching, key=lambda w: w.ms)
-            else:
-                winner = min(matching, key=lambda w: abs(w.size - size))
-            try:
-                schedule = engine.read_schedule(contraction, winner.schedule)
-                plan = KernelPlan(spec.geometry, contraction, kind, engine.name, schedule)
-                refusal = engine.refusal(plan)
-            except (TypeError, KeyError, ValueError) as error:
-                refusal = str(error)
-            if refusal:
-                warnings.warn(
-                    f"the tuned schedule of {contraction} {kind} of {spec.name} is not used: "
-                    f"{refusal}; run convgen tune again",
-                    TunedWarning,
-                    stacklevel=2,
-                )
-                continue
-            # What spills on an architecture that it was not measured on is not for a module for it.
-            others = [a for a in architectures if a.partition("+")[0] != winner.architecture]
-            if not engine.refusal(plan, others):
-                found[contraction, kind] = schedule
+    for unit in units(backend, spec.geometry, dtypes):
+        contraction, kind = unit.key
+        here = [
+            w
+            for w in winners
+            if w.contraction == contraction
+            and (
+                w.architecture.rstrip("af") in wanted
+                if backend == "cuda"
+                else not w.architecture and w.device == device
+            )
+        ]
+        matching = [w for w in here if w.kind == kind]
+        alike = ALIKE.get(unit.problem.kind, "") + unit.family.suffix
+        matching = matching or [w for w in here if w.kind == alike]
+        if not matching:
+            continue
+        if size is None:
+            winner = max(matching, key=lambda w: w.ms)
+        else:
+            winner = min(matching, key=lambda w: abs(w.size - size))
+        try:
+            plan = unit.with_schedule(unit.family.read_schedule(winner.schedule))
+            refusal = unit.family.refusal(plan)
+        except (TypeError, KeyError, ValueError) as error:
+            refusal = str(error)
+        if refusal:
+            warnings.warn(
+                f"the tuned schedule of {contraction} {kind} of {spec.name} is not used: "
+                f"{refusal}; run convgen tune again",
+                TunedWarning,
+                stacklevel=2,
+            )
+            continue
+        # What spills on an architecture that it was not measured on is not for a module for it.
+        others = [a for a in architectures if a.partition("+")[0] != winner.architecture]
+        if not unit.family.refusal(plan, others):
+            found[unit.key] = plan.schedule
     return found
 
 
@@ -209,51 +206,8 @@ def _winner(entry: Mapping[str, Any]) -> Winner:
     return Winner(**{**values, "channels": (int(coarse), int(fine))})
 
 
-def store(winners: Iterable[Winner], path: Path) -> int:
-    """Adds winners to a table, in place of older ones of the same key; how many there are now.
-
-    Another process may add to it at the same time; a killed one leaves the table as it was.
-
-    Raises:
-        TunedError: if the table cannot be read or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            table = {winner.key: winner for winner in [*read(path), *winners]}
-            rows = sorted(table.values(), key=lambda w: tuple(map(str, w.key)))
-            text = json.dumps(
-                {"version": VERSION, "winners": [asdict(winner) for winner in rows]}, indent=1
-            )
-            write_atomically(path, text + "\n")
-            return len(table)
-    except OSError as error:
-        raise TunedError(
-            f"cannot write the table {path}: {error.strerror}; set {VARIABLE} to another file"
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _unreadable(path: Path, error: Exception) -> str:
     return (
         f"the table of tuned schedules {path} cannot be read ({error}): delete it, or set "
         f"{VARIABLE} to another file (0 for none)"
     )
-
-
-@cache
-def processor_name() -> str:
-    """Name of this machine's processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    import platform
-
-    return platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from convgen import __version__
-from convgen.engines.tuned import processor_name
+from convgen.building.processor import processor_name
 from convgen.measuring.timing import Clock, clock_for
 from convgen.spec.dtypes import DTYPES
 

@@ -1,4 +1,4 @@
-"""What is fixed about a convolution layer: :class:`ConvSpec`, and its 3-D form :class:`Geometry`.
+"""What is fixed about a convolution layer: :class:`ConvSpec`.
 
 A specification holds the facts that become compile-time constants of the kernels. Batch, spatial
 extents and (unless given) channel counts stay runtime values.
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from convgen.spec.geometry import Geometry, Triple
+
 OPERATORS = (
     "conv_transpose3d",
     "conv_transpose2d",
@@ -23,8 +25,6 @@ OPERATORS = (
     "conv1d",
 )
 """The six operators, under the names that ``torch.nn.functional`` gives them."""
-
-Triple = tuple[int, int, int]
 
 _MAX_EXTENT = 1 << 16
 """No kernel extent, stride, dilation or padding beyond this: offsets inside a tile are 32-bit."""
@@ -38,37 +38,6 @@ _MAX_CHANNELS = 1 << 20
 
 class SpecError(ValueError):
     """A specification that PyTorch would refuse too, or beyond all use; says what is allowed."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The trilinear form of a specification, always in three spatial dimensions (D, H, W).
-
-    ``fine[n, b, o]`` meets ``coarse[n, a, i]`` through ``weight[a, b / groups, t]`` where
-    ``o = i * stride - padding + t * dilation`` in each dimension; missing leading dimensions are
-    1 x stride 1 x padding 0 x dilation 1.
-    """
-
-    kernel: Triple
-    stride: Triple
-    padding: Triple
-    dilation: Triple
-    groups: int
-    coarse_channels: int | None
-    fine_channels: int | None
-
-    @property
-    def taps(self) -> int:
-        """Number of kernel elements, ``KD * KH * KW``."""
-        return self.kernel[0] * self.kernel[1] * self.kernel[2]
-
-    @property
-    def coarse_channels_per_group(self) -> int | None:
-        return None if self.coarse_channels is None else self.coarse_channels // self.groups
-
-    @property
-    def fine_channels_per_group(self) -> int | None:
-        return None if self.fine_channels is None else self.fine_channels // self.groups
 
 
 @dataclass(frozen=True, init=False)

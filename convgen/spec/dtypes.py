@@ -38,6 +38,12 @@ MODES: dict[str, DType] = {
 products; ``f16tc`` and ``bf16tc`` multiply 16-bit operands. All sum in float32.
 """
 
+TENSOR_CORE_MODES = {"f32": ("tf32", "tf32x3"), "f16": ("f16tc",), "bf16": ("bf16tc",)}
+"""The math modes of a dtype's tensors."""
+
+KINDS: dict[str, DType] = DTYPES | MODES
+"""All that a kernel may compute in: dtypes and math modes."""
+
 
 def parse_dtype(name: str) -> str:
     """The canonical name of a dtype given by it or by PyTorch's (``float32``, ``half``, ...).

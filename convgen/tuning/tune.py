@@ -1,6 +1,6 @@
 """Finds the fastest schedules of a layer by compiling and timing them.
 
-For each contraction the engine lists its legal schedules, the cost model orders them, and the most
+For each contraction the family lists its legal schedules, the cost model orders them, and the most
 promising are compiled side by side and timed in turns from cold caches, the slower ones dropping
 out round by round. Layers of one specification share their kernels: where their best tiles make one
 schedule together, it is compiled and timed too. A schedule can only win if its results agree with
@@ -23,26 +23,21 @@ from torch import Tensor
 
 from convgen import __version__
 from convgen.building.build import BuildWarning, Library, Progress, build
+from convgen.building.processor import processor_name
 from convgen.checking.verify import LIMITS as VERIFIED
 from convgen.codegen.render import headers, render_unit
-from convgen.engines import (
-    CONTRACTIONS,
-    SOURCE_SUFFIX,
-    TENSOR_CORE_MODES,
-    Engine,
-    KernelPlan,
-    suits_tensor_cores,
-    tuned,
-    units,
-)
-from convgen.engines.cost import GPUS, H200, Gpu, Prediction, Problem
+from convgen.engines import tensor_cores, tuned
+from convgen.engines.backends import SOURCE_SUFFIX
+from convgen.engines.cost import GPUS, H200, Gpu, Prediction
+from convgen.engines.problem import Call
+from convgen.engines.registry import AnyPlan, Unit, units
 from convgen.measuring import machine
 from convgen.measuring.layers import Layer
 from convgen.measuring.reference import Reference
 from convgen.measuring.timing import Clock, Spread, clock_for, spread
 from convgen.measuring.trial import first_line
-from convgen.spec import ConvSpec
-from convgen.spec.dtypes import DTYPES, MODES
+from convgen.spec import CONTRACTIONS, ConvSpec
+from convgen.spec.dtypes import KINDS, TENSOR_CORE_MODES
 from convgen.specialize import compile_commands
 from convgen.tuning.kernels import TOO_LARGE, Kernel, KernelError
 
@@ -78,24 +73,30 @@ class Job:
     layer: Layer
     spec: ConvSpec
     """Of the module: the layer's, with its channels where those are fixed."""
-    engine: Engine
-    contraction: str
-    kind: str
+    unit: Unit
+
+    @property
+    def contraction(self) -> str:
+        return self.unit.problem.contraction
+
+    @property
+    def kind(self) -> str:
+        return self.unit.kind
 
     @property
     def name(self) -> str:
         return f"{self.layer.name}: {self.contraction} {self.kind}"
 
     @property
-    def problem(self) -> Problem:
-        return problem_of(self.layer)
+    def call(self) -> Call:
+        return call_of(self.layer)
 
 
 @dataclass
 class Candidate:
     """A schedule that was compiled, and what came of it."""
 
-    plan: KernelPlan
+    plan: AnyPlan
     predicted: Prediction
     is_default: bool
     library: Path | None = None
@@ -187,7 +188,7 @@ class Outcome:
         }
 
 
-def problem_of(layer: Layer) -> Problem:
+def call_of(layer: Layer) -> Call:
     """The extents of a layer's contractions, in three dimensions."""
     coarse, fine = layer.input_shape, layer.output_shape
     if not layer.spec.transposed:
@@ -197,7 +198,7 @@ def problem_of(layer: Layer) -> Problem:
         d, h, w = (*(1,) * (5 - len(shape)), *shape[2:])
         return d, h, w
 
-    return Problem(coarse[0], coarse[1], fine[1], extent(coarse), extent(fine))
+    return Call(coarse[0], coarse[1], fine[1], extent(coarse), extent(fine))
 
 
 def jobs(
@@ -212,16 +213,18 @@ def jobs(
     found = []
     for layer in layers:
         spec = layer.fixed() if fixed_channels else layer.spec
-        kind = dtype
-        problem = problem_of(layer)
-        groups = spec.groups
-        if backend == "cuda" and suits_tensor_cores(
-            problem.coarse_channels // groups, problem.fine_channels // groups
+        kinds: tuple[str, ...] = (dtype,)
+        call, groups = call_of(layer), spec.groups
+        if backend == "cuda" and tensor_cores.suits(
+            call.coarse_channels // groups, call.fine_channels // groups
         ):
-            modes = TENSOR_CORE_MODES.get(dtype, (dtype,))
-            kind = modes[0] if tf32 else modes[-1]
-        engine = {name: engine for engine, name in units(backend, spec.geometry, [dtype])}
-        found += [Job(layer, spec, engine[kind], each, kind) for each in contractions]
+            modes = TENSOR_CORE_MODES.get(dtype, kinds)
+            kinds = modes[:1] if tf32 else modes[-1:]
+        found += [
+            Job(layer, spec, unit)
+            for unit in units(backend, spec.geometry, [dtype])
+            if unit.problem.kind in kinds and unit.problem.contraction in contractions
+        ]
     return found
 
 
@@ -232,17 +235,13 @@ def candidates(
 
     These are the model's choice; what was measured as fastest before defends its place.
     """
-    geometry, engine = job.spec.geometry, job.engine
-    default = engine.plan(geometry, job.contraction, job.kind)
-    legal = [
-        candidate.schedule
-        for candidate in engine.space(geometry, job.contraction, job.kind)
-        if not candidate.refusal
-    ]
+    unit = job.unit
+    default = unit.default()
+    legal = [each.schedule for each in unit.family.candidates(unit.problem) if not each.refusal]
 
     def candidate(schedule: Any) -> Candidate:
-        plan = replace(default, schedule=schedule)
-        return Candidate(plan, engine.predict(plan, job.problem, gpu), schedule == default.schedule)
+        plan = unit.with_schedule(schedule)
+        return Candidate(plan, unit.predict(plan, job.call, gpu), schedule == default.schedule)
 
     others = [candidate(schedule) for schedule in legal if schedule != default.schedule]
     others.sort(key=lambda c: c.predicted.ms)
@@ -258,17 +257,17 @@ def candidates(
 
 def _held(job: Job, architectures: Sequence[str]) -> list[Any]:
     """The schedule that the tables hold for a job, if there is one."""
-    problem = job.problem
-    dtype = next((d for d, modes in TENSOR_CORE_MODES.items() if job.kind in modes), job.kind)
+    call, kind = job.call, job.unit.problem.kind
+    dtype = next((d for d, modes in TENSOR_CORE_MODES.items() if kind in modes), kind)
     held = tuned.schedules(
         job.spec,
-        job.engine.backend,
+        job.unit.family.backend,
         [dtype],
         architectures,
-        tuned.processor_name(),
-        tuned.size_class(problem.batch, problem.coarse_extent),
+        processor_name(),
+        tuned.size_class(call.batch, call.coarse_extent),
     )
-    return [s for key, s in held.items() if key == (job.contraction, job.kind)]
+    return [s for key, s in held.items() if key == job.unit.key]
 
 
 def all_candidates(
@@ -281,7 +280,7 @@ def all_candidates(
         for outcome in group:
             known = {c.plan.schedule for c in outcome.candidates}
             outcome.candidates += [
-                Candidate(plan, outcome.job.engine.predict(plan, outcome.job.problem, gpu), False)
+                Candidate(plan, outcome.job.unit.predict(plan, outcome.job.call, gpu), False)
                 for schedule, plan in plans.items()
                 if schedule not in known
             ]
@@ -313,18 +312,18 @@ def agree(outcomes: Iterable[Outcome]) -> None:
                 outcome.agreed = timed[best]
 
 
-def combined(group: Sequence[Outcome]) -> KernelPlan | None:
+def combined(group: Sequence[Outcome]) -> AnyPlan | None:
     """What layers of one specification would have together of the tiles that each is fastest with.
 
     None unless, by their candidates' times, it beats what they agree on.
     """
-    engine = group[0].job.engine
+    family = group[0].job.unit.family
     timed = [[c for c in outcome.candidates if c.spread] for outcome in group]
     known = {c.plan.schedule for outcome in group for c in outcome.candidates}
 
     def combine(chosen: Sequence[Candidate], outcomes: Sequence[Outcome]) -> Any | None:
         pairs = zip(chosen, outcomes, strict=True)
-        return engine.combine([(c.plan, outcome.job.problem) for c, outcome in pairs])
+        return family.combine([(c.plan, outcome.job.call) for c, outcome in pairs])
 
     agreed = [outcome.agreed for outcome in group if outcome.agreed]
     least = math.prod(map(_median, agreed)) / _GAIN if agreed else math.inf
@@ -371,9 +370,9 @@ def compile_candidates(
     units_seen: dict[tuple[str, str], str] = {}
     for outcome in outcomes:
         job = outcome.job
-        files |= headers(job.engine)
+        files |= headers(job.unit)
         for candidate in outcome.candidates:
-            text = render_unit(job.spec, job.engine, candidate.plan)
+            text = render_unit(job.spec, job.unit, candidate.plan)
             # Layers with one specification share their kernels.
             unit = units_seen.setdefault((text, job.kind), f"{job.contraction}_{len(units_seen)}")
             source = f"src/{backend}/{unit}{SOURCE_SUFFIX[backend]}"
@@ -436,12 +435,10 @@ def tune(
                     kind=outcome.job.kind,
                     device=name,
                     architecture=architecture,
-                    size=tuned.size_class(
-                        outcome.job.problem.batch, outcome.job.problem.coarse_extent
-                    ),
+                    size=tuned.size_class(outcome.job.call.batch, outcome.job.call.coarse_extent),
                     channels=(
-                        outcome.job.problem.coarse_channels,
-                        outcome.job.problem.fine_channels,
+                        outcome.job.call.coarse_channels,
+                        outcome.job.call.fine_channels,
                     ),
                     schedule=asdict(best.plan.schedule),
                     ms=_median(best),
@@ -465,7 +462,7 @@ def _race_combined(
     for group in _shared(outcomes):
         if (plan := combined(group)) is not None:
             for outcome in group:
-                predicted = outcome.job.engine.predict(plan, outcome.job.problem, gpu)
+                predicted = outcome.job.unit.predict(plan, outcome.job.call, gpu)
                 works.append((outcome, Candidate(plan, predicted, False)))
     if not works:
         return
@@ -496,7 +493,7 @@ def _race(
     for index, candidate in enumerate(contenders):
         assert candidate.library is not None
         try:
-            kernel = Kernel(candidate.library, f"convgen_{job.contraction}_{job.kind}")
+            kernel = Kernel(candidate.library, f"convgen_{job.unit.name}")
             calls[index] = kernel.prepare(operands.coarse, operands.fine, operands.weight)
             operands.poison()
             calls[index]()
@@ -507,7 +504,7 @@ def _race(
         except (RuntimeError, OSError) as error:
             candidate.note = first_line(error)
         else:
-            if not candidate.error <= LIMITS[job.kind]:
+            if not candidate.error <= LIMITS[job.unit.problem.kind]:
                 candidate.note = f"wrong: error {candidate.error:.1e}"
     alive = [index for index, c in enumerate(contenders) if not c.note]
     flushed = None if device.type == "cuda" else torch.zeros(_FLUSHED_BYTES // 4)
@@ -534,7 +531,7 @@ def _race(
             operands.poison()
             calls[index]()
             candidate.error = max(candidate.error, operands.error())
-            if not candidate.error <= LIMITS[job.kind]:
+            if not candidate.error <= LIMITS[job.unit.problem.kind]:
                 candidate.note = f"wrong: error {candidate.error:.1e}"
 
 
@@ -543,7 +540,7 @@ class _Operands:
 
     def __init__(self, job: Job, device: torch.device, seed: int) -> None:
         layer, spec = job.layer, job.layer.spec
-        kind = getattr(torch, (DTYPES | MODES)[job.kind].torch_name)
+        kind = getattr(torch, KINDS[job.unit.problem.kind].torch_name)
         generator = torch.Generator(device).manual_seed(seed)
 
         def draw(shape: Sequence[int], scale: float = 1.0) -> Tensor:
@@ -575,7 +572,7 @@ class _Operands:
 def _device(device: torch.device) -> tuple[str, str]:
     """Name and architecture of what is timed."""
     if device.type == "cpu":
-        return tuned.processor_name(), ""
+        return processor_name(), ""
     facts = machine.gpu(device)
     return facts.name, f"{facts.major}{facts.minor}{'a' if facts.major >= 9 else ''}"
 

@@ -14,18 +14,18 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
+import plans
 import pytest
 from interpreted import engine_sources
 
 from convgen.building import toolchain
 from convgen.building.toolchain import CUDA_FLAGS, CudaCompiler, KernelResources, ToolchainError
-from convgen.engines import CONTRACTIONS, KernelPlan, tuned
-from convgen.engines.gather import GatherSchedule
-from convgen.engines.mma import ENGINE as MMA
-from convgen.engines.mma_fit import GatherTiles
-from convgen.engines.mma_wgrad import WgradSchedule as ProductSchedule
-from convgen.engines.simt import ENGINE as SIMT
-from convgen.spec import ConvSpec
+from convgen.engines import tuned
+from convgen.engines.gather.schedule import GatherSchedule
+from convgen.engines.mma.fit import GatherTiles
+from convgen.engines.mma.wgrad import WgradSchedule as ProductSchedule
+from convgen.engines.registry import AnyPlan
+from convgen.spec import CONTRACTIONS, ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
 
 REGISTERS = 168
@@ -34,7 +34,7 @@ REGISTERS = 168
 # The intermediate code of these pairs and triples is the same: the sources ask for __CUDA_ARCH__
 # 800 and 900 alone. Tensor cores multiply TF32 and bfloat16 since sm_80.
 TARGETS = {"75": ("75",), "80": ("80", "86", "89"), "90a": ("90a",), "100": ("100", "120")}
-OLDEST = {SIMT.name: 75, MMA.name: 80}
+OLDEST = {"simt": 75, "mma": 80}
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ class Case:
     def __str__(self) -> str:
         return f"{self.spec.name}-{self.kind}"
 
-    def plans(self) -> list[KernelPlan]:
-        engine = MMA if self.kind in MODES else SIMT
-        return [engine.plan(self.spec.geometry, c, self.kind) for c in self.contractions]
+    def plans(self) -> list[AnyPlan]:
+        return [plans.plan(self.spec, c, self.kind) for c in self.contractions]
 
 
 def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) -> ConvSpec:
@@ -124,7 +123,7 @@ def targets(engine: str) -> dict[str, list[str]]:
     }
 
 
-def kernels_of(plan: KernelPlan) -> int:
+def kernels_of(plan: AnyPlan) -> int:
     """How many sizes of its kernel a unit instantiates."""
     if isinstance(plan.schedule, ProductSchedule | GatherTiles):
         return len(plan.schedule.tiles)
@@ -133,13 +132,13 @@ def kernels_of(plan: KernelPlan) -> int:
 
 
 def compile_unit(
-    folder: Path, plan: KernelPlan, compiled: dict[str, list[str]] | None = None
+    folder: Path, plan: AnyPlan, compiled: dict[str, list[str]] | None = None
 ) -> list[KernelResources]:
     """What the kernels of one unit take, its gathers or wgrad; fails for errors and warnings."""
-    name = f"{plan.contraction}_{plan.dtype}"
+    name = f"{plan.contraction}_{plan.kind}"
     command = [compiler().path, "-ccbin", compiler().host, *CUDA_FLAGS]
     architectures = []
-    for virtual, reals in (compiled or targets(plan.engine)).items():
+    for virtual, reals in (compiled or targets(plan.family.name)).items():
         code = ",".join(f"sm_{real}" for real in reals)
         command += ["-gencode", f"arch=compute_{virtual},code=[{code}]"]
         architectures += [f"sm_{real}" for real in reals]
@@ -186,7 +185,7 @@ def test_what_was_measured_on_sm_90a_brings_no_spills_to_sm_90(
     for name, text in engine_sources(layer, kind, GATHERS, found).items():
         (tmp_path / name).write_text(text)
     for contraction in GATHERS:
-        default = MMA.plan(layer.geometry, contraction, kind)
+        default = plans.plan(layer, contraction, kind)
         plan = replace(default, schedule=found.get((contraction, kind), default.schedule))
         for kernel in compile_unit(tmp_path, plan, {"90": ["90"]}):
             assert not kernel.spills, kernel
@@ -211,9 +210,9 @@ def test_what_a_tuned_schedule_may_have_fits_into_registers(
 ) -> None:
     """Three groups of warps, pairs of columns, granules, near their limits."""
     layer = spec(UP, 3)
-    default = MMA.plan(layer.geometry, contraction, kind)
+    default = plans.plan(layer, contraction, kind)
     plan = replace(default, schedule=replace(default.schedule, **fields))
-    assert MMA.refusal(plan, ["90a"]) == ""
+    assert plan.family.refusal(plan, ["90a"]) == ""
     found = {(contraction, kind): plan.schedule}
     for name, text in engine_sources(layer, kind, (contraction,), found).items():
         (tmp_path / name).write_text(text)
@@ -227,17 +226,17 @@ def test_every_style_of_kernel_is_compiled() -> None:
         schedule = plan.schedule
         if isinstance(schedule, GatherSchedule | GatherTiles):
             scattered = schedule.row_axis == "scattered"
-            gathers.add((plan.engine, schedule.unroll, scattered))
+            gathers.add((plan.family.name, schedule.unroll, scattered))
             continue
         tap_blocks = plan.geometry.kernel[2] > schedule.taps_w
-        wgrads.add((plan.engine, tap_blocks))
+        wgrads.add((plan.family.name, tap_blocks))
         if isinstance(schedule, ProductSchedule):
-            wgrads.add((plan.engine, f"flush {schedule.flush > 0}"))
+            wgrads.add((plan.family.name, f"flush {schedule.flush > 0}"))
         else:
-            wgrads.add((plan.engine, f"positions {schedule.positions}"))
+            wgrads.add((plan.family.name, f"positions {schedule.positions}"))
     styles = {(style, False) for style in ("taps", "plane", "line")}
     styles |= {(style, True) for style in ("line", "none")}
-    assert (MMA.name, "slab", False) in gathers
+    assert ("mma", "slab", False) in gathers
     assert gathers >= {(engine, *style) for engine in OLDEST for style in styles}
     assert wgrads >= {(engine, blocks) for engine in OLDEST for blocks in (False, True)}
     assert wgrads >= {("mma", "flush True"), ("mma", "flush False")}

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import plans
 import pytest
 from interpreted import Library, engine_sources, problem, solve
 
 from convgen.checking.interpret import library as compile_interpreted
 from convgen.codegen.render import TEMPLATES
-from convgen.engines.depthwise import MOST_CHANNELS, depthwise_context
+from convgen.engines.depthwise.common import MOST_CHANNELS
 from convgen.spec import ConvSpec
 
 
@@ -81,9 +82,16 @@ def test_depthwise_kernels_agree_with_float64(case: Case) -> None:
         given.check()
 
 
+def context(spec: ConvSpec, contraction: str, kind: str) -> dict[str, Any] | None:
+    """What the template is given of the depthwise kernels, if a call may take them."""
+    ((guest, plan),) = plans.unit(spec, contraction, kind).guests
+    assert guest.name == "depthwise"
+    return None if plan is None else guest.context(plan)
+
+
 def test_they_are_rendered_where_a_call_may_be_depthwise() -> None:
     def rendered(spec: ConvSpec) -> list[bool]:
-        return [depthwise_context(spec.geometry, each, 1) is not None for each in ALL]
+        return [context(spec, each, "f32") is not None for each in ALL]
 
     assert rendered(ConvSpec("conv3d", 3, groups=4)) == [True] * 3
     assert rendered(ConvSpec("conv3d", 3)) == [False] * 3
@@ -101,24 +109,24 @@ def test_they_are_rendered_where_a_call_may_be_depthwise() -> None:
     assert rendered(ConvSpec("conv3d", 13, groups=4)) == [False, False, True]
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_a_thread_keeps_no_more_sums_than_registers_allow(width: int) -> None:
+@pytest.mark.parametrize(("kind", "width"), [("f32", 1), ("f64", 2)])
+def test_a_thread_keeps_no_more_sums_than_registers_allow(kind: str, width: int) -> None:
     for kernel in (1, 3, 5, 7, (1, 3, 3), (7, 1, 1), (1, 1, 8), 11):
         for stride in (1, 2, 3):
             spec = ConvSpec("conv3d", kernel, stride, groups=2)
             for contraction in GATHERS:
-                context = depthwise_context(spec.geometry, contraction, width)
-                assert context is not None
-                outputs = math.prod(context["rows"])
-                sums = outputs * math.prod(context["phases"]) * width
+                found = context(spec, contraction, kind)
+                assert found is not None
+                outputs = math.prod(found["rows"])
+                sums = outputs * math.prod(found["phases"]) * width
                 assert sums <= 16 or outputs == 1
-            context = depthwise_context(spec.geometry, "wgrad", width)
-            assert context is not None
-            assert math.prod(context["taps"]) * width <= 64
+            found = context(spec, "wgrad", kind)
+            assert found is not None
+            assert math.prod(found["taps"]) * width <= 64
             parts = math.prod(
-                -(-k // t) for k, t in zip(spec.geometry.kernel, context["taps"], strict=True)
+                -(-k // t) for k, t in zip(spec.geometry.kernel, found["taps"], strict=True)
             )
-            assert parts == context["parts"]
+            assert parts == found["parts"]
 
 
 def test_the_model_and_the_kernels_agree_on_the_channels() -> None:

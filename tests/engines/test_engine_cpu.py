@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import plans
 import pytest
 import torch
 import torch.nn.functional as F
 
 from convgen.codegen.render import render_kernels
-from convgen.engines.cpu import ENGINE, GatherSchedule, ReduceSchedule
+from convgen.engines.cpu import GatherSchedule, ReduceSchedule
 from convgen.spec import ConvSpec
 
 TORCH = {
@@ -543,8 +544,7 @@ print("all contractions ran")
 
 def test_schedule_states_how_far_taps_are_unrolled() -> None:
     def unroll(contraction: str, **arguments: Any) -> str:
-        geometry = ConvSpec.make(**arguments).geometry
-        schedule = ENGINE.plan(geometry, contraction, "f32").schedule
+        schedule = plans.plan(ConvSpec.make(**arguments), contraction, "f32", "cpu").schedule
         assert isinstance(schedule, GatherSchedule | ReduceSchedule)
         return schedule.unroll
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import plans
 import pytest
 import torch
 from interpreted import (
@@ -27,9 +28,6 @@ from interpreted import (
 
 from convgen.checking.interpret import library as compile_interpreted
 from convgen.codegen.render import render_kernels
-from convgen.engines import Engine
-from convgen.engines.mma import ENGINE as MMA
-from convgen.engines.simt import ENGINE as SIMT
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
 
@@ -208,7 +206,7 @@ def grouped(case: Case, contractions: tuple[str, ...] = GATHERS, groups: int = 2
     """Sources with enough channels per warp that warps multiply in groups."""
     schedules = {}
     for contraction in contractions:
-        default = MMA.plan(case.spec.geometry, contraction, case.dtype).schedule
+        default = plans.plan(case.spec, contraction, case.dtype).schedule
         if contraction == "wgrad":
             continue  # by groups wherever it can be
         (rows, _), *_ = default.tiles
@@ -268,7 +266,7 @@ def test_tiles_may_be_staged_as_the_input_lies_in_memory(
 ) -> None:
     schedules = {}
     for contraction in GATHERS:
-        default = MMA.plan(case.spec.geometry, contraction, case.dtype).schedule
+        default = plans.plan(case.spec, contraction, case.dtype).schedule
         (rows, _), *_ = default.tiles
         schedules[contraction, case.dtype] = replace(
             default, unroll=style, tiles=((rows, 24), (1, 8)), granules=True
@@ -303,10 +301,10 @@ PAIRS = [
 def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architecture: str) -> None:
     schedules = {}
     for contraction in GATHERS:
-        default = MMA.plan(case.spec.geometry, contraction, case.dtype)
+        default = plans.plan(case.spec, contraction, case.dtype)
         rows = min(default.schedule.tiles[0][0], 2)
         schedule = replace(default.schedule, unroll=style, tiles=((rows, 24), (1, 8)), pairs=True)
-        if MMA.refusal(replace(default, schedule=schedule), ["90a"]) == "":
+        if default.family.refusal(replace(default, schedule=schedule), ["90a"]) == "":
             schedules[contraction, case.dtype] = schedule
     assert schedules
     contractions = tuple(contraction for contraction, _ in schedules)
@@ -410,13 +408,12 @@ def test_other_schedules_agree_with_float64(
     case: Case, style: str, rows: int, channels: int
 ) -> None:
     """What ``convgen tune`` may choose."""
-    engine: Engine = MMA if case.dtype in MODES else SIMT
     schedules = {}
     for contraction in ("fprop", "dgrad"):
-        default = engine.plan(case.spec.geometry, contraction, case.dtype).schedule
+        default = plans.plan(case.spec, contraction, case.dtype).schedule
         schedules[contraction, case.dtype] = (
             replace(default, unroll=style, tiles=((rows, channels),))
-            if engine is MMA
+            if case.dtype in MODES
             else replace(default, unroll=style, rows=rows, channels=(channels,))
         )
     sources = engine_sources(case.spec, case.dtype, ("fprop", "dgrad"), schedules)
@@ -449,7 +446,7 @@ def tiles_of(case: Case, style: str) -> dict[tuple[str, str], object]:
     tiles = ((1, 16), (2, 8)) if case.spec.transposed else ((2, 48), (3, 24))
     return {
         (contraction, case.dtype): replace(
-            MMA.plan(case.spec.geometry, contraction, case.dtype).schedule,
+            plans.plan(case.spec, contraction, case.dtype).schedule,
             unroll=style,
             tiles=tiles,
         )
@@ -474,7 +471,7 @@ def test_a_call_takes_the_rows_of_its_channels(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
     calls = (1, (9, 40), (9, 7)), (1, (33, 24), (4, 8))
     case = Case(spec("conv2d", 3, 1, 1), "tf32", calls)
-    schedule = MMA.plan(case.spec.geometry, "fprop", case.dtype).schedule
+    schedule = plans.plan(case.spec, "fprop", case.dtype).schedule
     schedule = replace(schedule, unroll="taps", tiles=((3, 48), (2, 24)))
     sources = engine_sources(case.spec, case.dtype, ("fprop",), {("fprop", case.dtype): schedule})
     file = f"fprop_{case.dtype}.cu"

@@ -1,6 +1,6 @@
 """Strides and dilations with common divisors: what no tap meets is left out before the kernels.
 
-See ``convgen/engines/lattice.py`` and ``templates/cuda/mma/lattice.cuh``.
+See ``convgen/spec/lattice.py`` and ``templates/cuda/mma/lattice.cuh``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import plans
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,11 @@ from interpreted import Library, engine_sources, problem, solve
 
 from convgen.checking import interpreted
 from convgen.checking.interpret import library as compile_interpreted
-from convgen.engines.cost import H200, Problem
-from convgen.engines.lattice import lattice_of
-from convgen.engines.mma import ENGINE as MMA
+from convgen.engines.cost import H200
+from convgen.engines.mma.common import packed_call
+from convgen.engines.problem import Call, Problem
 from convgen.spec import ConvSpec, Geometry
+from convgen.spec.lattice import lattice_of
 from convgen.specialize import render, specialize
 
 READERS = ("fprop", "wgrad")
@@ -52,7 +54,7 @@ def test_the_layer_on_the_lattice_meets_the_same_positions(
 ) -> None:
     whole = geometry(3, stride, padding, dilation)
     for contraction in READERS:
-        lattice = lattice_of(whole, contraction)
+        lattice = Problem.packed(whole, contraction, "tf32").lattice
         assert lattice is not None
         met, step, offset = lattice.geometry, lattice.step[2], lattice.offset[2]
         assert lattice.step[:2] == (1, 1)
@@ -62,12 +64,14 @@ def test_the_layer_on_the_lattice_meets_the_same_positions(
 
 
 def test_there_is_one_only_where_lines_hold_what_no_tap_meets() -> None:
-    assert lattice_of(geometry(3, 2, 1, 2), "dgrad") is None  # writes the fine tensor
+    writes = Problem.packed(geometry(3, 2, 1, 2), "dgrad", "tf32")
+    assert writes.lattice is None
+    assert writes.geometry == geometry(3, 2, 1, 2)
     for stride, dilation in (1, 1), (2, 1), (1, 2), (2, 3):
-        assert lattice_of(geometry(3, stride, 0, dilation), "fprop") is None
+        assert lattice_of(geometry(3, stride, 0, dilation)) is None
     planes = replace(geometry(3, 1, 1, 1), stride=(2, 2, 1), dilation=(2, 2, 1))
-    assert lattice_of(planes, "fprop") is None
-    assert lattice_of(replace(planes, stride=(2, 2, 2), dilation=(2, 1, 2)), "wgrad") is not None
+    assert lattice_of(planes) is None
+    assert lattice_of(replace(planes, stride=(2, 2, 2), dilation=(2, 1, 2))) is not None
 
 
 # Channels open and odd, in groups; lattices that begin before and within the tensor, whose lines
@@ -112,15 +116,17 @@ def test_kernels_on_lattices_agree_with_float64(index: int, kind: str, architect
 
 def test_packing_is_part_of_the_predicted_time() -> None:
     whole = ConvSpec("conv_transpose3d", 3, 2, 1, dilation=2).geometry
-    lattice = lattice_of(whole, "fprop")
-    assert lattice is not None
-    call = Problem(16, 32, 64, (16, 32, 32), (33, 65, 65))
-    met = lattice.problem(call, 2)
+    plan = plans.plan(whole, "fprop", "bf16tc")
+    assert plan.problem.lattice is not None
+    assert plan.geometry == plan.problem.lattice.geometry
+    call = Call(16, 32, 64, (16, 32, 32), (33, 65, 65))
+    met = packed_call(plan.problem, call)
     assert met == replace(call, fine_extent=(16, 32, 32))
-    assert lattice.problem(replace(call, fine_extent=(1, 1, 1)), 4).fine_extent == (1, 1, 4)
-    plan = MMA.plan(whole, "fprop", "bf16tc")
-    dense = MMA.predict(replace(plan, geometry=lattice.geometry), met, H200)
-    packed = MMA.predict(plan, call, H200)
+    tf32 = replace(plan.problem, kind="tf32")
+    assert packed_call(tf32, replace(call, fine_extent=(1, 1, 1))).fine_extent == (1, 1, 4)
+    on_lattice = replace(plan, problem=replace(plan.problem, lattice=None))
+    dense = plan.family.predict(on_lattice, met, H200)
+    packed = plan.family.predict(plan, call, H200)
     # Half of the lines' elements are read for nothing; all are read once and written half.
     elements = 16 * 64 * 16 * 32 * (65 + 32)
     expected = 2 * elements / H200.memory_bytes_per_s * 1e3 + 0.002

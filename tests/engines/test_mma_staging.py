@@ -11,11 +11,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import plans
 import pytest
 from interpreted import LIMITS, Fault, Library, Problem, engine_sources, problem, shifted, solve
 
 from convgen.checking.interpret import library as compile_interpreted
-from convgen.engines.mma import ENGINE as MMA
 from convgen.spec import ConvSpec
 
 INPUT = {"fprop": "fine", "dgrad": "coarse"}
@@ -46,7 +46,7 @@ def sources(
     stride: int, kind: str, contraction: str, architecture: str, granules: bool = False
 ) -> dict[str, str]:
     """On sm_90a with so many channels that warps multiply in groups, and two crews stage."""
-    plan = MMA.plan(SPECS[stride].geometry, contraction, kind)
+    plan = plans.plan(SPECS[stride], contraction, kind)
     rows, _ = plan.schedule.tiles[0]
     tiles = ((rows, 24 if architecture == "90a" else 8),)
     schedules = {(contraction, kind): replace(plan.schedule, tiles=tiles, granules=granules)}

@@ -12,6 +12,7 @@ from math import gcd
 from pathlib import Path
 
 import numpy as np
+import plans
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,15 +21,12 @@ from interpreted import Library, Problem, engine_sources, problem, solve, solve_
 
 from convgen.building import toolchain
 from convgen.checking.interpret import library as compile_interpreted
-from convgen.engines.mma_wgrad import (
-    WgradSchedule,
-    _elements,
-    _group_tile,
-    _layout,
-    _wavefronts,
-    wgrad_refusal,
-    wgrad_schedule,
-    with_groups,
+from convgen.engines.mma.wgrad import WgradSchedule, wgrad_refusal, wgrad_schedule, with_groups
+from convgen.engines.mma.wgrad_layout import (
+    elements_of,
+    group_tile_of,
+    layout_of,
+    wavefronts_of,
 )
 from convgen.spec import ConvSpec, Geometry
 from convgen.spec.dtypes import MODES
@@ -46,7 +44,8 @@ def environment(session_cache: Path) -> Iterator[None]:
 
 def grouped_schedule(spec: ConvSpec, mode: str) -> WgradSchedule:
     """The default, with groups of warps wherever channels suit them."""
-    return with_groups(wgrad_schedule(spec.geometry, mode), spec.geometry, mode)
+    problem = plans.wgrad(spec, mode)
+    return with_groups(wgrad_schedule(problem), problem)
 
 
 # ---- Schedules ------------------------------------------------------------------------------
@@ -65,12 +64,12 @@ def test_windows_hold_what_taps_read(
 ) -> None:
     kernel, stride, padding, dilation = zip(*axes, strict=True)
     geometry = Geometry(kernel, stride, padding, dilation, 1, *channels)
-    schedule = wgrad_schedule(geometry, mode)
+    schedule = wgrad_schedule(plans.wgrad(geometry, mode))
     assert 1 <= schedule.taps_h <= kernel[1]
     assert 1 <= schedule.taps_w <= kernel[2]
     assert schedule.tiles
-    elements = _elements(mode)
-    layout = _layout(geometry, elements, schedule.taps_w)
+    elements = elements_of(mode)
+    layout = layout_of(geometry, elements, schedule.taps_w)
     columns = layout.window_vectors * layout.vector * elements
     for position in range(4):
         for tap in range(schedule.taps_w):
@@ -92,19 +91,19 @@ def test_windows_hold_what_taps_read(
 def test_loads_of_a_warp_have_no_bank_conflicts(mode: str, stride: int) -> None:
     """Where lanes may read rows of different channels: any stride, at the pitches chosen."""
     geometry = Geometry((1, 1, 17), (1, 1, stride), (0, 0, 0), (1, 1, 1), 1, None, None)
-    elements = _elements(mode)
-    layout = _layout(geometry, elements, 17)
+    elements = elements_of(mode)
+    layout = layout_of(geometry, elements, 17)
     assert layout.position_columns == stride
     words = 4 // elements
-    assert _wavefronts(words, words, 992 + layout.coarse_residue) == words
+    assert wavefronts_of(words, words, 992 + layout.coarse_residue) == words
     least = layout.vector
-    assert _wavefronts(layout.vector, layout.quad_pitch, 992 + layout.fine_residue) == least
+    assert wavefronts_of(layout.vector, layout.quad_pitch, 992 + layout.fine_residue) == least
 
 
 def test_columns_that_no_tap_reads_are_not_staged() -> None:
     def layout(kernel: int, stride: int, dilation: int) -> tuple[int, int, int]:
         geometry = Geometry((1, 1, kernel), (1, 1, stride), (0,) * 3, (1, 1, dilation), 1, 8, 8)
-        found = _layout(geometry, 1, kernel)
+        found = layout_of(geometry, 1, kernel)
         return found.position_columns, found.column_step, found.tap_columns
 
     assert layout(1, 2, 1) == (1, 2, 1)
@@ -116,7 +115,7 @@ def test_columns_that_no_tap_reads_are_not_staged() -> None:
 def test_groups_of_unknown_channels_are_taken_to_be_small() -> None:
     def schedule(groups: int) -> WgradSchedule:
         geometry = Geometry((3, 5, 7), (2, 2, 2), (1, 2, 3), (1, 1, 1), groups, None, None)
-        return wgrad_schedule(geometry, "tf32")
+        return wgrad_schedule(plans.wgrad(geometry, "tf32"))
 
     assert (1, 1) in schedule(4).tiles
     assert (1, 1) not in schedule(1).tiles
@@ -274,8 +273,9 @@ def test_checked_kernels_agree_with_float64(case: Case, mode: str, architecture:
 def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[int, int]) -> None:
     """Several tiles of fine channels, several rows of taps, blocks beyond the kernel."""
     spec = ConvSpec(UP, 3, 2, 1)
-    schedule = replace(wgrad_schedule(spec.geometry, "bf16tc"), group_taps=taps, group_tiles=tiles)
-    assert not wgrad_refusal(spec.geometry, "bf16tc", schedule)
+    wanted = plans.wgrad(spec, "bf16tc")
+    schedule = replace(wgrad_schedule(wanted), group_taps=taps, group_tiles=tiles)
+    assert not wgrad_refusal(wanted, schedule)
     sources = engine_sources(spec, "bf16tc", ("wgrad",), {("wgrad", "bf16tc"): schedule})
     loaded = Library(compile_interpreted("group_tiles", sources, architecture="90a"))
     for made in Case(spec, (), ((2, (20, 33), (3, 5, 9)),)).problems("bf16tc"):
@@ -402,8 +402,8 @@ def test_loads_from_loose_lines_have_few_bank_conflicts(
             word = (begin + g * stride) % 8 // 2 + t * 4 * spec.geometry.stride[2] // 2
             banks[(g * pitch + word) % 32] += 1
         assert max(banks) == wavefronts
-    taps = wgrad_schedule(spec.geometry, "bf16tc").group_taps
-    tile = _group_tile(_layout(spec.geometry, 2, taps[1]), taps, 1, 4)
+    taps = wgrad_schedule(plans.wgrad(spec, "bf16tc")).group_taps
+    tile = group_tile_of(layout_of(spec.geometry, 2, taps[1]), taps, 1, 4)
     assert tile.loose_loads == 2 * taps[0] * loads
 
 

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import plans
 import pytest
 import torch
 from interpreted import Library, engine_sources, problem, shifted, solve
 
 from convgen.checking.interpret import library as compile_interpreted
-from convgen.engines.gather import gather_axes, window_words
-from convgen.engines.mma import ENGINE as MMA
-from convgen.engines.mma_fit import loads_words
+from convgen.engines.gather.axes import gather_axes
+from convgen.engines.gather.unroll import window_words
+from convgen.engines.mma.fit import loads_words
+from convgen.engines.problem import Problem
 from convgen.spec import ConvSpec
 
 
@@ -63,7 +65,7 @@ def test_words_of_neighbours_agree_with_float64(
     case: tuple[ConvSpec, str, str, Calls], architecture: str
 ) -> None:
     spec, kind, style, calls = case
-    default = MMA.plan(spec.geometry, "fprop", kind).schedule
+    default = plans.plan(spec, "fprop", kind).schedule
     rows = 1 if default.row_axis == "scattered" else 2
     tiles = ((rows, 24), (1, 8)) if architecture == "90a" else ((rows, 8),)
     schedule = replace(default, unroll=style, tiles=tiles, granules=True)
@@ -83,7 +85,7 @@ def test_words_of_neighbours_agree_with_float64(
 def test_three_groups_beside_one_crew_agree_with_float64() -> None:
     """A crew alone tells of a buffer when the next one's copies are on their way."""
     spec, kind, style, calls = CASES[0]
-    default = MMA.plan(spec.geometry, "fprop", kind).schedule
+    default = plans.plan(spec, "fprop", kind).schedule
     schedule = replace(default, unroll=style, tiles=((2, 24),), groups=3, granules=True)
     files = engine_sources(spec, kind, ("fprop",), {("fprop", kind): schedule})
     loaded = Library(compile_interpreted("words_three", files, "checked", architecture="90a"))
@@ -101,7 +103,7 @@ def test_nan_at_an_end_of_a_line_stays_in_its_line(
 ) -> None:
     """A word may hold it beside an end of the next line, or of the next sample."""
     spec, kind = ConvSpec(CONV, 3, 2, 1), "bf16tc"
-    default = MMA.plan(spec.geometry, "fprop", kind).schedule
+    default = plans.plan(spec, "fprop", kind).schedule
     schedule = replace(default, unroll="slab", tiles=((2, 8),), granules=True)
     files = engine_sources(spec, kind, ("fprop",), {("fprop", kind): schedule})
     loaded = Library(compile_interpreted("words_nan", files, "checked"))
@@ -123,12 +125,12 @@ def test_nan_at_an_end_of_a_line_stays_in_its_line(
 
 def test_only_even_strides_load_words() -> None:
     """Elsewhere neighbouring positions begin in different halves."""
-    assert loads_words(ConvSpec(CONV, 3, 2, 1).geometry, "fprop", "bf16tc")
-    assert loads_words(ConvSpec(UP, 3, (2, 4, 2), 1).geometry, "fprop", "f16tc")
-    assert not loads_words(ConvSpec(CONV, 3, 2, 1).geometry, "fprop", "tf32")
-    assert not loads_words(ConvSpec(CONV, 3, (1, 2, 2), 1).geometry, "fprop", "bf16tc")
-    assert not loads_words(ConvSpec("conv2d", 3, 2, 1).geometry, "fprop", "bf16tc")
-    assert not loads_words(ConvSpec(UP, 3, 2, 1).geometry, "dgrad", "bf16tc")
+    assert loads_words(Problem(ConvSpec(CONV, 3, 2, 1).geometry, "fprop", "bf16tc"))
+    assert loads_words(Problem(ConvSpec(UP, 3, (2, 4, 2), 1).geometry, "fprop", "f16tc"))
+    assert not loads_words(Problem(ConvSpec(CONV, 3, 2, 1).geometry, "fprop", "tf32"))
+    assert not loads_words(Problem(ConvSpec(CONV, 3, (1, 2, 2), 1).geometry, "fprop", "bf16tc"))
+    assert not loads_words(Problem(ConvSpec("conv2d", 3, 2, 1).geometry, "fprop", "bf16tc"))
+    assert not loads_words(Problem(ConvSpec(UP, 3, 2, 1).geometry, "dgrad", "bf16tc"))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import plans
 import pytest
 from interpreted import Library, engine_sources, problem, shifted, solve
 
 from convgen.checking.interpret import library as compile_interpreted
-from convgen.engines.gather import arrange, gather_axes, runs_along_batch
-from convgen.engines.mma import ENGINE as MMA
+from convgen.engines.gather.axes import arrange, gather_axes, runs_along_batch
 from convgen.spec import ConvSpec
 
 
@@ -51,7 +51,7 @@ def test_tiles_of_many_samples_agree_with_float64(layer: Layer, kind: str, granu
     if kind != "f32":
         schedules = {
             (contraction, kind): replace(
-                MMA.plan(spec.geometry, contraction, kind).schedule, granules=granules
+                plans.plan(spec, contraction, kind).schedule, granules=granules
             )
             for contraction in contractions
         }

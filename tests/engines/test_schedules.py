@@ -1,4 +1,4 @@
-"""The engines' schedules: defaults are legal, refusals have reasons, the model is about right."""
+"""The families' schedules: defaults are legal, refusals have reasons, the model is about right."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 import math
 from dataclasses import replace
 
+import plans
 import pytest
 
 from convgen.codegen.render import TEMPLATES, render_unit
-from convgen.engines import CONTRACTIONS, Engine, KernelPlan, units
-from convgen.engines.cost import GPUS, H200, Problem, typical_problems
-from convgen.engines.mma_fit import GROUP_CHANNELS
+from convgen.engines.cost import GPUS, H200, typical_calls
+from convgen.engines.mma.fit import GROUP_CHANNELS
+from convgen.engines.problem import Call
+from convgen.engines.registry import AnyPlan, Unit, units
 from convgen.measuring.layers import Layer, read_suite, suites
-from convgen.spec import ConvSpec
-from convgen.tuning.tune import problem_of
+from convgen.spec import CONTRACTIONS, ConvSpec
+from convgen.tuning.tune import call_of
 
 LAYERS = {layer.name.split("-")[0]: layer for layer in read_suite("kernelbench3d")}
 SPECS = [
@@ -31,47 +33,45 @@ SPECS = [
 DTYPES = {"cpu": ("f32", "f64", "bf16"), "cuda": ("f32", "f64", "f16")}
 
 
-def plans(spec: ConvSpec) -> list[tuple[Engine, KernelPlan]]:
+def defaults(spec: ConvSpec) -> list[tuple[Unit, AnyPlan]]:
     """The default of every unit that may be compiled for a specification."""
     return [
-        (engine, engine.plan(spec.geometry, contraction, kind))
+        (unit, unit.default())
         for backend, dtypes in DTYPES.items()
-        for engine, kind in units(backend, spec.geometry, dtypes)
-        for contraction in CONTRACTIONS
+        for unit in units(backend, spec.geometry, dtypes)
     ]
 
 
-def plan_of(layer: Layer, contraction: str, kind: str) -> tuple[Engine, KernelPlan]:
-    dtype = "f32" if kind.startswith("tf32") else kind.removesuffix("tc")
-    engines = {name: engine for engine, name in units("cuda", layer.spec.geometry, [dtype])}
-    return engines[kind], engines[kind].plan(layer.spec.geometry, contraction, kind)
+def plan_of(layer: Layer, contraction: str, kind: str) -> tuple[Unit, AnyPlan]:
+    unit = plans.unit(layer.spec, contraction, kind)
+    return unit, unit.default()
 
 
 class TestSpace:
     def test_defaults_are_legal_for_every_layer_of_the_suites(self) -> None:
         for layer in {layer for name in suites() for layer in read_suite(name)}:
             for spec in (layer.spec, layer.fixed()):
-                for engine, plan in plans(spec):
-                    assert engine.refusal(plan) == "", (spec.name, plan)
+                for unit, plan in defaults(spec):
+                    assert unit.family.refusal(plan) == "", (spec.name, plan)
 
     @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
     def test_candidates_are_distinct_the_default_among_them_and_refusals_say_why(
         self, spec: ConvSpec
     ) -> None:
-        for engine, default in plans(spec):
-            space = engine.space(spec.geometry, default.contraction, default.dtype)
+        for unit, default in defaults(spec):
+            space = unit.family.candidates(unit.problem)
             schedules = [candidate.schedule for candidate in space]
             assert len(set(schedules)) == len(schedules)
             assert [c.refusal for c in space if c.schedule == default.schedule] == [""]
             for candidate in space:
-                legal = engine.refusal(replace(default, schedule=candidate.schedule)) == ""
+                legal = unit.family.refusal(replace(default, schedule=candidate.schedule)) == ""
                 # A space may leave out more than what cannot be: what is likely to spill.
                 assert legal or candidate.refusal
                 assert candidate.refusal == "" or len(candidate.refusal.split()) > 3
 
     def test_a_large_space_has_choices_and_refusals(self) -> None:
-        engine, plan = plan_of(LAYERS["68"], "dgrad", "tf32")
-        space = engine.space(plan.geometry, "dgrad", "tf32")
+        unit = plans.unit(LAYERS["68"].spec, "dgrad", "tf32")
+        space = unit.family.candidates(unit.problem)
         legal = {c.schedule.unroll for c in space if not c.refusal}
         assert legal >= {"taps", "slab", "plane", "line"}
         reasons = " ".join(c.refusal for c in space)
@@ -80,15 +80,15 @@ class TestSpace:
 
     @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
     def test_schedules_survive_json(self, spec: ConvSpec) -> None:
-        for engine, plan in plans(spec):
+        for unit, plan in defaults(spec):
             text = json.dumps(dataclasses.asdict(plan.schedule))
-            assert engine.read_schedule(plan.contraction, json.loads(text)) == plan.schedule
+            assert unit.family.read_schedule(json.loads(text)) == plan.schedule
 
     def test_each_tile_is_judged_by_its_own_rows(self) -> None:
-        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+        unit, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 
         def refusal(*tiles: tuple[int, int]) -> str:
-            return engine.refusal(replace(plan, schedule=replace(plan.schedule, tiles=tiles)))
+            return unit.family.refusal(replace(plan, schedule=replace(plan.schedule, tiles=tiles)))
 
         assert refusal((3, 48), (4, 24), (6, 16)) == ""
         assert refusal((6, 16)) == ""
@@ -97,47 +97,49 @@ class TestSpace:
         assert "tiles are told apart by their channels" in refusal()
 
     def test_three_groups_of_warps_are_for_tiles_that_leave_them_registers(self) -> None:
-        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+        unit, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 
         def refusal(groups: int, *tiles: tuple[int, int]) -> str:
             schedule = replace(plan.schedule, groups=groups, tiles=tiles)
-            return engine.refusal(replace(plan, schedule=schedule), ["90a"])
+            return unit.family.refusal(replace(plan, schedule=schedule), ["90a"])
 
         assert refusal(2, (4, 48)) == refusal(3, (3, 48), (6, 16)) == ""
         assert "spill" in refusal(3, (4, 48))
         assert "24 channels or more" in refusal(3, (6, 16))
         assert "2 or 3 groups" in refusal(4, (3, 48))
-        space = engine.space(plan.geometry, "dgrad", "tf32")
+        space = unit.family.candidates(unit.problem)
         assert {c.schedule.groups for c in space if not c.refusal} == {2, 3}
 
     def test_granules_are_for_taps_that_are_unrolled(self) -> None:
-        engine, plan = plan_of(LAYERS["73"], "fprop", "tf32")
+        unit, plan = plan_of(LAYERS["73"], "fprop", "tf32")
 
-        def refusal(plan: KernelPlan) -> str:
-            return engine.refusal(replace(plan, schedule=replace(plan.schedule, granules=True)))
+        def refusal(plan: AnyPlan) -> str:
+            return unit.family.refusal(
+                replace(plan, schedule=replace(plan.schedule, granules=True))
+            )
 
         assert refusal(plan) == ""
         long = ConvSpec.make("conv1d", kernel_size=80, stride=2)
-        assert "loops over taps" in refusal(engine.plan(long.geometry, "fprop", "tf32"))
-        space = engine.space(plan.geometry, "fprop", "tf32")
+        assert "loops over taps" in refusal(plans.plan(long, "fprop", "tf32"))
+        space = unit.family.candidates(unit.problem)
         assert {c.schedule.granules for c in space if not c.refusal} == {False, True}
 
     def test_lanes_have_neighbouring_positions_where_pairs_of_columns_fit(self) -> None:
-        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+        unit, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 
-        def refusal(plan: KernelPlan, **changes: object) -> str:
+        def refusal(plan: AnyPlan, **changes: object) -> str:
             schedule = replace(plan.schedule, pairs=True, **changes)
-            return engine.refusal(replace(plan, schedule=schedule), ["90a"])
+            return unit.family.refusal(replace(plan, schedule=schedule), ["90a"])
 
         assert refusal(plan, tiles=((3, 48), (3, 16))) == ""
         assert "pairs of columns take 144" in refusal(plan, tiles=((4, 48),))
         assert "pairs of columns take 112" in refusal(plan, tiles=((3, 48),), groups=3)
         assert "granules" in refusal(plan, tiles=((3, 48),), granules=True)
         line = ConvSpec.make("conv1d", kernel_size=5)
-        assert "scattered" in refusal(engine.plan(line.geometry, "fprop", "tf32"))
+        assert "scattered" in refusal(plans.plan(line, "fprop", "tf32"))
         _, strided = plan_of(LAYERS["73"], "fprop", "tf32")
         assert "strided" in refusal(strided, tiles=((2, 32),))
-        space = engine.space(plan.geometry, "dgrad", "tf32")
+        space = unit.family.candidates(unit.problem)
         assert {c.schedule.pairs for c in space if not c.refusal} == {False, True}
 
     @pytest.mark.parametrize(
@@ -148,33 +150,33 @@ class TestSpace:
         self, layer: str, contraction: str, mode: str, tile: tuple[int, int]
     ) -> None:
         """Both spill for sm_90, and neither for sm_80."""
-        engine, plan = plan_of(LAYERS[layer], contraction, mode)
+        unit, plan = plan_of(LAYERS[layer], contraction, mode)
         plan = replace(plan, schedule=replace(plan.schedule, unroll="slab", tiles=(tile,)))
         for measured in (), ("90a",), ("80",):
-            assert engine.refusal(plan, measured) == ""
+            assert unit.family.refusal(plan, measured) == ""
         for elsewhere in ("90",), ("80", "120"):
-            assert "and spill" in engine.refusal(plan, elsewhere)
+            assert "and spill" in unit.family.refusal(plan, elsewhere)
 
     def test_a_prediction_is_that_of_the_tile_which_the_call_takes(self) -> None:
-        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+        unit, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 
         def time(layer: str, *tiles: tuple[int, int]) -> float:
             other = replace(plan, schedule=replace(plan.schedule, tiles=tiles))
-            return engine.predict(other, problem_of(LAYERS[layer]), H200).ms
+            return unit.predict(other, call_of(LAYERS[layer]), H200).ms
 
         for layer, tile in ("61", (3, 48)), ("70", (4, 24)):
             assert time(layer, (3, 48), (4, 24)) == time(layer, tile)
         assert time("70", (3, 48), (3, 24)) == time("70", (3, 24)) > time("70", (4, 24))
 
     def test_layers_combine_the_tiles_that_each_of_them_takes(self) -> None:
-        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+        unit, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 
         def combine(*choices: tuple[str, tuple[tuple[int, int], ...]]) -> object:
-            return engine.combine(
+            return unit.family.combine(
                 [
                     (
                         replace(plan, schedule=replace(plan.schedule, tiles=tiles)),
-                        problem_of(LAYERS[layer]),
+                        call_of(LAYERS[layer]),
                     )
                     for layer, tiles in choices
                 ]
@@ -189,24 +191,24 @@ class TestSpace:
             plan.schedule, tiles=((3, 24),)
         )
         slab = replace(plan, schedule=replace(plan.schedule, unroll="slab"))
-        problem = problem_of(LAYERS["61"])
-        assert engine.combine([(plan, problem), (slab, problem)]) is None
-        wgrad = engine.plan(plan.geometry, "wgrad", "tf32")
-        assert engine.combine([(wgrad, problem)]) is None
+        call = call_of(LAYERS["61"])
+        assert unit.family.combine([(plan, call), (slab, call)]) is None
+        wgrad = plans.plan(plan.geometry, "wgrad", "tf32")
+        assert wgrad.family.combine([(wgrad, call)]) is None
 
     def test_fields_of_another_schedule_are_refused(self) -> None:
-        engine, plan = plan_of(LAYERS["61"], "wgrad", "tf32")
+        unit, plan = plan_of(LAYERS["61"], "wgrad", "tf32")
         with pytest.raises(TypeError, match=r"WgradSchedule has the fields .*, not"):
-            engine.read_schedule("wgrad", {"unroll": "full"})
+            unit.family.read_schedule({"unroll": "full"})
         wrong = replace(plan, schedule=replace(plan.schedule, taps_w=9))
-        assert "taps do not fill" in engine.refusal(wrong)
+        assert "taps do not fill" in unit.family.refusal(wrong)
 
     def test_every_legal_schedule_of_a_small_space_renders(self) -> None:
         spec = SPECS[0]
-        for engine, default in plans(spec):
-            space = engine.space(spec.geometry, default.contraction, default.dtype)
+        for unit, default in defaults(spec):
+            space = unit.family.candidates(unit.problem)
             for schedule in [c.schedule for c in space if not c.refusal][::7]:
-                assert render_unit(spec, engine, replace(default, schedule=schedule))
+                assert render_unit(spec, unit, replace(default, schedule=schedule))
 
 
 # The default schedules' kernels on one H200, in ms: docs/performance.md.
@@ -238,63 +240,62 @@ class TestModel:
     def test_predictions_are_near_measurements(
         self, name: str, contraction: str, kind: str
     ) -> None:
-        engine, plan = plan_of(LAYERS[name], contraction, kind)
-        predicted = engine.predict(plan, problem_of(LAYERS[name]), H200).ms
+        unit, plan = plan_of(LAYERS[name], contraction, kind)
+        predicted = unit.predict(plan, call_of(LAYERS[name]), H200).ms
         measured = MEASURED[name, contraction, kind]
         assert measured / 1.45 < predicted < 1.25 * measured
 
     def test_warps_that_stage_16_bit_lines_bound_gradients_of_strided_layers(self) -> None:
         """Of odd lines, where these are not staged as they lie in memory: docs/performance.md."""
-        engine, plan = plan_of(LAYERS["73"], "fprop", "bf16tc")
+        unit, plan = plan_of(LAYERS["73"], "fprop", "bf16tc")
         assert plan.schedule.granules
         words = replace(plan.schedule, unroll="plane", tiles=((3, 32), (3, 24)), granules=False)
-        found = engine.predict(replace(plan, schedule=words), problem_of(LAYERS["73"]), H200)
+        found = unit.predict(replace(plan, schedule=words), call_of(LAYERS["73"]), H200)
         assert found.bound == "staging"
         assert found.ms == pytest.approx(0.67, rel=0.25)
-        assert engine.predict(plan, problem_of(LAYERS["73"]), H200).ms < 0.7 * found.ms
+        assert unit.predict(plan, call_of(LAYERS["73"]), H200).ms < 0.7 * found.ms
 
     @pytest.mark.parametrize("contraction", CONTRACTIONS)
     def test_simt_predictions_are_near_measurements(self, contraction: str) -> None:
-        (engine, _), *_ = units("cuda", LAYERS["61"].spec.geometry, ["f32"])
-        plan = engine.plan(LAYERS["61"].spec.geometry, contraction, "f32")
-        predicted = engine.predict(plan, problem_of(LAYERS["61"]), H200).ms
+        unit, plan = plan_of(LAYERS["61"], contraction, "f32")
+        predicted = unit.predict(plan, call_of(LAYERS["61"]), H200).ms
         assert predicted == pytest.approx(MEASURED_SIMT[contraction], rel=0.15)
 
     @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
     def test_predictions_are_times_that_grow_with_the_batch(self, spec: ConvSpec) -> None:
-        for engine, plan in plans(spec):
-            for problem in typical_problems(spec.geometry):
-                one = engine.predict(plan, problem, H200)
-                four = engine.predict(plan, replace(problem, batch=4 * problem.batch), H200)
+        for unit, plan in defaults(spec):
+            for call in typical_calls(spec.geometry):
+                one = unit.predict(plan, call, H200)
+                four = unit.predict(plan, replace(call, batch=4 * call.batch), H200)
                 assert 0 < one.ms < four.ms < 4.5 * one.ms or math.isinf(one.ms)
                 assert one.bound
 
     def test_a_few_tiles_more_than_multiprocessors_cost_another_wave(self) -> None:
         layer = LAYERS["61"]
-        engine, plan = plan_of(layer, "dgrad", "tf32")
+        unit, plan = plan_of(layer, "dgrad", "tf32")
         plan = replace(plan, schedule=replace(plan.schedule, tiles=((3, 48),)))
 
         def time(multiprocessors: int) -> float:
             gpu = replace(H200, multiprocessors=multiprocessors)
-            problem = Problem(1, 48, 48, (4, 16, 16), (6, 18, 18))
-            return engine.predict(plan, problem, gpu).ms
+            call = Call(1, 48, 48, (4, 16, 16), (6, 18, 18))
+            return unit.predict(plan, call, gpu).ms
 
         # 3 positions along D at a time, 128 of the 18 x 18 plane: 2 x 3 tiles.
         assert time(6) == time(100)
         assert time(5) == pytest.approx(2 * time(6))
 
     def test_narrower_tiles_keep_more_multiprocessors_at_work(self) -> None:
-        engine, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
+        unit, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
         narrow, wide = (
             replace(plan, schedule=replace(plan.schedule, tiles=((3, channels),)))
             for channels in (16, 48)
         )
         both = replace(plan, schedule=replace(plan.schedule, tiles=((3, 48), (3, 16))))
-        few = Problem(1, 48, 48, (4, 16, 16), (6, 18, 18))
-        many = problem_of(LAYERS["61"])
+        few = Call(1, 48, 48, (4, 16, 16), (6, 18, 18))
+        many = call_of(LAYERS["61"])
 
-        def time(plan: KernelPlan, problem: Problem) -> float:
-            return engine.predict(plan, problem, H200).ms
+        def time(plan: AnyPlan, call: Call) -> float:
+            return unit.predict(plan, call, H200).ms
 
         assert time(both, few) == time(narrow, few) < time(wide, few)
         assert time(both, many) == time(wide, many) < time(narrow, many)
@@ -303,35 +304,31 @@ class TestModel:
         # 16 taps of 512 x 256 channels, but 861 positions: blocks of all channels would have 16
         # positions each.
         up = ConvSpec.make("conv_transpose1d", kernel_size=16, stride=8, padding=4)
-        engine, plan = next(
-            (engine, engine.plan(up.geometry, "dgrad", kind))
-            for engine, kind in units("cuda", up.geometry, ["f32"])
-            if kind == "tf32"
-        )
-        problem = Problem(1, 512, 256, (1, 1, 861), (1, 1, 6888))
+        unit, plan = plans.unit(up, "dgrad", "tf32"), plans.plan(up, "dgrad", "tf32")
+        call = Call(1, 512, 256, (1, 1, 861), (1, 1, 6888))
         # As measured on an H200: 0.070 ms; by blocks of all channels 0.129.
-        assert engine.predict(plan, problem, H200).ms < 0.08
+        assert unit.predict(plan, call, H200).ms < 0.08
 
     def test_samples_of_a_batch_fill_the_tiles_of_small_planes(self) -> None:
         up = ConvSpec.make("conv_transpose2d", kernel_size=4, stride=2, padding=1)
-        engine, plan = plan_of(Layer("up", up, (128, 512, 4, 4), 256, False), "dgrad", "tf32")
-        one = Problem(1, 512, 256, (1, 4, 4), (1, 8, 8))
-        few, many = (engine.predict(plan, replace(one, batch=batch), H200).ms for batch in (1, 128))
+        unit, plan = plan_of(Layer("up", up, (128, 512, 4, 4), 256, False), "dgrad", "tf32")
+        one = Call(1, 512, 256, (1, 4, 4), (1, 8, 8))
+        few, many = (unit.predict(plan, replace(one, batch=batch), H200).ms for batch in (1, 128))
         assert many < 8 * few
 
     def test_depthwise_calls_have_one_prediction_whatever_the_schedule(self) -> None:
         spec = ConvSpec.make("conv3d", kernel_size=3, padding=1, groups=64)
-        problem = Problem(2, 64, 64, (32, 64, 64), (32, 64, 64))
+        call = Call(2, 64, 64, (32, 64, 64), (32, 64, 64))
         measured = {"fprop": 0.077, "dgrad": 0.078, "wgrad": 0.103}  # H200
         for contraction in CONTRACTIONS:
-            (engine, _), *_ = units("cuda", spec.geometry, ["f32"])
+            unit = plans.unit(spec, contraction, "f32")
             predictions = {
-                engine.predict(
-                    replace(engine.plan(spec.geometry, contraction, "f32"), schedule=c.schedule),
-                    problem,
+                unit.predict(
+                    unit.with_schedule(c.schedule),
+                    call,
                     H200,
                 )
-                for c in engine.space(spec.geometry, contraction, "f32")
+                for c in unit.family.candidates(unit.problem)
             }
             (prediction,) = predictions
             assert prediction.ms == pytest.approx(measured[contraction], rel=0.35)
@@ -339,9 +336,8 @@ class TestModel:
     def test_times_follow_the_gpu(self) -> None:
         layer = LAYERS["61"]
         for kind in ("tf32", "f64"):
-            engine, plan = plan_of(layer, "dgrad", kind)
+            unit, plan = plan_of(layer, "dgrad", kind)
             times = {
-                number: engine.predict(plan, problem_of(layer), gpu).ms
-                for number, gpu in GPUS.items()
+                number: unit.predict(plan, call_of(layer), gpu).ms for number, gpu in GPUS.items()
             }
             assert times[90] < times[80] < times[86]

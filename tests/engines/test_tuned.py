@@ -10,17 +10,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import plans
 import pytest
 
-from convgen.engines import KernelPlan, tuned, units
+from convgen.building.processor import processor_name
+from convgen.engines import tuned
+from convgen.engines.registry import units
 from convgen.engines.tuned import TunedError, TunedWarning, Winner
 from convgen.measuring.layers import read_suite
 from convgen.spec import ConvSpec
 from convgen.specialize import generate
+from convgen.tuning import tables
 
 SPEC = ConvSpec.make(kernel_size=3, stride=2)
-ENGINES = {kind: engine for engine, kind in units("cuda", SPEC.geometry, ["f32"])}
-DEFAULT = ENGINES["tf32"].plan(SPEC.geometry, "dgrad", "tf32").schedule
+DEFAULT = plans.plan(SPEC, "dgrad", "tf32").schedule
 OTHER = replace(DEFAULT, tiles=((1, 16), (2, 8)))
 
 
@@ -65,13 +68,13 @@ class TestTable:
         assert tuned.read(table) == []
 
     def test_a_winner_is_found_again(self, table: Path) -> None:
-        assert tuned.store([winner()], table) == 1
+        assert tables.store([winner()], table) == 1
         assert tuned.read(table) == [winner()]
         assert found() == {("dgrad", "tf32"): OTHER}
 
     def test_a_newer_one_of_the_same_key_replaces_it(self, table: Path) -> None:
-        tuned.store([winner(), winner(contraction="fprop")], table)
-        assert tuned.store([winner(schedule=as_json(DEFAULT), ms=3.0)], table) == 2
+        tables.store([winner(), winner(contraction="fprop")], table)
+        assert tables.store([winner(schedule=as_json(DEFAULT), ms=3.0)], table) == 2
         assert found()["dgrad", "tf32"] == DEFAULT
 
     @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ class TestTable:
     def test_gpus_go_by_their_architecture(
         self, table: Path, archs: tuple[str, ...], hits: int
     ) -> None:
-        tuned.store([winner()], table)
+        tables.store([winner()], table)
         assert len(found(archs)) == hits
 
     def test_a_schedule_that_counts_on_groups_of_warps_is_for_their_architecture_alone(
@@ -89,13 +92,13 @@ class TestTable:
     ) -> None:
         """By mma.sync, which has fewer registers, it would spill."""
         grouped = replace(DEFAULT, tiles=((3, 32), (2, 24)))
-        plan = ENGINES["tf32"].plan(SPEC.geometry, "dgrad", "tf32")
-        assert ENGINES["tf32"].refusal(replace(plan, schedule=grouped)) == ""
-        tuned.store([winner(schedule=as_json(grouped))], table)
+        plan = plans.plan(SPEC, "dgrad", "tf32")
+        assert plan.family.refusal(replace(plan, schedule=grouped)) == ""
+        tables.store([winner(schedule=as_json(grouped))], table)
         assert found(("90a",)) == {("dgrad", "tf32"): grouped}
         assert found(("90",)) == found(("80", "90a")) == {}
         # Where it was measured it is judged by its time.
-        tuned.store([winner(schedule=as_json(grouped), architecture="80")], table)
+        tables.store([winner(schedule=as_json(grouped), architecture="80")], table)
         assert found(("80",)) == {("dgrad", "tf32"): grouped}
 
     def test_16_bit_modes_share_winners(self, table: Path) -> None:
@@ -104,17 +107,16 @@ class TestTable:
         def found(dtype: str) -> dict[tuple[str, str], Any]:
             return tuned.schedules(SPEC, "cuda", [dtype], ["90a"], "")
 
-        tuned.store([winner(kind="bf16tc")], table)
+        tables.store([winner(kind="bf16tc")], table)
         assert found("f16") == {("dgrad", "f16tc"): OTHER}
         assert found("bf16") == {("dgrad", "bf16tc"): OTHER}
         assert found("f32") == {}
-        tuned.store([winner(kind="f16tc", schedule=as_json(DEFAULT))], table)
+        tables.store([winner(kind="f16tc", schedule=as_json(DEFAULT))], table)
         assert found("f16") == {("dgrad", "f16tc"): DEFAULT}
         assert found("bf16") == {("dgrad", "bf16tc"): OTHER}
 
     def test_processors_go_by_their_name(self, table: Path) -> None:
-        engine = units("cpu", SPEC.geometry, ["f32"])[0][0]
-        schedule = engine.plan(SPEC.geometry, "fprop", "f32").schedule
+        schedule = plans.plan(SPEC, "fprop", "f32", "cpu").schedule
         entry = winner(
             contraction="fprop",
             kind="f32",
@@ -122,13 +124,13 @@ class TestTable:
             architecture="",
             schedule=as_json(schedule),
         )
-        tuned.store([entry], table)
+        tables.store([entry], table)
         for name, expected in (("Fast", {("fprop", "f32"): schedule}), ("Other", {})):
             assert tuned.schedules(SPEC, "cpu", ["f32"], (), name) == expected
         assert found() == {}
 
     def test_of_several_sizes_the_longest_counts_or_the_nearest(self, table: Path) -> None:
-        tuned.store([winner(), winner(size=24, ms=9.0, schedule=as_json(DEFAULT))], table)
+        tables.store([winner(), winner(size=24, ms=9.0, schedule=as_json(DEFAULT))], table)
         assert found()["dgrad", "tf32"] == DEFAULT
         assert found(size=19)["dgrad", "tf32"] == OTHER
         assert found(size=23)["dgrad", "tf32"] == DEFAULT
@@ -141,13 +143,13 @@ class TestTable:
         self, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(tuned, "_SHIPPED", tmp_path)
-        tuned.store([winner()], tmp_path / "h200.json")
+        tables.store([winner()], tmp_path / "h200.json")
         assert found()["dgrad", "tf32"] == OTHER
-        tuned.store([winner(schedule=as_json(DEFAULT))], table)
+        tables.store([winner(schedule=as_json(DEFAULT))], table)
         assert found()["dgrad", "tf32"] == DEFAULT
 
     def test_switched_off(self, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        tuned.store([winner()], table)
+        tables.store([winner()], table)
         monkeypatch.setenv(tuned.VARIABLE, "0")
         assert found() == {}
         assert tuned.user_table() is None
@@ -168,7 +170,7 @@ class TestFaults:
     def test_a_damaged_table_is_named_and_not_overwritten(self, table: Path, text: str) -> None:
         table.parent.mkdir()
         table.write_text(text)
-        for use in (found, lambda: tuned.store([winner()], table)):
+        for use in (found, lambda: tables.store([winner()], table)):
             with pytest.raises(
                 TunedError, match=r"tuned\.json cannot be read .* delete it, or set"
             ):
@@ -176,7 +178,7 @@ class TestFaults:
         assert table.read_text() == text
 
     def test_an_entry_without_a_field_is_damage(self, table: Path) -> None:
-        tuned.store([winner()], table)
+        tables.store([winner()], table)
         data = json.loads(table.read_text())
         del data["winners"][0]["kind"]
         table.write_text(json.dumps(data))
@@ -185,25 +187,25 @@ class TestFaults:
 
     def test_a_schedule_that_cannot_be_is_left_out_with_a_warning(self, table: Path) -> None:
         illegal = replace(DEFAULT, tiles=((2, 16), (8, 64)))
-        tuned.store([winner(schedule=as_json(illegal))], table)
+        tables.store([winner(schedule=as_json(illegal))], table)
         with pytest.warns(TunedWarning, match=r"dgrad tf32 .* not used: .* spill; .*tune again"):
             assert found() == {}
 
     def test_a_schedule_of_another_version_is_left_out_with_a_warning(self, table: Path) -> None:
-        tuned.store([winner(schedule={"tile": 3})], table)
+        tables.store([winner(schedule={"tile": 3})], table)
         with pytest.warns(TunedWarning, match="has the fields"):
             assert found() == {}
 
     def test_a_schedule_with_one_number_of_rows_is_of_another_version(self, table: Path) -> None:
         fields = {name: value for name, value in as_json(OTHER).items() if name != "tiles"}
-        tuned.store([winner(schedule=fields | {"rows": 2, "channels": [16, 8]})], table)
+        tables.store([winner(schedule=fields | {"rows": 2, "channels": [16, 8]})], table)
         with pytest.warns(TunedWarning, match=r"has the fields .*'tiles'.* run convgen tune again"):
             assert found() == {}
 
     def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(TunedError, match=r"cannot write the table .* set CONVGEN_TUNED"):
-            tuned.store([winner()], tmp_path / "file" / "tuned.json")
+            tables.store([winner()], tmp_path / "file" / "tuned.json")
 
     def test_processes_that_store_at_once_lose_nothing(self, table: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -221,7 +223,7 @@ class TestFaults:
 
 def _store_some(path: Path, process: int) -> None:
     for size in range(5):
-        tuned.store([winner(size=10 * process + size)], path)
+        tables.store([winner(size=10 * process + size)], path)
 
 
 def test_this_version_can_have_every_schedule_of_the_packages_tables() -> None:
@@ -231,13 +233,12 @@ def test_this_version_can_have_every_schedule_of_the_packages_tables() -> None:
     assert winners
     for each in winners:
         geometry = specs[each.spec].geometry
-        kinds = {kind: engine for engine, kind in units("cuda", geometry, ["f32", "bf16"])}
-        engine = kinds[each.kind]
-        schedule = engine.read_schedule(each.contraction, each.schedule)
+        found = {unit.key: unit for unit in units("cuda", geometry, ["f32", "bf16"])}
+        unit = found[each.contraction, each.kind]
+        schedule = unit.family.read_schedule(each.schedule)
         # Fields that came later have their defaults.
         assert as_json(schedule) == as_json(schedule) | dict(each.schedule)
-        plan = KernelPlan(geometry, each.contraction, each.kind, engine.name, schedule)
-        assert engine.refusal(plan) == "", each
+        assert unit.family.refusal(unit.with_schedule(schedule)) == "", each
 
 
 def test_generate_takes_the_tables_schedules(
@@ -245,18 +246,17 @@ def test_generate_takes_the_tables_schedules(
 ) -> None:
     monkeypatch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
     spec = ConvSpec.make("conv1d", kernel_size=3)
-    engine = units("cpu", spec.geometry, ["f32"])[0][0]
-    default = engine.plan(spec.geometry, "fprop", "f32").schedule
+    default = plans.plan(spec, "fprop", "f32", "cpu").schedule
     schedule = replace(default, buffer_bytes=16 << 10)
     entry = winner(
         spec=spec.name,
         contraction="fprop",
         kind="f32",
-        device=tuned.processor_name(),
+        device=processor_name(),
         architecture="",
         schedule=as_json(schedule),
     )
-    tuned.store([entry], table)
+    tables.store([entry], table)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         package = generate(spec, dtypes=["f32"], backends="cpu")

@@ -14,11 +14,12 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import plans
 import pytest
 from interpreted import engine_sources
 
 from convgen.building import toolchain
-from convgen.engines.mma_wgrad import wgrad_schedule, with_groups
+from convgen.engines.mma.wgrad import wgrad_schedule, with_groups
 from convgen.spec import ConvSpec
 
 UP = "conv_transpose3d"
@@ -44,8 +45,8 @@ def cubin(
 ) -> Path:
     schedules = {}
     if contraction == "wgrad":
-        schedule = wgrad_schedule(spec.geometry, mode)
-        schedules = {(contraction, mode): with_groups(schedule, spec.geometry, mode)}
+        schedule = wgrad_schedule(plans.wgrad(spec, mode))
+        schedules = {(contraction, mode): with_groups(schedule, plans.wgrad(spec, mode))}
     for name, text in engine_sources(spec, mode, (contraction,), schedules).items():
         if fault is not None and fault[0] in text:
             text = text.replace(*fault)

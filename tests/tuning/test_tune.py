@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from convgen import cli
-from convgen.engines import CONTRACTIONS, Engine, KernelPlan, tuned
+from convgen.building.processor import processor_name
+from convgen.engines import tuned
 from convgen.engines.cost import H200
+from convgen.engines.registry import AnyPlan, Unit
 from convgen.measuring.layers import Layer
-from convgen.spec import ConvSpec
-from convgen.tuning import tune
+from convgen.spec import CONTRACTIONS, ConvSpec
+from convgen.tuning import tables, tune
 
 CPU = torch.device("cpu")
 SPEC = ConvSpec.make("conv2d", kernel_size=3, padding=1)
@@ -55,8 +57,8 @@ class TestJobs:
     def test_channels_are_fixed_on_request(self) -> None:
         (job, *_) = tune.jobs([LAYER], "cuda", "f32", True, fixed_channels=True)
         assert (job.spec.in_channels, job.spec.out_channels) == (5, 6)
-        assert job.problem.coarse_channels == 6
-        assert job.problem.fine_extent == (1, 12, 19)
+        assert job.call.coarse_channels == 6
+        assert job.call.fine_extent == (1, 12, 19)
 
     def test_candidates_are_the_default_and_then_the_models_best(self) -> None:
         layer = Layer("68", ConvSpec.make(kernel_size=(3, 5, 5)), (16, 32, 64, 64, 64), 64, False)
@@ -88,7 +90,7 @@ class TestJobs:
             convgen="0",
         )
         table = tmp_path / "table.json"
-        tuned.store([entry], table)
+        tables.store([entry], table)
         monkeypatch.setenv(tuned.VARIABLE, str(table))
         for architectures, held in (["90a"], True), ([], False), (["80"], False):
             for most in (2, 4):
@@ -245,7 +247,7 @@ class TestRace:
             assert winner.schedule == dataclasses.asdict(outcome.best.plan.schedule)
             assert (winner.spec, winner.kind) == (SPEC.name, "f32")
             assert (winner.size, winner.channels) == (9, (6, 5))
-            assert (winner.device, winner.architecture) == (tuned.processor_name(), "")
+            assert (winner.device, winner.architecture) == (processor_name(), "")
             json.dumps(outcome.to_dict(), allow_nan=False)
 
     def test_layers_that_combine_compile_and_race_once_more(
@@ -271,12 +273,12 @@ class TestRace:
         real = tune.render_unit
         other = replace(SPEC, padding=2)
 
-        def planted(spec: ConvSpec, engine: Engine, plan: KernelPlan) -> str:
+        def planted(spec: ConvSpec, unit: Unit, plan: AnyPlan) -> str:
             """Kernels of another padding in place of all but the defaults."""
-            default = engine.plan(plan.geometry, plan.contraction, plan.dtype)
-            if plan == default:
-                return real(spec, engine, plan)
-            return real(other, engine, replace(plan, geometry=other.geometry))
+            if plan == unit.default():
+                return real(spec, unit, plan)
+            problem = replace(plan.problem, geometry=other.geometry)
+            return real(other, unit, replace(plan, problem=problem))
 
         monkeypatch.setattr(tune, "render_unit", planted)
         found = outcomes()
@@ -347,7 +349,7 @@ class TestCommand:
         assert winner.ms <= winner.default_ms
         (outcome,) = json.loads(figures.read_text())["outcomes"]
         assert [c["won"] for c in outcome["candidates"]].count(True) == 1
-        schedules = tuned.schedules(SPEC, "cpu", ["f32"], (), tuned.processor_name())
+        schedules = tuned.schedules(SPEC, "cpu", ["f32"], (), processor_name())
         assert list(schedules) == [("fprop", "f32")]
 
     def test_a_dry_run_needs_no_gpu_and_writes_nothing(

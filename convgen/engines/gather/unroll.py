@@ -11,49 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from math import gcd
 from typing import Any
 
-from convgen.spec import Geometry, Triple
-from convgen.spec.taps import Phase, Tap, dgrad_phases, gather_taps, offset_range
-
-AXES = "dhw"
-
-STYLES = ("taps", "slab", "plane", "line", "none")
-"""Ways of unrolling: see :class:`GatherSchedule`."""
+from convgen.engines.gather.axes import AXES, Axis, first_offset, runs_along_batch
+from convgen.engines.gather.schedule import GatherSchedule
+from convgen.engines.problem import Problem
+from convgen.spec.geometry import Triple
+from convgen.spec.taps import Tap
 
 RUN_TIME = Tap(-1, 0)
 """Stands for the one tap along an axis that a pass chooses at run time."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One spatial axis of a gather.
-
-    Position ``p`` reads inputs ``p * step + tap.offset`` and, in phase ``r``, writes output
-    ``p * len(phases) + r``. Within a phase, offsets rise by ``delta`` from tap to tap.
-    """
-
-    name: str
-    step: int
-    phases: tuple[Phase, ...]
-    delta: int
-
-    @property
-    def first(self) -> tuple[int, ...]:
-        """Smallest offset of each phase."""
-        return tuple(offset_range(phase.taps)[0] for phase in self.phases)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Number of taps of each phase."""
-        return tuple(len(phase.taps) for phase in self.phases)
-
-    @property
-    def spans(self) -> tuple[int, ...]:
-        """Largest minus smallest offset of each phase."""
-        ranges = (offset_range(phase.taps) for phase in self.phases)
-        return tuple(high - low for low, high in ranges)
 
 
 @dataclass(frozen=True)
@@ -109,39 +76,12 @@ class PairedLine:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Pass:
     """The unrolled arithmetic of one pass; ``name`` suffixes its function."""
 
     name: str
     label: str
     columns: tuple[Column, ...]
-
-
-def runs_along_batch(y: Axis) -> bool:
-    """Whether samples of a batch may take the place of positions along Y, where it has but one.
-
-    Nothing is gathered along it then, and each position is one input's, one output's.
-    """
-    return y.step == 1 and [phase.taps for phase in y.phases] == [(Tap(0, 0),)]
-
-
-def gather_axes(geometry: Geometry, contraction: str) -> tuple[Axis, Axis, Axis]:
-    """The axes (D, H, W) of fprop or dgrad."""
-    axes = []
-    for name, k, s, p, d in zip(
-        AXES,
-        geometry.kernel,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        strict=True,
-    ):
-        if contraction == "fprop":
-            axes.append(Axis(name, s, (Phase(0, gather_taps(k, p, d)),), d))
-        else:
-            axes.append(Axis(name, 1, dgrad_phases(k, s, p, d), d // gcd(s, d)))
-    axis_d, axis_h, axis_w = axes
-    return axis_d, axis_h, axis_w
 
 
 def _by_offset(x: Axis) -> dict[int, list[tuple[int, int]]]:
@@ -151,11 +91,6 @@ def _by_offset(x: Axis) -> dict[int, list[tuple[int, int]]]:
         for tap in phase.taps:
             found.setdefault(tap.offset, []).append((variant, tap.index))
     return dict(sorted(found.items()))
-
-
-def first_offset(x: Axis) -> int:
-    """Smallest offset of all taps of an axis."""
-    return min(tap.offset for phase in x.phases for tap in phase.taps)
 
 
 def window_words(x: Axis) -> tuple[int, ...]:
@@ -311,80 +246,6 @@ def tap_numbering(kernel: Triple) -> TapIndex:
     return number
 
 
-def arrange(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
-    """(R, Y, X): register rows run along the longer of the kernel's D and H."""
-    d, h, w = axes
-    return (h, d, w) if sum(h.counts) > sum(d.counts) else (d, h, w)
-
-
-@dataclass(frozen=True)
-class GatherSchedule:
-    """fprop and dgrad: what one thread computes and what the template unrolls.
-
-    ``unroll`` says what one staged tile serves and what is unrolled: ``taps`` (every tap of a
-    phase), ``slab`` (the taps along R and W of one kernel index along the third axis), ``plane``
-    (the taps of one kernel index along R), ``line`` (the taps along W of one (d, h)) or ``none``
-    (one tap of each phase of W; loops over all others). ``row_axis`` is the
-    axis of a thread's ``rows`` register rows, or ``scattered`` where no kernel window runs along D
-    or H: rows are then positions far apart. ``variants`` phases of W are computed by one thread.
-    ``channels`` lists the compiled output-channel blocks.
-    """
-
-    unroll: str
-    row_axis: str
-    rows: int
-    variants: int
-    channels: tuple[int, ...]
-
-    @property
-    def window_r(self) -> bool:
-        """Whether a tile holds the window of all taps along R."""
-        return self.unroll in ("taps", "slab")
-
-    @property
-    def window_y(self) -> bool:
-        """Whether a tile holds the window of all taps along Y."""
-        return self.unroll in ("taps", "plane")
-
-    def planes(self, r: Axis) -> int:
-        """Staged planes along R that the register rows read."""
-        if self.window_r:
-            return (self.rows - 1) * r.step + max(r.spans) + 1
-        return self.rows
-
-
-# Output phases along X that one thread or warp computes; more would leave no register rows.
-MAX_VARIANTS = 8
-# X taps unrolled in one line; longer kernels loop over their taps.
-LINE_LIMIT = 32
-
-
-def output_channels(geometry: Geometry, contraction: str) -> int | None:
-    """Output channels of a group, None if not known."""
-    if contraction == "fprop":
-        return geometry.coarse_channels_per_group
-    return geometry.fine_channels_per_group
-
-
-def loops_over_taps(x: Axis) -> bool:
-    """Whether the taps along X cannot be unrolled: there are too many, or too many phases."""
-    return len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT
-
-
-def style_refusal(geometry: Geometry, x: Axis, style: str) -> str:
-    """Why no engine unrolls a geometry in a style; empty if one may."""
-    if style == "none":
-        if not loops_over_taps(x):
-            return "a loop over the taps along W is for those that cannot be unrolled"
-    elif len(x.phases) > MAX_VARIANTS:
-        return f"{len(x.phases)} phases along W leave no register rows"
-    elif max(x.counts) > LINE_LIMIT:
-        return f"{max(x.counts)} taps along W are too many to unroll"
-    elif style != "line" and max(geometry.kernel[0], geometry.kernel[1]) == 1:
-        return "no window runs along D or H: all taps lie on one line"
-    return ""
-
-
 def _word_taps(x: Axis) -> list[int]:
     """The tap along X of each input that words cover, from one before the first tap's on."""
     index = {tap.offset - first_offset(x): tap.index for tap in x.phases[0].taps}
@@ -392,18 +253,17 @@ def _word_taps(x: Axis) -> list[int]:
 
 
 def gather_context(
-    geometry: Geometry, contraction: str, schedule: GatherSchedule, words: bool = False
+    problem: Problem, schedule: GatherSchedule, words: bool = False
 ) -> dict[str, Any]:
     """What a gather's template is given: axes, units, slots, regions and tables.
 
     With ``words`` lanes load :func:`window_words` instead of single inputs.
     """
-    axes = gather_axes(geometry, contraction)
-    r, y, x = arrange(axes)
-    number = tap_numbering(geometry.kernel)
+    r, y, x = problem.arranged
+    number = tap_numbering(problem.geometry.kernel)
     variants, style = schedule.variants, schedule.unroll
     groups = [x.phases[i : i + variants] for i in range(0, len(x.phases), variants)]
-    units: dict[str, Unit] = {}
+    units: dict[str, Pass] = {}
     all_slots: list[Slot] = []
     region_first = [0]
     phase_region = []
@@ -415,7 +275,7 @@ def gather_context(
     def add_unit(name: str, label: str, taps_r: tuple[Tap, ...], taps_y: tuple[Tap, ...]) -> None:
         row_step = r.step if schedule.window_r else 1
         columns = unroll(r, y, x, taps_r, taps_y, schedule.rows, row_step, words)
-        units.setdefault(name, Unit(name, label, columns))
+        units.setdefault(name, Pass(name, label, columns))
 
     for (phase_r, rp), (phase_y, yp) in product(enumerate(r.phases), enumerate(y.phases)):
         if style == "taps":
@@ -473,7 +333,7 @@ def gather_context(
         "r": r,
         "y": y,
         "x": x,
-        "axis_index": {axis.name: AXES.index(axis.name) for axis in axes},
+        "axis_index": {axis.name: AXES.index(axis.name) for axis in problem.axes},
         "scattered": schedule.row_axis == "scattered",
         "groups_x": len(groups),
         "units": list(units.values()),
@@ -491,9 +351,9 @@ def gather_context(
         "samples_along_y": runs_along_batch(y),
         "recurring_residues": sum(columns > 1 for columns in residues.values()),
         "taps_per_pass": max(after - before for before, after in pairwise(region_first)),
-        "output_is_coarse": contraction == "fprop",
-        "input": "fine" if contraction == "fprop" else "coarse",
-        "output": "coarse" if contraction == "fprop" else "fine",
+        "output_is_coarse": problem.output == "coarse",
+        "input": problem.input,
+        "output": problem.output,
         # What an unrolled unit covers, and what chooses among several.
         "unit_scope": {
             "taps": "Every tap",

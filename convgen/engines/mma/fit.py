@@ -8,17 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from convgen.engines.gather import (
-    Axis,
-    GatherSchedule,
-    arrange,
-    first_offset,
-    gather_axes,
-    style_refusal,
-    window_words,
-)
-from convgen.spec import Geometry
-from convgen.spec.dtypes import MODES
+from convgen.engines.gather.axes import Axis, first_offset
+from convgen.engines.gather.schedule import GatherSchedule, style_refusal
+from convgen.engines.gather.unroll import window_words
+from convgen.engines.problem import Problem
 
 # 16 x 8 products that a warp keeps in registers, four each: 80 registers, beside which the
 # fragments of a column and what tells a warp its place stay under the 168 that blocks of 12 warps
@@ -97,9 +90,9 @@ SMALL_STAGES_BYTES = 90 * 1024
 class GatherTiles:
     """fprop and dgrad: what the template unrolls, and the tiles that one warp may compute.
 
-    As :class:`convgen.engines.gather.GatherSchedule`, but each number of output channels has its
-    own register rows: a tile is (rows, channels), all of them are compiled, and a call takes the
-    one whose channels suit it best.
+    As :class:`GatherSchedule`, but each number of output channels has its own register rows: a tile
+    is (rows, channels), all of them are compiled, and a call takes the one whose channels suit it
+    best.
 
     ``groups`` is how many times four warps multiply in a thread block where they do so together
     (sm_90a, 24 or more channels): 2, or 3 with fewer registers each. With ``granules`` tiles are
@@ -153,41 +146,37 @@ def products_of(gather: GatherSchedule) -> int:
     return gather.rows * gather.variants * max(gather.channels) // 8
 
 
-def tile_registers(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> int:
+def tile_registers(problem: Problem, gather: GatherSchedule) -> int:
     """Registers of all sums and a column."""
-    r, _, _ = arrange(gather_axes(geometry, contraction))
-    return (products_of(gather) + gather.planes(r)) * _fragment_registers(mode)
+    r, _, _ = problem.arranged
+    return (products_of(gather) + gather.planes(r)) * _fragment_registers(problem.kind)
 
 
-def default_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+def default_refusal(problem: Problem, schedule: GatherTiles) -> str:
     """Why a gather cannot have a schedule by default; empty if it can."""
-    return first_refusal(
-        schedule, lambda gather: _unfit(geometry, contraction, mode, gather)
-    ) or _fields_refusal(geometry, contraction, mode, schedule)
+    return first_refusal(schedule, lambda gather: _unfit(problem, gather)) or _fields_refusal(
+        problem, schedule
+    )
 
 
-def tuned_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+def tuned_refusal(problem: Problem, schedule: GatherTiles) -> str:
     """Why a gather cannot have a tuned schedule; empty if it can."""
 
     def refusal(gather: GatherSchedule) -> str:
-        unfit = _unfit(geometry, contraction, mode, gather)
+        unfit = _unfit(problem, gather)
         if not unfit or not grouped(gather):
             return unfit
-        most = PRODUCTS_GROUPED[mode]
-        return misfit(geometry, contraction, mode, gather, most, GROUPED_REGISTERS[mode])
+        most = PRODUCTS_GROUPED[problem.kind]
+        return misfit(problem, gather, most, GROUPED_REGISTERS[problem.kind])
 
-    return first_refusal(schedule, refusal) or _fields_refusal(
-        geometry, contraction, mode, schedule
-    )
+    return first_refusal(schedule, refusal) or _fields_refusal(problem, schedule)
 
 
-def _fields_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+def _fields_refusal(problem: Problem, schedule: GatherTiles) -> str:
     """Why a schedule cannot have its groups, granules or pairs; empty if it can."""
     if schedule.granules and schedule.unroll == "none":
         return "loops over taps read words by residue, not elements of granules"
-    return _three_groups_refusal(geometry, contraction, mode, schedule) or _pairs_refusal(
-        geometry, contraction, mode, schedule
-    )
+    return _three_groups_refusal(problem, schedule) or _pairs_refusal(problem, schedule)
 
 
 def first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], str]) -> str:
@@ -198,9 +187,7 @@ def first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], str
     return next(filter(None, map(refusal, schedule.gathers)), "")
 
 
-def _three_groups_refusal(
-    geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles
-) -> str:
+def _three_groups_refusal(problem: Problem, schedule: GatherTiles) -> str:
     """Why a schedule cannot have its number of groups of warps; empty if it can."""
     if schedule.groups not in GROUPS:
         return f"a thread block has {' or '.join(map(str, GROUPS))} groups of warps that multiply"
@@ -212,18 +199,18 @@ def _three_groups_refusal(
     def refusal(gather: GatherSchedule) -> str:
         if not grouped(gather):
             return ""
-        return likely_spill(geometry, contraction, mode, gather, THREE_GROUPS)
+        return likely_spill(problem, gather, THREE_GROUPS)
 
     return first_refusal(schedule, refusal)
 
 
-def _pairs_refusal(geometry: Geometry, contraction: str, mode: str, schedule: GatherTiles) -> str:
+def _pairs_refusal(problem: Problem, schedule: GatherTiles) -> str:
     """Why lanes cannot have neighbouring positions; empty if they can or need not."""
     if not schedule.pairs:
         return ""
     if schedule.unroll == "none" or schedule.row_axis == "scattered":
         return "positions that are looped over or scattered are no neighbours"
-    r, _, x = arrange(gather_axes(geometry, contraction))
+    r, _, x = problem.arranged
     if x.step > 1:
         return "neighbouring positions of a strided input read columns that are no neighbours"
     if schedule.granules:
@@ -233,7 +220,9 @@ def _pairs_refusal(geometry: Geometry, contraction: str, mode: str, schedule: Ga
     most = PAIRS_REGISTERS[schedule.groups]
 
     def refusal(gather: GatherSchedule) -> str:
-        registers = (products_of(gather) + held * gather.planes(r)) * _fragment_registers(mode)
+        registers = (products_of(gather) + held * gather.planes(r)) * _fragment_registers(
+            problem.kind
+        )
         if registers <= most:
             return ""
         return f"sums and pairs of columns take {registers} registers of at most {most}"
@@ -249,33 +238,32 @@ def pairs_of_line(x: Axis) -> tuple[set[int], set[int]]:
     return columns, {i // 2 for i in at} | {(i + 1) // 2 for i in at}
 
 
-def _unfit(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
+def _unfit(problem: Problem, gather: GatherSchedule) -> str:
     """Why warps that multiply alone cannot have a tile; empty if they can."""
-    refusal = misfit(geometry, contraction, mode, gather, budget(mode), MAX_TILE_REGISTERS)
-    return refusal or strided_spill(geometry, contraction, mode, gather)
+    refusal = misfit(problem, gather, budget(problem.kind), MAX_TILE_REGISTERS)
+    return refusal or strided_spill(problem, gather)
 
 
-def _strided(geometry: Geometry, contraction: str, gather: GatherSchedule) -> bool:
+def _strided(problem: Problem, gather: GatherSchedule) -> bool:
     """Whether it reads columns of a strided window, which lie far apart."""
-    _, _, x = arrange(gather_axes(geometry, contraction))
+    _, _, x = problem.arranged
     return gather.window_r and x.step > 1
 
 
-def strided_spill(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> str:
+def strided_spill(problem: Problem, gather: GatherSchedule) -> str:
     """Why the sums spill beside columns of a strided window, which lie far apart; or empty."""
     products = products_of(gather)
-    tile = tile_registers(geometry, contraction, mode, gather)
-    if not _strided(geometry, contraction, gather) or tile <= MAX_STRIDED_TILE_REGISTERS:
+    tile = tile_registers(problem, gather)
+    if not _strided(problem, gather) or tile <= MAX_STRIDED_TILE_REGISTERS:
         return ""
-    if products <= few_products(mode):
+    if products <= few_products(problem.kind):
         return ""
-    return f"beside columns of a strided window {products} products spill; {few_products(mode)} fit"
+    fit = few_products(problem.kind)
+    return f"beside columns of a strided window {products} products spill; {fit} fit"
 
 
 def misfit(
-    geometry: Geometry,
-    contraction: str,
-    mode: str,
+    problem: Problem,
     gather: GatherSchedule,
     most_products: int,
     most_registers: int,
@@ -284,10 +272,10 @@ def misfit(
 
     ``most_registers`` are for sums and a column together.
     """
-    r, y, x = arrange(gather_axes(geometry, contraction))
+    r, y, x = problem.arranged
     style, rows = gather.unroll, gather.rows
     blocks = max(gather.channels) // 8
-    if refusal := style_refusal(geometry, x, style):
+    if refusal := style_refusal(problem, style):
         return refusal
     products = products_of(gather)
     if products > most_products:
@@ -297,91 +285,89 @@ def misfit(
     planes = gather.planes(r)
     if style in ("line", "none"):
         return ""
-    slots = taps_r * taps_y * _slots_of_line(geometry, contraction, mode)
+    slots = taps_r * taps_y * _slots_of_line(problem)
     code = slots * rows * blocks
-    if code * (3 if mode == "tf32x3" else 1) > UNROLL_LIMIT:
+    if code * (3 if problem.kind == "tf32x3" else 1) > UNROLL_LIMIT:
         return f"{code} products of an unrolled pass do not fit in the instruction cache"
-    column = planes * _fragment_registers(mode)
+    column = planes * _fragment_registers(problem.kind)
     if column > MAX_COLUMN_REGISTERS:
         return f"a column takes {column} registers of at most {MAX_COLUMN_REGISTERS}"
-    tile = tile_registers(geometry, contraction, mode, gather)
+    tile = tile_registers(problem, gather)
     if tile > most_registers:
         return f"sums and a column take {tile} registers of at most {most_registers}"
     # 64 positions in a strip 32 wide: up to three lines.
     lines = 2 * (y.step if gather.window_y else 1) + span_y + 1
     columns = 31 * x.step + max(x.spans) + 4
     most = (max(r.counts) if gather.window_r else 1) * (max(y.counts) if gather.window_y else 1)
-    weights = most * _slots_of_line(geometry, contraction, mode) * blocks * 8
-    weights *= 2 if mode == "tf32x3" else 1
+    weights = most * _slots_of_line(problem) * blocks * 8
+    weights *= 2 if problem.kind == "tf32x3" else 1
     stages = 2 * 8 * 4 * (planes * lines * columns + weights)
     if stages > STAGES_LIMIT_BYTES:
         return f"two stages take {stages} bytes of shared memory; {STAGES_LIMIT_BYTES} are there"
     return ""
 
 
-def likely_spill(
-    geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule, limits: Limits
-) -> str:
+def likely_spill(problem: Problem, gather: GatherSchedule, limits: Limits) -> str:
     """Why a tile is likely to spill, having more registers than the limits; or empty."""
-    registers = tile_registers(geometry, contraction, mode, gather)
-    strided = _strided(geometry, contraction, gather)
-    if registers <= (limits.strided if strided else limits.plain)[mode]:
+    registers = tile_registers(problem, gather)
+    strided = _strided(problem, gather)
+    if registers <= (limits.strided if strided else limits.plain)[problem.kind]:
         return ""
     return f"sums and a column take {registers} registers, and spill"
 
 
-def crowded(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
+def crowded(problem: Problem, gather: GatherSchedule) -> bool:
     """Whether a warp of few products likely spills in the registers that two crews leave it."""
     few = products_of(gather) <= FEW_PRODUCTS and not grouped(gather)
-    return few and tile_registers(geometry, contraction, mode, gather) > FEW_REGISTERS
+    return few and tile_registers(problem, gather) > FEW_REGISTERS
 
 
-def loads_words(geometry: Geometry, contraction: str, mode: str) -> bool:
+def loads_words(problem: Problem) -> bool:
     """Whether lanes load words of two neighbouring elements from granules, as they lie in memory.
 
     Of 16 bits each. Weights are packed for the half of its word in which a line begins, which must
     be the same for all positions: strides are even.
     """
-    even = all(axis.step % 2 == 0 for axis in gather_axes(geometry, contraction))
-    return even and MODES[mode].size_bytes == 2
+    even = all(axis.step % 2 == 0 for axis in problem.axes)
+    return even and problem.element_bytes == 2
 
 
-def _slots_of_line(geometry: Geometry, contraction: str, mode: str) -> int:
+def _slots_of_line(problem: Problem) -> int:
     """Weight slots of one line of a pass, at most: taps, or words of two of them."""
-    _, _, x = arrange(gather_axes(geometry, contraction))
+    _, _, x = problem.arranged
     taps = sum(x.counts)
-    if not loads_words(geometry, contraction, mode):
+    if not loads_words(problem):
         return taps
     return max(taps, len(window_words(x)))
 
 
-def halves_spill(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
+def halves_spill(problem: Problem, gather: GatherSchedule) -> bool:
     """Whether halves of words, as granules hold them in 16 bits, likely spill beside a tile."""
-    if MODES[mode].size_bytes == 4 or loads_words(geometry, contraction, mode):
+    if problem.element_bytes == 4 or loads_words(problem):
         return False
     few = products_of(gather) <= FEW_PRODUCTS and not grouped(gather)
     most = HALVES_FEW_REGISTERS if few else HALVES_REGISTERS
-    return tile_registers(geometry, contraction, mode, gather) > most
+    return tile_registers(problem, gather) > most
 
 
-def granules_pay(geometry: Geometry, contraction: str, mode: str, gather: GatherSchedule) -> bool:
+def granules_pay(problem: Problem, gather: GatherSchedule) -> bool:
     """Whether tiles are to be staged as a strided input lies in memory.
 
     Its columns take an access each otherwise. Lines are longer that way: where the narrowest tile
     would not fit on every GPU, words stay apart.
     """
-    r, y, x = arrange(gather_axes(geometry, contraction))
+    r, y, x = problem.arranged
     if x.step == 1 or gather.unroll == "none":
         return False
-    size = MODES[mode].size_bytes
+    size = problem.element_bytes
     taps_y, span_y = (sum(y.counts), max(y.spans)) if gather.window_y else (1, 0)
     taps_r = sum(r.counts) if gather.window_r else 1
     # A warp's 16 positions in one or two lines, at worst over the end of one.
     lines = 2 * (y.step if gather.window_y else 1) + span_y + 1
     line_bytes = -(-(15 * x.step + max(x.spans) + 1) * size // 16) * 16 + 16
     channels = 8 * 4 // size
-    split = 2 if mode == "tf32x3" else 1
-    slots = taps_r * taps_y * _slots_of_line(geometry, contraction, mode)
+    split = 2 if problem.kind == "tf32x3" else 1
+    slots = taps_r * taps_y * _slots_of_line(problem)
     weights = slots * min(gather.channels) * 8 * 4 * split
     stages = 2 * (channels * gather.planes(r) * lines * line_bytes + weights)
-    return stages <= SMALL_STAGES_BYTES and not halves_spill(geometry, contraction, mode, gather)
+    return stages <= SMALL_STAGES_BYTES and not halves_spill(problem, gather)

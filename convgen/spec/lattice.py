@@ -12,14 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import gcd
 
-from convgen.engines.cost import Gpu, Prediction, Problem
-from convgen.spec import Geometry, Triple
-
-LINE_BYTES = 16
-"""Packed lines are multiples of it: LATTICE_LINE_BYTES of the templates."""
-
-LAUNCH_MS = 0.002
-"""What one more kernel takes beside its bytes."""
+from convgen.spec.geometry import Geometry, Triple
 
 
 @dataclass(frozen=True)
@@ -30,34 +23,12 @@ class Lattice:
     offset: Triple
     geometry: Geometry
 
-    def problem(self, problem: Problem, element_bytes: int) -> Problem:
-        """The extents of the layer on the lattice."""
-        d, h, w = (
-            max(1, -(-(extent - offset) // step))
-            for extent, offset, step in zip(
-                problem.fine_extent, self.offset, self.step, strict=True
-            )
-        )
-        multiple = LINE_BYTES // element_bytes
-        return replace(problem, fine_extent=(d, h, -(-w // multiple) * multiple))
 
-    def prediction(
-        self, dense: Prediction, problem: Problem, element_bytes: int, gpu: Gpu
-    ) -> Prediction:
-        """Of the whole, packing included: whole lines are read, what is met of them written."""
-        d, h, w = self.problem(problem, element_bytes).fine_extent
-        elements = problem.batch * problem.fine_channels * d * h * (problem.fine_extent[2] + w)
-        packing_ms = 1e3 * elements * element_bytes / gpu.memory_bytes_per_s + LAUNCH_MS
-        return Prediction(dense.ms + packing_ms, dense.bound)
-
-
-def lattice_of(geometry: Geometry, contraction: str) -> Lattice | None:
-    """The lattice that a contraction's kernel packs first; None if it reads the tensor itself.
+def lattice_of(geometry: Geometry) -> Lattice | None:
+    """The lattice that a geometry's taps meet, for kernels that pack it first; None without one.
 
     Planes and lines that no tap meets are passed over anyway: it takes a common divisor along W.
     """
-    if contraction == "dgrad":  # writes the fine tensor
-        return None
     axes = list(zip(geometry.stride, geometry.dilation, geometry.padding, strict=True))
     step = [gcd(stride, dilation) for stride, dilation, _ in axes]
     if step[2] == 1:

@@ -1,0 +1,140 @@
+"""fprop and dgrad of depthwise layers: how much a thread computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from convgen.engines.cost import Gpu, Prediction
+from convgen.engines.depthwise.common import (
+    BLOCKS_W,
+    HEADERS,
+    HOST,
+    MOST_CHANNELS,
+    NAME,
+    channels_of,
+    prediction,
+    refusal_of,
+)
+from convgen.engines.family import Candidate, Family, Plan
+from convgen.engines.gather.axes import Axis, first_offset
+from convgen.engines.problem import Call, Problem
+from convgen.spec.dtypes import DTYPES
+from convgen.spec.geometry import Geometry, Triple
+
+# Sums of a thread, in 32-bit registers, so that neighbouring outputs share what they read.
+REGISTERS = 16
+# Multiply-adds that a step unrolls, twice: for steps at the border, and others.
+UNROLL_LIMIT = 1500
+
+
+@dataclass(frozen=True)
+class GatherRows:
+    """Positions of a thread along D and H, and its warps of columns."""
+
+    rows: Triple
+
+
+class DepthwiseGather(Family[GatherRows]):
+    """fprop and dgrad: see :class:`convgen.engines.family.Family`."""
+
+    name = NAME
+    backend = "cuda"
+    contractions = ("fprop", "dgrad")
+    kinds = DTYPES
+    schedule_type = GatherRows
+    host = HOST
+    template = "cuda/simt/depthwise.j2"
+    headers = HEADERS
+
+    def accepts(self, problem: Problem) -> str:
+        geometry = problem.geometry
+        coarse, fine = geometry.channels_per_group
+        read = fine if problem.input == "fine" else coarse
+        if not (refusal := refusal_of(geometry, (read,))) and geometry.taps > UNROLL_LIMIT:
+            refusal = f"{geometry.taps} taps of a step; {UNROLL_LIMIT} are unrolled"
+        return refusal
+
+    def default(self, problem: Problem) -> GatherRows:
+        phases = math.prod(len(axis.phases) for axis in problem.axes)
+        return GatherRows(
+            _rows(problem.geometry, phases, REGISTERS // problem.accumulator_registers)
+        )
+
+    def candidates(self, problem: Problem) -> list[Candidate[GatherRows]]:
+        return [Candidate(self.default(problem), "")]
+
+    def refusal(self, plan: Plan[GatherRows], architectures: Iterable[str] = ()) -> str:
+        return "" if plan.schedule == self.default(plan.problem) else "rows are not tuned"
+
+    def serves(self, problem: Problem, call: Call) -> bool:
+        coarse, fine = channels_of(problem, call)
+        read, computed = (fine, coarse) if problem.input == "fine" else (coarse, fine)
+        return read == 1 and computed <= MOST_CHANNELS
+
+    def predict(self, plan: Plan[GatherRows], call: Call, gpu: Gpu) -> Prediction:
+        problem = plan.problem
+        return prediction(
+            problem,
+            call,
+            gpu,
+            positions=math.prod(call.extent(problem.output)),
+            lines=plan.geometry.taps / math.prod(len(axis.phases) for axis in problem.axes),
+            shared=math.prod(plan.schedule.rows[:2]),
+        )
+
+    def context(self, plan: Plan[GatherRows]) -> dict[str, Any]:
+        axes = plan.problem.axes
+        return {
+            "rows": plan.schedule.rows,
+            "steps": [axis.step for axis in axes],
+            "phases": [len(axis.phases) for axis in axes],
+            "first": [first_offset(axis) for axis in axes],
+            "last": [_last(axis) for axis in axes],
+            "counts": [axis.counts for axis in axes],
+            "first_taps": [
+                [p.taps[0].index if p.taps else 0 for p in axis.phases] for axis in axes
+            ],
+            "first_offsets": [
+                [p.taps[0].offset if p.taps else first_offset(axis) for p in axis.phases]
+                for axis in axes
+            ],
+            "tap_steps": [_tap_step(axis) for axis in axes],
+            "deltas": [axis.delta for axis in axes],
+        }
+
+
+def _rows(geometry: Geometry, phases: int, budget: int) -> Triple:
+    """Positions of a thread along D and H, and its warps of columns."""
+    kd, kh, _ = geometry.kernel
+
+    def fits(d: int, h: int, w: int) -> bool:
+        return d * h * w * phases <= budget and d * h * w * geometry.taps <= UNROLL_LIMIT
+
+    # Without a window along H or D, neighbours along these share nothing.
+    most_d, most_h = (2 if kd > 1 else 1), (8 if kh > 1 else 1)
+    most_w = BLOCKS_W if kd == kh == 1 else 1
+    choices = [
+        (d, h, w)
+        for d in range(1, most_d + 1)
+        for h in (1, 2, 4, 8)
+        for w in (1, 2, 4)
+        if h <= most_h and w <= most_w and fits(d, h, w)
+    ]
+    return max(choices, key=lambda rows: (math.prod(rows), rows[1]), default=(1, 1, 1))
+
+
+def _last(axis: Axis) -> int:
+    """Greatest offset of all phases."""
+    return max(first + span for first, span in zip(axis.first, axis.spans, strict=True))
+
+
+def _tap_step(axis: Axis) -> int:
+    """From tap to tap of a phase, in kernel elements."""
+    steps = {p.taps[1].index - p.taps[0].index for p in axis.phases if len(p.taps) > 1}
+    return steps.pop() if steps else 0
+
+
+GATHER = DepthwiseGather()

@@ -1,0 +1,1 @@
+"""What the families of gathers (fprop and dgrad) have in common."""

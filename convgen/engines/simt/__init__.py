@@ -1,0 +1,1 @@
+"""Register-tiled FFMA kernels for any CUDA GPU since sm_75."""

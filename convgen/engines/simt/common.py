@@ -1,0 +1,51 @@
+"""What fprop, dgrad and wgrad have in common here.
+
+Schedules are what the specification decides at generation time; tile extents depend on the call and
+are chosen at launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from convgen.engines.problem import Problem
+from convgen.spec.dtypes import DTYPES
+
+NAME = "simt"
+
+HEADERS: Mapping[str, str] = {
+    "convgen_abi.h": "common/convgen_abi.h",
+    "device.cuh": "cuda/device.cuh",
+    "common.cuh": "cuda/simt/common.cuh",
+    "gather.cuh": "cuda/simt/gather.cuh",
+    "wgrad.cuh": "cuda/simt/wgrad.cuh",
+    "depthwise.cuh": "cuda/simt/depthwise.cuh",
+}
+
+CHANNELS_PER_THREAD = 8
+
+_TYPES = {"f32": "float", "f64": "double", "f16": "half", "bf16": "bfloat16"}
+
+
+def channel_blocks(per_group: int | None, groups: int, most: int) -> tuple[int, ...]:
+    """Channels per thread to compile: the least padding if the count is known, else two sizes."""
+    if per_group is not None:
+        return (min(most, 1 << (per_group - 1).bit_length()),)
+    return (most,) if groups == 1 else (most, 1)
+
+
+def channel_choices(default: tuple[int, ...], problem: Problem) -> list[tuple[int, ...]]:
+    """Lists of channels per thread that a tuned schedule may compile."""
+    most = CHANNELS_PER_THREAD // problem.accumulator_registers
+    return sorted({default} | {(c,) for c in (1, 2, 4, 8, 16) if c <= 2 * most})
+
+
+def best_block(blocks: tuple[int, ...], channels: int) -> int:
+    """The compiled channels per thread that a call takes: those that pad least, then the most."""
+    return min(blocks, key=lambda c: (-(-channels // c) * c, -c))
+
+
+def types_of(problem: Problem) -> dict[str, str]:
+    """The C++ types of elements and sums."""
+    accumulator = DTYPES[problem.kind].accumulator
+    return {"element": _TYPES[problem.kind], "acc": _TYPES[accumulator]}
