@@ -227,7 +227,9 @@ def verify(
 
     if interpret and device not in (None, "cuda"):
         raise click.UsageError("--interpret runs CUDA kernels: it goes with no other --device.")
-    found = catalog.find(modules, folder)
+    refused: list[str] = []
+    found = catalog.find(modules, folder, refused)
+    report.notices(found, refused)
     if not found:
         raise click.UsageError(f"No modules in {folder}: run convgen generate first.")
     # These import torch, which takes a second or two.
@@ -251,7 +253,10 @@ def verify(
                     quick=quick,
                     seed=seed,
                 )
-        except RuntimeError as error:  # nothing to run, or a library that does not load
+        except Exception as error:
+            # Nothing to run, a library that does not load, or what another version had otherwise.
+            if not isinstance(error, RuntimeError) and module.foreign is None:
+                raise
             click.echo(f"{module.name}: {error}", err=True)
             failed.append(module.name)
             continue
@@ -275,7 +280,9 @@ def list_(folder: Path, as_json: bool) -> None:
     from convgen.building import catalog
     from convgen.commands import report
 
-    modules = catalog.scan(folder)
+    refused: list[str] = []
+    modules = catalog.scan(folder, refused)
+    report.notices(modules, refused)
     if as_json:
         report.json([catalog.summary(module) for module in modules])
     elif modules:
@@ -294,6 +301,7 @@ def show(module: str, folder: Path, as_json: bool) -> None:
     from convgen.commands import report
 
     (found,) = catalog.find([module], folder)
+    report.notices([found])
     if as_json:
         report.json(catalog.details(found))
     else:
@@ -305,9 +313,21 @@ def show(module: str, folder: Path, as_json: bool) -> None:
 @_IN
 @click.option("--cache", "with_cache", is_flag=True, help="Empty the cache of built packages.")
 @click.option("--generated", "with_generated", is_flag=True, help="Delete all generated modules.")
+@click.option(
+    "--unused-days",
+    type=click.FloatRange(min=0),
+    callback=options.finite,
+    metavar="N",
+    help="Delete packages of the cache that nobody uses and that were last used N days ago.",
+)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def clean(
-    modules: tuple[str, ...], folder: Path, with_cache: bool, with_generated: bool, yes: bool
+    modules: tuple[str, ...],
+    folder: Path,
+    with_cache: bool,
+    with_generated: bool,
+    unused_days: float | None,
+    yes: bool,
 ) -> None:
     """Delete generated MODULES (names or paths), or all of them, or the cache.
 
@@ -317,14 +337,21 @@ def clean(
     Examples:
       convgen clean conv_transpose3d_k3_s2
       convgen clean --cache --generated --yes
+      convgen clean --unused-days 30
     """
-    from convgen.building import cache, catalog
+    from convgen.building import cache, catalog, cleaning
 
-    if not (modules or with_cache or with_generated):
-        raise click.UsageError("Say what to delete: --cache, --generated, or names of modules.")
+    if not (modules or with_cache or with_generated or unused_days is not None):
+        raise click.UsageError(
+            "Say what to delete: --cache, --generated, --unused-days N, or names of modules."
+        )
     found = catalog.find(modules, folder) if modules or with_generated else []
     names = [str(module.path) for module in found]
-    names += [f"the cache {cache.cache_path()}"] * with_cache
+    if unused_days is not None:
+        with_cache = True
+        names.append(f"what {cache.cache_path()} has had unused for {unused_days:g} days")
+    elif with_cache:
+        names.append(f"the cache {cache.cache_path()}")
     if not names:
         click.echo(f"Nothing to delete in {folder}.", err=True)
         return
@@ -336,7 +363,7 @@ def clean(
         catalog.remove(module)
         click.echo(f"Deleted {module.path}", err=True)
     if with_cache:
-        count, size_bytes = cache.clean()
+        count, size_bytes = cleaning.clean(unused_days=unused_days)
         packages = "1 package" if count == 1 else f"{count} packages"
         click.echo(f"Deleted {packages} of the cache, {size_bytes / 2**20:.1f} MiB", err=True)
 

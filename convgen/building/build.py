@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from convgen import __version__
-from convgen.building import cache
+from convgen.building import cache, cleaning, disk, processes
 from convgen.building.cache import BuildError as BuildError
 from convgen.building.toolchain import Commands, build_environment, find_ninja, ptxas_resources
 
@@ -40,11 +40,14 @@ class Library:
     """A shared library of the package and how it is made.
 
     ``path`` and ``sources`` are relative to the package; each source is one translation unit.
+    ``links`` are there while it is built: a path below ``obj``, which commands may name, and the
+    file that it leads to. The commands' identity says what that file is.
     """
 
     path: str
     sources: tuple[str, ...]
     commands: Commands
+    links: tuple[tuple[str, Path], ...] = ()
 
 
 def build(
@@ -70,20 +73,26 @@ def build(
         ToolchainError: if ninja is missing.
     """
     report = progress or (lambda done, total, what: None)
-    script = ninja_file(name, libraries)
     key = cache_key(name, files, libraries)
     try:
         if published := cache.lookup(key, name):
             return published
         if os.environ.get("CONVGEN_NO_BUILD", "0") not in ("", "0"):
             raise BuildError(_forbidden(name, key, libraries))
-        steps = sum(len(library.sources) + 1 for library in libraries)
-        with cache.locked(
-            key, lambda: report(0, steps, f"waiting for another process that builds {name}")
-        ) as lock:
+        cleaning.limit_bytes()  # a mistake in it is better said before minutes of compiling
+        steps = _steps(libraries)
+        with (
+            processes.ended_by_signals(),
+            cache.locked(
+                key, lambda: report(0, steps, f"waiting for another process that builds {name}")
+            ) as lock,
+        ):
             if published := cache.lookup(key, name):
                 return published
-            return _build(key, name, {**files, "build.ninja": script}, report, lock, steps)
+            published = _build(key, name, files, libraries, report, lock)
+        with contextlib.suppress(OSError, BuildError):  # the package is there in any case
+            cleaning.make_room()
+        return published
     except BrokenPipeError:
         raise  # of the progress callback: nobody reads any more
     except OSError as error:
@@ -115,27 +124,36 @@ def cache_key(name: str, files: Mapping[str, str], libraries: Sequence[Library])
 
 
 def ninja_file(name: str, libraries: Sequence[Library]) -> str:
-    """The text of ``build.ninja``, which builds the libraries from the package's own folder."""
+    """The text of ``build.ninja``, which builds the libraries from the package's own folder.
+
+    Raises:
+        BuildError: for a name, path or word of a command that no ninja file can hold.
+    """
     lines = [
-        f"# Builds the libraries of {name}. Run `ninja` in this folder after editing a source.",
+        f"# Builds the libraries of {_one_line(name)}. Run `ninja` here after editing a source.",
         f"# Written by convgen {__version__}.",
         "",
         "ninja_required_version = 1.5",
         "builddir = obj",
     ]
+    if any(library.commands.needs_plain_folder for library in libraries):
+        lines += ["", "rule check_folder", *_CHECK_FOLDER, "", "build obj/folder: check_folder"]
     for library in libraries:
         rule = PurePosixPath(library.path).stem
         commands = library.commands
+        # Relative, so that nvcc gives a shell no part of a path that is not convgen's.
+        before = ("TMPDIR=obj",) if commands.needs_plain_folder else ()
+        after = " || obj/folder" if commands.needs_plain_folder else ""
         lines += [
             "",
             f"rule compile_{rule}",
-            f"  command = {_wrapped(commands.compile)} -MMD -MF $out.d -c $in -o $out",
+            f"  command = {_wrapped((*before, *commands.compile))} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
             "",
             f"rule link_{rule}",
-            f"  command = {_wrapped((*commands.link, '-o', '$out', '$in'))}"
+            f"  command = {_wrapped((*before, *commands.link, '-o', '$out', '$in'))}"
             + (f" {_quoted(commands.link_libraries)}" if commands.link_libraries else "")
             # What the package compares a library with before it loads it.
             + " && sha256sum $out >$out.sha256",
@@ -144,20 +162,54 @@ def ninja_file(name: str, libraries: Sequence[Library]) -> str:
         ]
         objects = [_object(source) for source in library.sources]
         for source, target in zip(library.sources, objects, strict=True):
-            lines.append(f"build {target}: compile_{rule} {source}")
-        lines.append(f"build {library.path} | {library.path}.sha256: link_{rule} $")
-        lines.append("    " + " $\n    ".join(objects))
+            lines.append(f"build {_path(target)}: compile_{rule} {_path(source)}{after}")
+        digest = _path(f"{library.path}.sha256")
+        lines.append(f"build {_path(library.path)} | {digest}: link_{rule} $")
+        lines.append("    " + " $\n    ".join(map(_path, objects)))
     return "\n".join(lines) + "\n"
+
+
+# Counts what is special in the folder's path (see disk.is_plain), in octal; pwd ends with one.
+_CHECK_FOLDER = (
+    "  command = test $",
+    r"""      "$$(pwd -P | tr -dc '\001-\037\042\044\047\134\140\177' | wc -c)" -eq 1 || { $""",
+    '      echo >&2 "nvcc would have a shell execute what stands in the path of this folder: $',
+    '      move it to one without quotes, dollars, backslashes and line breaks"; exit 1; }',
+    "  description = check the path of this folder",
+)
+
+
+def _steps(libraries: Sequence[Library]) -> int:
+    """How many steps ninja has to take."""
+    checks = any(library.commands.needs_plain_folder for library in libraries)
+    return sum(len(library.sources) + 1 for library in libraries) + checks
 
 
 def _object(source: str) -> str:
     return f"obj/{PurePosixPath(source).relative_to('src')}.o"
 
 
+def _one_line(text: str) -> str:
+    if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", text):
+        raise BuildError(
+            f"{text!r} holds a line break or another character that no ninja file can hold: "
+            f"move, link or rename it"
+        )
+    return text
+
+
+def _path(path: str) -> str:
+    """A path as ninja reads it in a build statement; it quotes for the shell by itself."""
+    if "|" in path:
+        raise BuildError(f"{path!r} holds a |, which no path in a ninja file can: rename it")
+    return re.sub(r"([$ :])", r"$\1", _one_line(path))
+
+
 def _quoted(words: Sequence[str]) -> str:
     """Words for the shell that ninja calls; ninja's own variables stay."""
     return " ".join(
-        word if word in ("$in", "$out") else shlex.quote(word).replace("$", "$$") for word in words
+        word if word in ("$in", "$out") else shlex.quote(_one_line(word)).replace("$", "$$")
+        for word in words
     )
 
 
@@ -173,33 +225,57 @@ def _wrapped(words: Sequence[str]) -> str:
 
 
 def _build(
-    key: str, name: str, files: Mapping[str, str], report: Progress, lock: int, steps: int
+    key: str,
+    name: str,
+    files: Mapping[str, str],
+    libraries: Sequence[Library],
+    report: Progress,
+    lock: int,
 ) -> Path:
     """Builds under the key's lock, in a folder that is gone afterwards whatever happens."""
+    steps = _steps(libraries)
     folder = cache.temporary(key)
     try:
-        package = folder / name
-        for path, text in files.items():
-            file = package / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        # Compilers put their own temporary files where they vanish with the rest.
-        scratch = folder / "scratch"
-        scratch.mkdir()
-        report(0, steps, f"building {name}")
-        status, log = _run_ninja(package, scratch, report, lock)
-        if status:
-            raise BuildError(_failure(key, name, package, status, log))
-        shutil.rmtree(scratch)
-        shutil.rmtree(package / "obj", ignore_errors=True)
-        (folder / "build.log").write_text(log)
+        with _workplace(folder) as place:
+            package, scratch = place / name, place / "scratch"
+            for path, text in {**files, "build.ninja": ninja_file(name, libraries)}.items():
+                file = package / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8", errors="surrogateescape")
+            for link, target in (link for library in libraries for link in library.links):
+                (package / link).parent.mkdir(parents=True, exist_ok=True)
+                (package / link).symlink_to(target)
+            scratch.mkdir()
+            report(0, steps, f"building {name}")
+            status, log = _run_ninja(package, scratch, report, lock)
+            if status:
+                raise BuildError(_failure(key, name, package, status, log))
+            shutil.rmtree(scratch)
+            shutil.rmtree(package / "obj", ignore_errors=True)
+            if place != folder:
+                shutil.copytree(package, folder / name)
+        (folder / "build.log").write_text(log, encoding="utf-8", errors="surrogateescape")
         published = cache.commit(key, name, folder, {"convgen": __version__})
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            disk.remove(folder)
     with contextlib.suppress(OSError):
-        _log_path(key).unlink(missing_ok=True)
+        disk.remove(_log_path(key))
     _warn_of_spills(name, log)
     return published
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """Where a build for a folder of the cache happens: there, unless its path is not plain.
+
+    nvcc has a shell read the paths of its sources and temporary files.
+    """
+    if disk.is_plain(os.path.realpath(folder)):
+        yield folder
+        return
+    with disk.plain_temporary() as place:
+        yield place
 
 
 def _run_ninja(package: Path, scratch: Path, report: Progress, lock: int) -> tuple[int, str]:
@@ -207,23 +283,14 @@ def _run_ninja(package: Path, scratch: Path, report: Progress, lock: int) -> tup
     command = [find_ninja(), "-j", os.environ.get("CONVGEN_JOBS") or str(processors())]
     environment = build_environment() | {
         "NINJA_STATUS": "[%f/%t] ",
+        # Compilers put their own temporary files where they vanish with the rest.
         "TMPDIR": str(scratch),
         "TERM": "dumb",
     }
     log = []
     # Ninja and the compilers inherit the lock. Should this process be killed, the lock is free
     # when the last of them has ended, and nobody deletes a folder that is still written to.
-    with subprocess.Popen(
-        command,
-        cwd=package,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        pass_fds=(lock,),
-    ) as process:
+    with processes.start(command, package, environment, (lock,)) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -271,11 +338,10 @@ def _failure(key: str, name: str, package: Path, status: int, log: str) -> str:
     """What to say about a failed build: command, messages beside the source lines, log."""
     path = _log_path(key)
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        cache.write_atomically(path, log)
+        path = cache.keep("logs", path.name, log)
         kept = f"log: {path}"
-    except OSError as error:
-        kept = f"the log could not be kept ({error.strerror})"
+    except (OSError, BuildError) as error:
+        kept = f"the log could not be kept ({error})"
     target, command, said = _failed_step(log)
     if status < 0:
         what = f"ninja was ended by signal {-status}"

@@ -6,34 +6,38 @@
     <cache>/tmp/<key>.<random>/ a build under way; whoever holds the key's lock may delete it
     <cache>/logs/<key>.log      of the last failed build of a key
     <cache>/locks/<key>         flock'ed while a key is built: the kernel drops it with its holder
+    <cache>/locks/in_use        locked by processes that use entries, a byte for each key
     <cache>/toolchain/<digest>  compilers that were found to work
 
 A process that dies anywhere leaves at worst a folder without a commit marker, which the next run
-takes for absent and replaces.
+takes for absent and replaces; so it does with whatever else is found under one of these names.
+Reading needs no lock and writes nothing that it could not do without, so that a cache may lie where
+only its owner can write.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from convgen.building import disk, locks
 
 MARKER = "entry.json"
 KEY_DIGITS = 64
 """A key is a whole SHA-256 in hex: keys of different content never meet."""
 
 _KEY = re.compile(rf"[0-9a-f]{{{KEY_DIGITS}}}")
+_LARGEST_MARKER_BYTES = 1 << 24
+
+_ADVICE = "set CONVGEN_CACHE_DIR to a folder of your own"
 
 
 class BuildError(RuntimeError):
@@ -52,6 +56,18 @@ class CachedPackage:
     """Of everything the entry occupies, logs included."""
     last_used: float
     """Seconds since the epoch: when the entry was last found or built."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a commit marker says."""
+
+    name: str
+    files: dict[str, tuple[int, str]]
+    """Size in bytes and SHA-256 of every file of the package, by its path there."""
+    size_bytes: int
+    """Of the whole entry when it was built."""
+    last_used: float
 
 
 def cache_path() -> Path:
@@ -73,36 +89,46 @@ def cache_path() -> Path:
         raise BuildError("there is no home folder: set CONVGEN_CACHE_DIR") from error
 
 
-def cache_dir() -> Path:
-    """The cache folder, created with mode 0700 where it is missing.
+def trusted_path() -> Path:
+    """The cache folder, to read from: it may be missing, and need not be one's own to write.
 
-    Libraries in it are loaded into the process, so it must be nobody else's to write.
+    Libraries in it are loaded into the process. So its owner must be root or oneself, and nobody
+    else may write to it. The folders that it lies in are not asked.
 
     Raises:
-        BuildError: where it cannot be created or written, another user owns it, or others may
-            write to it.
+        BuildError: where it is no folder, or not to be trusted.
     """
     path = cache_path()
-    advice = "set CONVGEN_CACHE_DIR to a folder of your own"
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except OSError as error:
+        raise BuildError(f"cannot read the cache {path}: {error.strerror}; {_ADVICE}") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise BuildError(f"the cache {path} is not a folder: {_ADVICE}")
+    if why := disk.distrust(status):
+        own = status.st_uid in (0, os.geteuid())
+        raise BuildError(
+            f"the cache {path} {why}, and what lies in it is loaded as code: "
+            + (f"run chmod go-w {path}" if own else _ADVICE)
+        )
+    return path
+
+
+def cache_dir() -> Path:
+    """The cache folder, to write into; created with mode 0700 where it is missing.
+
+    Raises:
+        BuildError: where it cannot be created or written, or is not to be trusted.
+    """
+    path = trusted_path()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-    except FileExistsError as error:
-        raise BuildError(f"the cache {path} is not a folder: {advice}") from error
     except OSError as error:
-        raise BuildError(f"cannot create the cache {path}: {error.strerror}; {advice}") from error
-    if status.st_uid != os.geteuid():
-        raise BuildError(
-            f"the cache {path} belongs to user {status.st_uid}, not to you "
-            f"({os.geteuid()}): {advice}"
-        )
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(
-            f"others may write to the cache {path} (mode {stat.S_IMODE(status.st_mode):04o}), "
-            f"and what lies in it is loaded as code: run chmod go-w {path}"
-        )
+        raise BuildError(f"cannot create the cache {path}: {error.strerror}; {_ADVICE}") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise BuildError(f"the cache {path} is not writable: {advice}")
+        raise BuildError(f"the cache {path} is not writable: {_ADVICE}")
     return path
 
 
@@ -113,7 +139,7 @@ def locked(key: str, waiting: Callable[[], None] | None = None) -> Iterator[int]
     ``waiting`` is called once if another process holds the lock. A child process that inherits
     the descriptor holds the lock too, until it ends.
     """
-    descriptor = _acquire(cache_dir() / "locks" / key, waiting)
+    descriptor = locks.acquire(cache_dir() / "locks" / key, waiting)
     assert descriptor is not None
     try:
         yield descriptor
@@ -122,25 +148,76 @@ def locked(key: str, waiting: Callable[[], None] | None = None) -> Iterator[int]
 
 
 def lookup(key: str, name: str) -> Path | None:
-    """The published package of a key if it is there and whole, else None.
+    """The published package of a key if it is there, whole and to be trusted, else None.
 
     Every file is compared with the digest that was recorded when it was built, so a truncated or
-    altered library is taken for absent. Notes the use for :func:`clean`.
+    altered library is taken for absent; so is an entry that holds anything else, or that somebody
+    else owns or may write to. What is found is in use until this process ends.
     """
-    entry = cache_dir() / key
-    try:
-        record = json.loads((entry / MARKER).read_text())
-        if record["name"] != name or not record["files"]:
-            return None
-        for path, expected in record["files"].items():
-            file = entry / name / path
-            if file.stat().st_size != expected["size_bytes"] or sha256(file) != expected["sha256"]:
-                return None
-    except (OSError, ValueError, KeyError, TypeError):
+    return lookup_in(trusted_path(), key, name)
+
+
+def lookup_in(root: Path, key: str, name: str) -> Path | None:
+    """:func:`lookup` in a cache folder that was found to be trusted."""
+    entry = root / key
+    if not os.path.lexists(entry):
+        return None
+    locks.hold(root / "locks", key)
+    record = _read_marker(entry)
+    if record is None or record.name != name or not _is_whole(entry, record):
         return None
     with contextlib.suppress(OSError):
-        os.utime(entry / MARKER)
+        os.utime(entry / MARKER, follow_symlinks=False)
     return entry / name
+
+
+def _is_whole(entry: Path, record: _Record) -> bool:
+    """Whether an entry holds the recorded files, and nothing else that Python could import."""
+    package = entry / record.name
+    found = set()
+    try:
+        for folder in (entry, package):
+            if not _is_trusted_folder(os.lstat(folder)):
+                return False
+        for path, status in disk.tree(package):
+            # Compiled modules are of Python, for who imports the package as it lies there.
+            ignored = "__pycache__" in path.split("/")
+            if _is_trusted_folder(status):
+                continue
+            if not stat.S_ISREG(status.st_mode) or disk.distrust(status):
+                return False
+            if ignored:
+                continue
+            expected = record.files.get(path)
+            if expected is None or expected != (status.st_size, disk.sha256(package / path)):
+                return False
+            found.add(path)
+    except OSError:
+        return False
+    return found == record.files.keys()
+
+
+def _is_trusted_folder(status: os.stat_result) -> bool:
+    return stat.S_ISDIR(status.st_mode) and not disk.distrust(status)
+
+
+def _read_marker(entry: Path) -> _Record | None:
+    """The commit marker of an entry, or None where there is none or it is damaged."""
+    try:
+        marker = entry / MARKER
+        data = json.loads(disk.read_regular(marker, _LARGEST_MARKER_BYTES))
+        files = {
+            path: (int(facts["size_bytes"]), str(facts["sha256"]))
+            for path, facts in data["files"].items()
+        }
+        name, size = data["name"], int(data["size_bytes"])
+        if not files or not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
+            return None
+        return _Record(name, files, size, marker.lstat().st_mtime)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+    except RecursionError:  # of JSON that is nested deeply
+        return None
 
 
 def temporary(key: str) -> Path:
@@ -148,43 +225,48 @@ def temporary(key: str) -> Path:
 
     What dead builders left is removed first: of this key and of every key that nobody builds now.
     """
-    folder = _private(cache_dir() / "tmp")
-    for stale in folder.iterdir():
+    folder = disk.own_folder(cache_dir() / "tmp")
+    for stale in _list(folder):
         if stale.name.startswith(key):
-            shutil.rmtree(stale, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                disk.remove(stale)
         else:
-            _sweep(stale)
+            sweep(stale)
     return Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder))
 
 
 def commit(key: str, name: str, built: Path, details: dict[str, Any]) -> Path:
-    """Publishes ``built`` (which holds the folder ``name``) as the entry of a key.
+    """Publishes ``built`` (which holds the folder ``name``) as the entry of a key, in use.
 
     One rename, then the marker. ``details`` is recorded in the marker beside the files' digests.
     Call it with the lock of the key held.
     """
-    entry = cache_dir() / key
-    files = {
-        str(path.relative_to(built / name)): {
-            "size_bytes": path.stat().st_size,
-            "sha256": sha256(path),
-        }
-        for path in sorted((built / name).rglob("*"))
-        if path.is_file()
-    }
-    if entry.exists():
-        # A damaged or uncommitted entry. Processes that loaded its libraries keep them.
-        discard(entry)
+    root = cache_dir()
+    entry = root / key
+    files = {}
+    for path, status in list(disk.tree(built)):
+        # Whatever the umask: nobody else may write to what is loaded as code.
+        os.chmod(built / path, stat.S_IMODE(status.st_mode) & ~0o022)
+        if path.startswith(f"{name}/") and stat.S_ISREG(status.st_mode):
+            files[path.removeprefix(f"{name}/")] = {
+                "size_bytes": status.st_size,
+                "sha256": disk.sha256(built / path),
+            }
+    # A damaged or uncommitted entry. Processes that loaded its libraries keep them.
+    discard(entry)
+    locks.hold(root / "locks", key)
     os.rename(built, entry)
-    record = {"name": name, "files": files, **details}
-    write_atomically(entry / MARKER, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    size = disk.size_bytes(entry)
+    record = {"name": name, "size_bytes": size, "files": dict(sorted(files.items())), **details}
+    disk.write_atomically(entry / MARKER, json.dumps(record, indent=1, sort_keys=True) + "\n")
     return entry / name
 
 
-def discard(folder: Path) -> None:
+def discard(entry: Path) -> None:
     """Removes an entry, its marker first so that no reader takes a half-removed one for whole."""
-    (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    if entry.is_dir() and not entry.is_symlink():
+        disk.remove(entry / MARKER)
+    disk.remove(entry)
 
 
 def cached_packages() -> list[CachedPackage]:
@@ -194,163 +276,82 @@ def cached_packages() -> list[CachedPackage]:
         BuildError: where the cache cannot be read.
     """
     found = []
-    for entry in _entries():
-        try:
-            marker = entry / MARKER
-            name = json.loads(marker.read_text())["name"]
-            used = marker.stat().st_mtime
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        found.append(CachedPackage(entry.name, name, entry / name, _size_bytes(entry), used))
+    for entry in entries():
+        if record := _read_marker(entry):
+            found.append(
+                CachedPackage(
+                    entry.name,
+                    record.name,
+                    entry / record.name,
+                    record.size_bytes,
+                    record.last_used,
+                )
+            )
     return sorted(found, key=lambda package: package.last_used, reverse=True)
 
 
-def clean(*, name: str | None = None, unused_days: float = 0.0) -> tuple[int, int]:
-    """Removes packages from the cache; returns how many and their size in bytes.
-
-    Args:
-        name: only packages of this name, such as ``conv_transpose3d_k3_s2``; all of them if None.
-        unused_days: only packages that were last used at least this many days ago.
-
-    Also removes what dead builds left. A key that is being built at the moment is left alone.
+def entries() -> list[Path]:
+    """Everything in the cache that has the name of a key, committed or not.
 
     Raises:
-        BuildError: where the cache cannot be read or written.
+        BuildError: where the cache cannot be read.
     """
-    if not cache_path().is_dir():
-        return 0, 0
-    root = cache_dir()
-    before = time.time() - unused_days * 86400
-    whole = {package.key: package for package in cached_packages()}
-    removed = freed_bytes = 0
-    for entry in _entries():
-        package = whole.get(entry.name)
-        # An entry without a marker belongs to nobody: it goes in any case.
-        if package and ((name and package.name != name) or package.last_used > before):
-            continue
-        lock = root / "locks" / entry.name
-        descriptor = _acquire(lock, blocking=False)
-        if descriptor is None:
-            continue
-        try:
-            size = _size_bytes(entry)
-            discard(entry)
-            (root / "logs" / f"{entry.name}.log").unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
-        except OSError as error:
-            raise BuildError(f"cannot remove {entry}: {error.strerror}") from error
-        finally:
+    return [path for path in _list(cache_path()) if is_key(path.name)]
+
+
+def is_key(name: str) -> bool:
+    return _KEY.fullmatch(name) is not None
+
+
+def sweep(stale: Path) -> bool:
+    """Removes what lies in ``tmp`` unless it is of a builder that is alive; whether it did."""
+    key = stale.name.split(".")[0]
+    descriptor = None
+    try:
+        if is_key(key):
+            descriptor = locks.acquire(stale.parent.parent / "locks" / key, blocking=False)
+            if descriptor is None:
+                return False
+        disk.remove(stale)
+        return True
+    except OSError:
+        return False
+    finally:
+        if descriptor is not None:
             os.close(descriptor)
-        removed += package is not None
-        freed_bytes += size
-    for stale in _list(root / "tmp"):
-        freed_bytes += _size_bytes(stale) if _sweep(stale) else 0
-    if name is None and not unused_days:
-        for leftover in _list(root / "logs") + _list(root / "toolchain"):
-            leftover.unlink(missing_ok=True)
-    return removed, freed_bytes
+
+
+def keep(kind: str, name: str, text: str) -> Path:
+    """Writes a file into the folder ``kind`` of the cache; its path.
+
+    Raises:
+        BuildError, OSError: where that is not possible.
+    """
+    path = disk.own_folder(cache_dir() / kind) / name
+    if path.is_dir():
+        disk.remove(path)
+    disk.write_atomically(path, text)
+    return path
 
 
 def note(kind: str, digest: str) -> None:
     """Remembers a fact, such as that a compiler works; a cache that refuses it is no error."""
     with contextlib.suppress(OSError, BuildError):
-        write_atomically(_private(cache_dir() / kind) / digest, "")
+        keep(kind, digest, "")
 
 
 def noted(kind: str, digest: str) -> bool:
     """Whether :func:`note` was called with these arguments since the cache was last cleaned."""
     try:
-        return (cache_path() / kind / digest).exists()
-    except BuildError:
+        return stat.S_ISREG(os.lstat(cache_path() / kind / digest).st_mode)
+    except (OSError, BuildError):
         return False
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that readers see the old content or the new, never a part."""
-    descriptor, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(text)
-        os.replace(temporary_name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary_name)
-        raise
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _acquire(
-    path: Path, waiting: Callable[[], None] | None = None, blocking: bool = True
-) -> int | None:
-    """A descriptor that holds the lock of a file, or None where that would mean waiting."""
-    _private(path.parent)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not blocking:
-                    os.close(descriptor)
-                    return None
-                if waiting is not None:
-                    waiting()
-                    waiting = None
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # clean() deletes lock files while holding them: a lock on a deleted file is no lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _sweep(stale: Path) -> bool:
-    """Removes a build folder unless its builder is alive; whether it did."""
-    key = stale.name.split(".")[0]
-    if not _KEY.fullmatch(key):
-        return False
-    descriptor = _acquire(stale.parent.parent / "locks" / key, blocking=False)
-    if descriptor is None:
-        return False
-    try:
-        shutil.rmtree(stale, ignore_errors=True)
-        return True
-    finally:
-        os.close(descriptor)
-
-
-def _private(folder: Path) -> Path:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
-def _entries() -> list[Path]:
-    return [path for path in _list(cache_path()) if _KEY.fullmatch(path.name)]
 
 
 def _list(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise BuildError(f"cannot read the cache {folder}: {error.strerror}") from error
-
-
-def _size_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_size if not path.is_dir() else 0
-    return total

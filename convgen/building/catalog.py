@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convgen import __version__
 from convgen.codegen.package import PYTHON, class_name
 from convgen.spec import ConvSpec
 from convgen.spec.taps import dgrad_phases
@@ -33,6 +34,10 @@ _WRITTEN = {
 
 class CatalogError(ValueError):
     """A module, folder or name that was given cannot serve; the message says what can."""
+
+
+class _NotGenerated(CatalogError):
+    """What lies at a path is nothing of convgen's."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,16 @@ class Generated:
         return class_name(self.spec.op)
 
     @property
+    def foreign(self) -> str | None:
+        """What to say of a module of another version of convgen; None of this one's."""
+        if self.version == __version__:
+            return None
+        return (
+            f"{self.path} was written by convgen {self.version}, and this is {__version__}: "
+            f"regenerate it with {self.command}"
+        )
+
+    @property
     def built(self) -> tuple[str, ...]:
         """Backends whose library lies there."""
         return tuple(
@@ -81,37 +96,54 @@ def load(path: Path) -> Generated:
     Raises:
         CatalogError: if there is no generated module at ``path``.
     """
+    version: object = __version__
     try:
         data = json.loads((path / METADATA).read_text())
+        if not isinstance(data, dict) or "convgen" not in data:
+            raise _NotGenerated(f"{path} is not a generated module")
+        version = data["convgen"]
         backends = data["backends"]
         return Generated(
             path=path,
             spec=ConvSpec.from_dict(data["spec"]),
-            version=data["convgen"],
-            command=data["command"],
+            version=str(version),
+            command=str(data["command"]),
             dtypes={backend: tuple(backends[backend]["dtypes"]) for backend in backends},
             kernels={backend: backends[backend]["kernels"] for backend in backends},
         )
+    except _NotGenerated:
+        raise
     except FileNotFoundError:
-        raise CatalogError(f"{path} is not a generated module") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _NotGenerated(f"{path} is not a generated module") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if version != __version__:
+            raise CatalogError(
+                f"{path} was written by convgen {version}, and this is {__version__}, which cannot "
+                f"read its {METADATA} ({error!r}): generate it anew"
+            ) from error
         raise CatalogError(f"{path / METADATA} cannot be read: {error}") from error
 
 
-def scan(folder: Path) -> list[Generated]:
-    """All generated modules directly in a folder, by name; none if the folder is missing."""
+def scan(folder: Path, refused: list[str] | None = None) -> list[Generated]:
+    """All generated modules directly in a folder, by name; none if the folder is missing.
+
+    Why others cannot be read, which were generated too, is appended to ``refused``.
+    """
     modules = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if (path / METADATA).is_file():
             try:
                 modules.append(load(path))
-            except CatalogError:
-                continue
+            except CatalogError as error:
+                if refused is not None and not isinstance(error, _NotGenerated):
+                    refused.append(str(error))
     return modules
 
 
-def find(names: Iterable[str], folder: Path) -> list[Generated]:
+def find(names: Iterable[str], folder: Path, refused: list[str] | None = None) -> list[Generated]:
     """The modules of the given names in a folder, or at the given paths; all of it for no names.
+
+    ``refused`` as for :func:`scan`.
 
     Raises:
         CatalogError: for a name that is neither, with the names that there are.
@@ -125,7 +157,7 @@ def find(names: Iterable[str], folder: Path) -> list[Generated]:
             there = ", ".join(module.name for module in scan(folder)) or "no modules"
             raise CatalogError(f"no module {name!r} in {folder}: it holds {there}")
         modules.append(load(path))
-    return modules or scan(folder)
+    return modules or scan(folder, refused)
 
 
 def destination(out: Path, name: str) -> Path:
@@ -230,6 +262,7 @@ def summary(module: Generated) -> dict[str, Any]:
         "path": str(module.path),
         "command": module.command,
         "convgen": module.version,
+        "foreign": module.foreign,
         "dtypes": module.dtypes,
         "built": module.built,
         "size_bytes": sum(module.files.values()),

@@ -5,13 +5,14 @@ Looks, and changes nothing; imports no torch.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from dataclasses import dataclass
 from importlib import metadata
 
 from convgen import __version__
-from convgen.building import cache, toolchain
+from convgen.building import cache, cleaning, toolchain
 from convgen.building.toolchain import ToolchainError
 
 
@@ -88,10 +89,13 @@ def _gpu(architectures: tuple[str, ...]) -> Finding:
 
 def _cache() -> Finding:
     try:
-        path = cache.cache_dir() if cache.cache_path().exists() else cache.cache_path()
+        path = cache.trusted_path()
         packages = cache.cached_packages()
+        limit = cleaning.limit_bytes()
     except cache.BuildError as error:
         return Finding("Cache", "", str(error), needed=True)
     size_mib = sum(package.size_bytes for package in packages) / 2**20
     count = f"{len(packages)} package{'s' * (len(packages) != 1)}"
-    return Finding("Cache", f"{path} ({count}, {size_mib:.1f} MiB)")
+    most = "" if limit is None else f" of {limit / 2**20:,.0f}"
+    notes = ", read-only" if path.exists() and not os.access(path, os.W_OK) else ""
+    return Finding("Cache", f"{path} ({count}, {size_mib:.1f}{most} MiB{notes})")

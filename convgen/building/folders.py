@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from convgen.building import cache
+from convgen.building import cache, disk
 from convgen.building.cache import BuildError
 
 _IGNORED = ("__pycache__", "obj", ".ninja_log", ".ninja_deps")
@@ -93,7 +93,7 @@ def is_package(folder: Path) -> bool:
     try:
         described = json.loads((folder / "spec.json").read_text())
         return {"convgen", "spec"} <= described.keys() and (folder / "__init__.py").is_file()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -151,6 +151,10 @@ def _replace(package: Path, target: Path) -> None:
     try:
         new, old = beside / "new", beside / "old"
         shutil.copytree(package, new, ignore=shutil.ignore_patterns(*_IGNORED))
+        # The copy of a cache that is read-only is its user's own.
+        new.chmod(new.stat().st_mode | 0o700)
+        for path, status in list(disk.tree(new)):
+            os.chmod(new / path, status.st_mode | (0o700 if (new / path).is_dir() else 0o600))
         if target.exists():
             os.rename(target, old)
         try:
@@ -178,4 +182,4 @@ def _files(package: Path) -> list[str]:
 
 def _digests(package: Path) -> dict[str, str]:
     """Digest of every file of a package; empty where there is none."""
-    return {file: cache.sha256(package / file) for file in _files(package)}
+    return {file: disk.sha256(package / file) for file in _files(package)}

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from convgen.building import cache
+from convgen.building import cache, disk, processes
 
 # -ffast-math is not here: it would break NaN and infinity, and link crtfastmath.o, which turns off
 # denormals for the whole process. These two lift only what no kernel looks at, errno and traps.
@@ -84,13 +84,15 @@ class Commands:
 
     Inputs and outputs are appended (``... -c SOURCE -o OBJECT``, ``... OBJECTS LINK_LIBRARIES -o
     LIBRARY``). ``identity`` is what decides the result and stands in no argument: the compilers'
-    versions, what ``native`` means here, the environment.
+    versions, what ``native`` means here, the environment. A compiler that ``needs_plain_folder``
+    has a shell read the path of the folder that it runs in.
     """
 
     compile: tuple[str, ...]
     link: tuple[str, ...]
     link_libraries: tuple[str, ...]
     identity: str
+    needs_plain_folder: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class CudaCompiler:
             link=(*nvcc, "-shared", "-cudart", "static"),
             link_libraries=(*folder, "-Xlinker", "--exclude-libs=ALL"),
             identity=f"{self.version}\n{self.host_version}\n{_environment()}",
+            needs_plain_folder=True,
         )
 
 
@@ -359,15 +362,7 @@ def _run(*command: str, stdin: str = "") -> str:
 @functools.lru_cache(maxsize=64)
 def _output(command: tuple[str, ...], stdin: str, environment: tuple[tuple[str, str], ...]) -> str:
     try:
-        result = subprocess.run(
-            command,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=120,
-            env=dict(environment),
-        )
+        result = processes.output(command, stdin, dict(environment), timeout_s=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"{command[0]} does not run: {error}") from error
     if result.returncode:
@@ -442,6 +437,13 @@ def _wheel_roots() -> list[Path]:
 
 
 def _cuda(path: str, library_folder: str | None, host: str, host_version: str) -> CudaCompiler:
+    for what, place in (("nvcc", path), ("the C++ compiler that it calls", host)):
+        if not disk.is_plain(place):
+            raise ToolchainError(
+                f"nvcc hands paths to a shell, which would execute what stands in that of {what}, "
+                f"{place!r}: make a link to it under a path without quotes, $, `, \\ and line "
+                f"breaks, and set CUDA_HOME (or CUDAHOSTCXX) to that"
+            )
     version = _run(path, "--version")
     match = re.search(r"release (\d+)\.(\d+)", version)
     if match is None:

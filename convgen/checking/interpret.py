@@ -8,11 +8,13 @@ pointers of the CPU.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from convgen.building.build import BuildError, Library, Progress, build
+from convgen.building.cache import cache_path
 from convgen.building.toolchain import Commands, CppCompiler, find_cpp
 from convgen.codegen.render import TEMPLATES
 
@@ -160,15 +162,16 @@ def library(
             "c++",
         ),
         link=(*commands.link, "-shared", "-pthread"),
-        link_libraries=(str(runtime), "-ldl"),
-        identity=commands.identity,
+        link_libraries=(_LINKED_RUNTIME, "-ldl"),
+        identity=f"{commands.identity}\n{runtime.relative_to(cache_path())}",
     )
     target = f"lib/{LIBRARY}"
-    built = build(name, files, [Library(target, tuple(units), commands)], progress=progress)
-    return built / target
+    unit = Library(target, tuple(units), commands, ((_LINKED_RUNTIME, runtime),))
+    return build(name, files, [unit], progress=progress) / target
 
 
 LIBRARY = "cuda_interpreted.so"
+_LINKED_RUNTIME = "obj/interpreter.o"
 
 
 def package_library(
@@ -189,7 +192,9 @@ def package_library(
         raise BuildError(
             f"{package} has no CUDA sources: generate it with --backend cuda (no GPU is needed)"
         )
-    return library(package.name, sources, mode, progress=progress)
+    # The folder may have any name, and this one becomes part of a file for ninja.
+    name = re.sub(r"[^A-Za-z0-9_]", "_", package.resolve().name)[:100] or "package"
+    return library(name, sources, mode, progress=progress)
 
 
 def driver() -> Path:

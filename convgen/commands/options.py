@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -38,6 +39,13 @@ def split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tup
     """``--dtype f32 --dtype f64`` and ``--dtype f32,f64`` mean the same."""
     words = (word.strip() for value in values for word in value.split(","))
     return tuple(dict.fromkeys(word for word in words if word))
+
+
+def finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    """Refuses infinities and what is no number, which click takes for numbers."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of days.")
+    return value
 
 
 def dtypes(

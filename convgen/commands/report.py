@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from convgen.building import cache, catalog
+from convgen.building import catalog, disk
 from convgen.building.catalog import Generated
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def json(value: object) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Writes a value as JSON into a file, whole or not at all."""
-    cache.write_atomically(path, json_format.dumps(value, indent=2) + "\n")
+    disk.write_atomically(path, json_format.dumps(value, indent=2) + "\n")
 
 
 def written(module: Generated, compiled: bool, seconds: float) -> None:
@@ -53,6 +53,12 @@ def modules(found: Iterable[Generated]) -> None:
     """The table of ``convgen list``."""
     rows = [(module.name, _dtypes(module.dtypes, module.built), module.command) for module in found]
     _print_table(("module", "built for", "command"), rows)
+
+
+def notices(found: Iterable[Generated], refused: Iterable[str] = ()) -> None:
+    """Says on stderr which modules are of another version of convgen, and which cannot be read."""
+    for notice in (*filter(None, (module.foreign for module in found)), *refused):
+        click.echo(f"Note: {notice}", err=True)
 
 
 def details(module: Generated) -> None:
@@ -73,6 +79,7 @@ def details(module: Generated) -> None:
             ("channels", f"{channels[0]} -> {channels[1]}"),
             ("built for", _dtypes(module.dtypes, module.built)),
             ("import", catalog.import_line(module)),
+            ("written by", f"convgen {module.version}"),
             ("regenerate", module.command),
         ],
     )

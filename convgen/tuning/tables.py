@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from convgen.building.cache import write_atomically
+from convgen.building.disk import write_atomically
 from convgen.engines.tuned import VARIABLE, VERSION, TunedError, Winner, read
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from convgen.building import build as building
-from convgen.building import cache
+from convgen.building import cache, disk
 from convgen.building.build import BuildError, BuildWarning, Library, build, cache_key, ninja_file
 from convgen.building.toolchain import Commands, ToolchainError, find_cpp
 
@@ -248,7 +248,7 @@ class TestKey:
         }
         for field in dataclasses.fields(Commands):
             value = getattr(commands, field.name)
-            more = value + " " if isinstance(value, str) else (*value, "-DMORE")
+            more = {str: f"{value} ", bool: not value}.get(type(value), (*SOURCES, "-DMORE"))
             keys[field.name] = key(commands=dataclasses.replace(commands, **{field.name: more}))
         with monkeypatch.context() as patch:
             patch.setattr(building, "__version__", "99")
@@ -320,7 +320,7 @@ class TestFailures:
             build("package", FILES, [library])
         for told in ("package", "CONVGEN_NO_BUILD", *SOURCES, str(root)):
             assert told in str(caught.value)
-        assert not any(len(path.name) == cache.KEY_DIGITS for path in root.iterdir())
+        assert not root.exists()
         monkeypatch.setenv("CONVGEN_NO_BUILD", "0")
         assert answer(build("package", FILES, [library])) == 42
 
@@ -391,7 +391,7 @@ class TestFullDisk:
     def test_while_writing_sources_is_named_and_leaves_nothing(
         self, root: Path, library: Library, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(*_: object) -> int:
+        def full(*_: object, **__: object) -> int:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
@@ -445,7 +445,7 @@ class TestSeveralProcesses:
             raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(cache, "write_atomically", die)
+            patch.setattr(disk, "write_atomically", die)
             with pytest.raises(Killed):
                 build("package", FILES, [library])
         assert [path.name for path in leftovers(root)] == [cache_key("package", FILES, [library])]

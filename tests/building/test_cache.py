@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import stat
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from convgen.building import cache
+from convgen.building import cache, disk, locks
 from convgen.building.cache import BuildError
 
 KEY = "a" * 64
@@ -41,7 +40,8 @@ def publish(key: str = KEY, name: str = "package", text: str = "library") -> Pat
 def holder(root: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock of KEY."""
     code = (
-        f"from convgen import cache\nwith cache.locked({KEY!r}): print('held', flush=True); input()"
+        "from convgen.building import cache\n"
+        f"with cache.locked({KEY!r}): print('held', flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -90,7 +90,7 @@ class TestFolder:
     @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
     def test_that_others_may_write_is_refused(self, root: Path, mode: int) -> None:
         cache.cache_dir().chmod(mode)
-        with pytest.raises(BuildError, match=r"others may write.*chmod go-w"):
+        with pytest.raises(BuildError, match=r"written by others.*chmod go-w"):
             cache.cache_dir()
 
     def test_that_is_not_writable_is_refused(
@@ -118,7 +118,6 @@ class TestFolder:
 
     def test_is_not_created_by_looking(self, root: Path) -> None:
         assert cache.cached_packages() == []
-        assert cache.clean() == (0, 0)
         assert not cache.noted("toolchain", "fact")
         assert not root.exists()
 
@@ -131,11 +130,18 @@ class TestEntries:
         assert cache.lookup(KEY, "another") is None
         assert cache.lookup(OTHER, "package") is None
 
-    def test_files_that_appear_later_do_no_harm(self) -> None:
+    def test_compiled_modules_that_appear_later_do_no_harm(self) -> None:
         package = publish()
         (package / "__pycache__").mkdir()
         (package / "__pycache__" / "x.pyc").write_text("")
         assert cache.lookup(KEY, "package") == package
+
+    @pytest.mark.parametrize("what", ["spec.cpython-311.so", "lib.py", "spec/__init__.py"])
+    def test_what_python_might_import_besides_makes_an_entry_damaged(self, what: str) -> None:
+        package = publish()
+        (package / what).parent.mkdir(exist_ok=True)
+        (package / what).touch()
+        assert cache.lookup(KEY, "package") is None
 
     @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "marker", "half a marker"])
     def test_a_damaged_entry_is_absent_until_it_is_published_again(
@@ -168,10 +174,10 @@ class TestEntries:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         file = tmp_path / "file"
-        cache.write_atomically(file, "old")
+        disk.write_atomically(file, "old")
         monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(OSError, match="full"):
-            cache.write_atomically(file, "new")
+            disk.write_atomically(file, "new")
         assert file.read_text() == "old"
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -180,7 +186,7 @@ class TestLock:
     def test_is_exclusive_between_threads_and_processes(
         self, holder: subprocess.Popen[str]
     ) -> None:
-        assert cache._acquire(cache.cache_dir() / "locks" / KEY, blocking=False) is None
+        assert locks.acquire(cache.cache_dir() / "locks" / KEY, blocking=False) is None
 
     def test_reports_that_it_waits_and_is_free_once_its_holder_is_killed(
         self, holder: subprocess.Popen[str]
@@ -204,7 +210,7 @@ class TestTemporaryFolders:
     def test_of_dead_builders_are_removed_and_of_live_ones_are_not(
         self, root: Path, holder: subprocess.Popen[str]
     ) -> None:
-        cache._private(root / "tmp")
+        disk.own_folder(root / "tmp")
         live, dead, own = (root / "tmp" / f"{key}.x" for key in (KEY, OTHER, "c" * 64))
         for folder in (live, dead, own):
             (folder / "package").mkdir(parents=True)
@@ -213,66 +219,71 @@ class TestTemporaryFolders:
         assert sorted((root / "tmp").iterdir()) == sorted([live, new])
 
 
-class TestListingAndCleaning:
-    def test_lists_name_size_and_use_the_latest_first(self, root: Path) -> None:
-        publish(KEY, "first")
-        publish(OTHER, "second", text="x" * 10_000)
-        os.utime(root / KEY / cache.MARKER, (1e9, 1e9))
-        second, first = cache.cached_packages()
-        assert (second.name, first.name) == ("second", "first")
-        assert (first.key, first.path) == (KEY, root / KEY / "first")
-        assert 10_000 < second.size_bytes < 12_000
-        assert first.last_used == 1e9
-        assert time.time() - second.last_used < 60
+class TestTrust:
+    INNER = ("", "package", cache.MARKER, "package/lib/cpu.so")
 
-    def test_a_use_is_noted(self, root: Path) -> None:
+    @pytest.mark.parametrize("inner", INNER)
+    def test_inner_entries_must_not_be_for_others_to_write(self, root: Path, inner: str) -> None:
         publish()
-        os.utime(root / KEY / cache.MARKER, (1e9, 1e9))
-        cache.lookup(KEY, "package")
-        assert time.time() - cache.cached_packages()[0].last_used < 60
-
-    def test_clean_removes_everything_and_counts_it(self, root: Path) -> None:
-        publish(KEY)
-        publish(OTHER, text="x" * 10_000)
-        (root / "tmp" / f"{'c' * 64}.dead").mkdir()
-        cache.note("toolchain", "fact")
-        removed, freed_bytes = cache.clean()
-        assert removed == 2
-        assert freed_bytes > 10_000
-        assert cache.cached_packages() == []
-        assert not (root / KEY).exists()
-        assert list((root / "tmp").iterdir()) == []
-        assert not cache.noted("toolchain", "fact")
-
-    def test_clean_by_name_and_by_age_spares_the_rest(self, root: Path) -> None:
-        publish(KEY, "first")
-        publish(OTHER, "second")
-        os.utime(root / OTHER / cache.MARKER, (time.time() - 10 * 86400,) * 2)
-        assert cache.clean(name="third")[0] == 0
-        assert cache.clean(unused_days=11)[0] == 0
-        assert cache.clean(name="first", unused_days=9)[0] == 0
-        assert cache.clean(unused_days=9)[0] == 1
-        assert [package.name for package in cache.cached_packages()] == ["first"]
-        assert cache.clean(name="first")[0] == 1
-
-    def test_clean_removes_an_uncommitted_entry(self, root: Path) -> None:
+        path = root / KEY / inner
+        path.chmod(path.stat().st_mode | 0o002)
+        assert cache.lookup(KEY, "package") is None
         publish()
-        (root / KEY / cache.MARKER).unlink()
-        removed, freed_bytes = cache.clean(name="another")
-        assert removed == 0
-        assert freed_bytes > 0
-        assert not (root / KEY).exists()
+        assert cache.lookup(KEY, "package")
 
-    def test_clean_spares_what_is_being_built(
-        self, root: Path, holder: subprocess.Popen[str]
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    @pytest.mark.parametrize("inner", INNER)
+    def test_inner_entries_must_be_ones_own_or_of_root(self, root: Path, inner: str) -> None:
+        publish()
+        os.chown(root / KEY / inner, 12345, -1)
+        assert cache.lookup(KEY, "package") is None
+        publish()
+        assert cache.lookup(KEY, "package")
+
+    def test_a_link_to_elsewhere_is_not_followed(self, root: Path, tmp_path: Path) -> None:
+        for inner in ("package", "package/lib", "package/lib/cpu.so", ""):
+            publish()
+            path = root / KEY / inner
+            path.rename(tmp_path / "elsewhere")
+            path.symlink_to(tmp_path / "elsewhere")
+            assert cache.lookup(KEY, "package") is None
+            disk.remove(tmp_path / "elsewhere")
+
+    def test_a_group_writable_umask_makes_no_entry_untrusted(self) -> None:
+        old = os.umask(0o002)
+        try:
+            publish()
+        finally:
+            os.umask(old)
+        assert cache.lookup(KEY, "package")
+
+    def test_a_read_only_cache_of_root_is_a_hit_without_a_write(
+        self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (root / KEY / "package").mkdir(parents=True)
-        (root / KEY / cache.MARKER).write_text(json.dumps({"name": "package", "files": {}}))
-        assert cache.clean()[0] == 0
-        assert (root / KEY).exists()
-
-    def test_foreign_files_in_the_folder_are_left_alone(self, root: Path) -> None:
-        publish()
-        (root / "notes.txt").write_text("mine")
-        cache.clean()
-        assert (root / "notes.txt").read_text() == "mine"
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            os.chmod(folder, 0o755)
+            root = Path(folder) / "cache"
+            monkeypatch.setenv("CONVGEN_CACHE_DIR", str(root))
+            package = publish()
+            everything = (root, *root.rglob("*"))
+            for path in everything:
+                path.chmod(0o555 if path.is_dir() else 0o444)
+            before = [(path.stat().st_mtime_ns, path.stat().st_ino) for path in everything]
+            as_root = os.geteuid() == 0
+            if as_root:  # becomes another user, who may come back
+                os.setresuid(12345, 12345, 0)
+            try:
+                assert cache.lookup(KEY, "package") == package
+                assert cache.lookup(OTHER, "package") is None
+                assert len(cache.cached_packages()) == 1
+                with pytest.raises(BuildError, match="is not writable: set CONVGEN_CACHE_DIR"):
+                    publish(OTHER)
+            finally:
+                if as_root:
+                    os.setresuid(0, 0, 0)
+            if as_root:
+                after = [(path.stat().st_mtime_ns, path.stat().st_ino) for path in everything]
+                assert after == before
+            assert set(root.rglob("*")) == set(everything[1:])
+            for path in everything:
+                path.chmod(0o755)
