@@ -248,18 +248,6 @@ def _closed(path: Path) -> None:
     path.chmod(0)
 
 
-def _deep(path: Path) -> None:
-    here = os.getcwd()
-    os.mkdir(path)
-    try:
-        os.chdir(path)
-        for _ in range(1100):  # more than Python's stack has
-            os.mkdir("deep")
-            os.chdir("deep")
-    finally:
-        os.chdir(here)
-
-
 def _nested(path: Path) -> None:
     path.write_text("[" * 100_000)
 
@@ -270,7 +258,7 @@ def _wrong(path: Path) -> None:
 
 _KINDS: tuple[Callable[[Path], None], ...] = (_file, _link, os.mkfifo, Path.mkdir, _closed)
 _PLACES = {
-    "": (*_KINDS, _deep),
+    "": _KINDS,
     "package": _KINDS,
     "package/lib": _KINDS,
     "package/lib/cpu.so": _KINDS,
@@ -281,7 +269,7 @@ _PLACES = {
     "../locks/unknown": _KINDS,
     "../tmp": _KINDS,
     f"../tmp/{KEY}.dead": _KINDS,
-    "../tmp/unknown": (*_KINDS, _deep),
+    "../tmp/unknown": _KINDS,
     "../logs": _KINDS,
     f"../logs/{KEY}.log": _KINDS,
     "../toolchain": _KINDS,
@@ -319,3 +307,16 @@ class TestHealing:
         with pytest.raises(BuildError, match="is not a folder"):
             cleaning.clean()
         assert root.read_text() == "mine"
+
+    def test_folders_deeper_than_pythons_stack_are_removed(self, tmp_path: Path) -> None:
+        here = os.getcwd()
+        (tmp_path / "deep").mkdir()
+        try:
+            os.chdir(tmp_path / "deep")
+            for _ in range(1100):
+                os.mkdir("deep")
+                os.chdir("deep")
+        finally:
+            os.chdir(here)
+        disk.remove(tmp_path / "deep")
+        assert list(tmp_path.iterdir()) == []
