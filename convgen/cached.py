@@ -52,7 +52,11 @@ class _Finder:
             finder = FileFinder(str(folder), (_SourceLoader, importlib.machinery.SOURCE_SUFFIXES))
             if (found := finder.find_spec(fullname)) is not None:
                 return found
-        return None
+        # Not None: the finders after this one would take what is damaged, too.
+        raise ModuleNotFoundError(
+            f"{fullname} is missing in the cache, or damaged there: call convgen.specialize again",
+            name=fullname,
+        )
 
 
 sys.meta_path.insert(0, _Finder)

@@ -14,7 +14,13 @@ from types import FrameType
 
 from convgen.building.disk import plain_temporary
 
-_ENDING = (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
+# What ends a process that does nothing about it, and what is done about it then.
+_ENDING = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGQUIT: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
 
 # PR_SET_PDEATHSIG outlives exec. It is set in a Python of its own: between fork and exec of this
 # process, which has threads, it could not be. A parent that died before is noticed by its number.
@@ -32,6 +38,38 @@ class _Ended(BaseException):
     """This process was told to end."""
 
 
+class _Handler:
+    """Raises in the main thread when a signal comes, or soon afterwards."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.is_held_back = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:  # the others would interrupt the cleaning up
+            self.received = number
+            if not self.is_held_back:
+                self.end()
+
+    def end(self) -> None:
+        raise KeyboardInterrupt if self.received == signal.SIGINT else _Ended
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Has a signal wait until the end of this."""
+        self.is_held_back = True
+        try:
+            yield
+        finally:
+            self.is_held_back = False
+            if self.received is not None:
+                self.end()
+
+
+_handlers: list[_Handler] = []
+"""Of the main thread: none, or the one that is in force."""
+
+
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Lets what is inside clean up when a signal ends the process, which then ends by it.
@@ -39,25 +77,27 @@ def ended_by_signals() -> Iterator[None]:
     Signals that somebody handles or ignores are left to that; so are all outside the main thread,
     where Python lets nobody handle them.
     """
-    received: list[int] = []
-
-    def end(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:  # the others would interrupt the cleaning up
-            raise _Ended
-
-    handled = []
-    if threading.current_thread() is threading.main_thread():
-        handled = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread() or _handlers:
+        yield
+        return
+    handler = _Handler()
+    before = {number: how for number, how in _ENDING.items() if signal.getsignal(number) == how}
     try:
-        for number in handled:
-            signal.signal(number, end)
+        _handlers.append(handler)
+        for number in before:
+            signal.signal(number, handler)
         yield
     finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
-        if received:
-            os.kill(os.getpid(), received[0])
+        for number, how in before.items():
+            signal.signal(number, how)
+        _handlers.clear()
+        if handler.received not in (None, signal.SIGINT):
+            os.kill(os.getpid(), handler.received)
+
+
+def _held_back() -> contextlib.AbstractContextManager[None]:
+    is_main = threading.current_thread() is threading.main_thread()
+    return _handlers[0].held_back() if is_main and _handlers else contextlib.nullcontext()
 
 
 def start(
@@ -76,19 +116,27 @@ def start(
     launcher: tuple[str, ...] = ()
     if sys.executable and sys.platform == "linux":
         launcher = (sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()))
-    return subprocess.Popen(
-        (*launcher, *command),
-        cwd=folder,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        pass_fds=tuple(keep_open),
-        start_new_session=True,
-    )
+    process = None
+    try:
+        with _held_back():
+            process = subprocess.Popen(
+                (*launcher, *command),
+                cwd=folder,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                pass_fds=tuple(keep_open),
+                start_new_session=True,
+            )
+    except BaseException:
+        if process is not None:
+            process.terminate()
+        raise
+    return process
 
 
 def output(
@@ -99,26 +147,27 @@ def output(
     Raises:
         OSError, subprocess.TimeoutExpired: where it does not run, or not to its end.
     """
-    with (
-        ended_by_signals(),
-        plain_temporary() as folder,
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**environment, "TMPDIR": str(folder)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        ) as process,
-    ):
+    process = None
+    with ended_by_signals(), plain_temporary() as folder:
         try:
+            with _held_back():
+                process = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env={**environment, "TMPDIR": str(folder)},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,
+                )
             out, err = process.communicate(stdin, timeout_s)
         except BaseException:
-            # The command may be a script: what it has started is of its group.
-            os.killpg(process.pid, signal.SIGKILL)
+            if process is not None:
+                with process, contextlib.suppress(ProcessLookupError):
+                    # The command may be a script: what it has started is of its group.
+                    os.killpg(process.pid, signal.SIGKILL)
             raise
         return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,17 @@ class TestExport:
             assert content(old) == expected
             assert os.listdir(tmp_path / "out") == ["layer"]
 
+    def test_a_copy_of_what_is_read_only_is_its_users_to_write(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        for path in (package, *package.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        target = export(package, tmp_path / "out")
+        for path in (target, *target.rglob("*")):
+            assert path.stat().st_mode & 0o200
+        for path in (package, *package.rglob("*")):
+            path.chmod(0o755)
+
     def test_clears_what_a_killed_process_left(self, tmp_path: Path, package: Path) -> None:
         for leftover in (".layer.abc.convgen", ".other.abc.convgen"):
             write_package(tmp_path / "out" / leftover / "new")
@@ -203,6 +215,21 @@ class TestLoad:
         module = load(cached_package(KEY))
         assert module.__name__ == f"convgen.cached.{KEY}.layer"
         assert load(Path(str(module.__file__)).parent) is module
+
+    def test_a_package_of_the_cache_is_imported_from_its_sources_alone(self, root: Path) -> None:
+        package = cached_package("c" * 64, "from ._part import PART as value\n")
+        stem = f"__pycache__/_part.{sys.implementation.cache_tag}"
+        compiled = Path(py_compile.compile(str(package / "_part.py"), doraise=True) or "")
+        assert compiled == package / f"{stem}.pyc"
+        compiled.write_bytes(compiled.read_bytes()[:-4] + b"\xff\xff\xff\xff")
+        assert load(package).value == 1
+        assert [path.name for path in compiled.parent.iterdir()] == [compiled.name]
+
+    def test_a_damaged_package_of_the_cache_is_not_imported(self, root: Path) -> None:
+        package = cached_package("b" * 64)
+        (package / "_part.py").write_text("PART = 2\n")
+        with pytest.raises(ModuleNotFoundError):
+            load(package)
 
     def test_what_was_pickled_loads_in_another_process(self) -> None:
         module = load(cached_package("e" * 64))
