@@ -302,10 +302,10 @@ class TestWheels:
 
     def test_compile_and_link_with_an_empty_environment(self, tmp_path: Path) -> None:
         code = (
-            "from convgen import toolchain\n"
+            "from convgen.building import toolchain\n"
             "toolchain._STANDARD_NVCC = '/nonexistent'\n"
             "toolchain._STANDARD_FOLDERS = ('/usr/bin', '/bin')\n"
-            "from tests.test_toolchain import build_kernel\n"
+            "from tests.building.test_toolchain import build_kernel\n"
             "nvcc = toolchain.find_cuda()\n"
             "print(nvcc.path)\n"
             "print(build_kernel(nvcc.commands(('90a',))))\n"
@@ -420,7 +420,7 @@ class TestArchitectures:
 
     def test_are_found_without_importing_torch(self) -> None:
         code = (
-            "import sys; from convgen import toolchain; toolchain.gpu_architectures(); "
+            "import sys; from convgen.building import toolchain; toolchain.gpu_architectures(); "
             "sys.exit('torch' in sys.modules)"
         )
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
