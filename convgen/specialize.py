@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convgen.building import toolchain
+from convgen.building import gpus, toolchain
 from convgen.building.build import Library, Progress, build
 from convgen.building.folders import export as export
 from convgen.building.folders import load as load
@@ -181,7 +181,7 @@ def _backends(backends: str | Iterable[str] | None, archs: Sequence[str] | None)
     """The backends to generate, in canonical order."""
     if backends is None or backends == "auto":
         # Whoever names a GPU architecture wants kernels for it, with a GPU here or without.
-        gpu = archs is not None or bool(toolchain.gpu_architectures())
+        gpu = archs is not None or bool(gpus.gpu_architectures())
         return ("cpu", "cuda") if gpu else ("cpu",)
     given = {backends} if isinstance(backends, str) else set(backends)
     if not given or not given <= set(BACKENDS):

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import convgen
-from convgen.building import toolchain
+from convgen.building import gpus, toolchain
 from convgen.building.build import Library, cache_key
 from convgen.building.toolchain import CppCompiler, CudaCompiler, ToolchainError
 from convgen.spec import ConvSpec, SpecError
@@ -112,7 +112,7 @@ CUDA = CudaCompiler("/usr/bin/nvcc", "nvcc 13.0", (13, 0), "/usr/bin/g++", "g++ 
 def fake_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "find_cpp", lambda: CPP)
     monkeypatch.setattr(toolchain, "find_cuda", lambda: CUDA)
-    monkeypatch.setattr(toolchain, "gpu_architectures", tuple)
+    monkeypatch.setattr(gpus, "gpu_architectures", tuple)
     monkeypatch.setattr(CudaCompiler, "supported_architectures", lambda self: (75, 80, 90, 120))
 
 
@@ -180,7 +180,7 @@ class TestGenerate:
         both = ["lib/cpu.so", "lib/cuda.so"]
         assert backends(backends=None, archs=["90a"]) == both
         assert backends(backends="cuda") == ["lib/cuda.so"]
-        monkeypatch.setattr(toolchain, "gpu_architectures", lambda: ("90a",))
+        monkeypatch.setattr(gpus, "gpu_architectures", lambda: ("90a",))
         assert backends(backends=None) == both
 
     def test_architectures_are_those_given_else_of_the_gpus_else_sm_80_with_ptx(
@@ -192,7 +192,7 @@ class TestGenerate:
 
         assert targets(["sm_120a"]) == "arch=compute_120a,code=sm_120a"
         assert targets() == "arch=compute_80,code=sm_80 arch=compute_80,code=compute_80"
-        monkeypatch.setattr(toolchain, "gpu_architectures", lambda: ("90a",))
+        monkeypatch.setattr(gpus, "gpu_architectures", lambda: ("90a",))
         assert targets() == "arch=compute_90a,code=sm_90a"
 
     @pytest.mark.parametrize(

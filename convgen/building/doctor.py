@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from convgen import __version__
-from convgen.building import cache, cleaning, toolchain
+from convgen.building import cache, cleaning, gpus, toolchain
 from convgen.building.toolchain import ToolchainError
 
 
@@ -35,7 +35,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything that convgen depends on, in the order in which a user would set it up."""
-    architectures = toolchain.gpu_architectures()
+    architectures = gpus.gpu_architectures()
     return [
         Finding("convgen", __version__),
         Finding("Python", f"{platform.python_version()} ({sys.executable})"),

@@ -5,7 +5,6 @@ Knows command lines, no convolution; imports no torch.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -15,12 +14,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from convgen.building import cache, disk, processes
+from convgen.building import cache, disk, gpus, processes
 
 # -ffast-math is not here: it would break NaN and infinity, and link crtfastmath.o, which turns off
 # denormals for the whole process. These two lift only what no kernel looks at, errno and traps.
@@ -207,7 +205,7 @@ def find_cuda() -> CudaCompiler:
         ToolchainError: where none works; says why and what to install.
     """
     host, host_version = _cuda_host()
-    driver = _nvml().cuda_version
+    driver = gpus.nvml().cuda_version
     refused, newer = [], []
     for path, library_folder in _nvcc_candidates():
         try:
@@ -242,24 +240,6 @@ def find_ninja() -> str:
     raise ToolchainError("ninja was not found: pip install ninja")
 
 
-def gpu_architectures() -> tuple[str, ...]:
-    """Architectures of the GPUs present, such as ``("90a",)``; () if there are none.
-
-    Asks NVML, or the CUDA driver where NVML is missing, without importing torch. NVML first: it
-    creates no CUDA context, so it is quick and the process may still fork, or set
-    ``CUDA_VISIBLE_DEVICES``, before it uses a GPU. A ``CUDA_VISIBLE_DEVICES`` that hides every
-    GPU is respected.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles"):
-        return ()
-    capabilities = _nvml().capabilities or _driver_capabilities()
-    # From 9.0 on, the best instructions exist only in the architecture-specific targets.
-    return tuple(
-        f"{major}{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(set(capabilities))
-    )
-
-
 def parse_architecture(name: str) -> str:
     """The canonical form of a GPU architecture: ``90a``, ``80`` or, with PTX too, ``80+ptx``.
 
@@ -287,7 +267,7 @@ def default_architectures(compiler: CudaCompiler) -> tuple[str, ...]:
 
     A GPU newer than nvcc gets PTX of the newest architecture that nvcc knows.
     """
-    present = gpu_architectures()
+    present = gpus.gpu_architectures()
     if not present:
         return DEFAULT_ARCHITECTURES
     supported = compiler.supported_architectures()
@@ -483,66 +463,3 @@ def _readable(mangled: Iterable[str]) -> list[str]:
     except ToolchainError:
         return names
     return readable if len(readable) == len(names) else names
-
-
-@dataclass(frozen=True)
-class _Nvml:
-    cuda_version: tuple[int, int] | None
-    capabilities: tuple[tuple[int, int], ...]
-
-
-@functools.lru_cache(maxsize=1)
-def _nvml() -> _Nvml:
-    """What NVML knows: the newest CUDA version that the driver serves, and the GPUs."""
-    nothing = _Nvml(None, ())
-    if sys.platform != "linux":
-        return nothing
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        if nvml.nvmlInit_v2() != 0:
-            return nothing
-    except (OSError, AttributeError):
-        return nothing
-    try:
-        version, count = ctypes.c_int(), ctypes.c_uint()
-        known = nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) == 0
-        capabilities = []
-        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        for index in range(count.value):
-            device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-            if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) == 0 and (
-                nvml.nvmlDeviceGetCudaComputeCapability(
-                    device, ctypes.byref(major), ctypes.byref(minor)
-                )
-                == 0
-            ):
-                capabilities.append((major.value, minor.value))
-        cuda_version = (version.value // 1000, version.value % 1000 // 10) if known else None
-        return _Nvml(cuda_version, tuple(capabilities))
-    except AttributeError:
-        return nothing
-    finally:
-        nvml.nvmlShutdown()
-
-
-@functools.lru_cache(maxsize=1)
-def _driver_capabilities() -> tuple[tuple[int, int], ...]:
-    """Compute capabilities by the CUDA driver, for systems without NVML (Jetson)."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return ()
-    count = ctypes.c_int()
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
-    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}; a device is the int of its index.
-    capabilities = []
-    for index in range(count.value):
-        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-        if (
-            cuda.cuDeviceGet(ctypes.byref(device), index) == 0
-            and cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device) == 0
-            and cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device) == 0
-        ):
-            capabilities.append((major.value, minor.value))
-    return tuple(capabilities)

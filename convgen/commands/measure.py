@@ -192,7 +192,7 @@ def tune_(
       convgen tune --kernel 3 --stride 2 --padding 1 --shape 2,32,16,32,32 --out-channels 16
       convgen tune --suite models --layers nnunet-up1 --fixed-channels --no-tf32
     """
-    from convgen.building import toolchain
+    from convgen.building import gpus
     from convgen.commands import report
     from convgen.engines import tuned
 
@@ -218,7 +218,7 @@ def tune_(
         tuple(dict.fromkeys(contractions)) or CONTRACTIONS,
         fixed_channels,
     )
-    architectures = toolchain.gpu_architectures()
+    architectures = gpus.gpu_architectures()
     gpu = tune.gpu_of(architectures)
     outcomes = tune.all_candidates(work, gpu, candidates, architectures)
     if dry_run or where is None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from convgen.building import toolchain
+from convgen.building import gpus, toolchain
 from convgen.building.build import Library, build
+from convgen.building.gpus import gpu_architectures
 from convgen.building.toolchain import (
     Commands,
     CudaCompiler,
@@ -19,7 +20,6 @@ from convgen.building.toolchain import (
     find_cpp,
     find_cuda,
     find_ninja,
-    gpu_architectures,
     parse_architecture,
     ptxas_resources,
 )
@@ -42,7 +42,7 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "_STANDARD_FOLDERS", ())
     monkeypatch.setattr(toolchain, "_STANDARD_NVCC", "/nonexistent/nvcc")
     monkeypatch.setattr(toolchain, "_wheel_roots", list)
-    monkeypatch.setattr(toolchain, "_nvml", lambda: toolchain._Nvml(None, ()))
+    monkeypatch.setattr(gpus, "nvml", lambda: gpus.Nvml(None, ()))
     if toolchain.shutil.which("nvcc", path="/usr/bin:/bin"):
         pytest.skip("nvcc lies in /usr/bin beside the C++ compiler")
 
@@ -236,7 +236,7 @@ class TestCuda:
     def test_one_that_the_driver_is_too_old_for_serves_if_there_is_no_other(
         self, no_nvcc: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(toolchain, "_nvml", lambda: toolchain._Nvml((12, 8), ((9, 0),)))
+        monkeypatch.setattr(gpus, "nvml", lambda: gpus.Nvml((12, 8), ((9, 0),)))
         newer = fake_nvcc(tmp_path / "newer", release="13.0")
         monkeypatch.setenv("CUDA_HOME", str(tmp_path / "newer"))
         assert find_cuda().path == newer
@@ -387,40 +387,40 @@ class TestArchitectures:
     def test_default_to_sm_80_and_its_ptx_without_a_gpu(
         self, nvcc: CudaCompiler, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(toolchain, "gpu_architectures", tuple)
+        monkeypatch.setattr(gpus, "gpu_architectures", tuple)
         assert default_architectures(nvcc) == ("80+ptx",)
 
     def test_default_to_the_gpus_present(
         self, nvcc: CudaCompiler, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(toolchain, "gpu_architectures", lambda: ("80", "90a"))
+        monkeypatch.setattr(gpus, "gpu_architectures", lambda: ("80", "90a"))
         assert default_architectures(nvcc) == ("80", "90a")
 
     def test_a_gpu_newer_than_nvcc_gets_ptx_of_the_newest_that_nvcc_knows(
         self, nvcc: CudaCompiler, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(toolchain, "gpu_architectures", lambda: ("90a", "130a"))
+        monkeypatch.setattr(gpus, "gpu_architectures", lambda: ("90a", "130a"))
         assert default_architectures(nvcc) == ("90a", "120+ptx")
 
     def test_of_the_gpus_present_are_specific_from_hopper_on(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         capabilities = ((9, 0), (8, 6), (9, 0), (12, 0))
-        monkeypatch.setattr(toolchain, "_nvml", lambda: toolchain._Nvml((13, 0), capabilities))
+        monkeypatch.setattr(gpus, "nvml", lambda: gpus.Nvml((13, 0), capabilities))
         assert gpu_architectures() == ("86", "90a", "120a")
 
     @pytest.mark.parametrize("hidden", ["", "-1", "-1,0"])
     def test_of_gpus_that_are_hidden_are_not_seen(
         self, monkeypatch: pytest.MonkeyPatch, hidden: str
     ) -> None:
-        monkeypatch.setattr(toolchain, "_nvml", lambda: toolchain._Nvml((13, 0), ((9, 0),)))
+        monkeypatch.setattr(gpus, "nvml", lambda: gpus.Nvml((13, 0), ((9, 0),)))
         assert gpu_architectures() == ("90a",)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert gpu_architectures() == ()
 
     def test_are_found_without_importing_torch(self) -> None:
         code = (
-            "import sys; from convgen.building import toolchain; toolchain.gpu_architectures(); "
+            "import sys; from convgen.building import gpus; gpus.gpu_architectures(); "
             "sys.exit('torch' in sys.modules)"
         )
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -436,7 +436,7 @@ class TestArchitectures:
             )
         }
         assert set(gpu_architectures()) == found
-        assert set(toolchain._driver_capabilities()) == set(toolchain._nvml().capabilities)
+        assert set(gpus.driver_capabilities()) == set(gpus.nvml().capabilities)
 
 
 class TestNinja:

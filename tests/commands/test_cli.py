@@ -145,7 +145,7 @@ MISTAKES = [
     ("show plain", "plain is not a generated module"),
     ("verify", "run convgen generate first"),
     ("verify nothing", "no module 'nothing' in generated"),
-    ("clean", "--cache, --generated, or names of modules"),
+    ("clean", "--cache, --generated, --unused-days N, or names of modules"),
     ("clean plain --yes", "plain is not a generated module"),
 ]
 
