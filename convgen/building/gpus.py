@@ -1,4 +1,4 @@
-"""The GPUs of this machine, by NVML or the CUDA driver: no torch, and no CUDA context where NVML is."""
+"""The GPUs of this machine, by NVML or the CUDA driver; without torch."""
 
 from __future__ import annotations
 
