@@ -425,10 +425,8 @@ class TestVerify:
         assert run(*SMALL).returncode == 0
         assert run(*SMALL, "--dilation", "2").returncode == 0
         folder = tmp_path / "generated"
-        library = Path("lib") / "cpu.so"
-        (folder / "conv1d_k3" / library).write_bytes(
-            (folder / "conv1d_k3_d2" / library).read_bytes()
-        )
+        for file in ("lib/cpu.so", "lib/cpu.so.sha256"):
+            (folder / "conv1d_k3" / file).write_bytes((folder / "conv1d_k3_d2" / file).read_bytes())
         result = run("verify", "--quick")
         assert result.returncode == 1
         assert re.search(r"^cpu f32  forward .* FAILED$", result.stdout, re.MULTILINE)
