@@ -58,7 +58,7 @@ from ._kernels import (
 )
 from ._runtime import FOLDERS, VARIANT, contiguous
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_1d9452e1"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_d0689270"
 NAMESPACE += VARIANT
 
 

@@ -278,9 +278,9 @@ def _load(backend: str) -> ctypes.CDLL:
     refused = []
     for folder in FOLDERS:
         path = folder / file
-        if not path.is_file():
-            continue
         try:
+            if not path.is_file():
+                continue
             _check_digest(path)
             library = ctypes.CDLL(str(path))
             library.convgen_error_string.restype = ctypes.c_char_p
