@@ -80,6 +80,10 @@ def build(
         if os.environ.get("CONVGEN_NO_BUILD", "0") not in ("", "0"):
             raise BuildError(_forbidden(name, key, libraries))
         cleaning.limit_bytes()  # a mistake in it is better said before minutes of compiling
+        try:
+            cache.cache_dir()
+        except BuildError as error:
+            raise BuildError(f"{name} is not in the cache, and cannot be built: {error}") from error
         steps = _steps(libraries)
         with (
             processes.ended_by_signals(),

@@ -324,6 +324,14 @@ class TestFailures:
         monkeypatch.setenv("CONVGEN_NO_BUILD", "0")
         assert answer(build("package", FILES, [library])) == 42
 
+    def test_a_miss_in_a_cache_that_is_read_only_says_so(
+        self, root: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        root.mkdir(mode=0o700)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(BuildError, match=r"package is not in the cache.*is not writable: set"):
+            build("package", FILES, [library])
+
     def test_a_missing_ninja_says_what_to_install(
         self, root: Path, library: Library, monkeypatch: pytest.MonkeyPatch
     ) -> None:
