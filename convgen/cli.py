@@ -155,8 +155,7 @@ def generate(
       convgen generate --kernel 3,5,5 --padding 1,2,2 --dtype f32,f16 --backend cuda --arch 90a
       convgen generate --op conv1d --kernel 7 --padding same --dilation 3 --groups 64
     """
-    from convgen.building import catalog
-    from convgen.commands import report
+    from convgen.commands import catalog, report
     from convgen.specialize import export
     from convgen.specialize import generate as build
 
@@ -222,8 +221,7 @@ def verify(
       convgen verify conv_transpose3d_k3_s2 --dtype f32 --all
       convgen verify --interpret --quick
     """
-    from convgen.building import catalog
-    from convgen.commands import report
+    from convgen.commands import catalog, report
 
     if interpret and device not in (None, "cuda"):
         raise click.UsageError("--interpret runs CUDA kernels: it goes with no other --device.")
@@ -277,8 +275,7 @@ cli.add_command(measure.tune_)
 @_JSON
 def list_(folder: Path, as_json: bool) -> None:
     """List the generated modules."""
-    from convgen.building import catalog
-    from convgen.commands import report
+    from convgen.commands import catalog, report
 
     refused: list[str] = []
     modules = catalog.scan(folder, refused)
@@ -297,8 +294,7 @@ def list_(folder: Path, as_json: bool) -> None:
 @_JSON
 def show(module: str, folder: Path, as_json: bool) -> None:
     """Show the specification, phases, schedules and files of a MODULE (name or path)."""
-    from convgen.building import catalog
-    from convgen.commands import report
+    from convgen.commands import catalog, report
 
     (found,) = catalog.find([module], folder)
     report.notices([found])
@@ -339,7 +335,8 @@ def clean(
       convgen clean --cache --generated --yes
       convgen clean --unused-days 30
     """
-    from convgen.building import cache, catalog, cleaning
+    from convgen.building import cache, cleaning
+    from convgen.commands import catalog
 
     if not (modules or with_cache or with_generated or unused_days is not None):
         raise click.UsageError(
@@ -418,8 +415,8 @@ def main(args: Sequence[str] | None = None, prog_name: str = "convgen") -> int:
 def _status(error: Exception) -> int | None:
     """Exit status of convgen's own errors; None for those of others, which are bugs."""
     from convgen.building.cache import BuildError
-    from convgen.building.catalog import CatalogError
     from convgen.building.toolchain import ToolchainError
+    from convgen.commands.catalog import CatalogError
     from convgen.engines.tuned import TunedError
     from convgen.measuring.layers import SuiteError
     from convgen.measuring.plots import PlotError

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from convgen.checking import interpret
 from convgen.codegen.render import TEMPLATES, Schedules, headers, render_unit
+from convgen.engines import abi
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
 
 OUTPUT, INPUT, INOUT = 0, 1, 2
 """What is known of a tensor's contents, as ``convgen_interpret_register`` takes it."""
 
-OPERANDS = ("coarse", "fine", "weight", "bias")
-RESULT = {"fprop": "coarse", "dgrad": "fine", "wgrad": "weight", "bgrad": "bias"}
+OPERANDS = abi.TENSORS[:4]
+RESULT = abi.RESULTS
 LIMITS = {"f32": 1e-5, "f64": 1e-12, "f16": 2e-3, "bf16": 1e-2}
 LIMITS |= {"tf32": 1e-3, "tf32x3": 1e-5, "f16tc": 2e-3, "bf16tc": 1e-2}
 """On ``||out - ref|| / ||ref||``."""
@@ -237,8 +238,8 @@ def solve(library: Library, given: Problem) -> None:
         Fault: if the interpreter reports one.
     """
     tensors = given.operands
-    numbers = struct.pack("10q", 0, *given.numbers)
-    size = library.workspace_bytes(given.symbol, bytes(48) + numbers)
+    numbers = abi.NUMBERS.pack(0, *given.numbers)
+    size = library.workspace_bytes(given.symbol, bytes(abi.POINTERS.size) + numbers)
     scratch = torch.full((size + 255,), 0xFF, dtype=torch.uint8)
     workspace = (scratch.data_ptr() + 255) & -256 if size else 0
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in OPERANDS]
@@ -249,7 +250,7 @@ def solve(library: Library, given: Problem) -> None:
     if size:
         library.register(workspace, size, "workspace", OUTPUT)
     try:
-        library.call(given.symbol, struct.pack("6Q", *addresses, workspace, 0) + numbers)
+        library.call(given.symbol, abi.POINTERS.pack(*addresses, workspace, 0) + numbers)
     finally:
         library.forget()
     for name, tensor in tensors.items():

@@ -11,7 +11,6 @@ import ctypes
 import json
 import math
 import os
-import struct
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -20,17 +19,12 @@ from typing import Any
 from convgen.building import folders
 from convgen.building.build import Progress
 from convgen.checking.interpret import MODES, package_library
+from convgen.engines.abi import CALL, RESULTS, TENSORS
 from convgen.spec import ConvSpec, Geometry
 from convgen.spec.dtypes import DTYPES
 from convgen.spec.dtypes import MODES as MATH_MODES
 
 VARIABLE = "CONVGEN_INTERPRET"
-
-_CALL = struct.Struct("6Q10q")
-"""ConvgenCall: five tensors and a stream; device, batch, two channel counts, two extents."""
-
-_OPERANDS = ("coarse", "fine", "weight", "bias", "workspace")
-_RESULTS = {"fprop": "coarse", "dgrad": "fine", "wgrad": "weight", "bgrad": "bias"}
 
 _OUTPUT, _INPUT, _INOUT = 0, 1, 2
 """What ``convgen_interpret_register`` is told of a tensor's contents."""
@@ -135,10 +129,10 @@ class InterpretedLibrary:
             # What a checked build may touch; the others do not care.
             sizes = self._sizes(contraction, dtype, call, int(workspace(call)))
             for name, size_bytes in sizes.items():
-                address = _CALL.unpack(call)[_OPERANDS.index(name)]
+                address = CALL.unpack(call)[TENSORS.index(name)]
                 if address and size_bytes:
                     access = _INPUT
-                    if name in ("workspace", _RESULTS[contraction]):
+                    if name in ("workspace", RESULTS[contraction]):
                         access = _INOUT if is_packed and name == "workspace" else _OUTPUT
                     self._library.convgen_interpret_register(
                         address, size_bytes, name.encode(), access
@@ -154,7 +148,7 @@ class InterpretedLibrary:
         self, contraction: str, dtype: str, call: bytes, workspace_bytes: int
     ) -> dict[str, int]:
         """Bytes of each tensor of a call."""
-        fields = _CALL.unpack(call)
+        fields = CALL.unpack(call)
         batch, coarse, fine = fields[7:10]
         elements = {
             "coarse": batch * coarse * math.prod(fields[10:13]),
@@ -182,6 +176,6 @@ class _Function:
 
 def _on_device(call: bytes) -> bytes:
     """The call on device 0: for the CPU, the field holds a number of threads."""
-    fields = list(_CALL.unpack(call))
+    fields = list(CALL.unpack(call))
     fields[6] = 0
-    return _CALL.pack(*fields)
+    return CALL.pack(*fields)

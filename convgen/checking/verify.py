@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convgen.checking.memory import poisoned_memory
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, parse_dtype
 
@@ -165,7 +166,7 @@ def cases(spec: ConvSpec, quick: bool = False) -> list[Case]:
     zero = (0,) * spec.ndim
     largest = tuple(max(s, d) - 1 for s, d in zip(spec.stride, spec.dilation, strict=True))
     largest = largest if spec.transposed else zero
-    least = _least_extents(spec)
+    least = spec.least_extents
     ragged = _at_least(least, (3, 5, 9))
     row = _at_least(least, (1, 2, 37))
     chosen = [
@@ -191,16 +192,6 @@ def _channels(spec: ConvSpec, per_group_in: int, per_group_out: int) -> tuple[in
         spec.in_channels or spec.groups * per_group_in,
         spec.out_channels or spec.groups * per_group_out,
     )
-
-
-def _least_extents(spec: ConvSpec) -> tuple[int, ...]:
-    """The smallest input that has an output, with no output padding."""
-    extents = [1] * spec.ndim
-    plain = ConvSpec.from_dict(spec.to_dict() | {"output_padding": 0})
-    for axis in range(spec.ndim):
-        while plain.output_extents(extents)[axis] < 1:
-            extents[axis] += 1
-    return tuple(extents)
 
 
 def _at_least(least: tuple[int, ...], wanted: Sequence[int]) -> tuple[int, ...]:
@@ -386,19 +377,3 @@ def allowing_tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         switch.fp32_precision = before
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fills every new tensor with NaN until it is written, by torch's debugging switch."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    switch: Any = torch.utils.deterministic
-    filled = switch.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    switch.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        switch.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

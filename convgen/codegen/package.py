@@ -55,7 +55,7 @@ def render_package(
             plan.contraction == "wgrad" and plan.problem.lattice for plan in plans.get("cuda", ())
         ),
         "axes": _AXES[spec.ndim],
-        "class_name": class_name(spec.op),
+        "class_name": spec.class_name,
     }
     context |= _output_padding(spec) if spec.transposed else _padding(spec)
     files = {name: render_template(f"module/{name}.j2", context) for name in PYTHON}
@@ -95,11 +95,6 @@ def describe(spec: ConvSpec, plans: Mapping[str, Sequence[AnyPlan]]) -> dict[str
     }
 
 
-def class_name(op: str) -> str:
-    """Name of torch's module class for an operator: ``conv_transpose3d`` -> ``ConvTranspose3d``."""
-    return "".join(word.capitalize() for word in op.split("_"))
-
-
 def _lines(command: str) -> list[str]:
     """A command, broken where it is too long for a line of the package."""
     return [command] if len(command) <= 94 else textwrap.wrap(command, 88, break_on_hyphens=False)
@@ -110,22 +105,17 @@ def _extents(spec: ConvSpec) -> list[str]:
 
     Without the output padding, for transposed convolutions.
     """
-    plain = dataclasses.replace(spec, output_padding=(0,) * spec.ndim)
     expressions = []
-    for axis, name in enumerate(_AXES[spec.ndim]):
-        stride = spec.stride[axis]
+    terms = zip(_AXES[spec.ndim], spec.stride, spec.extent_constants, strict=True)
+    for name, stride, constant in terms:
         if spec.transposed:
-            constant = plain.output_extents((0,) * spec.ndim)[axis]
             expressions.append(_plus(name if stride == 1 else f"{name} * {stride}", constant))
-            continue
-        pads = spec.padding_begin[axis] + spec.padding_end[axis]
-        constant = pads - spec.dilation[axis] * (spec.kernel_size[axis] - 1)
-        if stride == 1:
-            expressions.append(_plus(name, constant))
-        elif constant == 1:
+        elif stride == 1:
+            expressions.append(_plus(name, constant + 1))
+        elif constant == 0:
             expressions.append(f"{name} // {stride} + 1")
         else:
-            expressions.append(f"({_plus(name, constant - 1)}) // {stride} + 1")
+            expressions.append(f"({_plus(name, constant)}) // {stride} + 1")
     return expressions
 
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from convgen.building import catalog, disk
-from convgen.building.catalog import Generated
+from convgen.building import disk
+from convgen.commands import catalog
+from convgen.commands.catalog import Generated
 
 if TYPE_CHECKING:
     from convgen.building.doctor import Finding

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -150,13 +150,3 @@ class DeviceClock:
 def clock_for(device: torch.device) -> Clock:
     """The clock of a device, ``cpu`` or ``cuda``."""
     return DeviceClock(device) if device.type == "cuda" else HostClock()
-
-
-def poison(shapes: Iterable[Sequence[int]], dtype: torch.dtype, device: torch.device) -> None:
-    """Fills memory for tensors of these shapes with NaN, and releases it.
-
-    The allocator gives the same memory to the next tensors of these sizes, so that elements that
-    a kernel forgets to write are NaN. Enqueued, not awaited.
-    """
-    held = [torch.full(tuple(shape), math.nan, dtype=dtype, device=device) for shape in shapes]
-    del held

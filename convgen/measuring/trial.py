@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convgen.checking.verify import poisoned_memory
-from convgen.codegen.package import class_name
+from convgen.checking.memory import poison, poisoned_memory
 from convgen.measuring import machine
 from convgen.measuring.layers import Layer
 from convgen.measuring.reference import Errors, Reference, agreement
-from convgen.measuring.timing import Clock, Spread, poison, spread
+from convgen.measuring.timing import Clock, Spread, spread
 from convgen.spec.dtypes import DTYPES
 
 DIRECTIONS = ("forward", "backward")
@@ -339,7 +338,7 @@ def make_module(
         arguments = {name: getattr(spec, name) for name in names}
         if spec.transposed:
             arguments["output_padding"] = spec.output_padding
-    module: torch.nn.Module = getattr(source, class_name(spec.op))(
+    module: torch.nn.Module = getattr(source, spec.class_name)(
         layer.in_channels,
         layer.out_channels,
         bias=layer.bias,

@@ -179,6 +179,11 @@ class ConvSpec:
         return self.op.startswith("conv_transpose")
 
     @property
+    def class_name(self) -> str:
+        """Of torch's module class: ``conv_transpose3d`` -> ``ConvTranspose3d``."""
+        return "".join(word.capitalize() for word in self.op.split("_"))
+
+    @property
     def ndim(self) -> int:
         """Number of spatial dimensions: 1, 2 or 3."""
         return len(self.kernel_size)
@@ -259,16 +264,28 @@ class ConvSpec:
         PyTorch's formulas: ``(e + pb + pe - d (k - 1) - 1) // s + 1`` for convolutions and
         ``(e - 1) s - 2 p + d (k - 1) + op + 1`` for transposed ones. May be < 1: no output then.
         """
-        out = []
-        for axis, extent in enumerate(extents):
-            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
-            pads = self.padding_begin[axis] + self.padding_end[axis]
-            if self.transposed:
-                spread = (extent - 1) * self.stride[axis]
-                out.append(spread - pads + reach + self.output_padding[axis] + 1)
-            else:
-                out.append((extent + pads - reach - 1) // self.stride[axis] + 1)
-        return tuple(out)
+        terms = zip(extents, self.stride, self.extent_constants, self.output_padding, strict=True)
+        if self.transposed:
+            return tuple(e * s + constant + added for e, s, constant, added in terms)
+        return tuple((e + constant) // s + 1 for e, s, constant, _ in terms)
+
+    @property
+    def extent_constants(self) -> tuple[int, ...]:
+        """``c`` of the output's extents: ``(e + c) // s + 1``, or ``e s + c + op`` transposed."""
+        reaches = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        pads = map(sum, zip(self.padding_begin, self.padding_end, strict=True))
+        terms = zip(self.stride, reaches, pads, strict=True)
+        if self.transposed:
+            return tuple(reach - pad + 1 - s for s, reach, pad in terms)
+        return tuple(pad - reach - 1 for _, reach, pad in terms)
+
+    @property
+    def least_extents(self) -> tuple[int, ...]:
+        """The smallest input that has an output, with no output padding."""
+        constants = zip(self.stride, self.extent_constants, strict=True)
+        if self.transposed:
+            return tuple(max(1, -((c - 1) // s)) for s, c in constants)
+        return tuple(max(1, -c) for _, c in constants)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; :meth:`from_dict` reads it back."""

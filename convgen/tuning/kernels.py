@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-TOO_LARGE = -1
-"""CONVGEN_TOO_LARGE of ``convgen_abi.h``."""
-
-_POINTERS = struct.Struct("6Q")
-_NUMBERS = struct.Struct("10q")
+from convgen.engines.abi import NUMBERS, POINTERS
 
 
 class KernelError(RuntimeError):
@@ -55,7 +50,7 @@ class Kernel:
         """
         on_gpu = coarse.is_cuda
         lead = (1,) * (5 - coarse.dim())
-        numbers = _NUMBERS.pack(
+        numbers = NUMBERS.pack(
             coarse.get_device() if on_gpu else torch.get_num_threads(),
             coarse.shape[0],
             coarse.shape[1],
@@ -65,7 +60,7 @@ class Kernel:
             *lead,
             *fine.shape[2:],
         )
-        size = self._workspace(bytes(_POINTERS.size) + numbers)
+        size = self._workspace(bytes(POINTERS.size) + numbers)
         scratch = torch.empty(size + 255, dtype=torch.uint8, device=coarse.device)
         addresses = [tensor.data_ptr() for tensor in (coarse, fine, weight)]
         addresses += [0 if bias is None else bias.data_ptr(), (scratch.data_ptr() + 255) & -256]
@@ -74,7 +69,7 @@ class Kernel:
         def call() -> None:
             assert held
             stream = torch.cuda.current_stream(coarse.device).cuda_stream if on_gpu else 0
-            if code := self._function(_POINTERS.pack(*addresses, stream) + numbers):
+            if code := self._function(POINTERS.pack(*addresses, stream) + numbers):
                 raise KernelError(self._library.convgen_error_string(code).decode(), code)
 
         return call

@@ -27,6 +27,7 @@ from convgen.building.processor import processor_name
 from convgen.checking.verify import LIMITS as VERIFIED
 from convgen.codegen.render import headers, render_unit
 from convgen.engines import tensor_cores, tuned
+from convgen.engines.abi import TOO_LARGE
 from convgen.engines.backends import SOURCE_SUFFIX
 from convgen.engines.cost import GPUS, H200, Gpu, Prediction
 from convgen.engines.problem import Call
@@ -39,7 +40,7 @@ from convgen.measuring.trial import first_line
 from convgen.spec import CONTRACTIONS, ConvSpec
 from convgen.spec.dtypes import KINDS, TENSOR_CORE_MODES
 from convgen.specialize import compile_commands
-from convgen.tuning.kernels import TOO_LARGE, Kernel, KernelError
+from convgen.tuning.kernels import Kernel, KernelError
 
 LIMITS = VERIFIED | {
     "tf32x3": VERIFIED["f32"],

@@ -11,6 +11,7 @@ import torch
 from conftest import ALL_DTYPES, LAYERS, Package
 from torch import Tensor
 
+from convgen.checking.memory import poisoned_memory
 from convgen.checking.verify import (
     LIMITS,
     Row,
@@ -18,7 +19,6 @@ from convgen.checking.verify import (
     allowing_tf32,
     cases,
     output_extents,
-    poisoned_memory,
     verify,
 )
 from convgen.spec import ConvSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from convgen.codegen.package import PYTHON, class_name, render_package
+from convgen.codegen.package import PYTHON, render_package
 from convgen.codegen.render import render_kernels
 from convgen.spec import OPERATORS, ConvSpec
 
@@ -74,7 +74,7 @@ class TestText:
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
         }
         assert documented[spec.op]
-        assert documented[class_name(spec.op)]
+        assert documented[spec.class_name]
 
     def test_holds_nothing_that_its_operator_does_not_use(self, spec: ConvSpec) -> None:
         files = render(spec)
@@ -90,7 +90,7 @@ class TestText:
         }
         assert {word: word in text for word in words} == words
         other = OPERATORS[(OPERATORS.index(spec.op) + 1) % len(OPERATORS)]
-        assert class_name(other) + "(" not in text
+        assert ConvSpec(other, 3).class_name + "(" not in text
 
     def test_spec_json_reads_back(self, spec: ConvSpec) -> None:
         described = json.loads(render(spec)["spec.json"])
@@ -140,4 +140,4 @@ def test_operators_of_different_kernels_have_different_names() -> None:
     ("op", "expected"), [("conv_transpose3d", "ConvTranspose3d"), ("conv1d", "Conv1d")]
 )
 def test_class_names_are_those_of_torch(op: str, expected: str) -> None:
-    assert class_name(op) == expected
+    assert ConvSpec(op, 3).class_name == expected

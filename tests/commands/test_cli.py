@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from convgen import __version__
-from convgen.building import catalog
+from convgen.commands import catalog
 from convgen.spec import ConvSpec
 
 SMALL = ("generate", "--op", "conv1d", "--kernel", "3", "--dtype", "f32", "--backend", "cpu")

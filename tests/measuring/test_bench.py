@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from convgen import cli
+from convgen.checking.memory import poison
 from convgen.measuring import bench, machine, trial
 from convgen.measuring.bench import Report, Row
 from convgen.measuring.layers import Layer
 from convgen.measuring.machine import Ceilings
 from convgen.measuring.overhead import overheads
 from convgen.measuring.plots import plot
-from convgen.measuring.timing import Spread, clock_for, poison, spread
+from convgen.measuring.timing import Spread, clock_for, spread
 from convgen.spec import ConvSpec
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from convgen.codegen.package import class_name
+from convgen.spec import ConvSpec
 
 
 class Network(nn.Module):
@@ -55,8 +55,8 @@ class TestEveryOperator:
     def layer(self, package: Package, op: str) -> tuple[Any, Any, Tensor]:
         constants = LAYERS[op]
         module = package(op, **constants)
-        ours = getattr(module, class_name(op))(4, 6)
-        theirs = getattr(nn, class_name(op))(4, 6, **constants)
+        ours = getattr(module, ConvSpec(op, 3).class_name)(4, 6)
+        theirs = getattr(nn, ConvSpec(op, 3).class_name)(4, 6, **constants)
         theirs.load_state_dict(ours.state_dict())
         return ours, theirs, torch.randn(2, 4, *(7, 6, 8)[: theirs.weight.dim() - 2])
 

@@ -20,7 +20,8 @@ from conftest import ALL_DTYPES, DEVICES, LAYERS, Package
 from hypothesis import given, settings
 from torch import Tensor
 
-from convgen.checking.verify import LIMITS, poisoned_memory
+from convgen.checking.memory import poisoned_memory
+from convgen.checking.verify import LIMITS
 from convgen.spec import OPERATORS, ConvSpec
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from convgen import __version__
-from convgen.codegen.package import PYTHON, class_name
+from convgen.codegen.package import PYTHON
 from convgen.spec import ConvSpec
 from convgen.spec.taps import dgrad_phases
 
@@ -61,7 +61,7 @@ class Generated:
 
     @property
     def class_name(self) -> str:
-        return class_name(self.spec.op)
+        return self.spec.class_name
 
     @property
     def foreign(self) -> str | None:

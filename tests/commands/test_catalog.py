@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from convgen import __version__, cli
-from convgen.building import catalog
+from convgen.commands import catalog
 from convgen.spec import ConvSpec
 from convgen.specialize import render
 

@@ -1,0 +1,23 @@
+"""The C boundary that all units share, as ``templates/common/convgen_abi.h`` states it."""
+
+from __future__ import annotations
+
+import struct
+
+TENSORS = ("coarse", "fine", "weight", "bias", "workspace")
+"""The pointers of a ConvgenCall, in its order; a stream follows them."""
+
+POINTERS = struct.Struct("6Q")
+"""Of a ConvgenCall: :data:`TENSORS` and the stream."""
+
+NUMBERS = struct.Struct("10q")
+"""Device (or threads), batch, coarse and fine channels, coarse and fine extents (D, H, W)."""
+
+CALL = struct.Struct(POINTERS.format + NUMBERS.format)
+"""A whole ConvgenCall."""
+
+RESULTS = {"fprop": "coarse", "dgrad": "fine", "wgrad": "weight", "bgrad": "bias"}
+"""The tensor that a function writes."""
+
+TOO_LARGE = -1
+"""CONVGEN_TOO_LARGE: a call that no launch can serve."""
