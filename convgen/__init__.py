@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from convgen.building.build import BuildError as BuildError
+    from convgen.building.errors import BuildError as BuildError
     from convgen.building.toolchain import ToolchainError as ToolchainError
     from convgen.checking.verify import verify as verify
     from convgen.spec import ConvSpec as ConvSpec
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from convgen.specialize import specialize as specialize
 
 _EXPORTS = {
-    "BuildError": "convgen.building.build",
+    "BuildError": "convgen.building.errors",
     "ConvSpec": "convgen.spec",
     "SpecError": "convgen.spec",
     "ToolchainError": "convgen.building.toolchain",

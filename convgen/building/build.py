@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from convgen import __version__
 from convgen.building import cache, cleaning, disk, processes
-from convgen.building.cache import BuildError as BuildError
+from convgen.building.errors import BuildError
 from convgen.building.toolchain import Commands, build_environment, find_ninja, ptxas_resources
 
 LAYOUT_VERSION = 1

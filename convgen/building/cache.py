@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from convgen.building import disk, locks
+from convgen.building.errors import BuildError
 
 MARKER = "entry.json"
 KEY_DIGITS = 64
@@ -38,10 +39,6 @@ _KEY = re.compile(rf"[0-9a-f]{{{KEY_DIGITS}}}")
 _LARGEST_MARKER_BYTES = 1 << 24
 
 _ADVICE = "set CONVGEN_CACHE_DIR to a folder of your own"
-
-
-class BuildError(RuntimeError):
-    """A package could not be built, stored or exported; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

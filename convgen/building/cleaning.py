@@ -10,7 +10,6 @@ from pathlib import Path
 
 from convgen.building import disk, locks
 from convgen.building.cache import (
-    BuildError,
     cache_dir,
     cache_path,
     cached_packages,
@@ -19,6 +18,7 @@ from convgen.building.cache import (
     is_key,
     sweep,
 )
+from convgen.building.errors import BuildError
 
 DEFAULT_LIMIT_BYTES = 5 << 30
 

@@ -13,6 +13,7 @@ from importlib import metadata
 
 from convgen import __version__
 from convgen.building import cache, cleaning, gpus, toolchain
+from convgen.building.errors import BuildError
 from convgen.building.toolchain import ToolchainError
 
 
@@ -92,7 +93,7 @@ def _cache() -> Finding:
         path = cache.trusted_path()
         packages = cache.cached_packages()
         limit = cleaning.limit_bytes()
-    except cache.BuildError as error:
+    except BuildError as error:
         return Finding("Cache", "", str(error), needed=True)
     size_mib = sum(package.size_bytes for package in packages) / 2**20
     count = f"{len(packages)} package{'s' * (len(packages) != 1)}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from convgen.building import cache, disk
-from convgen.building.cache import BuildError
+from convgen.building.errors import BuildError
 
 _IGNORED = ("__pycache__", "obj", ".ninja_log", ".ninja_deps")
 """What Python and ninja leave in a package folder; no part of it."""

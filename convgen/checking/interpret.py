@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from convgen.building.build import BuildError, Library, Progress, build
+from convgen.building.build import Library, Progress, build
 from convgen.building.cache import cache_path
+from convgen.building.errors import BuildError
 from convgen.building.toolchain import Commands, CppCompiler, find_cpp
 from convgen.codegen.render import TEMPLATES
 

@@ -1,20 +1,41 @@
-"""Options that several commands take, and the parsers of their values."""
+"""Options that several commands take, and the parsers of their values.
+
+Nothing heavier than click is imported at the top of this file, or of a command's:
+``convgen --help`` must answer at once.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from convgen.engines.backends import BACKENDS
-from convgen.spec import OPERATORS
+from convgen.spec import OPERATORS, ConvSpec
 from convgen.spec.dtypes import DTYPES, parse_dtype
+
+if TYPE_CHECKING:
+    from convgen.measuring.layers import Layer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _PER_DIMENSION = "K|D,H,W"
+
+FOLDER = "generated"
+"""Where ``generate`` writes and the other commands look, unless ``--out`` says otherwise."""
+
+modules_folder = click.option(
+    "--in",
+    "folder",
+    default=FOLDER,
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the generated modules lie.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
 def extents(*words: str) -> Callable[[str | int], tuple[int, ...] | str]:
@@ -175,6 +196,29 @@ def setting(command: Command) -> Command:
             help="Generate modules for the layers' channels alone.",
         ),
     )
+
+
+def chosen_layers(
+    suite: str | None,
+    patterns: tuple[str, ...],
+    kernel: tuple[int, ...] | None,
+    shape: tuple[int, ...] | None,
+    out_channels: int | None,
+    bias: bool,
+    constants: dict[str, Any],
+) -> list[Layer]:
+    """The layers that the options of :func:`layers` name."""
+    from convgen.measuring.layers import Layer, read_suite, select
+
+    if (suite is None) == (kernel is None):
+        raise click.UsageError("Give --suite, or one layer by --kernel, --shape, --out-channels.")
+    if kernel is None:
+        assert suite is not None
+        return select(read_suite(suite), patterns or ("*",))
+    if shape is None or out_channels is None:
+        raise click.UsageError("One layer needs --shape and --out-channels.")
+    spec = ConvSpec.make(kernel_size=kernel, **constants)
+    return [Layer(spec.name, spec, shape, out_channels, bias)]
 
 
 def _decorated(command: Command, *decorators: Callable[[Any], Any]) -> Command:

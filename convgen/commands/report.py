@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from convgen.measuring.bench import Report
     from convgen.measuring.overhead import HostReport
     from convgen.measuring.timing import Spread
-    from convgen.tuning.tune import Candidate, Outcome
+    from convgen.tuning.jobs import Candidate, Outcome
 
 _SHOWN_PHASES = 8
 """Per dimension; beyond it, their number is printed."""

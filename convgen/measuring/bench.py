@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from convgen.building.build import BuildError, Progress, processors
+from convgen.building.build import Progress, processors
+from convgen.building.errors import BuildError
 from convgen.measuring import machine
 from convgen.measuring.layers import Layer
 from convgen.measuring.machine import Ceilings

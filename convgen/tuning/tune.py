@@ -13,10 +13,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -26,20 +24,18 @@ from convgen.building.build import BuildWarning, Library, Progress, build
 from convgen.building.processor import processor_name
 from convgen.checking.verify import LIMITS as VERIFIED
 from convgen.codegen.render import headers, render_unit
-from convgen.engines import tensor_cores, tuned
+from convgen.engines import tuned
 from convgen.engines.abi import TOO_LARGE
 from convgen.engines.backends import SOURCE_SUFFIX
-from convgen.engines.cost import GPUS, H200, Gpu, Prediction
-from convgen.engines.problem import Call
-from convgen.engines.registry import AnyPlan, Unit, units
+from convgen.engines.cost import Gpu
 from convgen.measuring import machine
-from convgen.measuring.layers import Layer
 from convgen.measuring.reference import Reference
-from convgen.measuring.timing import Clock, Spread, clock_for, spread
+from convgen.measuring.timing import Clock, clock_for
 from convgen.measuring.trial import first_line
-from convgen.spec import CONTRACTIONS, ConvSpec
-from convgen.spec.dtypes import KINDS, TENSOR_CORE_MODES
+from convgen.spec.dtypes import KINDS
 from convgen.specialize import compile_commands
+from convgen.tuning.choice import agree, combined, gpu_of, sharing
+from convgen.tuning.jobs import Candidate, Job, Outcome, median_of
 from convgen.tuning.kernels import Kernel, KernelError
 
 LIMITS = VERIFIED | {
@@ -48,12 +44,6 @@ LIMITS = VERIFIED | {
     "bf16tc": VERIFIED["bf16"],
 }
 """Largest relative norm of the error of a schedule that may win."""
-
-CANDIDATES = 8
-"""Schedules that are compiled for each contraction, the default among them."""
-
-_GAIN = 1.02
-"""A schedule must be faster than the default by so much to replace it."""
 
 _JOB_S = 4.0
 """Where no time is given, the rounds of a contraction end after so long."""
@@ -65,292 +55,6 @@ _HOPELESS = 1.15
 
 _FLUSHED_BYTES = 96 << 20
 """Written between runs on a processor, so that operands come from memory."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One contraction of one layer, in one dtype or math mode."""
-
-    layer: Layer
-    spec: ConvSpec
-    """Of the module: the layer's, with its channels where those are fixed."""
-    unit: Unit
-
-    @property
-    def contraction(self) -> str:
-        return self.unit.problem.contraction
-
-    @property
-    def kind(self) -> str:
-        return self.unit.kind
-
-    @property
-    def name(self) -> str:
-        return f"{self.layer.name}: {self.contraction} {self.kind}"
-
-    @property
-    def call(self) -> Call:
-        return call_of(self.layer)
-
-
-@dataclass
-class Candidate:
-    """A schedule that was compiled, and what came of it."""
-
-    plan: AnyPlan
-    predicted: Prediction
-    is_default: bool
-    library: Path | None = None
-    times_ms: list[float] = field(default_factory=list)
-    error: float = math.nan
-    """Relative norm against float64."""
-    note: str = ""
-    """Why it cannot win; empty if it may."""
-
-    @property
-    def spread(self) -> Spread | None:
-        return spread(self.times_ms) if self.times_ms and not self.note else None
-
-
-@dataclass
-class Outcome:
-    """What became of a job. Candidates are in the order of the model; the default is first."""
-
-    job: Job
-    considered: int
-    """Legal schedules, of which the candidates are the most promising."""
-    candidates: list[Candidate]
-    agreed: Candidate | None = None
-    """What suits all layers of the specification, where it has several."""
-
-    @property
-    def default(self) -> Candidate:
-        return self.candidates[0]
-
-    @property
-    def best(self) -> Candidate | None:
-        """The fastest; the default unless another is clearly faster. None if all are wrong.
-
-        Of a specification with several layers, the one that suits them best together.
-        """
-        if self.agreed is not None:
-            return self.agreed
-        timed = [c for c in self.candidates if c.spread]
-        if not timed:
-            return None
-        fastest = min(timed, key=_median)
-        default = self.default
-        if default.spread and (
-            _median(default) <= _GAIN * _median(fastest)
-            or _median(default) <= _spread(fastest).high_ms  # no more than noise
-        ):
-            return default
-        return fastest
-
-    def changes(self, candidate: Candidate) -> dict[str, Any]:
-        """The fields of a schedule that are not the default's; all fields of the default."""
-        default = asdict(self.default.plan.schedule)
-        return {
-            name: value
-            for name, value in asdict(candidate.plan.schedule).items()
-            if candidate.is_default or value != default[name]
-        }
-
-    @property
-    def gain(self) -> float | None:
-        """How many times as fast as the default; None if either has no time."""
-        if self.best is None or self.default.spread is None:
-            return None
-        return _median(self.default) / _median(self.best)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        best = self.best
-        return {
-            "layer": self.job.layer.name,
-            "spec": self.job.spec.name,
-            "contraction": self.job.contraction,
-            "kind": self.job.kind,
-            "considered": self.considered,
-            "gain": self.gain,
-            "candidates": [
-                {
-                    "schedule": asdict(c.plan.schedule),
-                    "predicted_ms": c.predicted.ms if math.isfinite(c.predicted.ms) else None,
-                    "bound": c.predicted.bound,
-                    "ms": None if c.spread is None else c.spread.median_ms,
-                    "error": c.error if math.isfinite(c.error) else None,
-                    "default": c.is_default,
-                    "won": c is best,
-                    "note": c.note,
-                }
-                for c in self.candidates
-            ],
-        }
-
-
-def call_of(layer: Layer) -> Call:
-    """The extents of a layer's contractions, in three dimensions."""
-    coarse, fine = layer.input_shape, layer.output_shape
-    if not layer.spec.transposed:
-        coarse, fine = fine, coarse
-
-    def extent(shape: Sequence[int]) -> tuple[int, int, int]:
-        d, h, w = (*(1,) * (5 - len(shape)), *shape[2:])
-        return d, h, w
-
-    return Call(coarse[0], coarse[1], fine[1], extent(coarse), extent(fine))
-
-
-def jobs(
-    layers: Sequence[Layer],
-    backend: str,
-    dtype: str,
-    tf32: bool,
-    contractions: Sequence[str] = CONTRACTIONS,
-    fixed_channels: bool = False,
-) -> list[Job]:
-    """What there is to tune: of each layer the kernels that a module would take for it."""
-    found = []
-    for layer in layers:
-        spec = layer.fixed() if fixed_channels else layer.spec
-        kinds: tuple[str, ...] = (dtype,)
-        call, groups = call_of(layer), spec.groups
-        if backend == "cuda" and tensor_cores.suits(
-            call.coarse_channels // groups, call.fine_channels // groups
-        ):
-            modes = TENSOR_CORE_MODES.get(dtype, kinds)
-            kinds = modes[:1] if tf32 else modes[-1:]
-        found += [
-            Job(layer, spec, unit)
-            for unit in units(backend, spec.geometry, [dtype])
-            if unit.problem.kind in kinds and unit.problem.contraction in contractions
-        ]
-    return found
-
-
-def candidates(
-    job: Job, gpu: Gpu, most: int = CANDIDATES, architectures: Sequence[str] = ()
-) -> Outcome:
-    """The default, what the tables hold, and the most promising of the legal schedules.
-
-    These are the model's choice; what was measured as fastest before defends its place.
-    """
-    unit = job.unit
-    default = unit.default()
-    legal = [each.schedule for each in unit.family.candidates(unit.problem) if not each.refusal]
-
-    def candidate(schedule: Any) -> Candidate:
-        plan = unit.with_schedule(schedule)
-        return Candidate(plan, unit.predict(plan, job.call, gpu), schedule == default.schedule)
-
-    others = [candidate(schedule) for schedule in legal if schedule != default.schedule]
-    others.sort(key=lambda c: c.predicted.ms)
-    # What the model cannot tell apart differs in sizes that this layer does not use.
-    distinct: dict[Prediction, Candidate] = {}
-    for other in others:
-        distinct.setdefault(other.predicted, other)
-    first = dict.fromkeys([default.schedule, *_held(job, architectures)])
-    chosen = [candidate(schedule) for schedule in first]
-    chosen += [other for other in distinct.values() if other.plan.schedule not in first]
-    return Outcome(job, len(others) + 1, chosen[:most])
-
-
-def _held(job: Job, architectures: Sequence[str]) -> list[Any]:
-    """The schedule that the tables hold for a job, if there is one."""
-    call, kind = job.call, job.unit.problem.kind
-    dtype = next((d for d, modes in TENSOR_CORE_MODES.items() if kind in modes), kind)
-    held = tuned.schedules(
-        job.spec,
-        job.unit.family.backend,
-        [dtype],
-        architectures,
-        processor_name(),
-        tuned.size_class(call.batch, call.coarse_extent),
-    )
-    return [s for key, s in held.items() if key == job.unit.key]
-
-
-def all_candidates(
-    work: Sequence[Job], gpu: Gpu, most: int = CANDIDATES, architectures: Sequence[str] = ()
-) -> list[Outcome]:
-    """:func:`candidates` of every job. Layers of one specification get those of all of them."""
-    outcomes = [candidates(job, gpu, most, architectures) for job in work]
-    for group in _shared(outcomes):
-        plans = {c.plan.schedule: c.plan for outcome in group for c in outcome.candidates}
-        for outcome in group:
-            known = {c.plan.schedule for c in outcome.candidates}
-            outcome.candidates += [
-                Candidate(plan, outcome.job.unit.predict(plan, outcome.job.call, gpu), False)
-                for schedule, plan in plans.items()
-                if schedule not in known
-            ]
-    return outcomes
-
-
-def _shared(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
-    """Jobs whose kernels a generated module shares, where there are several."""
-    groups: dict[tuple[str, str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        job = outcome.job
-        groups.setdefault((job.spec.name, job.contraction, job.kind), []).append(outcome)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def agree(outcomes: Iterable[Outcome]) -> None:
-    """Lets layers of one specification, which share their kernels, choose one schedule.
-
-    Of those that all of them have timed, the one with the least product of times.
-    """
-    for group in _shared(outcomes):
-        for outcome in group:
-            outcome.agreed = None
-        by_schedule = [{c.plan.schedule: c for c in o.candidates if c.spread} for o in group]
-        common = set.intersection(*(set(timed) for timed in by_schedule))
-        if common:
-            best = min(common, key=lambda s: math.prod(_median(timed[s]) for timed in by_schedule))
-            for outcome, timed in zip(group, by_schedule, strict=True):
-                outcome.agreed = timed[best]
-
-
-def combined(group: Sequence[Outcome]) -> AnyPlan | None:
-    """What layers of one specification would have together of the tiles that each is fastest with.
-
-    None unless, by their candidates' times, it beats what they agree on.
-    """
-    family = group[0].job.unit.family
-    timed = [[c for c in outcome.candidates if c.spread] for outcome in group]
-    known = {c.plan.schedule for outcome in group for c in outcome.candidates}
-
-    def combine(chosen: Sequence[Candidate], outcomes: Sequence[Outcome]) -> Any | None:
-        pairs = zip(chosen, outcomes, strict=True)
-        return family.combine([(c.plan, outcome.job.call) for c, outcome in pairs])
-
-    agreed = [outcome.agreed for outcome in group if outcome.agreed]
-    least = math.prod(map(_median, agreed)) / _GAIN if agreed else math.inf
-    best = None
-    for first in timed[0]:
-        # Of every other layer the fastest that goes together with this one.
-        chosen = [first]
-        for outcome, others in zip(group[1:], timed[1:], strict=True):
-            fitting = [c for c in others if combine([first, c], [group[0], outcome])]
-            chosen += [min(fitting, key=_median)] if fitting else []
-        if len(chosen) < len(group) or math.prod(map(_median, chosen)) >= least:
-            continue
-        schedule = combine(chosen, group)
-        if schedule is not None and schedule not in known:
-            least = math.prod(map(_median, chosen))
-            best = replace(first.plan, schedule=schedule)
-    return best
-
-
-def gpu_of(architectures: Sequence[str]) -> Gpu:
-    """What the model knows of the first architecture, or of the nearest older one."""
-    if not any(architectures):
-        return H200
-    number = int(architectures[0].partition("+")[0].rstrip("af"))
-    known = [each for each in GPUS if each <= number]
-    return GPUS[max(known)] if known else GPUS[min(GPUS)]
 
 
 def compile_candidates(
@@ -442,8 +146,8 @@ def tune(
                         outcome.job.call.fine_channels,
                     ),
                     schedule=asdict(best.plan.schedule),
-                    ms=_median(best),
-                    default_ms=_median(default) if default.spread else _median(best),
+                    ms=median_of(best),
+                    default_ms=median_of(default) if default.spread else median_of(best),
                     convgen=__version__,
                 )
             )
@@ -460,7 +164,7 @@ def _race_combined(
 ) -> None:
     """Compiles, verifies and times what layers have together, against what they agree on."""
     works: list[tuple[Outcome, Candidate]] = []
-    for group in _shared(outcomes):
+    for group in sharing(outcomes):
         if (plan := combined(group)) is not None:
             for outcome in group:
                 predicted = outcome.job.unit.predict(plan, outcome.job.call, gpu)
@@ -576,12 +280,3 @@ def _device(device: torch.device) -> tuple[str, str]:
         return processor_name(), ""
     facts = machine.gpu(device)
     return facts.name, f"{facts.major}{facts.minor}{'a' if facts.major >= 9 else ''}"
-
-
-def _spread(candidate: Candidate) -> Spread:
-    assert candidate.spread is not None
-    return candidate.spread
-
-
-def _median(candidate: Candidate) -> float:
-    return _spread(candidate).median_ms

@@ -18,7 +18,8 @@ import pytest
 
 from convgen.building import build as building
 from convgen.building import cache, disk
-from convgen.building.build import BuildError, BuildWarning, Library, build, cache_key, ninja_file
+from convgen.building.build import BuildWarning, Library, build, cache_key, ninja_file
+from convgen.building.errors import BuildError
 from convgen.building.toolchain import Commands, ToolchainError, find_cpp
 
 FILES = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from convgen.building import cache, disk, locks
-from convgen.building.cache import BuildError
+from convgen.building.errors import BuildError
 
 KEY = "a" * 64
 OTHER = "b" * 64

@@ -14,7 +14,7 @@ import pytest
 
 from convgen import cli
 from convgen.building import cache, cleaning, disk, locks
-from convgen.building.cache import BuildError
+from convgen.building.errors import BuildError
 
 KEY, OTHER, THIRD = "a" * 64, "b" * 64, "c" * 64
 

@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 from convgen.building import cache, folders
-from convgen.building.cache import BuildError
+from convgen.building.errors import BuildError
 from convgen.building.folders import export, is_package, load
 
 KEY = "f" * 64

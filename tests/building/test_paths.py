@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from convgen.building import disk, toolchain
-from convgen.building.build import BuildError, Library, build, find_ninja
+from convgen.building.build import Library, build, find_ninja
+from convgen.building.errors import BuildError
 from convgen.building.toolchain import Commands, ToolchainError, find_cpp, find_cuda
 
 FILES = {"src/cpu/one.cpp": 'extern "C" int one() { return 1; }\n'}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from convgen import cli
-from convgen.building.build import BuildError
+from convgen.building.errors import BuildError
 from convgen.checking import interpreted
 from convgen.checking.verify import verify
 from convgen.spec import ConvSpec

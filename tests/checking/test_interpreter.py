@@ -12,7 +12,7 @@ import pytest
 import torch
 from interpreted import INOUT, OUTPUT, Fault, Library, compile_sources
 
-from convgen.building.build import BuildError
+from convgen.building.errors import BuildError
 from convgen.checking.interpret import MODES
 from convgen.codegen.render import TEMPLATES
 

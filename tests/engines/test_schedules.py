@@ -17,7 +17,7 @@ from convgen.engines.problem import Call
 from convgen.engines.registry import AnyPlan, Unit, units
 from convgen.measuring.layers import Layer, read_suite, suites
 from convgen.spec import CONTRACTIONS, ConvSpec
-from convgen.tuning.tune import call_of
+from convgen.tuning.jobs import call_of
 
 LAYERS = {layer.name.split("-")[0]: layer for layer in read_suite("kernelbench3d")}
 SPECS = [

@@ -19,7 +19,7 @@ from convgen.engines.cost import H200
 from convgen.engines.registry import AnyPlan, Unit
 from convgen.measuring.layers import Layer
 from convgen.spec import CONTRACTIONS, ConvSpec
-from convgen.tuning import tables, tune
+from convgen.tuning import choice, jobs, tables, tune
 
 CPU = torch.device("cpu")
 SPEC = ConvSpec.make("conv2d", kernel_size=3, padding=1)
@@ -33,8 +33,8 @@ def environment(session_cache: Path) -> Iterator[None]:
         yield
 
 
-def outcomes(most: int = 2, layer: Layer = LAYER, dtype: str = "f32") -> list[tune.Outcome]:
-    found = [tune.candidates(job, H200, most) for job in tune.jobs([layer], "cpu", dtype, True)]
+def outcomes(most: int = 2, layer: Layer = LAYER, dtype: str = "f32") -> list[jobs.Outcome]:
+    found = [choice.candidates(job, H200, most) for job in jobs.jobs([layer], "cpu", dtype, True)]
     tune.compile_candidates(found, "cpu")
     return found
 
@@ -43,7 +43,7 @@ class TestJobs:
     def kinds(
         self, layer: Layer, backend: str = "cuda", dtype: str = "f32", **more: Any
     ) -> set[str]:
-        return {job.kind for job in tune.jobs([layer], backend, dtype, **{"tf32": True} | more)}
+        return {job.kind for job in jobs.jobs([layer], backend, dtype, **{"tf32": True} | more)}
 
     def test_are_what_a_module_would_take(self) -> None:
         assert self.kinds(LAYER) == {"tf32"}
@@ -55,15 +55,15 @@ class TestJobs:
         assert self.kinds(Layer("depthwise", depthwise, (1, 16, 9, 9), 16, False)) == {"f32"}
 
     def test_channels_are_fixed_on_request(self) -> None:
-        (job, *_) = tune.jobs([LAYER], "cuda", "f32", True, fixed_channels=True)
+        (job, *_) = jobs.jobs([LAYER], "cuda", "f32", True, fixed_channels=True)
         assert (job.spec.in_channels, job.spec.out_channels) == (5, 6)
         assert job.call.coarse_channels == 6
         assert job.call.fine_extent == (1, 12, 19)
 
     def test_candidates_are_the_default_and_then_the_models_best(self) -> None:
         layer = Layer("68", ConvSpec.make(kernel_size=(3, 5, 5)), (16, 32, 64, 64, 64), 64, False)
-        job = tune.jobs([layer], "cuda", "f32", True, ["dgrad"])[0]
-        outcome = tune.candidates(job, H200, 6)
+        job = jobs.jobs([layer], "cuda", "f32", True, ["dgrad"])[0]
+        outcome = choice.candidates(job, H200, 6)
         assert outcome.default.is_default
         assert outcome.considered > 50
         times = [candidate.predicted.ms for candidate in outcome.candidates[1:]]
@@ -74,8 +74,8 @@ class TestJobs:
     def test_what_the_tables_hold_defends_its_place(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (job,) = tune.jobs([LAYER], "cuda", "bf16", True, ["dgrad"])
-        worst = max(tune.candidates(job, H200, 999).candidates, key=lambda c: c.predicted.ms)
+        (job,) = jobs.jobs([LAYER], "cuda", "bf16", True, ["dgrad"])
+        worst = max(choice.candidates(job, H200, 999).candidates, key=lambda c: c.predicted.ms)
         entry = tuned.Winner(
             spec=SPEC.name,
             contraction="dgrad",
@@ -94,7 +94,7 @@ class TestJobs:
         monkeypatch.setenv(tuned.VARIABLE, str(table))
         for architectures, held in (["90a"], True), ([], False), (["80"], False):
             for most in (2, 4):
-                found = tune.candidates(job, H200, most, architectures).candidates
+                found = choice.candidates(job, H200, most, architectures).candidates
                 schedules = [c.plan.schedule for c in found]
                 assert len(set(schedules)) == len(schedules) == most
                 assert found[0].is_default
@@ -113,31 +113,31 @@ class TestJobs:
     def test_the_model_knows_a_gpu_of_every_architecture(
         self, architectures: tuple[str, ...], name: str
     ) -> None:
-        assert name in tune.gpu_of(architectures).name
+        assert name in choice.gpu_of(architectures).name
 
 
 class TestLayersOfOneSpecification:
-    WORK = tune.jobs([LAYER, Layer("wide", SPEC, (1, 40, 9, 9), 33, False)], "cuda", "f32", True)
+    WORK = jobs.jobs([LAYER, Layer("wide", SPEC, (1, 40, 9, 9), 33, False)], "cuda", "f32", True)
 
-    def timed(self, *times: tuple[float, float]) -> list[tune.Outcome]:
+    def timed(self, *times: tuple[float, float]) -> list[jobs.Outcome]:
         """Two layers whose first candidates took so long, each of the pair in one of them."""
         work = [job for job in self.WORK if job.contraction == "dgrad"]
-        found = tune.all_candidates(work, H200, 4)
+        found = choice.all_candidates(work, H200, 4)
         schedules = [c.plan.schedule for c in found[0].candidates[: len(times)]]
         for index, outcome in enumerate(found):
             for candidate in outcome.candidates:
                 if candidate.plan.schedule in schedules:
                     pair = times[schedules.index(candidate.plan.schedule)]
                     candidate.times_ms = [pair[index]] * 3
-        tune.agree(found)
+        choice.agree(found)
         return found
 
     def test_try_each_others_candidates(self) -> None:
         for contraction in CONTRACTIONS:
             work = [job for job in self.WORK if job.contraction == contraction]
-            alone = [tune.candidates(job, H200, 4) for job in work]
+            alone = [choice.candidates(job, H200, 4) for job in work]
             wanted = {c.plan.schedule for outcome in alone for c in outcome.candidates}
-            for outcome in tune.all_candidates(work, H200, 4):
+            for outcome in choice.all_candidates(work, H200, 4):
                 schedules = [c.plan.schedule for c in outcome.candidates]
                 assert set(schedules) == wanted
                 assert len(schedules) == len(wanted)
@@ -151,7 +151,7 @@ class TestLayersOfOneSpecification:
             assert outcome.best is not None
             assert outcome.best.plan.schedule == schedule
 
-    def wanting(self, *times_ms: dict[str, float]) -> list[tune.Outcome]:
+    def wanting(self, *times_ms: dict[str, float]) -> list[jobs.Outcome]:
         """Layers of 48 and of 24 output channels, with times by the tile that they take.
 
         Schedules of the two numbers of channels alone, in all the same rows.
@@ -159,8 +159,8 @@ class TestLayersOfOneSpecification:
         spec = ConvSpec.make(kernel_size=3)
         layers = [Layer(str(c), spec, (2, 48, 64, 64, 64), c, False) for c in (48, 24)]
         found = [
-            tune.candidates(job, H200, 1)
-            for job in tune.jobs(layers, "cuda", "f32", True, ["dgrad"])
+            choice.candidates(job, H200, 1)
+            for job in jobs.jobs(layers, "cuda", "f32", True, ["dgrad"])
         ]
         for outcome, channels, times in zip(found, (48, 24), times_ms, strict=True):
             default = outcome.default
@@ -169,20 +169,20 @@ class TestLayersOfOneSpecification:
                 plan = replace(default.plan, schedule=schedule)
                 tile = next(f"{rows}x{each}" for rows, each in tiles if each == channels)
                 outcome.candidates.append(
-                    tune.Candidate(plan, default.predicted, False, times_ms=[times[tile]] * 3)
+                    jobs.Candidate(plan, default.predicted, False, times_ms=[times[tile]] * 3)
                 )
-        tune.agree(found)
+        choice.agree(found)
         return found
 
     def test_combine_the_tiles_that_each_of_them_is_fastest_with(self) -> None:
         found = self.wanting({"3x48": 1.25, "4x48": 1.5}, {"3x24": 3.29, "4x24": 2.79})
-        plan = tune.combined(found)
+        plan = choice.combined(found)
         assert plan is not None
         assert plan.schedule.tiles == ((3, 48), (4, 24))
         # Nothing to gain: one schedule is the best of both; or they differ by noise.
-        assert tune.combined(self.wanting({"3x48": 1, "4x48": 2}, {"3x24": 1, "4x24": 2})) is None
+        assert choice.combined(self.wanting({"3x48": 1, "4x48": 2}, {"3x24": 1, "4x24": 2})) is None
         close = self.wanting({"3x48": 1.00, "4x48": 1.5}, {"3x24": 1.01, "4x24": 1.0})
-        assert tune.combined(close) is None
+        assert choice.combined(close) is None
 
     @pytest.mark.parametrize("outcome", ["right", "wrong", "slow"])
     def test_what_they_combine_is_verified_and_timed_before_it_wins(
@@ -191,17 +191,17 @@ class TestLayersOfOneSpecification:
         found = self.wanting({"3x48": 1.25, "4x48": 1.5}, {"3x24": 3.29, "4x24": 2.79})
         compiled: list[object] = []
 
-        def compile_candidates(outcomes: list[tune.Outcome], backend: str) -> None:
+        def compile_candidates(outcomes: list[jobs.Outcome], backend: str) -> None:
             assert backend == "cpu"
             compiled.extend(c.plan.schedule.tiles for o in outcomes for c in o.candidates)
 
         def race(
-            of: tune.Outcome,
+            of: jobs.Outcome,
             clock: object,
             device: object,
             deadline: float,
             seed: int,
-            contenders: list[tune.Candidate],
+            contenders: list[jobs.Candidate],
         ) -> None:
             agreed, new = contenders
             assert agreed is of.agreed
@@ -223,10 +223,10 @@ class TestLayersOfOneSpecification:
             )
 
     def test_one_layer_chooses_alone(self) -> None:
-        (outcome,) = tune.all_candidates([self.WORK[0]], H200, 4)
+        (outcome,) = choice.all_candidates([self.WORK[0]], H200, 4)
         outcome.candidates[0].times_ms = [1.0]
         outcome.candidates[1].times_ms = [0.5]
-        tune.agree([outcome])
+        choice.agree([outcome])
         assert outcome.best is outcome.candidates[1]
 
 
@@ -254,8 +254,8 @@ class TestRace:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On the CPU, whose engine combines nothing by itself."""
-        work = tune.jobs([LAYER, replace(LAYER, name="again")], "cpu", "f32", True, ["fprop"])
-        found = tune.all_candidates(work, H200, 2)
+        work = jobs.jobs([LAYER, replace(LAYER, name="again")], "cpu", "f32", True, ["fprop"])
+        found = choice.all_candidates(work, H200, 2)
         tune.compile_candidates(found, "cpu")
         default = found[0].default.plan
         plan = replace(default, schedule=replace(default.schedule, buffer_bytes=16 << 10))
@@ -318,10 +318,10 @@ class TestRace:
         assert set(outcome.changes(other)) < set(outcome.changes(default))
 
 
-def outcomes_of_fixed(outcome: tune.Outcome, layer: Layer) -> Path:
+def outcomes_of_fixed(outcome: jobs.Outcome, layer: Layer) -> Path:
     """The library of an outcome's contraction for a layer's channels alone."""
-    jobs = tune.jobs([layer], "cpu", "f32", True, [outcome.job.contraction], fixed_channels=True)
-    fixed = [tune.candidates(job, H200, 1) for job in jobs]
+    work = jobs.jobs([layer], "cpu", "f32", True, [outcome.job.contraction], fixed_channels=True)
+    fixed = [choice.candidates(job, H200, 1) for job in work]
     tune.compile_candidates(fixed, "cpu")
     library = fixed[0].candidates[0].library
     assert library is not None
@@ -380,9 +380,9 @@ class TestCommand:
 def test_on_a_gpu() -> None:
     layer = Layer("up", ConvSpec.make(kernel_size=3, stride=2), (2, 24, 6, 9, 17), 16, False)
     found = [
-        tune.candidates(job, H200, 3)
+        choice.candidates(job, H200, 3)
         for tf32 in (True, False)
-        for job in tune.jobs([layer], "cuda", "f32", tf32)
+        for job in jobs.jobs([layer], "cuda", "f32", tf32)
     ]
     tune.compile_candidates(found, "cuda")
     winners = tune.tune(found, torch.device("cuda"), seconds=10)

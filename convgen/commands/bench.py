@@ -1,0 +1,113 @@
+"""``convgen bench``: time modules beside torch's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convgen.commands import options
+
+
+@click.command("bench", short_help="Time modules beside torch's own.")
+@options.layers
+@click.option("--bias", is_flag=True, help="Give the one layer a bias.")
+@options.setting
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Time for all layers, without compiling.  [default: about 10 s a layer]",
+)
+@click.option(
+    "--overhead", is_flag=True, help="Measure instead what a forward call costs the host."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write all figures as JSON, after every layer.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw a roofline and the speed-ups.",
+)
+def command(
+    suite: str | None,
+    patterns: tuple[str, ...],
+    kernel: tuple[int, ...] | None,
+    shape: tuple[int, ...] | None,
+    out_channels: int | None,
+    bias: bool,
+    dtype: str,
+    device: str | None,
+    tf32: bool,
+    fixed_channels: bool,
+    seconds: float | None,
+    overhead: bool,
+    seed: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+    **constants: Any,
+) -> None:
+    """Time layers forward and backward beside torch, as it comes and at its best.
+
+    All results are compared with float64 in the same run: a wrong one has no time. Exit status 1
+    if one of convgen's is wrong, or if a layer did not run.
+
+    \b
+    Examples:
+      convgen bench --suite kernelbench3d --seconds 300 --json out.json --plot out.png
+      convgen bench --suite models --layers hifigan*,3dgan* --dtype f16
+      convgen bench --kernel 3 --stride 2 --padding 1 --shape 2,32,16,32,32 --out-channels 16
+    """
+    from convgen.commands import report
+    from convgen.measuring import plots
+
+    chosen = options.chosen_layers(suite, patterns, kernel, shape, out_channels, bias, constants)
+    if plot_file:
+        plots.matplotlib_figure()  # Rather now than after the work.
+    # These import torch, which takes a second or two.
+    from convgen.measuring import bench
+    from convgen.measuring.overhead import overheads
+
+    where = bench.device_for(device)
+    if where is None:
+        raise click.UsageError("--device cuda: there is no GPU that torch can use.")
+    with report.plain_warnings(), report.Progress() as progress:
+        modules = bench.compile_layers(chosen, where, dtype, fixed_channels, progress)
+    if overhead:
+        host = overheads(chosen, modules, device=where, dtype=dtype, tf32=tf32)
+        report.host_times(host)
+        if json_file:
+            report.write_json(json_file, host.to_dict())
+        raise click.exceptions.Exit(0 if host.ok else 1)
+    with report.Progress() as progress:
+
+        def finished(result: bench.Report, layer: str) -> None:
+            if json_file:
+                report.write_json(json_file, result.to_dict())
+            progress(result.finished, len(chosen), report.progress_of(result, layer))
+
+        result = bench.bench(
+            chosen,
+            modules,
+            device=where,
+            dtype=dtype,
+            tf32=tf32,
+            seconds=seconds,
+            seed=seed,
+            on_layer=finished,
+        )
+    report.benchmark(result)
+    if json_file:
+        report.write_json(json_file, result.to_dict())
+    if plot_file:
+        plots.plot(result, plot_file)
+    raise click.exceptions.Exit(0 if result.ok else 1)
