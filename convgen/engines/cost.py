@@ -1,7 +1,7 @@
 """What a schedule is expected to take: a model from counts of work, bytes and thread blocks.
 
 The model needs no GPU. It picks defaults and prunes what ``convgen tune`` compiles; times are
-right within a factor of about 1.5, orders of schedules of one layer better (``docs/performance.md``
+right within a factor of about 1.5, orders of schedules of one layer better (``docs/kernels.md``
 has predictions beside measurements). All units are clocks of one multiprocessor until the end.
 """
 

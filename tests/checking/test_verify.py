@@ -80,14 +80,14 @@ def test_the_seed_decides_the_inputs(k3s2: ModuleType) -> None:
 
 class TestFindings:
     def test_an_error_above_the_limit(self, k3s2: ModuleType) -> None:
-        def scaled(input: Tensor, *operands: Any) -> Tensor:
-            return k3s2.conv_transpose3d(input, *operands) * (1 + 3e-5)
+        def scaled(input: Tensor, *operands: Any, **named: Any) -> Tensor:
+            return k3s2.conv_transpose3d(input, *operands, **named) * (1 + 3e-5)
 
         assert "forward" in failures(broken(k3s2, scaled))
 
     def test_one_wrong_element(self, k3s2: ModuleType) -> None:
-        def off(input: Tensor, *operands: Any) -> Tensor:
-            y = k3s2.conv_transpose3d(input, *operands)
+        def off(input: Tensor, *operands: Any, **named: Any) -> Tensor:
+            y = k3s2.conv_transpose3d(input, *operands, **named)
             corner = torch.zeros_like(y)
             corner.view(-1)[0] = 1e-3
             return y + corner
@@ -95,8 +95,8 @@ class TestFindings:
         assert "forward" in failures(broken(k3s2, off))
 
     def test_an_element_that_is_never_written(self, k3s2: ModuleType) -> None:
-        def forgets(input: Tensor, *operands: Any) -> Tensor:
-            y = k3s2.conv_transpose3d(input, *operands)
+        def forgets(input: Tensor, *operands: Any, **named: Any) -> Tensor:
+            y = k3s2.conv_transpose3d(input, *operands, **named)
             mask = torch.zeros_like(y)
             mask.view(-1)[-1] = torch.empty(1).item()
             return y + mask
@@ -113,8 +113,8 @@ class TestFindings:
             def backward(ctx: Any, grad: Tensor) -> Tensor:
                 return grad / 2
 
-        def wrong(input: Tensor, weight: Tensor, *operands: Any) -> Tensor:
-            return k3s2.conv_transpose3d(input, Halved.apply(weight), *operands)
+        def wrong(input: Tensor, weight: Tensor, *operands: Any, **named: Any) -> Tensor:
+            return k3s2.conv_transpose3d(input, Halved.apply(weight), *operands, **named)
 
         found = failures(broken(k3s2, wrong))
         assert "grad weight" in found
@@ -122,8 +122,8 @@ class TestFindings:
         assert "grad input" not in found
 
     def test_a_modified_input(self, k3s2: ModuleType) -> None:
-        def modifies(input: Tensor, *operands: Any) -> Tensor:
-            y = k3s2.conv_transpose3d(input, *operands)
+        def modifies(input: Tensor, *operands: Any, **named: Any) -> Tensor:
+            y = k3s2.conv_transpose3d(input, *operands, **named)
             input.data[(0,) * input.dim()].add_(1)  # behind autograd's back
             return y
 
@@ -132,16 +132,16 @@ class TestFindings:
     def test_runs_that_differ(self, k3s2: ModuleType) -> None:
         count = iter(range(1000))
 
-        def drifts(input: Tensor, *operands: Any) -> Tensor:
-            y = k3s2.conv_transpose3d(input, *operands)
+        def drifts(input: Tensor, *operands: Any, **named: Any) -> Tensor:
+            y = k3s2.conv_transpose3d(input, *operands, **named)
             return y * (1 + next(count) * 2.0**-23)
 
         assert "same bits twice" in failures(broken(k3s2, drifts))
 
     def test_a_wrong_shape(self, k3s2: ModuleType) -> None:
-        def longer(input: Tensor, *operands: Any) -> Tensor:
-            return k3s2.conv_transpose3d(input, *operands)[..., :1].expand(
-                k3s2.conv_transpose3d(input, *operands).shape
+        def longer(input: Tensor, *operands: Any, **named: Any) -> Tensor:
+            return k3s2.conv_transpose3d(input, *operands, **named)[..., :1].expand(
+                k3s2.conv_transpose3d(input, *operands, **named).shape
             )
 
         assert "forward" in failures(broken(k3s2, longer))

@@ -211,7 +211,7 @@ class TestSpace:
                 assert render_unit(spec, unit, replace(default, schedule=schedule))
 
 
-# The default schedules' kernels on one H200, in ms: docs/performance.md.
+# The default schedules' kernels on one H200, in ms: docs/kernels.md.
 MEASURED = {
     ("58", "dgrad", "tf32"): 0.79,
     ("61", "dgrad", "tf32"): 1.30,
@@ -246,7 +246,7 @@ class TestModel:
         assert measured / 1.45 < predicted < 1.25 * measured
 
     def test_warps_that_stage_16_bit_lines_bound_gradients_of_strided_layers(self) -> None:
-        """Of odd lines, where these are not staged as they lie in memory: docs/performance.md."""
+        """Of odd lines, where these are not staged as they lie in memory: docs/kernels.md."""
         unit, plan = plan_of(LAYERS["73"], "fprop", "bf16tc")
         assert plan.schedule.granules
         words = replace(plan.schedule, unroll="plane", tiles=((3, 32), (3, 24)), granules=False)
