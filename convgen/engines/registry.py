@@ -94,6 +94,8 @@ def units(backend: str, geometry: Geometry, dtypes: Iterable[str]) -> list[Unit]
                     unit = unit_of(family, geometry, contraction, kind)
                     if not family.host and not family.accepts(unit.problem):
                         found.append(unit)
+    names = [unit.name for unit in found]
+    assert len(set(names)) == len(names), "families of one kind need suffixes of their own"
     return found
 
 
