@@ -11,7 +11,6 @@ import pytest
 
 from convgen.building import gpus, toolchain
 from convgen.building.build import Library, build
-from convgen.building.gpus import gpu_architectures
 from convgen.building.toolchain import (
     Commands,
     CudaCompiler,
@@ -401,42 +400,6 @@ class TestArchitectures:
     ) -> None:
         monkeypatch.setattr(gpus, "gpu_architectures", lambda: ("90a", "130a"))
         assert default_architectures(nvcc) == ("90a", "120+ptx")
-
-    def test_of_the_gpus_present_are_specific_from_hopper_on(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        capabilities = ((9, 0), (8, 6), (9, 0), (12, 0))
-        monkeypatch.setattr(gpus, "nvml", lambda: gpus.Nvml((13, 0), capabilities))
-        assert gpu_architectures() == ("86", "90a", "120a")
-
-    @pytest.mark.parametrize("hidden", ["", "-1", "-1,0"])
-    def test_of_gpus_that_are_hidden_are_not_seen(
-        self, monkeypatch: pytest.MonkeyPatch, hidden: str
-    ) -> None:
-        monkeypatch.setattr(gpus, "nvml", lambda: gpus.Nvml((13, 0), ((9, 0),)))
-        assert gpu_architectures() == ("90a",)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert gpu_architectures() == ()
-
-    def test_are_found_without_importing_torch(self) -> None:
-        code = (
-            "import sys; from convgen.building import gpus; gpus.gpu_architectures(); "
-            "sys.exit('torch' in sys.modules)"
-        )
-        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-    @pytest.mark.gpu
-    def test_agree_with_torch(self) -> None:
-        import torch
-
-        found = {
-            f"{major}{minor}{'a' if major >= 9 else ''}"
-            for major, minor in map(
-                torch.cuda.get_device_capability, range(torch.cuda.device_count())
-            )
-        }
-        assert set(gpu_architectures()) == found
-        assert set(gpus.driver_capabilities()) == set(gpus.nvml().capabilities)
 
 
 class TestNinja:
