@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import struct
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plans
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,16 +103,38 @@ def compile_sources(mode: str, sources: Mapping[str, str]) -> Path:
     return interpret.library("test", {**headers, **sources}, mode)
 
 
+def compile_interpreted(
+    name: str, sources: Mapping[str, str], mode: str = "checked", *, architecture: str = "80"
+) -> Path:
+    """:func:`convgen.checking.interpret.library` without optimization, in half of its time.
+
+    Every access is checked as it is otherwise, but the compiler fuses no product with its sum.
+    """
+    optimized = interpret.MODES[mode]
+    flags = (*optimized.kernel_flags, "-O0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(interpret.MODES, mode, dataclasses.replace(optimized, kernel_flags=flags))
+        return interpret.library(name, sources, mode, architecture=architecture)
+
+
+def one_size(schedule: Any) -> Any:
+    """A schedule with the last alone of the sizes of its kernel that are compiled."""
+    sizes = [name for name in ("tiles", "group_tiles", "channels") if hasattr(schedule, name)]
+    return dataclasses.replace(schedule, **{name: getattr(schedule, name)[-1:] for name in sizes})
+
+
 def engine_sources(
     spec: ConvSpec,
     dtype: str,
     contractions: tuple[str, ...],
     schedules: Schedules | None = None,
+    *,
+    small: bool = False,
 ) -> dict[str, str]:
     """The rendered CUDA sources of some contractions, with their headers, by file name.
 
     ``dtype`` is a dtype, or a math mode of the tensor cores; ``schedules`` are other than
-    its defaults.
+    its defaults; ``small`` units have one size of their kernels (see :func:`one_size`).
     """
     files: dict[str, str] = {}
     # bgrad lies in wgrad's unit.
@@ -118,6 +143,8 @@ def engine_sources(
         plan = unit.default()
         if schedule := (schedules or {}).get((contraction, dtype)):
             plan = unit.with_schedule(schedule)
+        if small:
+            plan = unit.with_schedule(one_size(plan.schedule))
         files |= {Path(path).name: text for path, text in headers(unit).items()}
         files[f"{contraction}_{dtype}.cu"] = render_unit(spec, unit, plan)
     return files

@@ -9,9 +9,8 @@ from typing import Any
 
 import plans
 import pytest
-from interpreted import Library, engine_sources, problem, solve
+from interpreted import Library, compile_interpreted, engine_sources, problem, solve
 
-from convgen.checking.interpret import library as compile_interpreted
 from convgen.codegen.render import TEMPLATES
 from convgen.engines.depthwise.common import MOST_CHANNELS
 from convgen.spec import ConvSpec

@@ -20,13 +20,13 @@ from interpreted import (
     Fault,
     Library,
     Problem,
+    compile_interpreted,
     engine_sources,
     problem,
     solve,
     solve_exactly,
 )
 
-from convgen.checking.interpret import library as compile_interpreted
 from convgen.codegen.render import render_kernels
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES

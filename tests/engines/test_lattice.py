@@ -17,10 +17,9 @@ import plans
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import Library, engine_sources, problem, solve
+from interpreted import Library, compile_interpreted, engine_sources, problem, solve
 
 from convgen.checking import interpreted
-from convgen.checking.interpret import library as compile_interpreted
 from convgen.engines.cost import H200
 from convgen.engines.mma.common import packed_call
 from convgen.engines.problem import Call, Problem

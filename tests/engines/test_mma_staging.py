@@ -13,9 +13,18 @@ from pathlib import Path
 
 import plans
 import pytest
-from interpreted import LIMITS, Fault, Library, Problem, engine_sources, problem, shifted, solve
+from interpreted import (
+    LIMITS,
+    Fault,
+    Library,
+    Problem,
+    compile_interpreted,
+    engine_sources,
+    problem,
+    shifted,
+    solve,
+)
 
-from convgen.checking.interpret import library as compile_interpreted
 from convgen.spec import ConvSpec
 
 INPUT = {"fprop": "fine", "dgrad": "coarse"}

@@ -17,10 +17,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import Library, Problem, engine_sources, problem, solve, solve_exactly
+from interpreted import (
+    Library,
+    Problem,
+    compile_interpreted,
+    engine_sources,
+    problem,
+    solve,
+    solve_exactly,
+)
 
 from convgen.building import toolchain
-from convgen.checking.interpret import library as compile_interpreted
 from convgen.engines.mma.wgrad import WgradSchedule, wgrad_refusal, wgrad_schedule, with_groups
 from convgen.engines.mma.wgrad_layout import (
     elements_of,

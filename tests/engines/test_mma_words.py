@@ -13,9 +13,8 @@ from pathlib import Path
 import plans
 import pytest
 import torch
-from interpreted import Library, engine_sources, problem, shifted, solve
+from interpreted import Library, compile_interpreted, engine_sources, problem, shifted, solve
 
-from convgen.checking.interpret import library as compile_interpreted
 from convgen.engines.gather.axes import gather_axes
 from convgen.engines.gather.unroll import window_words
 from convgen.engines.mma.fit import loads_words

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import plans
 import pytest
-from interpreted import Library, engine_sources, problem, shifted, solve
+from interpreted import Library, compile_interpreted, engine_sources, problem, shifted, solve
 
-from convgen.checking.interpret import library as compile_interpreted
 from convgen.engines.gather.axes import arrange, gather_axes, runs_along_batch
 from convgen.spec import ConvSpec
 
