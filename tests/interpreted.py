@@ -7,7 +7,8 @@ import dataclasses
 import math
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,14 @@ def compile_sources(mode: str, sources: Mapping[str, str]) -> Path:
 def compile_interpreted(
     name: str, sources: Mapping[str, str], mode: str = "checked", *, architecture: str = "80"
 ) -> Path:
-    """:func:`convgen.checking.interpret.library` without optimization, in half of its time.
+    """:func:`convgen.checking.interpret.library`, :func:`unoptimized`."""
+    with unoptimized(mode):
+        return interpret.library(name, sources, mode, architecture=architecture)
+
+
+@contextmanager
+def unoptimized(mode: str) -> Iterator[None]:
+    """Kernels are compiled without optimization, in half of the time.
 
     Every access is checked as it is otherwise, but the compiler fuses no product with its sum.
     """
@@ -114,7 +122,14 @@ def compile_interpreted(
     flags = (*optimized.kernel_flags, "-O0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(interpret.MODES, mode, dataclasses.replace(optimized, kernel_flags=flags))
-        return interpret.library(name, sources, mode, architecture=architecture)
+        yield
+
+
+def mostly_long(cases: Sequence[Any], *quick: int) -> list[Any]:
+    """Parameters of a test: the cases, all but those at some indices marked as long."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    marks = [() if index in quick else pytest.mark.long for index in range(len(rows))]
+    return [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)]
 
 
 def one_size(schedule: Any) -> Any:

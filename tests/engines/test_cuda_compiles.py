@@ -16,7 +16,7 @@ from pathlib import Path
 
 import plans
 import pytest
-from interpreted import engine_sources
+from interpreted import engine_sources, one_size
 
 from convgen.building import toolchain
 from convgen.building.toolchain import CUDA_FLAGS, CudaCompiler, KernelResources, ToolchainError
@@ -161,6 +161,23 @@ def compile_unit(
     return kernels
 
 
+@pytest.mark.parametrize("kind", [*DTYPES, *MODES])
+def test_one_size_of_each_kernel_compiles_without_spills_or_warnings(
+    kind: str, tmp_path: Path
+) -> None:
+    """Of every unit, for the oldest GPU, or for that on which warps multiply together."""
+    case = Case(spec("conv_transpose2d", 3, 2, 1, 1), kind)
+    for name, text in engine_sources(case.spec, kind, CONTRACTIONS, small=True).items():
+        (tmp_path / name).write_text(text)
+    architecture = "90a" if kind in MODES else "75"
+    for plan in case.plans():
+        plan = replace(plan, schedule=one_size(plan.schedule))
+        for kernel in compile_unit(tmp_path, plan, {architecture: [architecture]}):
+            assert not kernel.spills, kernel
+            assert kernel.registers <= REGISTERS, kernel
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_compile_without_spills_or_warnings(case: Case, tmp_path: Path) -> None:
     for name, text in engine_sources(case.spec, case.kind, case.contractions).items():
@@ -172,6 +189,7 @@ def test_kernels_compile_without_spills_or_warnings(case: Case, tmp_path: Path) 
         assert kernel.registers <= REGISTERS, kernel
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "kind"), [("bf16", "bf16tc"), ("f32", "tf32"), ("f32", "tf32x3")]
 )

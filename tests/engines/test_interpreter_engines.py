@@ -22,11 +22,13 @@ from interpreted import (
     Problem,
     compile_interpreted,
     engine_sources,
+    mostly_long,
     problem,
     solve,
     solve_exactly,
 )
 
+from convgen.checking import interpret
 from convgen.codegen.render import render_kernels
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
@@ -177,12 +179,25 @@ WGMMA_CASES = [
 ]
 
 
+# Every dtype and math mode, and every way of unrolling.
+SMALL_CASES = [*(CASES[i] for i in (0, 2, 3, 4, 11, 13, 15)), *(MMA_CASES[i] for i in range(4))]
+
+
 @cache
-def library(case: Case, mode: str) -> Path:
-    sources = engine_sources(case.spec, case.dtype, case.contractions)
+def library(case: Case, mode: str, small: bool = False) -> Path:
+    sources = engine_sources(case.spec, case.dtype, case.contractions, small=small)
     return compile_interpreted(case.stem, sources, mode)
 
 
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_one_size_of_each_kernel_agrees_with_float64(case: Case) -> None:
+    loaded = Library(library(case, "checked", small=True))
+    for given in case.problems():
+        solve(loaded, given)
+        given.check()
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("case", [*CASES, *MMA_CASES], ids=str)
 def test_checked_kernels_agree_with_float64(case: Case) -> None:
     loaded = Library(library(case, "checked"))
@@ -218,7 +233,7 @@ def compile_sm_90a(name: str, sources: dict[str, str]) -> Path:
     return compile_interpreted(name, sources, "checked", architecture="90a")
 
 
-@pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
+@pytest.mark.parametrize("case", mostly_long(WGMMA_CASES, 2, 3, -2, -1), ids=str)
 def test_groups_of_warps_agree_with_float64(case: Case) -> None:
     loaded = Library(compile_sm_90a(f"{case.spec.name}_{case.dtype}_90a", grouped(case)))
     check_calls(loaded, case)
@@ -229,7 +244,7 @@ def test_groups_of_warps_agree_with_float64(case: Case) -> None:
 THREE_GROUPS = [WGMMA_CASES[i] for i in (0, 2, 3, 4, 6, 9, -2)]
 
 
-@pytest.mark.parametrize("case", THREE_GROUPS, ids=str)
+@pytest.mark.parametrize("case", mostly_long(THREE_GROUPS, -1), ids=str)
 def test_three_groups_of_warps_agree_with_float64(case: Case) -> None:
     name = f"{case.spec.name}_{case.dtype}_three"
     loaded = Library(compile_sm_90a(name, grouped(case, groups=3)))
@@ -259,8 +274,11 @@ GRANULES = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize(("case", "style"), GRANULES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "style", "architecture"),
+    mostly_long([(*given, a) for given in GRANULES for a in ("80", "90a")], 16, 19),
+    ids=str,
+)
 def test_tiles_may_be_staged_as_the_input_lies_in_memory(
     case: Case, style: str, architecture: str
 ) -> None:
@@ -296,8 +314,11 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize(("case", "style"), PAIRS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "style", "architecture"),
+    mostly_long([(*given, a) for given in PAIRS for a in ("80", "90a")], 7, 12),
+    ids=str,
+)
 def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architecture: str) -> None:
     schedules = {}
     for contraction in GATHERS:
@@ -314,6 +335,7 @@ def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architect
     check_calls(loaded, case, contractions)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
     """As compiled for racecheck, whose tool does not follow named barriers."""
@@ -343,9 +365,10 @@ def test_products_that_nothing_waits_for_are_caught() -> None:
         solve(loaded, given)
 
 
-@pytest.mark.parametrize(
-    "case", [*(CASES[i] for i in (0, 4, 8, 15)), *(MMA_CASES[i] for i in (6, 10))], ids=str
-)
+SANITIZED = [*(CASES[i] for i in (0, 4, 8, 15)), *(MMA_CASES[i] for i in (6, 10))]
+
+
+@pytest.mark.parametrize("case", mostly_long(SANITIZED, 1), ids=str)
 def test_sanitized_kernels_agree_with_float64(case: Case, tmp_path: Path) -> None:
     """Under AddressSanitizer and UBSan, with tensors of exactly their sizes."""
     problems = case.problems()
@@ -354,19 +377,23 @@ def test_sanitized_kernels_agree_with_float64(case: Case, tmp_path: Path) -> Non
         given.check()
 
 
+@pytest.mark.long
 def test_all_modes_and_thread_counts_give_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Compiled as users get it, with products fused with their sums."""
     case = CASES[0]
+    sources = engine_sources(case.spec, case.dtype, case.contractions)
     results = []
     for threads in ("1", "3"):
         monkeypatch.setenv("CONVGEN_INTERPRET_THREADS", threads)
         for mode in ("plain", "checked", "address"):
             problems = case.problems()
+            path = interpret.library(case.stem, sources, mode)
             if mode == "address":
-                solve_exactly(library(case, mode), problems, tmp_path)
+                solve_exactly(path, problems, tmp_path)
             else:
-                loaded = Library(library(case, mode))
+                loaded = Library(path)
                 for given in problems:
                     solve(loaded, given)
             results.append([given.result for given in problems])
@@ -382,7 +409,7 @@ def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     case = Case(case.spec, case.dtype, ((2, (33, 17), (4, 5, 10)),))
     # A copy: the library remembers the limits that it has asked for.
     path = tmp_path / "small.so"
-    path.write_bytes(library(case, "checked").read_bytes())
+    path.write_bytes(library(case, "checked", small=True).read_bytes())
     loaded = Library(path)
     for given in case.problems():
         solve(loaded, given)
@@ -402,7 +429,7 @@ OTHER_SCHEDULES = [
 
 
 @pytest.mark.parametrize(
-    ("case", "style", "rows", "channels"), OTHER_SCHEDULES, ids=lambda value: str(value)
+    ("case", "style", "rows", "channels"), mostly_long(OTHER_SCHEDULES, 1, 5), ids=str
 )
 def test_other_schedules_agree_with_float64(
     case: Case, style: str, rows: int, channels: int
@@ -454,8 +481,11 @@ def tiles_of(case: Case, style: str) -> dict[tuple[str, str], object]:
     }
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize(("case", "style"), ROWS_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "style", "architecture"),
+    mostly_long([(*given, a) for given in ROWS_CASES for a in ("80", "90a")], 0, 5),
+    ids=str,
+)
 def test_every_number_of_channels_has_rows_of_its_own(
     case: Case, style: str, architecture: str
 ) -> None:

@@ -20,6 +20,7 @@ from interpreted import (
     Problem,
     compile_interpreted,
     engine_sources,
+    mostly_long,
     problem,
     shifted,
     solve,
@@ -82,16 +83,24 @@ def problems(stride: int, kind: str, contraction: str) -> list[Problem]:
     ]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
+UNALIGNED = [
+    (*line, granules, architecture)
+    for line in (
+        (1, "tf32", "dgrad"),
+        (1, "bf16tc", "fprop"),
+        (2, "tf32", "fprop"),
+        (3, "tf32", "fprop"),
+        (2, "bf16tc", "fprop"),
+        (3, "f16tc", "fprop"),
+    )
+    for granules in (False, True)
+    for architecture in ("80", "90a")
+]
+
+
 @pytest.mark.parametrize(
-    ("stride", "kind", "contraction", "granules"),
-    [
-        *((1, "tf32", "dgrad", granules) for granules in (False, True)),
-        *((1, "bf16tc", "fprop", granules) for granules in (False, True)),
-        *((stride, "tf32", "fprop", granules) for stride in (2, 3) for granules in (False, True)),
-        *((2, "bf16tc", "fprop", granules) for granules in (False, True)),
-        *((3, "f16tc", "fprop", granules) for granules in (False, True)),
-    ],
+    ("stride", "kind", "contraction", "granules", "architecture"),
+    mostly_long(UNALIGNED, 0, 11, 18, 21),
 )
 def test_unaligned_lines_agree_with_float64(
     stride: int,
@@ -144,7 +153,9 @@ def test_lines_that_are_moved_too_early_are_caught(statement: str, report: str) 
         solve(Library(path), problems(2, "bf16tc", "fprop")[0])
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("80", "bf16tc"), ("90a", "tf32")])
+@pytest.mark.parametrize(
+    ("architecture", "kind"), mostly_long([("80", "bf16tc"), ("90a", "tf32")], 1)
+)
 def test_granules_may_be_handed_over_by_mbarriers(architecture: str, kind: str) -> None:
     """As compiled for racecheck, which follows no named barrier at which a warp only arrives."""
     files = sources(2, kind, "fprop", architecture, granules=True)

@@ -22,6 +22,7 @@ from interpreted import (
     Problem,
     compile_interpreted,
     engine_sources,
+    mostly_long,
     problem,
     solve,
     solve_exactly,
@@ -143,8 +144,11 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize(("spec", "mode"), COMPILED, ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(
+    ("spec", "mode", "architecture"),
+    mostly_long([(*unit, a) for unit in COMPILED for a in ("80", "90a")], 1, 5),
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_kernels_compile_without_spills(
     spec: ConvSpec, mode: str, architecture: str, tmp_path: Path
 ) -> None:
@@ -244,13 +248,9 @@ GROUP_CASES = [
     Case(ConvSpec(UP, 3, 2, 1, dilation=2), ("bf16tc",), ((1, (32, 64), (3, 5, 8)),)),
     Case(ConvSpec(CONV, 3, 1, 1), ("bf16tc",), ((1, (16, 32), (2, 8, 9)),)),
 ]
-RUNS = [
-    pytest.param(case, mode, "80", id=f"{case.spec.name}-{mode}")
-    for case in CASES
-    for mode in case.modes
-]
+RUNS = [(case, mode, "80") for case in CASES for mode in case.modes]
 RUNS += [
-    pytest.param(case, mode, "90a", id=f"{case.spec.name}-{mode}-90a")
+    (case, mode, "90a")
     for case, modes in [(case, case.modes) for case in GROUP_CASES]
     + [(case, case.modes[-1:]) for case in CASES[1:]]
     for mode in modes
@@ -266,7 +266,15 @@ def library(spec: ConvSpec, mode: str, checks: str, architecture: str = "80") ->
     return compile_interpreted(name, sources, checks, architecture=architecture)
 
 
-@pytest.mark.parametrize(("case", "mode", "architecture"), RUNS)
+# All modes by warps, and those that groups of warps have.
+QUICK_RUNS = [run for run in RUNS if run[0] in (CASES[0], *GROUP_CASES[:2])]
+
+
+@pytest.mark.parametrize(
+    ("case", "mode", "architecture"),
+    mostly_long(RUNS, *map(RUNS.index, QUICK_RUNS)),
+    ids=lambda value: value.spec.name if isinstance(value, Case) else value,
+)
 def test_checked_kernels_agree_with_float64(case: Case, mode: str, architecture: str) -> None:
     loaded = Library(library(case.spec, mode, "checked", architecture))
     for made in case.problems(mode):
@@ -275,7 +283,8 @@ def test_checked_kernels_agree_with_float64(case: Case, mode: str, architecture:
 
 
 @pytest.mark.parametrize(
-    ("tiles", "taps"), [(((2, 2),), (1, 3)), (((1, 3),), (3, 1)), (((1, 8),), (1, 2))]
+    ("tiles", "taps"),
+    mostly_long([(((2, 2),), (1, 3)), (((1, 3),), (3, 1)), (((1, 8),), (1, 2))], 0),
 )
 def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[int, int]) -> None:
     """Several tiles of fine channels, several rows of taps, blocks beyond the kernel."""
@@ -291,8 +300,10 @@ def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[i
 
 
 @pytest.mark.parametrize("width", [24, 25])
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize("mode", ["tf32", "bf16tc"])
+@pytest.mark.parametrize(
+    ("mode", "architecture"),
+    mostly_long([(mode, a) for mode in ("tf32", "bf16tc") for a in ("80", "90a")], 0, 3),
+)
 @pytest.mark.parametrize("skipped", [1, 2])
 def test_tensors_may_start_anywhere(mode: str, skipped: int, architecture: str, width: int) -> None:
     """Rows that 16-byte accesses divide, at addresses that they do not: several per place. And odd
@@ -311,7 +322,7 @@ def test_tensors_may_start_anywhere(mode: str, skipped: int, architecture: str, 
 
 
 @pytest.mark.parametrize("skipped", [1, 4, 7])
-@pytest.mark.parametrize("height", [6, 7])
+@pytest.mark.parametrize("height", mostly_long([6, 7], 1))
 def test_loose_lines_may_start_anywhere(skipped: int, height: int) -> None:
     """Odd rows of neighbouring channels that begin alike, or not, behind any granule's start."""
     spec = ConvSpec(UP, 3, 2, 1, (0, height % 2, 0), in_channels=32, out_channels=32)
@@ -325,7 +336,7 @@ def test_loose_lines_may_start_anywhere(skipped: int, height: int) -> None:
     assert moved_problem.error() <= LIMITS["f16tc"]
 
 
-@pytest.mark.parametrize("mode", ["tf32", "f16tc"])
+@pytest.mark.parametrize("mode", mostly_long(["tf32", "f16tc"], 0))
 def test_sanitized_kernels_stay_within_exact_tensors(mode: str, tmp_path: Path) -> None:
     """Under AddressSanitizer and UBSan, with odd rows and padding."""
     problems = CASES[2].problems(mode)
@@ -355,36 +366,40 @@ CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
 
 @pytest.mark.parametrize(
     ("spec", "sizes", "wavefronts", "loads"),
-    [
-        # All positions of the stride are read, in words.
-        (
-            ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
-            (4, 32, 32, 32, 64, 128, 63, 127, 255),
-            1,
-            5,
-        ),
-        # Every second one, each for itself.
-        (
-            ConvSpec(UP, 3, 2, 1, dilation=2, in_channels=32, out_channels=64),
-            (16, 32, 64, 16, 32, 32, 33, 65, 65),
-            1,
-            6,
-        ),
-        # Channels an even number of elements apart.
-        (
-            ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
-            (4, 32, 32, 32, 64, 128, 62, 127, 255),
-            1,
-            5,
-        ),
-        # Quads of neighbouring channels overlap, wherever these lie.
-        (
-            ConvSpec(CONV, 3, 1, 1, in_channels=32, out_channels=32),
-            (4, 32, 32, 31, 65, 65, 31, 65, 65),
-            2,
-            4,
-        ),
-    ],
+    mostly_long(
+        [
+            # All positions of the stride are read, in words.
+            (
+                ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
+                (4, 32, 32, 32, 64, 128, 63, 127, 255),
+                1,
+                5,
+            ),
+            # Every second one, each for itself.
+            (
+                ConvSpec(UP, 3, 2, 1, dilation=2, in_channels=32, out_channels=64),
+                (16, 32, 64, 16, 32, 32, 33, 65, 65),
+                1,
+                6,
+            ),
+            # Channels an even number of elements apart.
+            (
+                ConvSpec(UP, 3, 2, 1, in_channels=32, out_channels=32),
+                (4, 32, 32, 32, 64, 128, 62, 127, 255),
+                1,
+                5,
+            ),
+            # Quads of neighbouring channels overlap, wherever these lie.
+            (
+                ConvSpec(CONV, 3, 1, 1, in_channels=32, out_channels=32),
+                (4, 32, 32, 31, 65, 65, 31, 65, 65),
+                2,
+                4,
+            ),
+        ],
+        0,
+        3,
+    ),
 )
 def test_loads_from_loose_lines_have_few_bank_conflicts(
     spec: ConvSpec, sizes: tuple[int, ...], wavefronts: int, loads: int
@@ -426,7 +441,7 @@ def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
     assert made.error() <= LIMITS["bf16tc"]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("architecture", mostly_long(["80", "90a"], 1))
 @pytest.mark.parametrize("processors", [1, 3])
 def test_tiles_are_dealt_to_splits_in_turn(
     processors: int, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

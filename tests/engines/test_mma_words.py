@@ -13,7 +13,15 @@ from pathlib import Path
 import plans
 import pytest
 import torch
-from interpreted import Library, compile_interpreted, engine_sources, problem, shifted, solve
+from interpreted import (
+    Library,
+    compile_interpreted,
+    engine_sources,
+    mostly_long,
+    problem,
+    shifted,
+    solve,
+)
 
 from convgen.engines.gather.axes import gather_axes
 from convgen.engines.gather.unroll import window_words
@@ -58,8 +66,11 @@ CASES: list[tuple[ConvSpec, str, str, Calls]] = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].name}-{case[2]}")
+@pytest.mark.parametrize(
+    ("case", "architecture"),
+    mostly_long([(case, a) for case in CASES for a in ("80", "90a")], 2, 5),
+    ids=lambda value: value if isinstance(value, str) else f"{value[0].name}-{value[2]}",
+)
 def test_words_of_neighbours_agree_with_float64(
     case: tuple[ConvSpec, str, str, Calls], architecture: str
 ) -> None:
@@ -81,6 +92,7 @@ def test_words_of_neighbours_agree_with_float64(
             given.check()
 
 
+@pytest.mark.long
 def test_three_groups_beside_one_crew_agree_with_float64() -> None:
     """A crew alone tells of a buffer when the next one's copies are on their way."""
     spec, kind, style, calls = CASES[0]

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import plans
 import pytest
-from interpreted import Library, compile_interpreted, engine_sources, problem, shifted, solve
+from interpreted import (
+    Library,
+    compile_interpreted,
+    engine_sources,
+    mostly_long,
+    problem,
+    shifted,
+    solve,
+)
 
 from convgen.engines.gather.axes import arrange, gather_axes, runs_along_batch
 from convgen.spec import ConvSpec
@@ -33,17 +41,24 @@ LINES: Layer = ConvSpec("conv1d", 5, 2, 2), (9, 17), (9,)
 
 
 @pytest.mark.parametrize(
-    ("layer", "kind", "granules"),
-    [
-        (PLANES, "f32", False),
-        (PLANES, "tf32", True),
-        (GROUPED, "bf16tc", False),
-        (GROUPED, "bf16tc", True),
-        (LINES, "tf32", False),
-    ],
+    ("layer", "kind", "granules", "small"),
+    mostly_long(
+        [
+            (PLANES, "f32", False, True),
+            (GROUPED, "bf16tc", True, True),
+            (LINES, "tf32", False, True),
+            (PLANES, "tf32", True, False),
+            (GROUPED, "bf16tc", False, False),
+            (GROUPED, "bf16tc", True, False),
+            (LINES, "tf32", False, False),
+        ],
+        *range(3),
+    ),
     ids=lambda value: value[0].name if isinstance(value, tuple) else str(value),
 )
-def test_tiles_of_many_samples_agree_with_float64(layer: Layer, kind: str, granules: bool) -> None:
+def test_tiles_of_many_samples_agree_with_float64(
+    layer: Layer, kind: str, granules: bool, small: bool
+) -> None:
     spec, channels, extents = layer
     contractions = ("fprop", "dgrad")
     schedules = {}
@@ -54,7 +69,7 @@ def test_tiles_of_many_samples_agree_with_float64(layer: Layer, kind: str, granu
             )
             for contraction in contractions
         }
-    files = engine_sources(spec, kind, contractions, schedules)
+    files = engine_sources(spec, kind, contractions, schedules, small=small)
     loaded = Library(compile_interpreted(f"samples_{spec.name}_{kind}", files, "checked"))
     for contraction in contractions:
         for seed, batch in enumerate((7, 1)):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import plans
 import pytest
-from interpreted import engine_sources
+from interpreted import engine_sources, mostly_long
 
 from convgen.building import toolchain
 from convgen.engines.mma.wgrad import wgrad_schedule, with_groups
@@ -131,7 +131,7 @@ def search(path: Path) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("contraction", ["fprop", "dgrad", "wgrad"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", mostly_long(SPECS, 0), ids=lambda spec: spec.name)
 def test_nothing_writes_what_products_read(
     spec: ConvSpec, contraction: str, tmp_path: Path
 ) -> None:
@@ -140,7 +140,7 @@ def test_nothing_writes_what_products_read(
     assert not found
 
 
-@pytest.mark.parametrize("spec", SPECS[2:], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", mostly_long(SPECS[2:], 1), ids=lambda spec: spec.name)
 def test_nothing_writes_what_products_of_loose_lines_read(spec: ConvSpec, tmp_path: Path) -> None:
     products, found = search(cubin(tmp_path, spec, "wgrad", None, "bf16tc"))
     assert products
