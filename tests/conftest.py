@@ -78,6 +78,14 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.fixture(scope="module")
+def shared_cache(session_cache: Path) -> Iterator[None]:
+    """Lets a module's tests compile into the cache of the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        yield
+
+
 @pytest.fixture(scope="session")
 def package(session_cache: Path) -> Package:
     """``package("conv2d", "cpu", kernel_size=3, ...)``: a module, compiled at its first use."""

@@ -1,4 +1,4 @@
-"""The folders of the package: imports point one way, lazy ones too."""
+"""The folders of the package: imports point one way, lazy ones too, and files stay short."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ FLOORS = (
     ("cli",),
 )
 """From the lowest to the highest: a part may import itself and what lies below its floor."""
+
+MOST_LINES = 500
 
 
 @cache
@@ -71,3 +73,13 @@ def test_no_modules_import_each_other() -> None:
     """Not even where an import waits inside a function: nothing hides a circle."""
     graph = {name: set(imports(name)) - {name} for name in modules() if name != "convgen"}
     TopologicalSorter(graph).prepare()
+
+
+def test_no_file_of_ours_is_long() -> None:
+    folders = ("convgen", "tests", "examples")
+    lines = {
+        path.relative_to(ROOT): len(path.read_text().splitlines())
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert not {path: count for path, count in lines.items() if count > MOST_LINES}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,11 +20,7 @@ IN_PROCESS = ("plain", "debug", "checked")
 """``address`` needs a program of its own: see test_interpreter_engines.py."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def environment(session_cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
-        yield
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 @cache

@@ -26,10 +26,9 @@ CONTRACTIONS = ("fprop", "dgrad", "wgrad", "bgrad")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def environment(session_cache: Path) -> Iterator[None]:
+def environment(shared_cache: None) -> Iterator[None]:
     properties = torch.cuda.get_device_properties(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
         # The cut of a call depends on the GPU.
         patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", str(properties.multi_processor_count))
         patch.setenv(

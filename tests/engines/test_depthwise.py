@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import plans
@@ -17,9 +16,8 @@ from convgen.spec import ConvSpec
 
 
 @pytest.fixture(autouse=True, scope="module")
-def environment(session_cache: Path) -> Iterator[None]:
+def environment(shared_cache: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
         # Blocks have several steps, and no more of them than that takes.
         patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
         yield

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,11 +36,7 @@ from convgen.specialize import render, specialize
 READERS = ("fprop", "wgrad")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def environment(session_cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
-        yield
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def geometry(kernel: int, stride: int, padding: int, dilation: int) -> Geometry:

@@ -6,7 +6,6 @@ tiles are staged as the input lies in memory (``granules.cuh``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -45,11 +44,7 @@ CALLS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def environment(session_cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
-        yield
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def sources(

@@ -6,9 +6,7 @@ line begins in follows from the tensor's address and extents, and the weights ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import plans
 import pytest
@@ -29,12 +27,7 @@ from convgen.engines.mma.fit import loads_words
 from convgen.engines.problem import Problem
 from convgen.spec import ConvSpec
 
-
-@pytest.fixture(autouse=True, scope="module")
-def environment(session_cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
-        yield
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 CONV, UP = "conv3d", "conv_transpose3d"

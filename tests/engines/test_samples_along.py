@@ -6,9 +6,7 @@ it (``samples_along_y`` in ``cuda/gather.j2``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import plans
 import pytest
@@ -25,12 +23,7 @@ from interpreted import (
 from convgen.engines.gather.axes import arrange, gather_axes, runs_along_batch
 from convgen.spec import ConvSpec
 
-
-@pytest.fixture(autouse=True, scope="module")
-def environment(session_cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
-        yield
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 # Specification; channels in and out, extents: small, so that a tile has many samples.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,7 @@ SPEC = ConvSpec.make("conv2d", kernel_size=3, padding=1)
 LAYER = Layer("small", SPEC, (2, 5, 12, 19), 6, False)
 
 
-@pytest.fixture(autouse=True)
-def environment(session_cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
-        yield
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def outcomes(most: int = 2, layer: Layer = LAYER, dtype: str = "f32") -> list[jobs.Outcome]:
