@@ -80,6 +80,15 @@ def conv_transpose3d(
         or groups is not GROUPS
     ):
         _check(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return _convolve(input, weight, bias, output_padding)
+
+
+def _convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_padding: int | Sequence[int],
+) -> Tensor:
     if not (plain := is_plain((input, weight, bias))):
         result = by_others(conv_transpose3d, input, weight, bias, output_padding)
         if result is not None:
@@ -87,14 +96,14 @@ def conv_transpose3d(
     if input.dim() != 5:
         if input.dim() == 4:
             batch = input.unsqueeze(0)
-            return conv_transpose3d(batch, weight, bias, output_padding=output_padding).squeeze(0)
+            return _convolve(batch, weight, bias, output_padding).squeeze(0)
         raise RuntimeError(
             "Expected 4D (unbatched) or 5D (batched) input to conv_transpose3d, "
             f"but got input of size: {list(input.shape)}"
         )
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
-    if type(output_padding) is not tuple or output_padding != OUTPUT_PADDING:
+    if output_padding is not OUTPUT_PADDING:
         output_padding = _check_output_padding(output_padding)
     # (extent - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + output_padding + 1
     _, _, depth, height, width = input.shape
@@ -153,7 +162,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
         )
         count_as_torch(ConvTranspose3d, dgrad_op.overloadpacket)
 
-    _convolve = staticmethod(conv_transpose3d)
+    _convolve = staticmethod(_convolve)
     """What the layer calls; an instance with an attribute that is not `SPEC`'s has `_refuse`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -185,7 +194,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
                 3,
                 list(DILATION),
             )
-        return self._convolve(input, self.weight, self.bias, output_padding=output_padding)
+        return self._convolve(input, self.weight, self.bias, output_padding)
 
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -229,7 +238,7 @@ def _canonical(name: str, value: Any) -> Any:
 
 
 def _refuse(why: str, *_: Any, **__: Any) -> Tensor:
-    """Stands in for `conv_transpose3d` in a layer with other constants."""
+    """Stands in for `_convolve` in a layer with other constants."""
     raise ValueError(why)
 
 
@@ -251,6 +260,8 @@ def _autocast(
 
 def _check_output_padding(output_padding: int | Sequence[int]) -> Sequence[int]:
     """One value per dimension, each smaller than stride or dilation."""
+    if type(output_padding) is tuple and output_padding == OUTPUT_PADDING:
+        return OUTPUT_PADDING
     given = output_padding if isinstance(output_padding, Sequence) else [output_padding]
     try:
         values = list(map(index, given))

@@ -20,8 +20,6 @@ from ._runtime import (
     NAME,
     Launch,
     check_generated,
-    check_memory,
-    contiguous,
     fp32_precision,
     prepare,
 )
@@ -161,11 +159,9 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
     coarse = fine.new_empty(size=shape)
     if launch is None:
         return _bias_alone(coarse, bias)
-    if not (fine.is_contiguous() and weight.is_contiguous()):
-        fine, weight = contiguous(fine), contiguous(weight)
-    if bias is not None and not bias.is_contiguous():
-        bias = contiguous(bias)
-    launch.run(coarse, fine, weight, bias)
+    launch.run(
+        coarse, fine.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    )
     return coarse
 
 
@@ -180,11 +176,9 @@ def dgrad_kernel(
     fine = coarse.new_empty(size=shape)
     if launch is None:
         return _bias_alone(fine, bias)
-    if not (coarse.is_contiguous() and weight.is_contiguous()):
-        coarse, weight = contiguous(coarse), contiguous(weight)
-    if bias is not None and not bias.is_contiguous():
-        bias = contiguous(bias)
-    launch.run(coarse, fine, weight, bias)
+    launch.run(
+        coarse.contiguous(), fine, weight.contiguous(), None if bias is None else bias.contiguous()
+    )
     return fine
 
 
@@ -197,9 +191,7 @@ def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
     weight = coarse.new_empty(size=shape)
     if launch is None:
         return weight.zero_()
-    if not (coarse.is_contiguous() and fine.is_contiguous()):
-        coarse, fine = contiguous(coarse), contiguous(fine)
-    launch.run(coarse, fine, weight, None)
+    launch.run(coarse.contiguous(), fine.contiguous(), weight, None)
     return weight
 
 
@@ -212,7 +204,7 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
     bias = grad.new_empty(size=shape)
     if launch is None:
         return bias.zero_()
-    launch.run(grad if grad.is_contiguous() else contiguous(grad), None, None, bias)
+    launch.run(grad.contiguous(), None, None, bias)
     return bias
 
 
@@ -228,9 +220,7 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     bias = coarse.new_empty(size=(fine.shape[1],))
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
-    if not (coarse.is_contiguous() and fine.is_contiguous()):
-        coarse, fine = contiguous(coarse), contiguous(fine)
-    launch.run(coarse, fine, weight, bias)
+    launch.run(coarse.contiguous(), fine.contiguous(), weight, bias)
     return weight, bias
 
 
@@ -279,5 +269,4 @@ def _remember(
 
 
 def _bias_alone(result: Tensor, bias: Tensor | None) -> Tensor:
-    check_memory(bias)
     return result.zero_() if bias is None else result.copy_(bias.view(-1, 1, 1, 1))

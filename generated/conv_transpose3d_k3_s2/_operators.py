@@ -56,9 +56,16 @@ from ._kernels import (
     wgrad_kernel,
     wgrad_shape,
 )
-from ._runtime import FOLDERS, VARIANT, contiguous
+from ._runtime import (
+    FOLDERS,
+    LEAST_ADDRESS,
+    VARIANT,
+    check_memory,
+    contiguous,
+    is_freed,
+)
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_d0689270"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_caf15e29"
 NAMESPACE += VARIANT
 
 
@@ -239,7 +246,7 @@ def below_autograd(
 ) -> Any:
     """Goes on below the Autograd key, or straight to the kernel if nothing else is there."""
     if keyset.raw_repr() in _PLAIN:
-        return kernel(*without_subclasses(inputs))
+        return kernel(*in_memory(inputs))
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
@@ -255,24 +262,27 @@ def forward(
     if keyset is None:
         return kernel(*inputs)
     if keyset.raw_repr() in _PLAIN:
-        return kernel(*without_subclasses(inputs))
+        return kernel(*in_memory(inputs))
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return below_autograd(operator, kernel, keyset, *inputs)
 
 
-def without_subclasses(inputs: tuple[Any, ...]) -> list[Any]:
-    """The same memory as torch's own tensors.
+def in_memory(inputs: tuple[Any, ...]) -> list[Any]:
+    """Inputs as the kernels read them: torch's own tensors, whose memory is there.
 
-    A subclass may override any method that a kernel calls, or carry what the results of such calls
-    do not have. The dispatcher gives results their class.
+    A subclass may override any method that a kernel calls. The dispatcher gives results its class.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        return [
+        plain = [
             Tensor.as_subclass(value, Tensor)
             if isinstance(value, Tensor) and type(value) not in _TENSORS
             else value
             for value in inputs
         ]
+    for value in plain:
+        if isinstance(value, Tensor) and value.data_ptr() < LEAST_ADDRESS:
+            check_memory(value)
+    return plain
 
 
 _TENSORS = {Tensor, Parameter}
@@ -298,7 +308,11 @@ def is_plain(inputs: tuple[Any, ...]) -> bool:
     try:
         for value in inputs:
             if type(value) in _TENSORS:
-                if value.is_neg() or not value.data_ptr():  # -x or zeros, computed when needed
+                # -x and zeros are computed when needed; what was freed is for the kernel to refuse.
+                if value.is_neg() or (
+                    (address := value.data_ptr()) < LEAST_ADDRESS
+                    and (not address or is_freed(value))
+                ):
                     return False
             elif type(value) not in _OTHERS:
                 return False
@@ -397,7 +411,7 @@ def _define(
     register_vmap(f"{NAMESPACE}::{name}", _batching_rule(operator), lib=library)
     library.impl(name, autograd, "Autograd", with_keyset=True)
     for key in ("CPU", "CUDA"):
-        library.impl(name, lambda *inputs: kernel(*without_subclasses(inputs)), key)
+        library.impl(name, lambda *inputs: kernel(*in_memory(inputs)), key)
     return call, call_plain
 
 

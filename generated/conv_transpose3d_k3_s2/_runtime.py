@@ -23,7 +23,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 NAME = "conv_transpose3d_k3_s2"
 COMMAND = "convgen generate --kernel 3 --stride 2"
@@ -77,26 +77,30 @@ def check_generated(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-_LEAST_ADDRESS = 1 << 40
-"""Below it, an address is looked at more closely: see :func:`check_memory`."""
+LEAST_ADDRESS = 1 << 40
+"""Below it, an address is hardly one of a tensor with memory: see :func:`is_freed`."""
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the storage of a tensor was freed: resized to 0, as FSDP does.
+
+    The address of such a tensor is its offset in the storage, in bytes: 0, or a small number. The
+    kernels would read there, and torch's own copies do.
+    """
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False  # its memory is that of the tensors that it wraps
+    try:
+        return not tensor.untyped_storage().nbytes() and tensor.numel() > 0
+    except (NotImplementedError, RuntimeError):  # it has no storage: torch.func's, sparse
+        return False
 
 
 def check_memory(*tensors: Tensor | None) -> None:
-    """Raises RuntimeError where the storage of a tensor was freed, resized to 0 as FSDP does.
-
-    The address of such a tensor is its offset in the storage, in bytes: 0, or a small number.
-    Operators of torch would read there.
-    """
-    if is_compiling():
+    """Raises RuntimeError where the storage of a tensor was freed."""
+    if is_dynamo_compiling():
         return
     for tensor in tensors:
-        if tensor is None or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            continue  # a wrapper's memory is that of what it wraps
-        try:
-            freed = not tensor.untyped_storage().nbytes() and tensor.numel()
-        except (NotImplementedError, RuntimeError):  # so does torch.func wrap
-            continue
-        if freed:
+        if tensor is not None and is_freed(tensor):
             raise RuntimeError(
                 f"{NAME}: the storage of a tensor of size {list(tensor.shape)} was freed: "
                 "its elements are not in memory"
@@ -149,22 +153,11 @@ class Launch:
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> None:
-        """Runs on contiguous tensors, one of which is the result, on the current stream.
+        """Runs on contiguous tensors in memory, one of them the result, on the current stream.
 
         Raises:
-            RuntimeError: where CUDA or the kernel refuses the call, or an operand was freed.
+            RuntimeError: where CUDA or the kernel refuses the call.
         """
-        coarse_address = coarse.data_ptr()
-        fine_address = 0 if fine is None else fine.data_ptr()
-        weight_address = 0 if weight is None else weight.data_ptr()
-        bias_address = 0 if bias is None else bias.data_ptr()
-        if (
-            coarse_address < _LEAST_ADDRESS
-            or (fine_address < _LEAST_ADDRESS and fine is not None)
-            or (weight_address < _LEAST_ADDRESS and weight is not None)
-            or (bias_address < _LEAST_ADDRESS and bias is not None)
-        ):
-            check_memory(coarse, fine, weight, bias)
         stream = workspace = 0
         if self.gpu is not None:
             stream = torch._C._cuda_getCurrentRawStream(self.gpu)
@@ -176,10 +169,10 @@ class Launch:
             scratch = coarse.new_empty(size=(self.workspace_bytes + 255,), dtype=torch.uint8)
             workspace = (scratch.data_ptr() + 255) & -256
         pointers = _POINTERS.pack(
-            coarse_address,
-            fine_address,
-            weight_address,
-            bias_address,
+            coarse.data_ptr(),
+            0 if fine is None else fine.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             workspace,
             stream,
         )
