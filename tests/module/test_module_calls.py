@@ -31,7 +31,7 @@ def k3s2(package: Package) -> ModuleType:
 
 @contextmanager
 def ways(module: ModuleType) -> Iterator[list[bool]]:
-    """Collects for each call whether it goes past the dispatcher."""
+    """Collects whether calls go past the dispatcher, each time that this is asked."""
     operators = sys.modules[module.dgrad.__module__]
     found: list[bool] = []
     decide = operators.is_plain
@@ -42,6 +42,7 @@ def ways(module: ModuleType) -> Iterator[list[bool]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operators, "is_plain", is_plain)
+        patch.setattr(module, "is_plain", is_plain)
         yield found
 
 
@@ -57,7 +58,7 @@ class FunctionMode(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.seen += "dgrad" in str(function)
+        self.seen += "convgen" in str(getattr(function, "__module__", ""))
         return function(*args, **(kwargs or {}))
 
 
@@ -88,7 +89,8 @@ class TestShortWay:
             )
             layer(X)
             layer(X[0])
-        assert found == [True] * 3
+        assert len(found) >= 3
+        assert all(found)
 
     def test_is_taken_with_gradients_and_in_the_backward_pass(self, k3s2: ModuleType) -> None:
         layer = k3s2.ConvTranspose3d(3, 2)
@@ -131,7 +133,8 @@ class TestLongWay:
     def compare(self, module: ModuleType, x: Tensor, w: Tensor = W, b: Tensor = B) -> Tensor:
         with ways(module) as found:
             y: Tensor = module.conv_transpose3d(x, w, b)
-        assert found == [False]
+        assert found
+        assert not found[0]
         torch.testing.assert_close(y, F.conv_transpose3d(x, w, b, 2))
         return y
 
@@ -149,7 +152,8 @@ class TestLongWay:
                 y = k3s2.conv_transpose3d(x, w, b)
             assert isinstance(y, FakeTensor)
             assert y.shape == (2, 2, 7, 5, 9)
-            assert found == [False]
+            assert found
+        assert not any(found)
 
     def test_subclasses(self, k3s2: ModuleType) -> None:
         y = self.compare(k3s2, X.as_subclass(Subclass))
@@ -157,7 +161,8 @@ class TestLongWay:
         two = TwoTensor(X, 2 * X)
         with ways(k3s2) as found:
             y = k3s2.conv_transpose3d(two, TwoTensor(W, W))
-        assert found == [False]
+        assert found
+        assert not any(found)
         torch.testing.assert_close(y.b, F.conv_transpose3d(2 * X, W, None, 2))
 
     def test_transforms(self, k3s2: ModuleType) -> None:
