@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps ``convgen.specialize`` and ``convgen.verify`` the functions, not the submodules.
+    """Keeps ``convgen.specialize`` the function, not the submodule.
 
     The import system binds a submodule under its name once it is loaded, whoever imports it.
     """

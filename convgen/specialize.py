@@ -139,7 +139,7 @@ def render(
     """Text of every file of a package but ``build.ninja``, which depends on the machine.
 
     A function of its arguments and of convgen's version; ``dtypes`` of None are
-    :data:`DEFAULT_DTYPES`. ``schedules`` are other than the engines' defaults, by backend, then by
+    :data:`DEFAULT_DTYPES`. ``schedules`` are other than the families' defaults, by backend, then by
     contraction and dtype or math mode.
     """
     # Imported here because of jinja2: neither `convgen --help` nor a module found again needs it.
