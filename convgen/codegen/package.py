@@ -16,6 +16,7 @@ from typing import Any
 from convgen import __version__
 from convgen.codegen.render import command_line, render_template
 from convgen.engines import tensor_cores
+from convgen.engines.implicit_gemm import common as implicit_gemm
 from convgen.engines.registry import AnyPlan
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
@@ -49,6 +50,13 @@ def render_package(
         "dtypes": DTYPES,
         "math_modes": description["backends"].get("cuda", {}).get("math_modes", []),
         "tensor_core_width": tensor_cores.WIDTH,
+        "implicit_gemms": sorted(
+            f"{plan.contraction}_{plan.kind}"
+            for plan in plans.get("cuda", ())
+            if plan.family.name == implicit_gemm.NAME
+        ),
+        "gemm": implicit_gemm,
+        "taps": spec.geometry.taps,
         # Whether the gradients of a layer both read what one of them packs.
         "shares_packed": spec.transposed
         and any(

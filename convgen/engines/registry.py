@@ -18,6 +18,8 @@ from convgen.engines.cost import Gpu, Prediction
 from convgen.engines.depthwise import gather as depthwise_gather
 from convgen.engines.depthwise import wgrad as depthwise_wgrad
 from convgen.engines.family import Family, Plan
+from convgen.engines.implicit_gemm import gather as gemm_gather
+from convgen.engines.implicit_gemm import wgrad as gemm_wgrad
 from convgen.engines.mma import gather as mma_gather
 from convgen.engines.mma import wgrad as mma_wgrad
 from convgen.engines.problem import Call, Problem
@@ -40,6 +42,8 @@ FAMILIES: tuple[AnyFamily, ...] = (
     depthwise_wgrad.WGRAD,
     mma_gather.GATHER,
     mma_wgrad.WGRAD,
+    gemm_gather.GATHER,
+    gemm_wgrad.WGRAD,
 )
 
 

@@ -66,7 +66,7 @@ def conv_transpose3d(
         output_padding: extends the output at its ends, by less than stride or dilation.
 
     Returns:
-        (N, C_out, D, H, W) or (C_out, D, H, W), contiguous.
+        (N, C_out, D, H, W) or (C_out, D, H, W), in the memory format that torch's has.
 
     Raises:
         ValueError: where a constant is not that of `SPEC`.

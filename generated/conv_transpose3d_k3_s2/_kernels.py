@@ -20,11 +20,15 @@ from ._runtime import (
     NAME,
     Launch,
     check_generated,
+    contiguous,
     fp32_precision,
     prepare,
+    transpose,
 )
 
 KERNEL_SIZE = (3, 3, 3)
+CHANNELS_LAST = torch.channels_last_3d
+COARSE, FINE, WEIGHT = 1, 2, 4  # ConvgenOperand: tensors whose channels lie side by side
 
 
 # Shapes of the results. Operands that do not fit raise what torch's own convolutions raise.
@@ -143,6 +147,72 @@ def _by(extents: Sequence[int]) -> str:
     return f"({' x '.join(map(str, extents))})"
 
 
+# Memory formats, as torch's convolutions have them: results have their channels side by side where
+# an operand has.
+
+
+def lies_last(tensor: Tensor) -> bool:
+    """Whether a tensor that is not contiguous has its channels side by side."""
+    return tensor.is_contiguous(memory_format=CHANNELS_LAST) and not tensor.is_contiguous()
+
+
+def new_result(shape: Sequence[int], first: Tensor, second: Tensor) -> Tensor:
+    """Memory for the result of two operands."""
+    if lies_last(first) or lies_last(second):
+        return first.new_empty_strided(size=shape, stride=_last_strides(shape))
+    return first.new_empty(size=shape)
+
+
+def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor whose channels lie side by side."""
+    _, channels, depth, height, width = shape
+    line = width * channels
+    return (depth * height * line, 1, height * line, line, channels)
+
+
+def _arrange(
+    first: Tensor, second: Tensor, bits: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, int]:
+    """Operands that are contiguous or have their channels side by side; and which tensors have.
+
+    `bits` are those of the operands and of the result.
+    """
+    layout = 0
+    if lies_last(first):
+        layout |= bits[0]
+    elif not first.is_contiguous():
+        first = first.contiguous()
+    if lies_last(second):
+        layout |= bits[1]
+    elif not second.is_contiguous():
+        second = second.contiguous()
+    return first, second, layout | (bits[2] if layout else 0)
+
+
+def arranged(tensor: Tensor) -> Tensor:
+    """A tensor that is contiguous or has its channels side by side: a copy where it does not."""
+    return tensor if tensor.is_contiguous() or lies_last(tensor) else contiguous(tensor)
+
+
+def _as_first(tensor: Tensor) -> Tensor:
+    """A contiguous tensor, for kernels that take such ones alone."""
+    # A copy by torch takes three to six times as long.
+    if tensor.device.type == "cuda" and lies_last(tensor):
+        positions = prod(tensor.shape[2:])
+        result = tensor.new_empty(size=tensor.shape)
+        return transpose(tensor, result, tensor.shape[0], positions, tensor.shape[1])
+    return tensor.contiguous()
+
+
+def _as_last(result: Tensor) -> Tensor:
+    """The result of such a kernel, as torch's would lie."""
+    if result.device.type == "cuda" and result.numel():
+        last = result.new_empty_strided(size=result.shape, stride=_last_strides(result.shape))
+        positions = prod(result.shape[2:])
+        return transpose(result, last, result.shape[0], result.shape[1], positions)
+    return result.contiguous(memory_format=CHANNELS_LAST)
+
+
 # Kernels, for the CPU and CUDA alike. What follows from shapes, dtypes and devices is checked and
 # computed once for each combination of them, and remembered.
 
@@ -151,76 +221,99 @@ _plans: dict[tuple[Any, ...], _Plan] = {}
 
 
 def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
-    key = _key("fprop", fine, weight, bias, size)
+    layout = 0
+    if not (fine.is_contiguous() and weight.is_contiguous()):
+        fine, weight, layout = _arrange(fine, weight, (FINE, WEIGHT, COARSE))
+    key = _key("fprop", fine, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
         shape = fprop_shape(fine, weight, bias, size)
-        plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape)
+        plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape, layout=layout)
     shape, launch = plan
-    coarse = fine.new_empty(size=shape)
+    if layout and launch is not None and not launch.takes_layouts:
+        return _as_last(fprop_kernel(_as_first(fine), _as_first(weight), bias, size))
+    coarse = new_result(shape, fine, weight) if layout else fine.new_empty(size=shape)
     if launch is None:
         return _bias_alone(coarse, bias)
-    launch.run(
-        coarse, fine.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    )
+    launch.run(coarse, fine, weight, None if bias is None else bias.contiguous())
     return coarse
 
 
 def dgrad_kernel(
     coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> Tensor:
-    key = _key("dgrad", coarse, weight, bias, size)
+    layout = 0
+    if not (coarse.is_contiguous() and weight.is_contiguous()):
+        coarse, weight, layout = _arrange(coarse, weight, (COARSE, WEIGHT, FINE))
+    key = _key("dgrad", coarse, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
         shape = dgrad_shape(coarse, weight, bias, size)
-        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape, layout=layout)
     shape, launch = plan
-    fine = coarse.new_empty(size=shape)
+    if layout and launch is not None and not launch.takes_layouts:
+        return _as_last(dgrad_kernel(_as_first(coarse), _as_first(weight), bias, size))
+    fine = new_result(shape, coarse, weight) if layout else coarse.new_empty(size=shape)
     if launch is None:
         return _bias_alone(fine, bias)
-    launch.run(
-        coarse.contiguous(), fine, weight.contiguous(), None if bias is None else bias.contiguous()
-    )
+    launch.run(coarse, fine, weight, None if bias is None else bias.contiguous())
     return fine
 
 
 def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
-    key = _key("wgrad", coarse, fine)
+    layout = 0
+    if not (coarse.is_contiguous() and fine.is_contiguous()):
+        coarse, fine, layout = _arrange(coarse, fine, (COARSE, FINE, WEIGHT))
+    key = _key("wgrad", coarse, fine, layout=layout)
     if (plan := _plans.get(key)) is None:
         shape = wgrad_shape(coarse, fine)
-        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
     shape, launch = plan
-    weight = coarse.new_empty(size=shape)
+    if layout and launch is not None and not launch.takes_layouts:
+        return _as_last(wgrad_kernel(_as_first(coarse), _as_first(fine)))
+    weight = new_result(shape, coarse, fine) if layout else coarse.new_empty(size=shape)
     if launch is None:
         return weight.zero_()
-    launch.run(coarse.contiguous(), fine.contiguous(), weight, None)
+    launch.run(coarse, fine, weight, None)
     return weight
 
 
 def bgrad_kernel(grad: Tensor) -> Tensor:
-    key = _key("bgrad", grad, grad)
+    layout = 0
+    if not grad.is_contiguous():
+        # The CPU's kernel takes contiguous tensors alone.
+        if lies_last(grad) and (INTERPRETED or grad.device.type != "cpu"):
+            layout = COARSE
+        else:
+            grad = grad.contiguous()
+    key = _key("bgrad", grad, grad, layout=layout)
     if (plan := _plans.get(key)) is None:
         shape = bgrad_shape(grad)
-        plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape)
+        plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape, layout=layout)
     shape, launch = plan
     bias = grad.new_empty(size=shape)
     if launch is None:
         return bias.zero_()
-    launch.run(grad.contiguous(), None, None, bias)
+    launch.run(grad, None, None, bias)
     return bias
 
 
 def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     if coarse.device.type != "cpu" or INTERPRETED:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
+    if not (coarse.is_contiguous() and fine.is_contiguous()):
+        coarse, fine, layout = _arrange(coarse, fine, (COARSE, FINE, WEIGHT))
+        if layout:
+            weight, bias = wbgrad_kernel(coarse.contiguous(), fine.contiguous())
+            return _as_last(weight), bias
     key = _key("wbgrad", coarse, fine)
     if (plan := _plans.get(key)) is None:
         shape = wgrad_shape(coarse, fine)
-        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=0)
     shape, launch = plan
     weight = coarse.new_empty(size=shape)
     bias = coarse.new_empty(size=(fine.shape[1],))
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
-    launch.run(coarse.contiguous(), fine.contiguous(), weight, bias)
+    launch.run(coarse, fine, weight, bias)
     return weight, bias
 
 
@@ -230,6 +323,7 @@ def _key(
     second: Tensor,
     bias: Tensor | None = None,
     size: Sequence[int] = (),
+    layout: int = 0,
 ) -> tuple[Any, ...]:
     """All that a plan depends on; `size` is the extents of the result."""
     device = first.device
@@ -243,6 +337,7 @@ def _key(
         second.device == device,  # hashing it takes longer
         None if bias is None else (bias.shape, bias.dtype, bias.device == device),
         torch.get_num_threads(),
+        layout,
         *size,
         fp32_precision(),
     )
@@ -255,13 +350,14 @@ def _remember(
     *,
     coarse: Sequence[int],
     fine: Sequence[int],
+    layout: int,
 ) -> _Plan:
     for extents in (coarse, fine):
         if prod(extents) >= 1 << 63:  # not in a C struct either
             raise RuntimeError(f"{NAME}: size {list(extents)} has more elements than a tensor can")
     launch = None
     if 0 not in coarse and 0 not in fine:
-        launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1])
+        launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1], layout)
     if len(_plans) >= 4096:  # extents that never repeat must not fill the memory
         _plans.clear()
     plan = _plans[key] = (shape, launch)

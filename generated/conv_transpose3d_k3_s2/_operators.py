@@ -45,12 +45,14 @@ from torch.nn import Parameter
 
 from ._integration import register, register_shardings
 from ._kernels import (
+    arranged,
     bgrad_kernel,
     bgrad_shape,
     dgrad_kernel,
     dgrad_shape,
     fprop_kernel,
     fprop_shape,
+    new_result,
     wbgrad_kernel,
     wbgrad_shape,
     wgrad_kernel,
@@ -61,11 +63,10 @@ from ._runtime import (
     LEAST_ADDRESS,
     VARIANT,
     check_memory,
-    contiguous,
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_caf15e29"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_006c7b24"
 NAMESPACE += VARIANT
 
 
@@ -104,7 +105,7 @@ class Fprop(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         fine, weight = ctx.saved_tensors
-        grad = grad if grad.is_contiguous() else contiguous(grad)  # one copy for all that read it
+        grad = arranged(grad)  # one copy for all that read it
         needs_fine, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
             dgrad(grad, weight, None, ctx.extents) if needs_fine else None,
@@ -143,7 +144,7 @@ class Dgrad(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coarse, weight = ctx.saved_tensors
-        grad = grad if grad.is_contiguous() else contiguous(grad)  # one copy for all that read it
+        grad = arranged(grad)  # one copy for all that read it
         needs_coarse, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if needs_weight and needs_bias:
             grad_coarse = fprop(grad, weight, None, ctx.extents) if needs_coarse else None
@@ -381,8 +382,11 @@ def _define(
     def fake(*inputs: Any) -> Any:
         result = shape(*inputs)
         if isinstance(result[0], tuple):
-            return tuple(inputs[0].new_empty(each) for each in result)
-        return inputs[0].new_empty(result)
+            weight, bias = result
+            return new_result(weight, inputs[0], inputs[1]), inputs[0].new_empty(bias)
+        if len(result) == 1:
+            return inputs[0].new_empty(result)
+        return new_result(result, inputs[0], inputs[1])
 
     def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
         register_shardings(_namespace)

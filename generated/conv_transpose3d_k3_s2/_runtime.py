@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,14 @@ VARIANT = f"_interpreted_{crc32((__name__ + __file__).encode()):08x}" if INTERPR
 MATH_MODES = {"tf32", "tf32x3"}
 """Further CUDA kernels, on tensor cores: see :func:`_math_mode`."""
 
+IMPLICIT_GEMMS = {"fprop_tf32"}
+"""Contractions and math modes that Hopper's kernels serve in every layout: see :func:`prepare`."""
+
 FOLDERS = [Path(__file__).parent]
 """Folders with a copy of this package; its kernels are loaded from the first whose library loads."""
 
 _POINTERS = struct.Struct("6Q")  # ConvgenCall: coarse, fine, weight, bias, workspace, stream
-_NUMBERS = struct.Struct("10q")  # ConvgenCall: device, batch, channels, extents
+_NUMBERS = struct.Struct("11q")  # ConvgenCall: device, batch, channels, extents, channels_last
 
 _TOO_LARGE = -1  # CONVGEN_TOO_LARGE
 
@@ -145,6 +148,8 @@ class Launch:
     """Whether its workspace is memory that the thread keeps."""
     fallback: Launch | None = None
     """Takes the calls whose tiles do not fit into the GPU's shared memory."""
+    takes_layouts: bool = False
+    """Whether it takes tensors as they lie, channels side by side or contiguous."""
 
     def run(
         self,
@@ -153,11 +158,18 @@ class Launch:
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> None:
-        """Runs on contiguous tensors in memory, one of them the result, on the current stream.
+        """Runs on tensors in memory that lie as it takes them, one of them the result, on the
+        current stream.
 
         Raises:
             RuntimeError: where CUDA or the kernel refuses the call.
         """
+        # The copy engine begins at multiples of 16 bytes; results do.
+        if self.takes_layouts and any(
+            each is not None and each.data_ptr() & 15 for each in (coarse, fine, weight)
+        ):
+            self.run(*map(_aligned, (coarse, fine, weight)), bias)
+            return
         stream = workspace = 0
         if self.gpu is not None:
             stream = torch._C._cuda_getCurrentRawStream(self.gpu)
@@ -187,6 +199,21 @@ class Launch:
             )
 
 
+def transpose(source: Tensor, result: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+    """Copies (batch, rows, columns) to (batch, columns, rows), as both lie in memory, on CUDA."""
+    check_generated(source.device, source.dtype)
+    library = _libraries.get(source.device.type) or _load(source.device.type)
+    function = library[f"convgen_transpose_{BACKENDS[source.device.type][source.dtype]}"]
+    function.argtypes = [ctypes.c_char_p]
+    index = source.device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    pointers = _POINTERS.pack(source.data_ptr(), result.data_ptr(), 0, 0, 0, stream)
+    numbers = _NUMBERS.pack(index, batch, rows, columns, 1, 1, 1, 1, 1, 1, 0)
+    if code := function(pointers + numbers):
+        raise RuntimeError(f"{NAME}: {library.convgen_error_string(code).decode()} ({code})")
+    return result
+
+
 def prepare(
     contraction: str,
     device: torch.device,
@@ -194,8 +221,11 @@ def prepare(
     coarse_shape: Sequence[int],
     fine_shape: Sequence[int],
     precision: str,
+    layout: int,
 ) -> Launch:
     """The kernel of a contraction for tensors of these shapes, loading its library if need be.
+
+    ``layout`` says which tensors have their channels side by side, as ConvgenCall does.
 
     ``precision`` is what :func:`fp32_precision` says. Tensor cores take a call where a group's
     channels fill an eighth of their products, which are 8 channels wide on both sides.
@@ -213,6 +243,7 @@ def prepare(
         fine_shape[1],
         *coarse_shape[2:],
         *fine_shape[2:],
+        layout,
     )
 
     def launch(kind: str, fallback: Launch | None = None) -> Launch:
@@ -230,8 +261,26 @@ def prepare(
     suits = 8 * channels[0] * channels[1] >= padded[0] * padded[1]
     mode = _math_mode(device, dtype, precision)
     if mode is not None and contraction != "bgrad" and suits:
+        name = f"{contraction}_{mode}"
+        # Contiguous tensors are packed first, which few products do not pay for.
+        least = min(channels)
+        products = least * 27
+        if contraction == "wgrad":
+            pays = products >= 1728
+        else:
+            pays = products >= 256 and least >= (64 if mode == "tf32" else 48)
+        if name in IMPLICIT_GEMMS and (layout or pays):
+            expected = library[f"convgen_{name}_implicit_gemm_expected"]
+            expected.argtypes, expected.restype = [ctypes.c_char_p], ctypes.c_int64
+            if expected(bytes(_POINTERS.size) + numbers) >= 0:
+                return replace(launch(f"{mode}_implicit_gemm"), takes_layouts=True)
         return launch(mode, plain)
     return plain
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor that begins at a multiple of 16 bytes, with the same strides."""
+    return tensor.clone() if tensor.data_ptr() & 15 else tensor
 
 
 fp32_precision = partial(torch._C._get_fp32_precision_getter, "cuda", "conv")

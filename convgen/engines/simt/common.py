@@ -19,6 +19,7 @@ HEADERS: Mapping[str, str] = {
     "common.cuh": "cuda/simt/common.cuh",
     "gather.cuh": "cuda/simt/gather.cuh",
     "wgrad.cuh": "cuda/simt/wgrad.cuh",
+    "transpose.cuh": "cuda/simt/transpose.cuh",
     "depthwise.cuh": "cuda/simt/depthwise.cuh",
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "transpose.cuh"
 
 namespace convgen {
 
@@ -393,7 +394,8 @@ int reduce_splits(T* to, const Acc* partial, int64_t elements, int splits, int d
 }
 
 constexpr int BIAS_THREADS = 256;
-constexpr int64_t BIAS_PART = 16384;  // elements of a channel that one block sums
+// Elements of a channel that one block sums: of one channel, or of 32 that lie side by side.
+constexpr int64_t BIAS_PART = 16384, BIAS_PART_LAST = 2048;
 
 // partial[n * parts + part][channel] = sum over one part of one sample's channel.
 template <typename T, typename Acc>
@@ -422,9 +424,34 @@ __global__ void __launch_bounds__(BIAS_THREADS)
   }
 }
 
+// The same of a tensor whose channels lie side by side: a warp has 32 of them.
+template <typename T, typename Acc>
+__global__ void __launch_bounds__(BIAS_THREADS)
+    bias_last_kernel(Acc* partial, const T* tensor, int channels, int parts, int64_t volume) {
+  __shared__ Acc sums[BIAS_THREADS];
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  const int channel = blockIdx.y * 32 + lane;
+  const int part = static_cast<int>(blockIdx.x % parts);
+  const int64_t end = min(volume, (part + 1) * BIAS_PART_LAST);
+  const T* from = tensor + blockIdx.x / parts * volume * channels + channel;
+  Acc sum = 0;
+  if (channel < channels) {
+#pragma unroll 8
+    for (int64_t i = part * BIAS_PART_LAST + row; i < end; i += BIAS_THREADS / 32) {
+      sum += widen(from[i * channels]);
+    }
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (row > 0 || channel >= channels) return;
+  for (int other = 1; other < BIAS_THREADS / 32; ++other) sum += sums[other * 32 + lane];
+  partial[int64_t{blockIdx.x} * channels + channel] = sum;
+}
+
 inline int64_t bias_parts(const ConvgenCall& call) {
   const int64_t* e = call.coarse_extent;
-  return ceil_div(e[0] * e[1] * e[2], BIAS_PART);
+  const bool last = call.channels_last & CONVGEN_COARSE;
+  return ceil_div(e[0] * e[1] * e[2], last ? BIAS_PART_LAST : BIAS_PART);
 }
 
 template <typename T, typename Acc>
@@ -437,12 +464,17 @@ int bias_gradient(const ConvgenCall& call) {
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return scope.error();
   Acc* const partial = static_cast<Acc*>(call.workspace);
-  if (const int error = launch<bias_kernel<T, Acc>>(
-          dim3(blocks), dim3(BIAS_THREADS), 0, device, call.stream, partial,
-          static_cast<const T*>(call.coarse), static_cast<int>(call.coarse_channels),
-          static_cast<int>(parts), e[0] * e[1] * e[2])) {
-    return error;
-  }
+  const T* const tensor = static_cast<const T*>(call.coarse);
+  const int channels = static_cast<int>(call.coarse_channels);
+  const int64_t volume = e[0] * e[1] * e[2];
+  const int error =
+      call.channels_last & CONVGEN_COARSE
+          ? launch<bias_last_kernel<T, Acc>>(dim3(splits, ceil_div(channels, 32)),
+                                             dim3(BIAS_THREADS), 0, device, call.stream, partial,
+                                             tensor, channels, static_cast<int>(parts), volume)
+          : launch<bias_kernel<T, Acc>>(dim3(blocks), dim3(BIAS_THREADS), 0, device, call.stream,
+                                        partial, tensor, channels, static_cast<int>(parts), volume);
+  if (error) return error;
   return reduce_splits(static_cast<T*>(call.bias), static_cast<const Acc*>(partial),
                        call.coarse_channels, static_cast<int>(splits), device, call.stream);
 }

@@ -42,7 +42,11 @@ struct ConvgenCall {
   int64_t fine_channels;
   int64_t coarse_extent[3];
   int64_t fine_extent[3];
+  int64_t channels_last;  // which tensors lie so: a sum of ConvgenOperand
 };
+
+// Tensors that may lie in memory as (N, D, H, W, C) and (A, KD, KH, KW, B / groups).
+enum ConvgenOperand { CONVGEN_COARSE = 1, CONVGEN_FINE = 2, CONVGEN_WEIGHT = 4 };
 
 // Error codes: positive ones are cudaError_t.
 enum ConvgenError {

@@ -255,3 +255,7 @@ CONVGEN_EXPORT int64_t convgen_bgrad_f32_workspace(const ConvgenCall* call) {
 CONVGEN_EXPORT int convgen_bgrad_f32(const ConvgenCall* call) {
   return bias_gradient<T, Acc>(*call);
 }
+
+CONVGEN_EXPORT int convgen_transpose_f32(const ConvgenCall* call) {
+  return transpose<T>(*call);
+}

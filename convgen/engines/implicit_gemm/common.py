@@ -1,0 +1,96 @@
+"""What the implicit GEMMs of fprop, dgrad and wgrad have in common.
+
+Their kernels (``templates/cuda/implicit_gemm``) are of sm_90a. Everything about a call but the
+sizes of tiles that are compiled is chosen when it is made, by ``host.cuh``; what stands here is the
+same arithmetic for the sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from convgen.engines.problem import Problem
+from convgen.spec.geometry import Triple
+
+NAME = "implicit_gemm"
+SUFFIX = "_implicit_gemm"
+
+HEADERS: Mapping[str, str] = {
+    "convgen_abi.h": "common/convgen_abi.h",
+    "device.cuh": "cuda/device.cuh",
+    "common.cuh": "cuda/simt/common.cuh",
+    "pipeline.cuh": "cuda/pipeline.cuh",
+    "mma.cuh": "cuda/mma/mma.cuh",
+    **{
+        f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
+        for name in (
+            "sm90.cuh",
+            "tiles.cuh",
+            "epilogue.cuh",
+            "kernel.cuh",
+            "pack.cuh",
+            "call.cuh",
+            "host.cuh",
+        )
+    },
+}
+WGRAD_HEADERS: Mapping[str, str] = {
+    **HEADERS,
+    **{
+        f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
+        for name in ("wgrad.cuh", "wgrad_host.cuh")
+    },
+}
+
+LEAST_CHANNELS = 16
+"""Of a group, of either tensor: with fewer, products of 64 x 16 elements are mostly padding."""
+
+CHANNELS = {2: 48, 4: 64}
+"""By bytes of an element: with fewer channels of a group, of either tensor, fprop and dgrad of
+contiguous tensors go to the kernels that read them as they lie (measured on an H200)."""
+GATHER_PRODUCTS, WGRAD_PRODUCTS = 256, 1728
+"""Likewise: channels times taps that pay for packing contiguous tensors."""
+
+ROW_BYTES = 128
+"""Of a position's channels in shared memory: a K block."""
+STEP_BYTES = 32
+"""Of K in one product."""
+BLOCK_M = 64
+"""Output channels of a warpgroup."""
+MAX_STEP = 8
+"""Of TMA, from one element that it loads to the next."""
+
+LEVEL2_BYTES_PER_CLOCK = 36.0
+TILE_CLOCKS = 5000.0
+LAUNCH_CLOCKS = 3500.0
+CLOCKS_PER_MS = 1.72e6
+
+ELEMENTS = {"tf32": "float", "f16tc": "half", "bf16tc": "bfloat16"}
+"""The C++ types of elements, by math mode."""
+
+
+def accepts(problem: Problem) -> str:
+    """Why a layer's channels do not suit these kernels; empty if they do, or may."""
+    coarse, fine = problem.geometry.channels_per_group
+    known = [count for count in (coarse, fine) if count is not None]
+    if known and min(known) < LEAST_CHANNELS:
+        return f"groups of {min(known)} channels leave products of 64 rows empty"
+    return ""
+
+
+def gather_padding(problem: Problem) -> Triple:
+    """Padding of the contraction as a gather: dgrad reads its taps in reverse."""
+    g = problem.geometry
+    if problem.contraction != "dgrad":
+        return g.padding
+    d, h, w = (
+        dilation * (kernel - 1) - padding
+        for dilation, kernel, padding in zip(g.dilation, g.kernel, g.padding, strict=True)
+    )
+    return d, h, w
+
+
+def context_of(problem: Problem) -> dict[str, Any]:
+    """What both templates are given."""
+    return {"element": ELEMENTS[problem.kind], "gather_padding": gather_padding(problem)}

@@ -1,0 +1,155 @@
+"""fprop of any stride, and dgrad of stride 1: ``templates/cuda/implicit_gemm/kernel.cuh``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from convgen.engines.cost import Gpu, Prediction, memory_ms
+from convgen.engines.family import Candidate, Family, Plan
+from convgen.engines.implicit_gemm.common import (
+    BLOCK_M,
+    CLOCKS_PER_MS,
+    ELEMENTS,
+    HEADERS,
+    LAUNCH_CLOCKS,
+    LEVEL2_BYTES_PER_CLOCK,
+    MAX_STEP,
+    NAME,
+    ROW_BYTES,
+    STEP_BYTES,
+    SUFFIX,
+    TILE_CLOCKS,
+    accepts,
+    context_of,
+)
+from convgen.engines.problem import Call, Problem
+
+HALO_LINES = (32, 24, 16)
+TAP_LINES = (32, 16, 8)
+CONSUMERS = 2
+MAX_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class GatherSizes:
+    """The sizes of tiles that are compiled, in groups of eight positions of one consumer.
+
+    ``halo_lines`` of tiles with a halo, which serve all taps of a plane (stride 1), ``tap_lines``,
+    powers of two, of those that are loaded again for each tap. A call takes the one that is
+    expected to take the least time.
+    """
+
+    halo_lines: tuple[int, ...]
+    tap_lines: tuple[int, ...]
+
+
+class Gather(Family[GatherSizes]):
+    """See :class:`convgen.engines.family.Family`."""
+
+    name = NAME
+    backend = "cuda"
+    contractions = ("fprop", "dgrad")
+    kinds = tuple(ELEMENTS)
+    schedule_type = GatherSizes
+    template = "cuda/implicit_gemm/gather.cu.j2"
+    headers = HEADERS
+    suffix = SUFFIX
+
+    def accepts(self, problem: Problem) -> str:
+        if reason := accepts(problem):
+            return reason
+        stride = problem.geometry.stride
+        if problem.contraction == "dgrad" and max(stride) > 1:
+            return f"dgrad of stride {stride} has phases, which these kernels do not"
+        if max(stride) > MAX_STEP:
+            return f"TMA steps over up to {MAX_STEP} elements, not {max(stride)}"
+        return ""
+
+    def default(self, problem: Problem) -> GatherSizes:
+        return GatherSizes(HALO_LINES if _has_halo(problem) else (), TAP_LINES)
+
+    def candidates(self, problem: Problem) -> list[Candidate[GatherSizes]]:
+        default = self.default(problem)
+        found = [default]
+        for tap in TAP_LINES[:2]:
+            found += [GatherSizes((halo,), (tap,)) for halo in default.halo_lines]
+        return [Candidate(schedule, "") for schedule in dict.fromkeys(found)]
+
+    def refusal(self, plan: Plan[GatherSizes], architectures: Iterable[str] = ()) -> str:
+        halo, tap = plan.schedule.halo_lines, plan.schedule.tap_lines
+        if not tap or not set(tap) <= set(TAP_LINES):
+            return f"tap_lines are one or more of {', '.join(map(str, TAP_LINES))}"
+        if not set(halo) <= {8, *HALO_LINES}:
+            return f"halo_lines are 8 or of {', '.join(map(str, HALO_LINES))}"
+        if halo and not _has_halo(plan.problem):
+            return "a halo needs stride 1 and several taps"
+        return ""
+
+    def serves(self, problem: Problem, call: Call) -> bool:
+        return True
+
+    def predict(self, plan: Plan[GatherSizes], call: Call, gpu: Gpu) -> Prediction:
+        problem = plan.problem
+        clocks = min(
+            _clocks(problem, call, gpu, lines, halo)
+            for sizes, halo in (
+                (plan.schedule.halo_lines, True),
+                (plan.schedule.tap_lines, False),
+            )
+            for lines in sizes
+        )
+        least = memory_ms(problem, call, gpu)
+        ms = clocks / CLOCKS_PER_MS
+        return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
+
+    def context(self, plan: Plan[GatherSizes]) -> dict[str, Any]:
+        return context_of(plan.problem) | {
+            "input": plan.problem.input,
+            "output": plan.problem.output,
+        }
+
+
+def _has_halo(problem: Problem) -> bool:
+    return max(problem.geometry.stride) == 1 and problem.geometry.taps > 1
+
+
+def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> float:
+    """Of the best way that ``host.cuh`` considers for a size, but for folded planes."""
+    g = problem.geometry
+    d, h, w = call.extent(problem.output)
+    outputs = call.channels(problem.output) // g.groups
+    inputs = call.channels(problem.input) // g.groups
+    positions = 8 * lines
+    if h == 1 or not halo:
+        tiles = -(-d * h * w * call.batch // positions)
+    else:
+        tiles = call.batch * d * -(-h // lines) * -(-w // 8)
+    # Products of 32 bytes of K, and K blocks.
+    steps = -(-inputs * problem.element_bytes // STEP_BYTES)
+    blocks = -(-inputs * problem.element_bytes // ROW_BYTES)
+    units = blocks if halo else blocks * g.taps
+    slab_bytes = positions * ROW_BYTES * (1.3 if halo else 1)
+    best = math.inf
+    for consumers_of_positions in (1, 2):
+        width = BLOCK_M * (CONSUMERS // consumers_of_positions)
+        ctas = -(-tiles // consumers_of_positions) * -(-outputs // width) * g.groups
+        products = g.taps * steps * CONSUMERS * 4 * lines
+        planes = (g.kernel[0] + consumers_of_positions - 1) if halo else consumers_of_positions
+        taps = g.taps if halo else 1
+        loads = units * (planes * slab_bytes + taps * width * ROW_BYTES) / LEVEL2_BYTES_PER_CLOCK
+        for splits in range(1, min(units, MAX_SPLITS) + 1):
+            if splits > 1 and ctas * splits > 2 * gpu.multiprocessors:
+                break
+            waves = -(-ctas * splits // gpu.multiprocessors)
+            clocks = waves * (max(products, loads) / splits + TILE_CLOCKS)
+            if splits > 1:
+                sums = 8 * splits * call.batch * outputs * g.groups * d * h * w
+                clocks += LAUNCH_CLOCKS + sums / (LEVEL2_BYTES_PER_CLOCK / 2 * gpu.multiprocessors)
+            best = min(best, clocks)
+    return best
+
+
+GATHER = Gather()

@@ -1,0 +1,477 @@
+// The host's part of an implicit GEMM: how a call is dealt out, what it needs, its launches.
+#ifndef CONVGEN_IMPLICIT_GEMM_HOST_CUH
+#define CONVGEN_IMPLICIT_GEMM_HOST_CUH
+
+#include "call.cuh"
+
+namespace convgen {
+
+constexpr int largest(int x) { return x; }
+template <typename... More>
+constexpr int largest(int x, More... more) {
+  return x > largest(more...) ? x : largest(more...);
+}
+
+// Sizes of tiles that are compiled, in groups of eight positions.
+template <int... LINES>
+struct Sizes {};
+
+template <typename T, typename Conv, bool COARSE_INPUT, typename HaloSizes, typename TapSizes>
+class ImplicitGemm;
+
+template <typename T, typename Conv, bool COARSE_INPUT, int... HALO_LINES, int... TAP_LINES>
+class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES...>> {
+ public:
+  static constexpr int BLOCK_K = ROW_BYTES / sizeof(T), STEP_K = STEP_BYTES / sizeof(T);
+  static constexpr int VECTOR = 16 / sizeof(T);
+  static constexpr int TAPS = Conv::TAPS;
+  static constexpr bool MN = Conv::WEIGHTS == Major::MN;
+  static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
+  // A halo of one tap in a plane is a tap slab as well; and a slab must leave room for two.
+  template <int LINES>
+  static constexpr bool HAS_HALO =
+      DENSE && TAPS > 1 && 2 * SLAB_STAGE_BYTES<HaloSlab<Conv, LINES>> <= 160 * 1024 &&
+      HaloSlab<Conv, LINES>::BOX_H <= 256 && (Conv::LINEAR || HaloSlab<Conv, LINES>::LOADS == 1);
+
+  ImplicitGemm(const Operands& call, const DeviceLimits& limits) : call_(call), limits_(limits) {
+    if (TAPS == 1 && DENSE && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 &&
+        Conv::PADDING_W == 0) {
+      // Without neighbours, all positions are those of one line.
+      for (int64_t (*e)[3] : {&call_.input_extent, &call_.output_extent}) {
+        (*e)[2] *= (*e)[0] * (*e)[1], (*e)[0] = (*e)[1] = 1;
+      }
+    }
+    output_channels_ = static_cast<int>(call.output_channels / Conv::GROUPS);
+    input_channels_ = static_cast<int>(call.input_channels / Conv::GROUPS);
+    // Of a group's last product no channel may be the next group's.
+    const int multiple = Conv::GROUPS > 1 ? STEP_K : VECTOR;
+    padded_ = round_up(input_channels_, multiple);
+    const bool as_it_lies = call.input_channels_last && padded_ == input_channels_;
+    best_.clocks = 1e30;
+    (consider<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
+    (consider<TapSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
+    packs_input_ = !as_it_lies;
+    padded_outputs_ = static_cast<int>(round_up(output_channels_, VECTOR));
+    // TF32 is rounded, and read K-major: taps, then a row of input channels for each output.
+    packs_weight_ = best_.tiling.fold == 2 || sizeof(T) == 4 || !call.weight_channels_last ||
+                    padded_ != input_channels_ || (MN && padded_outputs_ != output_channels_);
+    const bool reversed = COARSE_INPUT && !packs_weight_;
+    for (Tiling* t : {&best_.tiling, &best_.unfolded}) {
+      t->first_tap = reversed ? TAPS - 1 : 0, t->tap_step = reversed ? -1 : 1;
+    }
+  }
+
+  bool found() const { return best_.clocks < 1e30; }
+  // Whether the current device, `device`, runs code for sm_90a.
+  static bool is_compiled(int device) {
+    constexpr int LINES = largest(TAP_LINES...);
+    int threads = 0;
+    return launch_bound<implicit_gemm_kernel<T, LINES, Conv, TapSlab<Conv, LINES>>, GEMM_THREADS>(
+               device, threads) == cudaSuccess &&
+           threads == GEMM_THREADS;
+  }
+  const Plan& plan() const { return best_; }
+
+  int64_t weight_bytes() const {
+    const int64_t flag = best_.tiling.fold == 2 ? FLAG_BYTES : 0;
+    const int64_t elements = packed_taps() * packed_weight_rows() * packed_weight_columns();
+    return packs_weight_ ? round_up(elements * static_cast<int64_t>(sizeof(T)), 1024) + flag : 0;
+  }
+  int64_t input_bytes() const {
+    const int64_t* e = call_.input_extent;
+    return packs_input_ ? round_up(call_.batch * e[0] * e[1] * e[2] * Conv::GROUPS * padded_ *
+                                       static_cast<int64_t>(sizeof(T)),
+                                   1024)
+                        : 0;
+  }
+  int64_t output_elements() const {
+    const int64_t* e = call_.output_extent;
+    return call_.batch * call_.output_channels * e[0] * e[1] * e[2];
+  }
+  int64_t workspace_bytes() const {
+    const int splits = best_.tiling.splits;
+    return weight_bytes() + input_bytes() + (splits > 1 ? splits * output_elements() * 4 : 0);
+  }
+  double expected_ms() const {
+    double clocks = best_.clocks;
+    const int64_t* e = call_.input_extent;
+    // A pack reads and writes what it packs: 25 bytes per clock and multiprocessor.
+    if (packs_input_) {
+      clocks += LAUNCH_CLOCKS + 2.0 * call_.batch * call_.input_channels * e[0] * e[1] * e[2] *
+                                    sizeof(T) / (18.0 * limits_.multiprocessors);
+    }
+    return clocks / CLOCKS_PER_MS;
+  }
+
+  int run() {
+    unsigned char* const workspace = static_cast<unsigned char*>(call_.workspace);
+    const T* input = static_cast<const T*>(call_.input);
+    const T* weight = static_cast<const T*>(call_.weight);
+    if (packs_weight_) {
+      if (const int error = pack_weight(reinterpret_cast<T*>(workspace))) return error;
+      weight = reinterpret_cast<const T*>(workspace);
+    }
+    if (packs_input_) {
+      T* const packed = reinterpret_cast<T*>(workspace + weight_bytes());
+      if (const int error = pack_input(packed)) return error;
+      input = packed;
+    }
+    float* const partials = reinterpret_cast<float*>(workspace + weight_bytes() + input_bytes());
+    Output out = output_of(partials);
+    if (best_.tiling.fold == 2) {
+      int* const flag = reinterpret_cast<int*>(workspace + weight_bytes() - FLAG_BYTES);
+      out.saw_nonfinite = flag;
+      if (const int error = multiply(best_.tiling, input, weight, out)) return error;
+      out.saw_nonfinite = nullptr, out.only_if = flag;
+      return multiply(best_.unfolded, input, weight, out);
+    }
+    const int error = multiply(best_.tiling, input, weight, out);
+    if (error || best_.tiling.splits == 1) return error;
+    return launch<add_partials_kernel<T>, true>(
+        dim3(static_cast<unsigned>(ceil_div(out.elements, PACK_THREADS))), dim3(PACK_THREADS), 0,
+        call_.device, call_.stream, out, best_.tiling.splits,
+        static_cast<int>(call_.output_channels));
+  }
+
+ private:
+  // Packed weights: see pack_weights_kernel and pack_folded_weights_kernel.
+  int64_t packed_taps() const {
+    return best_.tiling.fold == 2 ? TAPS / Conv::KERNEL_D * (Conv::KERNEL_D + 1) : TAPS;
+  }
+  int64_t packed_weight_rows() const {
+    if (MN) return int64_t{Conv::GROUPS} * padded_;
+    return best_.tiling.fold == 2 ? int64_t{BLOCK_M} : call_.output_channels;
+  }
+  int64_t packed_weight_columns() const {
+    if (!MN) return padded_;
+    return best_.tiling.fold == 2 ? BLOCK_M : padded_outputs_;
+  }
+
+  // ---- Choice -----------------------------------------------------------------------------------
+
+  // Planes are samples where there is one plane of each and no tap reaches another.
+  bool samples_are_planes() const {
+    return Conv::KERNEL_D == 1 && Conv::STRIDE_D == 1 && Conv::PADDING_D == 0 &&
+           call_.input_extent[0] == 1 && call_.output_extent[0] == 1;
+  }
+
+  template <typename Slab, int LINES>
+  void consider(bool as_it_lies) {
+    if constexpr (Slab::HALO) {
+      if constexpr (HAS_HALO<LINES>) consider_tiles<Slab, LINES>(halo_tiling<LINES>(), as_it_lies);
+    } else {
+      consider_tiles<Slab, LINES>(tap_tiling<LINES>(), as_it_lies);
+    }
+  }
+
+  template <int LINES>
+  Tiling halo_tiling() const {
+    Tiling t = {};
+    const int64_t* e = call_.output_extent;
+    t.extent_w = Conv::LINEAR ? 8 * LINES : 8;
+    t.extent_h = Conv::LINEAR ? 1 : LINES;
+    t.extent_d = t.extent_n = 1;
+    // More than any tile has: the lines of a halo's are all along H.
+    t.log2_w = Conv::LINEAR ? 16 : 3, t.log2_h = 16, t.log2_d = 16;
+    t.tiles_w = ceil_div(e[2], t.extent_w), t.tiles_h = ceil_div(e[1], t.extent_h);
+    return t;
+  }
+
+  // Powers of two whose product is the tile, such that tiles cover the output with the least waste.
+  template <int LINES>
+  Tiling tap_tiling() const {
+    const int64_t* e = call_.output_extent;
+    const bool merged = samples_are_planes();
+    const int64_t depth = merged ? call_.batch : e[0], batch = merged ? 1 : call_.batch;
+    static_assert((LINES & (LINES - 1)) == 0, "a tile of taps is a power of two");
+    const int log2_positions = ceil_log2(8 * LINES);
+    Tiling best = {};
+    int64_t fewest = INT64_MAX;
+    for (int w = 1; w <= log2_positions; ++w) {
+      for (int h = 0; w + h <= log2_positions; ++h) {
+        for (int d = 0; w + h + d <= log2_positions; ++d) {
+          const int n = log2_positions - w - h - d;
+          // Boxes have up to 256 elements along a dimension, skipped ones included.
+          if ((Conv::STRIDE_W << w) > 256 || (Conv::STRIDE_H << h) > 256 ||
+              (Conv::STRIDE_D << d) > 256) {
+            continue;
+          }
+          const int64_t tiles = ceil_div(e[2], 1 << w) * ceil_div(e[1], 1 << h) *
+                                ceil_div(depth, 1 << d) * ceil_div(batch, 1 << n);
+          // Of equals the one with the longest lines, up to a vector's length.
+          if (tiles < fewest || (tiles == fewest && best.log2_w < 3)) {
+            fewest = tiles;
+            best.log2_w = w, best.log2_h = h, best.log2_d = d;
+            best.extent_w = 1 << w, best.extent_h = 1 << h, best.extent_d = 1 << d;
+            best.extent_n = 1 << n;
+          }
+        }
+      }
+    }
+    best.tiles_w = ceil_div(e[2], best.extent_w), best.tiles_h = ceil_div(e[1], best.extent_h);
+    return best;
+  }
+
+  template <typename Slab, int LINES>
+  void consider_tiles(Tiling t, bool as_it_lies) {
+    const bool merged = samples_are_planes();
+    const int64_t depth = merged ? call_.batch : call_.output_extent[0];
+    const int64_t batch = merged ? 1 : call_.batch;
+    t.groups = Conv::GROUPS;
+    t.input_channels = padded_, t.output_channels = output_channels_;
+    t.blocks = ceil_div(padded_, BLOCK_K);
+    t.last_steps = ceil_div(padded_ - (t.blocks - 1) * BLOCK_K, STEP_K);
+    t.slab_bytes =
+        (Slab::HALO ? Slab::ROWS : t.extent_w * t.extent_h * t.extent_d * t.extent_n) * ROW_BYTES;
+    t.rounds = sizeof(T) == 4 && as_it_lies;
+    const int steps = (t.blocks - 1) * (BLOCK_K / STEP_K) + t.last_steps;
+    // One consumer's positions or both's, and of each one plane or two.
+    for (int way = 0; way < 3; ++way) {
+      const int position_groups = way == 0 ? 1 : 2;
+      t.position_groups = position_groups, t.fold = way == 2 ? 2 : 1;
+      if (t.fold == 2 && !(Slab::HALO && Conv::DILATION_D == 1 && Conv::KERNEL_D > 1 &&
+                           Conv::GROUPS == 1 && output_channels_ <= BLOCK_M / 2)) {
+        continue;
+      }
+      t.channel_blocks = ceil_div(output_channels_, BLOCK_M * (3 - position_groups));
+      t.tiles_d = ceil_div(depth, Slab::HALO ? position_groups * t.fold : t.extent_d);
+      t.tiles_n = ceil_div(batch, t.extent_n);
+      int64_t places = int64_t{t.tiles_w} * t.tiles_h * t.tiles_d * t.tiles_n;
+      if (!Slab::HALO) places = ceil_div(places, position_groups);
+      const int64_t tiles = places * t.channel_blocks * t.groups;
+      const int units = t.blocks * (Slab::HALO ? 1 : TAPS);
+      // Loads of one unit: slabs and weights.
+      const Planes<Conv, Slab> planes(t);
+      const double bytes = double(planes.slabs) * t.slab_bytes +
+                           double(planes.count) * Slab::TAPS * weight_stage_bytes(t);
+      // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
+      const double taps = double(TAPS) / Slab::PLANES * planes.count;
+      const double products = taps * steps * CONSUMERS * 4 * LINES;
+      const double loads = units * bytes / LEVEL2_BYTES_PER_CLOCK;
+      for (int splits = 1; splits <= (t.fold == 2 ? 1 : 32) && splits <= units; ++splits) {
+        if (splits > 1 && tiles * splits > 2 * limits_.multiprocessors) break;
+        if (tiles * splits > INT32_MAX) break;
+        t.splits = splits, t.tiles = static_cast<int>(tiles * splits);
+        const double waves = ceil_div(t.tiles, limits_.multiprocessors);
+        const double part = double(ceil_div(units, splits)) / units;
+        double clocks = waves * (part * (products > loads ? products : loads) + TILE_CLOCKS);
+        if (t.fold == 2) clocks += LAUNCH_CLOCKS;
+        if (splits > 1) {
+          clocks += LAUNCH_CLOCKS + 8.0 * splits * output_elements() /
+                                        (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors);
+        }
+        if (clocks < best_.clocks && stages<Slab, LINES>(t)) {
+          best_ = {t, t, Slab::HALO, LINES, clocks};
+          if (t.fold == 2) {
+            Tiling& u = best_.unfolded;
+            u.fold = 1, u.tiles_d = ceil_div(depth, position_groups);
+            u.tiles = static_cast<int>(int64_t{u.tiles_w} * u.tiles_h * u.tiles_d * u.tiles_n);
+          }
+        }
+      }
+    }
+  }
+
+  // Deals the shared memory out; false where it is too little.
+  template <typename Slab, int LINES>
+  bool stages(Tiling& t) const {
+    int left = limits_.shared_bytes - static_cast<int>(sizeof(SharedStorage)) - ATOM_BYTES -
+               CONSUMERS * output_stage_bytes<LINES>(epilogue_of(t));
+    const int slab = SLAB_STAGE_BYTES<Slab>, weight = weight_stage_bytes(t);
+    if constexpr (Slab::HALO) {
+      // A few taps' weights, as many slabs as fit, and weights again. Slabs are released once the
+      // next plane's first products are issued: two consumers' planes span four slabs by then, and
+      // six where they are folded and another K block follows.
+      t.slab_stages = (left - 4 * weight) / slab;
+      if (t.slab_stages > 6) t.slab_stages = 6;
+      const int fold = t.blocks > 1 ? t.fold : 1;
+      if (t.slab_stages < 2 * (t.position_groups - 1) * fold + 2) return false;
+      t.weight_stages = (left - t.slab_stages * slab) / weight;
+    } else {
+      t.weight_stages = left / (t.position_groups * slab + weight);
+      t.slab_stages = t.weight_stages * t.position_groups;
+      if (t.weight_stages < 2) return false;
+    }
+    if (t.slab_stages > MOST_STAGES) t.slab_stages = MOST_STAGES;
+    if (t.weight_stages > MOST_STAGES) t.weight_stages = MOST_STAGES;
+    return true;
+  }
+
+  Epilogue epilogue_of(const Tiling& t) const {
+    if (t.splits > 1) return Epilogue::PARTIAL;
+    if (sizeof(T) == 4) return Epilogue::STRIDED;
+    if (call_.output_channels_last) {
+      const bool fits = call_.output_channels % VECTOR == 0 &&
+                        (Conv::GROUPS == 1 || output_channels_ % BLOCK_M == 0);
+      return fits ? Epilogue::TMA : Epilogue::STRIDED;
+    }
+    return t.log2_w >= 3 ? Epilogue::STAGED : Epilogue::STRIDED;
+  }
+
+  // ---- Launches ---------------------------------------------------------------------------------
+
+  int multiply(const Tiling& t, const T* input, const T* weight, const Output& out) const {
+    int error = CONVGEN_TOO_LARGE;
+    const bool found =
+        ((best_.halo && best_.lines == HALO_LINES &&
+          (error = launch_with<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(t, input, weight, out),
+           true)) ||
+         ...) ||
+        ((!best_.halo && best_.lines == TAP_LINES &&
+          (error = launch_with<TapSlab<Conv, TAP_LINES>, TAP_LINES>(t, input, weight, out),
+           true)) ||
+         ...);
+    return found ? error : CONVGEN_TOO_LARGE;
+  }
+
+  int pack_weight(T* to) const {
+    // weight[coarse][fine / groups][tap], or with the taps before the fine channels.
+    const int64_t fine = COARSE_INPUT ? output_channels_ : input_channels_;
+    const bool last = call_.weight_channels_last;
+    const int64_t of_coarse = fine * TAPS, of_fine = last ? 1 : TAPS;
+    WeightShape s;
+    s.stride_output = COARSE_INPUT ? of_fine : of_coarse;
+    s.stride_input = COARSE_INPUT ? of_coarse : of_fine;
+    s.stride_tap = last ? fine : 1;
+    s.groups = Conv::GROUPS, s.output_channels = output_channels_;
+    s.input_channels = input_channels_;
+    s.padded_inputs = padded_, s.padded_outputs = padded_outputs_;
+    if (best_.tiling.fold == 2) {
+      int* const flag = reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(to) +
+                                               weight_bytes() - FLAG_BYTES);
+      return launch<pack_folded_weights_kernel<T, Conv::KERNEL_D, TAPS / Conv::KERNEL_D,
+                                               COARSE_INPUT, Conv::WEIGHTS>,
+                    true>(dim3(2 * limits_.multiprocessors), dim3(PACK_THREADS), 0, call_.device,
+                          call_.stream, static_cast<const T*>(call_.weight), to, s, flag);
+    }
+    const int64_t rows = ceil_div(packed_weight_rows(), 8);
+    return launch<pack_weights_kernel<T, TAPS, COARSE_INPUT, Conv::WEIGHTS>, true>(
+        dim3(static_cast<unsigned>(ceil_div(packed_weight_columns(), 32)),
+             static_cast<unsigned>(rows < 65535 ? rows : 65535)),
+        dim3(PACK_THREADS), 0, call_.device, call_.stream, static_cast<const T*>(call_.weight), to,
+        s);
+  }
+
+  int pack_input(T* to) const {
+    const int64_t* e = call_.input_extent;
+    const T* const from = static_cast<const T*>(call_.input);
+    PackShape s;
+    s.positions = e[0] * e[1] * e[2];
+    s.batch = static_cast<int>(call_.batch), s.groups = Conv::GROUPS;
+    s.channels = input_channels_, s.padded = padded_;
+    const bool last = call_.input_channels_last;
+    s.stride_n = call_.input_channels * s.positions;
+    s.stride_c = last ? 1 : s.positions, s.stride_p = last ? call_.input_channels : 1;
+    return convgen::pack_input(from, to, s, last, call_.device, call_.stream,
+                               limits_.multiprocessors);
+  }
+
+  Output output_of(float* partials) const {
+    const int64_t* e = call_.output_extent;
+    Output out = {};
+    out.address = call_.output, out.partials = partials, out.bias = call_.bias;
+    out.width = static_cast<int>(e[2]), out.height = static_cast<int>(e[1]);
+    out.depth = static_cast<int>(e[0]), out.batch = static_cast<int>(call_.batch);
+    out.elements = output_elements();
+    const int64_t channels = call_.output_channels;
+    if (call_.output_channels_last) {
+      out.stride_c = 1, out.stride_w = channels;
+    } else {
+      out.stride_c = e[0] * e[1] * e[2], out.stride_w = 1;
+    }
+    out.stride_h = e[2] * out.stride_w, out.stride_d = e[1] * out.stride_h;
+    out.stride_n = channels * e[0] * e[1] * e[2];
+    if (samples_are_planes()) {
+      out.depth = out.batch, out.stride_d = out.stride_n, out.batch = 1;
+    }
+    out.epilogue = epilogue_of(best_.tiling);
+    out.vector = 1;
+    if (out.stride_w == 1) {
+      const int size = out.epilogue == Epilogue::PARTIAL ? 4 : sizeof(T);
+      const int widest = out.epilogue == Epilogue::STAGED ? 8 : 2;
+      const uintptr_t base = out.epilogue == Epilogue::PARTIAL
+                                 ? reinterpret_cast<uintptr_t>(partials)
+                                 : reinterpret_cast<uintptr_t>(out.address);
+      for (int v = widest; v > 1; v /= 2) {
+        if (e[2] % v == 0 && base % (v * size) == 0) {
+          out.vector = v;
+          break;
+        }
+      }
+    }
+    return out;
+  }
+
+  template <typename Slab, int LINES>
+  int launch_with(const Tiling& t, const T* input, const T* weight, const Output& out) const {
+    if constexpr (Slab::HALO && !HAS_HALO<LINES>) {
+      return CONVGEN_TOO_LARGE;
+    } else {
+      TensorMap slab_map, weight_map, output_map = {};
+      if (const int error = encode<Slab>(t, slab_map, weight_map, output_map, input, weight, out)) {
+        return error;
+      }
+      const int shared_bytes = static_cast<int>(sizeof(SharedStorage)) + ATOM_BYTES +
+                               t.slab_stages * SLAB_STAGE_BYTES<Slab> +
+                               t.weight_stages * weight_stage_bytes(t) +
+                               CONSUMERS * output_stage_bytes<LINES>(out.epilogue);
+      const int grid = t.tiles < limits_.multiprocessors ? t.tiles : limits_.multiprocessors;
+      return launch<implicit_gemm_kernel<T, LINES, Conv, Slab>, true>(
+          dim3(grid), dim3(GEMM_THREADS), shared_bytes, call_.device, call_.stream, slab_map,
+          weight_map, output_map, t, out);
+    }
+  }
+
+  template <typename Slab>
+  int encode(const Tiling& t, TensorMap& slab_map, TensorMap& weight_map, TensorMap& output_map,
+             const T* input, const T* weight, const Output& out) const {
+    const bool merged = samples_are_planes();
+    TensorView slab =
+        positions_view<T>(Conv::GROUPS * padded_, call_.input_extent, call_.batch, merged);
+    slab.box[0] = BLOCK_K;
+    if constexpr (Slab::HALO) {
+      slab.box[1] = Slab::LOAD_W, slab.box[2] = Slab::BOX_H, slab.box[3] = slab.box[4] = 1;
+    } else {
+      slab.step[1] = Conv::STRIDE_W, slab.step[2] = Conv::STRIDE_H, slab.step[3] = Conv::STRIDE_D;
+      slab.box[1] = t.extent_w * Conv::STRIDE_W, slab.box[2] = t.extent_h * Conv::STRIDE_H;
+      slab.box[3] = t.extent_d * Conv::STRIDE_D, slab.box[4] = t.extent_n;
+    }
+    if (const int error = encode_tensor_map<T>(slab_map, const_cast<T*>(input), slab)) return error;
+
+    TensorView w = {};
+    // As packed; else weight[coarse][tap][fine of the group] as it lies.
+    w.rank = 3, w.swizzle = ROW_BYTES;
+    w.extent[0] = packed_weight_columns(), w.extent[1] = packed_weight_rows();
+    w.extent[2] = packed_taps();
+    const uint64_t row_bytes = w.extent[0] * sizeof(T);
+    w.stride_bytes[1] = packs_weight_ ? row_bytes : TAPS * row_bytes;
+    w.stride_bytes[2] = packs_weight_ ? w.extent[1] * row_bytes : row_bytes;
+    w.box[0] = MN ? BLOCK_M : BLOCK_K, w.box[2] = 1;
+    w.box[1] = MN ? BLOCK_K : BLOCK_M * (3 - t.position_groups);
+    w.step[0] = w.step[1] = w.step[2] = 1;
+    if (const int error = encode_tensor_map<T>(weight_map, const_cast<T*>(weight), w)) return error;
+    if (out.epilogue != Epilogue::TMA) return CONVGEN_OK;
+
+    TensorView o =
+        positions_view<T>(call_.output_channels, call_.output_extent, call_.batch, merged);
+    int left = 8 * STORE_LINES;
+    const bool narrow = output_channels_ <= BLOCK_M / 2;
+    o.box[0] = narrow ? BLOCK_M / 2 : BLOCK_M, o.swizzle = narrow ? 64 : 128;
+    const int extents[4] = {t.extent_w, Slab::HALO ? left : t.extent_h, t.extent_d, t.extent_n};
+    for (int i = 0; i < 4; ++i) {
+      o.box[1 + i] = extents[i] < left ? extents[i] : left;
+      left /= o.box[1 + i];
+    }
+    return encode_tensor_map<T>(output_map, out.address, o);
+  }
+
+  Operands call_;
+  DeviceLimits limits_;
+  Plan best_;
+  int output_channels_, input_channels_, padded_, padded_outputs_;
+  bool packs_input_, packs_weight_;
+};
+
+}  // namespace convgen
+
+#endif  // CONVGEN_IMPLICIT_GEMM_HOST_CUH

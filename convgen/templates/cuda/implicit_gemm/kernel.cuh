@@ -1,0 +1,329 @@
+// Convolution as an implicit GEMM on Hopper: positions with their channels side by side in shared
+// memory, where the tensor cores read both operands themselves.
+//
+//   out[n, o, c] = bias[c] + sum over taps t, input channels k of
+//                  in[n, o * STRIDE + t * DILATION - PADDING, k] * weight[t, c, k]
+//
+// A CTA is three warpgroups. Two consumers multiply: each has 64 output channels (the rows of its
+// products) of 8 * LINES positions (their columns). Either they share the positions and have
+// different channels, or they share the channels and have different positions.
+// The third warpgroup produces: one thread loads slabs of positions, one loads weights, and two
+// warps round what has landed to TF32, or copy finished tiles out.
+//
+//   slab     positions x 128 bytes of channels (a K block), the box of one TMA load, swizzled. A
+//            halo slab is 8 x LINES positions of one plane with all that its taps reach: a tap is a
+//            number of rows to begin at, because the eight rows of a group are neighbours in W and
+//            the distance of groups is the pitch of the slab's lines. A tap slab is the positions
+//            of one tap, which serves any stride and any shape of tile.
+//   weights  64 or 128 output channels x 128 bytes of input channels of one tap
+//
+// Both are rings of buffers with full and empty barriers. CTAs are persistent: the next tile's
+// loads are under way while this one's sums are stored.
+#ifndef CONVGEN_IMPLICIT_GEMM_KERNEL_CUH
+#define CONVGEN_IMPLICIT_GEMM_KERNEL_CUH
+
+#include "epilogue.cuh"
+
+namespace convgen {
+
+// ---- Producers ----------------------------------------------------------------------------------
+
+template <typename T, typename Conv, typename Slab>
+__device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map, Pipeline ring,
+                                           unsigned char* slabs) {
+  constexpr int BLOCK_K = ROW_BYTES / sizeof(T);
+  const Planes<Conv, Slab> planes(t);
+  PipelineState at;
+  for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
+    const Tile first = Tile::of<Slab::HALO>(t, index, 0, 0);
+    const Units<Conv, Slab> units(t, first.split);
+    for (int unit = units.begin; unit < units.end; ++unit) {
+      const int channel = first.group * t.input_channels + unit / units.TAPS * BLOCK_K;
+      const int tap = unit % units.TAPS;
+      for (int i = 0; i < planes.slabs; ++i) {
+        uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
+        unsigned char* const to = slabs + at.index * SLAB_STAGE_BYTES<Slab>;
+        if constexpr (Slab::HALO) {
+          const int plane = i / planes.step * Conv::DILATION_D + i % planes.step;
+          const int d = first.d + plane - Conv::PADDING_D;
+#pragma unroll
+          for (int load = 0; load < Slab::LOADS; ++load) {
+            tma_load(to + load * Slab::LOAD_W * ROW_BYTES, map, barrier, channel,
+                     first.w - Conv::PADDING_W + load * Slab::LOAD_W, first.h - Conv::PADDING_H, d,
+                     first.n);
+          }
+        } else {
+          const Tile tile = Tile::of<false>(t, index, i, 0);
+          const int kw = tap % Conv::KERNEL_W, kh = tap / Conv::KERNEL_W % Conv::KERNEL_H;
+          const int kd = tap / (Conv::KERNEL_W * Conv::KERNEL_H);
+          tma_load(to, map, barrier, channel,
+                   tile.w * Conv::STRIDE_W + kw * Conv::DILATION_W - Conv::PADDING_W,
+                   tile.h * Conv::STRIDE_H + kh * Conv::DILATION_H - Conv::PADDING_H,
+                   tile.d * Conv::STRIDE_D + kd * Conv::DILATION_D - Conv::PADDING_D, tile.n);
+        }
+        at.advance(1, t.slab_stages);
+      }
+    }
+  }
+}
+
+// Weights lie as (tap, output channel, input channel) or, MN-major, as (tap, input channel, output
+// channel), of which a box has the 64 output channels of one consumer.
+template <typename T, typename Conv, typename Slab>
+__device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& map, Pipeline ring,
+                                             unsigned char* weights, int stage_bytes) {
+  constexpr int BLOCK_K = ROW_BYTES / sizeof(T);
+  const Planes<Conv, Slab> planes(t);
+  PipelineState at;
+  for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
+    const Tile tile = Tile::of<Slab::HALO>(t, index, 0, 0);
+    const Units<Conv, Slab> units(t, tile.split);
+    const int row = tile.group * t.output_channels + tile.channel;
+    for (int unit = units.begin; unit < units.end; ++unit) {
+      const int channel = unit / units.TAPS * BLOCK_K, tap = unit % units.TAPS;
+      for (int i = 0; i < planes.count * Slab::TAPS; ++i) {
+        uint64_t* const barrier = ring.producer_acquire(at, stage_bytes);
+        unsigned char* const to = weights + at.index * stage_bytes;
+        const int at_tap = t.first_tap + (tap + i) * t.tap_step;
+        if constexpr (Conv::WEIGHTS == Major::K) {
+          tma_load(to, map, barrier, channel, row, at_tap);
+        } else {
+          for (int m = 0; m * BLOCK_M * ROW_BYTES < stage_bytes; ++m) {
+            tma_load(to + m * BLOCK_M * ROW_BYTES, map, barrier, tile.channel + m * BLOCK_M,
+                     tile.group * t.input_channels + channel, at_tap);
+          }
+        }
+        at.advance(1, t.weight_stages);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ uint4 round_vector(uint4 x) {
+  constexpr Rounding NEAREST = Rounding::NEAREST_AWAY;
+  return make_uint4(
+      round_tf32<NEAREST>(__uint_as_float(x.x)), round_tf32<NEAREST>(__uint_as_float(x.y)),
+      round_tf32<NEAREST>(__uint_as_float(x.z)), round_tf32<NEAREST>(__uint_as_float(x.w)));
+}
+
+// Two warps round slabs of floats to TF32 (to nearest, halves away from zero), in place.
+template <typename Conv, typename Slab>
+__device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint64_t* rounded,
+                                            unsigned char* slabs, int thread) {
+  const Planes<Conv, Slab> planes(t);
+  PipelineState at;
+  for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
+    const Units<Conv, Slab> units(t, index % t.splits);
+    for (int i = 0; i < (units.end - units.begin) * planes.slabs; ++i) {
+      ring.consumer_wait(at);
+      uint4* const slab = reinterpret_cast<uint4*>(slabs + at.index * SLAB_STAGE_BYTES<Slab>);
+#pragma unroll 4
+      for (int v = thread; v < Slab::ROWS * ROW_BYTES / 16; v += 64) {
+        slab[v] = round_vector(slab[v]);
+      }
+      bulk_fence();
+      __syncwarp();
+      if (thread % 32 == 0) mbarrier_arrive(&rounded[at.index]);
+      at.advance(1, t.slab_stages);
+    }
+  }
+}
+
+// ---- Consumers ----------------------------------------------------------------------------------
+
+// The products of one tap with `steps` x 32 bytes of K, as one batch.
+template <typename T, Major WEIGHTS, int SUMS>
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], Operand weights, Operand positions,
+                                         int steps, int accumulates) {
+  constexpr int STEPS = ROW_BYTES / STEP_BYTES;
+  // Along a row, or over 16 rows.
+  constexpr int NEXT_WEIGHTS = WEIGHTS == Major::K ? STEP_BYTES : 16 * ROW_BYTES;
+  if (steps == STEPS) {
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+      wgmma<T, WEIGHTS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * STEP_BYTES),
+                        k == 0 ? accumulates : 1);
+    }
+    wgmma_commit();
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < steps; ++k) {
+      wgmma<T, WEIGHTS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * STEP_BYTES),
+                        accumulates);
+      accumulates = 1;
+    }
+    wgmma_commit();
+  }
+}
+
+template <typename T, int LINES, typename Conv, typename Slab>
+__device__ __forceinline__ void consume(const Tiling& t, const Output& out,
+                                        const TensorMap& output_map, SharedStorage& shared,
+                                        Pipeline slab_ring, Pipeline weight_ring,
+                                        unsigned char* slabs, unsigned char* weights,
+                                        int weight_bytes, unsigned char* staged) {
+  constexpr int SUMS = 4 * LINES;
+  const int consumer = threadIdx.x / WARPGROUP, lane = threadIdx.x % 32;
+  const int p = t.position_groups == 2 ? consumer : 0, m = consumer - p;
+  const Planes<Conv, Slab> planes(t);
+  PipelineState slab, weight;
+  slab.advance(p * t.fold, t.slab_stages);
+  int released = 0;    // the slab that is released next
+  int to_release = 0;  // slabs whose products have been issued
+  uint32_t staged_phase = 1;
+  float sums[SUMS];
+  const auto release_slabs = [&] {
+#pragma unroll 1
+    for (; to_release > 0; --to_release) {
+      if (lane == 0) slab_ring.consumer_release(released);
+      if (++released == t.slab_stages) released = 0;
+    }
+  };
+  for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
+    const Tile tile = Tile::of<Slab::HALO>(t, index, p, m);
+    const Units<Conv, Slab> units(t, tile.split);
+    int previous = -1;  // the weights whose products may still be under way
+    int accumulates = 0;
+    for (int unit = units.begin; unit < units.end; ++unit) {
+      const int steps = unit / units.TAPS == t.blocks - 1 ? t.last_steps : ROW_BYTES / STEP_BYTES;
+#pragma unroll 1
+      for (int plane = 0; plane < planes.count; ++plane) {
+        slab_ring.consumer_wait(slab);
+        const Operand positions(slabs + slab.index * SLAB_STAGE_BYTES<Slab>, Slab::PITCH);
+#pragma unroll(Slab::TAPS <= 9 ? Slab::TAPS : 1)
+        for (int tap = 0; tap < Slab::TAPS; ++tap) {
+          weight_ring.consumer_wait(weight);
+          const Operand w(weights + weight.index * weight_bytes + m * BLOCK_M * ROW_BYTES, 8);
+          wgmma_begin();
+          multiply<T, Conv::WEIGHTS>(sums, w, positions.moved(Slab::tap_row(tap) * ROW_BYTES),
+                                     steps, accumulates);
+          accumulates = 1;
+          wgmma_wait<1>();
+          // All but the products just issued have ended: what they read may be overwritten.
+          if (lane == 0 && previous >= 0) weight_ring.consumer_release(previous);
+          if (tap == 0) release_slabs();
+          previous = weight.index;
+          weight.advance(1, t.weight_stages);
+        }
+        const int onward = plane == planes.count - 1 ? planes.next : planes.step;
+        slab.advance(onward, t.slab_stages);
+        to_release += onward;
+      }
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) wgmma_settle(sums[i]);
+    if (lane == 0) weight_ring.consumer_release(previous);
+    release_slabs();
+
+    if (out.epilogue == Epilogue::PARTIAL) {
+      store_strided<float, LINES, Conv, Slab>(t, out, tile,
+                                              out.partials + tile.split * out.elements, sums);
+      continue;
+    }
+    if (out.saw_nonfinite != nullptr) {
+      // Infinities and NaNs make a NaN of the sum of zeros.
+      float zero = 0;
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) zero += sums[i] * 0.0f;
+      if (zero != 0.0f) *out.saw_nonfinite = 1;
+    }
+    if (out.bias != nullptr) {
+      const int row = Rows(t).first;
+      const T* const bias = static_cast<const T*>(out.bias) + tile.group * t.output_channels;
+      float upper = 0, lower = 0;
+      if (tile.channel + row < t.output_channels) upper = widen(bias[tile.channel + row]);
+      if (tile.channel + row + 8 < t.output_channels) lower = widen(bias[tile.channel + row + 8]);
+#pragma unroll
+      for (int j = 0; j < LINES; ++j) {
+        sums[4 * j] += upper, sums[4 * j + 1] += upper;
+        sums[4 * j + 2] += lower, sums[4 * j + 3] += lower;
+      }
+    }
+    if (out.epilogue == Epilogue::STRIDED) {
+      store_strided<T, LINES, Conv, Slab>(t, out, tile, static_cast<T*>(out.address), sums);
+    } else if constexpr (sizeof(T) == 2) {
+      if (out.epilogue == Epilogue::TMA) {
+        store_by_tma<T, LINES>(t, output_map, tile, staged + consumer * 2 * STORE_BYTES, sums);
+      } else {
+        mbarrier_wait(&shared.staged_empty[consumer], staged_phase);
+        staged_phase ^= 1;
+        stage_output<T, LINES>(staged + consumer * BLOCK_M * STAGED_PITCH<LINES> * 16, sums);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&shared.staged_full[consumer]);
+      }
+    }
+  }
+  if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+}
+
+// ---- The kernel ---------------------------------------------------------------------------------
+
+template <typename T, int LINES, typename Conv, typename Slab>
+__global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
+    implicit_gemm_kernel(const __grid_constant__ TensorMap slab_map,
+                         const __grid_constant__ TensorMap weight_map,
+                         const __grid_constant__ TensorMap output_map, const Tiling t,
+                         const Output out) {
+  if constexpr (HAS_WGMMA) {
+    unsigned char* const dynamic = dynamic_shared<unsigned char>();
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
+    unsigned char* const slabs =
+        dynamic + (sizeof(SharedStorage) +
+                   ((ATOM_BYTES - (shared_address(dynamic) + sizeof(SharedStorage)) % ATOM_BYTES) %
+                    ATOM_BYTES));
+    const int weight_bytes = (t.position_groups == 2 ? 1 : 2) * BLOCK_M * ROW_BYTES;
+    unsigned char* const weights = slabs + t.slab_stages * SLAB_STAGE_BYTES<Slab>;
+    unsigned char* const staged = weights + t.weight_stages * weight_bytes;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < t.slab_stages; ++i) {
+        mbarrier_init(&shared.slab_full[i], 1);
+        mbarrier_init(&shared.slab_rounded[i], 2);
+        mbarrier_init(&shared.slab_empty[i], CONSUMER_WARPS);
+      }
+      for (int i = 0; i < t.weight_stages; ++i) {
+        mbarrier_init(&shared.weight_full[i], 1);
+        mbarrier_init(&shared.weight_empty[i], CONSUMER_WARPS);
+      }
+      for (int i = 0; i < CONSUMERS; ++i) {
+        mbarrier_init(&shared.staged_full[i], 4);
+        mbarrier_init(&shared.staged_empty[i], 1);
+      }
+      mbarrier_fence();
+    }
+    __syncthreads();
+    await_earlier_kernel();
+    if (out.only_if != nullptr && *out.only_if == 0) return;
+
+    const Pipeline slab_ring = {shared.slab_full, shared.slab_empty};
+    const Pipeline weight_ring = {shared.weight_full, shared.weight_empty};
+    if (warp >= CONSUMER_WARPS) {
+      release_registers<64>();
+      const int role = warp - CONSUMER_WARPS;
+      if (role == 0) {
+        if (lane == 0) load_slabs<T, Conv, Slab>(t, slab_map, slab_ring, slabs);
+      } else if (role == 1) {
+        if (lane == 0)
+          load_weights<T, Conv, Slab>(t, weight_map, weight_ring, weights, weight_bytes);
+      } else if constexpr (sizeof(T) == 4) {
+        if (t.rounds) {
+          round_slabs<Conv, Slab>(t, slab_ring, shared.slab_rounded, slabs, threadIdx.x % 64);
+        }
+      } else if (out.epilogue == Epilogue::STAGED) {
+        copy_out<T, LINES, Conv, Slab>(
+            t, out, shared, staged + (role - 2) * BLOCK_M * STAGED_PITCH<LINES> * 16, role - 2);
+      }
+    } else {
+      claim_registers<224>();
+      const Pipeline ready = {t.rounds ? shared.slab_rounded : shared.slab_full, shared.slab_empty};
+      consume<T, LINES, Conv, Slab>(t, out, output_map, shared, ready, weight_ring, slabs, weights,
+                                    weight_bytes, staged);
+    }
+  }
+}
+
+}  // namespace convgen
+
+#endif  // CONVGEN_IMPLICIT_GEMM_KERNEL_CUH

@@ -1,0 +1,211 @@
+// How an implicit GEMM is dealt out: tiles, slabs, what lies in shared memory. See kernel.cuh.
+#ifndef CONVGEN_IMPLICIT_GEMM_TILES_CUH
+#define CONVGEN_IMPLICIT_GEMM_TILES_CUH
+
+#include "sm90.cuh"
+
+namespace convgen {
+
+constexpr int ROW_BYTES = 128;  // of channels: a K block
+constexpr int STEP_BYTES = 32;  // of K in one product
+constexpr int BLOCK_M = 64;     // output channels of a warpgroup
+constexpr int WARPGROUP = 128;  // threads
+constexpr int CONSUMERS = 2;    // warpgroups
+constexpr int CONSUMER_WARPS = 4 * CONSUMERS;
+constexpr int GEMM_THREADS = (CONSUMERS + 1) * WARPGROUP;
+// Launch bounds tell the host whether a device runs code that was compiled for it: see
+// launch_bound.
+template <int THREADS>
+constexpr int COMPILED_THREADS = HAS_WGMMA ? THREADS : 32;
+constexpr int ATOM_BYTES = 8 * ROW_BYTES;  // what the swizzle repeats after
+constexpr int MOST_STAGES = 16;
+constexpr int STORE_LINES = 4;  // groups of eight positions that leave with one TMA store
+constexpr int STORE_BYTES = STORE_LINES * ATOM_BYTES;
+
+// How a tile's sums leave.
+enum class Epilogue {
+  TMA,      // 16 bits, channels side by side: boxes of 32 positions x 64 channels
+  STAGED,   // 16 bits, W side by side: the whole tile by way of shared memory, behind the next one
+  STRIDED,  // straight from registers, any layout
+  PARTIAL,  // fp32 sums of one split of K, added up by another kernel
+};
+
+// How the positions, channels and K blocks of a call are dealt out.
+struct Tiling {
+  // A warpgroup's tile, in positions; powers of two but for the lines of a halo's.
+  int extent_w, extent_h, extent_d, extent_n;
+  int log2_w, log2_h, log2_d;  // of the p-th position: w = p mod 2^log2_w, h = p >> log2_w ...
+  int tiles_w, tiles_h, tiles_d, tiles_n;
+  int position_groups;  // 2 if the consumers have different positions, else 1
+  int fold;             // planes of a consumer: 2 with up to 32 output channels each, else 1
+  int channel_blocks;   // of a group's output channels
+  int groups;
+  int input_channels;       // from one group's first to the next one's, as the slabs' map counts
+  int output_channels;      // of a group
+  int blocks;               // K blocks of a group's input channels
+  int last_steps;           // products of the last one, 1 to 4
+  int splits;               // of K
+  int tiles;                // of all CTAs: positions x channel blocks x groups x splits
+  int first_tap, tap_step;  // of the weights' map, in the order of the gather
+  int slab_stages, weight_stages;
+  int slab_bytes;  // of one load: as its box says
+  bool rounds;     // whether slabs are rounded to TF32 in shared memory
+};
+
+// Where sums go. Strides are in elements.
+struct Output {
+  void* address;
+  float* partials;
+  const void* bias;
+  int64_t stride_n, stride_c, stride_d, stride_h, stride_w, elements;
+  int width, height, depth, batch;
+  int vector;  // elements along W that one access may have: 1, 2, 4 or 8
+  Epilogue epilogue;
+  int* saw_nonfinite;  // is set to 1 where a sum is; or null
+  const int* only_if;  // null, or what has to be 1 for anything to be done
+};
+
+// ---- Slabs --------------------------------------------------------------------------------------
+
+// 8 x LINES positions of a plane (of a line, for a LINEAR convolution, 8 * LINES ones) and their
+// halo; one slab for each plane that the taps along D reach.
+template <typename Conv, int LINES>
+struct HaloSlab {
+  static constexpr bool HALO = true;
+  static constexpr int TAPS = Conv::KERNEL_H * Conv::KERNEL_W;
+  static constexpr int PLANES = Conv::KERNEL_D;
+  static constexpr int REACH_W = (Conv::KERNEL_W - 1) * Conv::DILATION_W;
+  static constexpr int REACH_H = (Conv::KERNEL_H - 1) * Conv::DILATION_H;
+  static constexpr int BOX_W = (Conv::LINEAR ? 8 * LINES : 8) + REACH_W;
+  static constexpr int BOX_H = Conv::LINEAR ? 1 : LINES + REACH_H;
+  // TMA's boxes have up to 256 elements along a dimension: longer lines take several.
+  static constexpr int LOADS = (BOX_W + 255) / 256;
+  static constexpr int LOAD_W = LOADS == 1 ? BOX_W : (BOX_W + 8 * LOADS - 1) / (8 * LOADS) * 8;
+  static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
+  static constexpr int PITCH = Conv::LINEAR ? 8 : BOX_W;
+  static __device__ __forceinline__ int tap_row(int tap) {
+    return tap / Conv::KERNEL_W * Conv::DILATION_H * PITCH +
+           tap % Conv::KERNEL_W * Conv::DILATION_W;
+  }
+};
+
+// The positions of one tap.
+template <typename Conv, int LINES>
+struct TapSlab {
+  static constexpr bool HALO = false;
+  static constexpr int TAPS = 1, PLANES = 1, LOADS = 1, LOAD_W = 0;
+  static constexpr int ROWS = 8 * LINES, PITCH = 8;
+  static __device__ __forceinline__ int tap_row(int) { return 0; }
+};
+
+template <typename Slab>
+constexpr int SLAB_STAGE_BYTES =
+    (Slab::ROWS * ROW_BYTES + ATOM_BYTES - 1) / ATOM_BYTES * ATOM_BYTES;
+
+// ---- Shared memory ------------------------------------------------------------------------------
+
+// Behind it, at the next multiple of 1024 bytes: slabs, weights, what leaves.
+struct SharedStorage {
+  uint64_t slab_full[MOST_STAGES], slab_rounded[MOST_STAGES], slab_empty[MOST_STAGES];
+  uint64_t weight_full[MOST_STAGES], weight_empty[MOST_STAGES];
+  uint64_t staged_full[CONSUMERS], staged_empty[CONSUMERS];
+};
+
+// A staged tile: [channel][group of eight positions], 16 bytes each, in an odd number of them, so
+// that eight channels' lie in different banks.
+template <int LINES>
+constexpr int STAGED_PITCH = LINES | 1;
+
+template <int LINES>
+constexpr int output_stage_bytes(Epilogue epilogue) {
+  return epilogue == Epilogue::TMA      ? 2 * STORE_BYTES
+         : epilogue == Epilogue::STAGED ? BLOCK_M * STAGED_PITCH<LINES> * 16
+                                        : 0;
+}
+
+inline int weight_stage_bytes(const Tiling& t) {
+  return (t.position_groups == 2 ? 1 : 2) * BLOCK_M * ROW_BYTES;
+}
+
+struct PipelineState {
+  int index = 0;
+  uint32_t phase = 0;
+  // By at most as many buffers as there are.
+  __device__ __forceinline__ void advance(int count, int stages) {
+    index += count;
+    if (index >= stages) index -= stages, phase ^= 1;
+  }
+};
+
+// A ring of buffers, between the threads that fill it and the consumers' warps.
+struct Pipeline {
+  uint64_t *full, *empty;
+
+  __device__ __forceinline__ uint64_t* producer_acquire(PipelineState at, int bytes) const {
+    mbarrier_wait(&empty[at.index], at.phase ^ 1);
+    mbarrier_arrive_expect(&full[at.index], bytes);
+    return &full[at.index];
+  }
+  __device__ __forceinline__ void consumer_wait(PipelineState at) const {
+    mbarrier_wait(&full[at.index], at.phase);
+  }
+  // One lane of each warp.
+  __device__ __forceinline__ void consumer_release(int index) const {
+    mbarrier_arrive(&empty[index]);
+  }
+};
+
+// ---- Tiles --------------------------------------------------------------------------------------
+
+// What a CTA computes next, for the consumer with the `p`-th positions and `m`-th channels.
+struct Tile {
+  int split, group, channel;  // the first channel, of the group's
+  int n, d, h, w;             // the first position
+
+  template <bool HALO>
+  __device__ __forceinline__ static Tile of(const Tiling& t, int index, int p, int m) {
+    Tile tile;
+    tile.split = index % t.splits, index /= t.splits;
+    const int block = index % (t.channel_blocks * t.groups);
+    index /= t.channel_blocks * t.groups;
+    tile.group = block / t.channel_blocks;
+    tile.channel = (block % t.channel_blocks * (3 - t.position_groups) + m) * BLOCK_M;
+    // Halo tiles of both consumers are neighbouring planes, which share slabs.
+    if (!HALO) index = index * t.position_groups + p;
+    tile.w = index % t.tiles_w * t.extent_w, index /= t.tiles_w;
+    tile.h = index % t.tiles_h * t.extent_h, index /= t.tiles_h;
+    const int planes = HALO ? t.position_groups * t.fold : t.extent_d;
+    tile.d = index % t.tiles_d * planes + (HALO ? p * t.fold : 0);
+    tile.n = index / t.tiles_d * t.extent_n;
+    return tile;
+  }
+};
+
+// Units of K that a split multiplies: a K block of halo slabs, a K block and tap of tap slabs.
+template <typename Conv, typename Slab>
+struct Units {
+  int begin, end;
+  static constexpr int TAPS = Slab::HALO ? 1 : Conv::KERNEL_D * Conv::KERNEL_H * Conv::KERNEL_W;
+  __device__ __forceinline__ Units(const Tiling& t, int split)
+      : begin(t.blocks * TAPS * split / t.splits), end(t.blocks * TAPS * (split + 1) / t.splits) {}
+};
+
+// Which slabs of a unit a consumer multiplies: those from `p * fold` on, one for each tap along D.
+// Neighbouring planes share slabs where the taps are neighbours, too.
+template <typename Conv, typename Slab>
+struct Planes {
+  int count;  // of a consumer
+  int step;   // slabs from one to the next
+  int next;   // slabs from the last one to the next unit's first
+  int slabs;  // of a unit, all consumers' together
+
+  __host__ __device__ explicit Planes(const Tiling& t)
+      : count(Slab::PLANES + t.fold - 1),
+        step(Conv::DILATION_D == 1 ? 1 : t.position_groups),
+        next((t.position_groups - 1) * t.fold + 1),
+        slabs((count - 1) * step + next) {}
+};
+
+}  // namespace convgen
+
+#endif  // CONVGEN_IMPLICIT_GEMM_TILES_CUH

@@ -1,0 +1,198 @@
+// What comes before and after the products: operands laid out as the tensor cores read them, and
+// the sums of a split K.
+#ifndef CONVGEN_IMPLICIT_GEMM_PACK_CUH
+#define CONVGEN_IMPLICIT_GEMM_PACK_CUH
+
+#include "kernel.cuh"
+
+namespace convgen {
+
+// A tensor whose channels are packed side by side: a group's `channels`, padded to `padded` with
+// zeros. Strides are in elements; positions are those of all extents.
+struct PackShape {
+  int64_t positions, stride_n, stride_c, stride_p;
+  int batch, groups, channels, padded;
+};
+
+constexpr int PACK_THREADS = 256, PACK_POSITIONS = 128;
+
+template <typename T>
+__device__ __forceinline__ T as_operand(T x) {
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(round_tf32<Rounding::NEAREST_AWAY>(x));
+  } else {
+    return x;
+  }
+}
+
+// The 16 bytes of a position that hold the first channels in `x`.
+template <typename T>
+__device__ __forceinline__ uint4 vector_of(const T (&x)[16 / sizeof(T)]) {
+  uint4 bits;
+  memcpy(&bits, x, 16);
+  return bits;
+}
+
+// (N, C, positions) -> (N, positions, groups x padded): a thread block transposes 128 bytes of
+// channels of 128 positions in shared memory, whose 16-byte vectors are permuted by the position so
+// that neither side meets a bank conflict. WIDE: four positions at a time, where all are aligned.
+template <typename T, bool WIDE>
+__global__ void __launch_bounds__(PACK_THREADS)
+    pack_positions_kernel(const T* __restrict__ from, T* __restrict__ to, const PackShape s) {
+  constexpr int VECTOR = 16 / sizeof(T), BLOCK_K = ROW_BYTES / sizeof(T);
+  __shared__ uint4 tile[PACK_POSITIONS * 8];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t first = int64_t{blockIdx.x} * PACK_POSITIONS, position = first + 4 * lane;
+  const int row_channels = s.groups * s.padded, block = blockIdx.y * BLOCK_K;
+  await_earlier_kernel();
+  for (int n = blockIdx.z; n < s.batch; n += gridDim.z) {
+    T x[4][VECTOR];
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+      const int channel = block + warp * VECTOR + i;
+      const int group = channel / s.padded, within = channel % s.padded;
+      const bool exists = channel < row_channels && within < s.channels;
+      const T* const line =
+          from + n * s.stride_n + (group * s.channels + within) * s.stride_c + position;
+      if constexpr (WIDE) {
+        T four[4] = {};
+        if (exists && position < s.positions) {
+          if constexpr (sizeof(T) == 4) {
+            const uint4 bits = *reinterpret_cast<const uint4*>(line);
+            memcpy(four, &bits, 16);
+          } else {
+            const uint2 bits = *reinterpret_cast<const uint2*>(line);
+            memcpy(four, &bits, 8);
+          }
+        }
+#pragma unroll
+        for (int q = 0; q < 4; ++q) x[q][i] = as_operand(four[q]);
+      } else {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          x[q][i] = exists && position + q < s.positions ? as_operand(line[q]) : T{};
+        }
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) tile[(4 * lane + q) * 8 + (warp ^ (lane % 8))] = vector_of(x[q]);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < PACK_POSITIONS * 8 / PACK_THREADS; ++i) {
+      const int row = (i * PACK_THREADS + threadIdx.x) / 8, vector = threadIdx.x % 8;
+      const int channel = block + vector * VECTOR;
+      if (first + row < s.positions && channel < row_channels) {
+        T* const at = to + (n * s.positions + first + row) * row_channels + channel;
+        *reinterpret_cast<uint4*>(at) = tile[row * 8 + (vector ^ (row / 4 % 8))];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// (N, positions, C) -> (N, positions, groups x padded): channels that lie side by side already, but
+// not in multiples of 16 bytes, or not rounded.
+template <typename T>
+__global__ void __launch_bounds__(PACK_THREADS)
+    pack_channels_kernel(const T* __restrict__ from, T* __restrict__ to, const PackShape s) {
+  await_earlier_kernel();
+  const int64_t row_channels = int64_t{s.groups} * s.padded, rows = s.batch * s.positions;
+  const int64_t count = rows * row_channels, step = int64_t{gridDim.x} * PACK_THREADS;
+  for (int64_t i = int64_t{blockIdx.x} * PACK_THREADS + threadIdx.x; i < count; i += step) {
+    const int64_t row = i / row_channels;
+    const int channel = static_cast<int>(i % row_channels);
+    const int group = channel / s.padded, within = channel % s.padded;
+    const int64_t n = row / s.positions, p = row % s.positions;
+    to[i] = within < s.channels
+                ? as_operand(from[n * s.stride_n + p * s.stride_p + group * s.channels + within])
+                : T{};
+  }
+}
+
+// The weights of one contraction. Strides are in elements.
+struct WeightShape {
+  int64_t stride_output, stride_input, stride_tap;
+  int groups, output_channels, input_channels;  // of a group
+  int padded_outputs, padded_inputs;            // as they are packed, with zeros
+};
+
+// weight[coarse][fine of the group][tap], for the output and input channel of a group.
+template <bool COARSE_INPUT>
+__device__ __forceinline__ int64_t weight_at(const WeightShape& s, int group, int output,
+                                             int input) {
+  const int64_t o = COARSE_INPUT ? output : int64_t{group} * s.output_channels + output;
+  const int64_t i = COARSE_INPUT ? int64_t{group} * s.input_channels + input : input;
+  return o * s.stride_output + i * s.stride_input;
+}
+
+// weight -> (taps, groups x output channels, padded input channels) or, MN-major, -> (taps, groups
+// x padded input channels, padded output channels). For dgrad (`COARSE_INPUT`) the taps come in
+// reverse: i = o + PADDING - t * DILATION.
+template <typename T, int TAPS, bool COARSE_INPUT, Major MAJOR>
+__global__ void __launch_bounds__(PACK_THREADS)
+    pack_weights_kernel(const T* __restrict__ from, T* __restrict__ to, const WeightShape s) {
+  constexpr bool K_MAJOR = MAJOR == Major::K;
+  await_earlier_kernel();
+  const int column = blockIdx.x * 32 + threadIdx.x % 32;
+  const int columns = K_MAJOR ? s.padded_inputs : s.padded_outputs;
+  const int group_rows = K_MAJOR ? s.output_channels : s.padded_inputs;
+  const int rows = s.groups * group_rows;
+  if (column >= columns) return;
+  for (int row = blockIdx.y * 8 + threadIdx.x / 32; row < rows; row += gridDim.y * 8) {
+    const int group = row / group_rows, within = row % group_rows;
+    const int output = K_MAJOR ? within : column, input = K_MAJOR ? column : within;
+    const bool exists = output < s.output_channels && input < s.input_channels;
+    const T* const weight = from + weight_at<COARSE_INPUT>(s, group, output, input);
+    T* const at = to + int64_t{row} * columns + column;
+#pragma unroll 9
+    for (int tap = 0; tap < TAPS; ++tap) {
+      const int from_tap = COARSE_INPUT ? TAPS - 1 - tap : tap;
+      at[tap * int64_t{rows} * columns] =
+          exists ? as_operand(weight[from_tap * s.stride_tap]) : T{};
+    }
+  }
+}
+
+// The same for folded tiles (see Tiling::fold): (KERNEL_D + 1) x taps of a plane, each with 64
+// output channels, of which the second 32 are those of the plane behind, which a tap along D meets
+// one plane later. Also clears `flag`.
+template <typename T, int KERNEL_D, int PLANE_TAPS, bool COARSE_INPUT, Major MAJOR>
+__global__ void __launch_bounds__(PACK_THREADS)
+    pack_folded_weights_kernel(const T* __restrict__ from, T* __restrict__ to, const WeightShape s,
+                               int* flag) {
+  await_earlier_kernel();
+  const int count = (KERNEL_D + 1) * PLANE_TAPS * BLOCK_M * s.padded_inputs;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *flag = 0;
+  for (int i = blockIdx.x * PACK_THREADS + threadIdx.x; i < count; i += gridDim.x * PACK_THREADS) {
+    const int at = i / (BLOCK_M * s.padded_inputs);
+    const int input = MAJOR == Major::K ? i % s.padded_inputs : i / BLOCK_M % s.padded_inputs;
+    const int row = MAJOR == Major::K ? i / s.padded_inputs % BLOCK_M : i % BLOCK_M;
+    const int output = row % (BLOCK_M / 2), plane = row / (BLOCK_M / 2);
+    const int kd = at / PLANE_TAPS - plane, packed_tap = kd * PLANE_TAPS + at % PLANE_TAPS;
+    const int tap = COARSE_INPUT ? KERNEL_D * PLANE_TAPS - 1 - packed_tap : packed_tap;
+    const bool exists =
+        kd >= 0 && kd < KERNEL_D && output < s.output_channels && input < s.input_channels;
+    to[i] =
+        exists ? as_operand(from[weight_at<COARSE_INPUT>(s, 0, output, input) + tap * s.stride_tap])
+               : T{};
+  }
+}
+
+// The sums of all splits of K, in order, and the bias.
+template <typename T>
+__global__ void __launch_bounds__(PACK_THREADS)
+    add_partials_kernel(const Output out, int splits, int channels) {
+  await_earlier_kernel();
+  const int64_t i = int64_t{blockIdx.x} * PACK_THREADS + threadIdx.x;
+  if (i >= out.elements) return;
+  float sum = out.partials[i];
+  for (int split = 1; split < splits; ++split) sum += out.partials[split * out.elements + i];
+  if (out.bias != nullptr) {
+    sum += widen(static_cast<const T*>(out.bias)[i / out.stride_c % channels]);
+  }
+  narrow(static_cast<T*>(out.address)[i], sum);
+}
+
+}  // namespace convgen
+
+#endif  // CONVGEN_IMPLICIT_GEMM_PACK_CUH
