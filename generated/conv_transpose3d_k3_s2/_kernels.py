@@ -170,23 +170,10 @@ def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return (depth * height * line, 1, height * line, line, channels)
 
 
-def _arrange(
-    first: Tensor, second: Tensor, bits: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, int]:
-    """Operands that are contiguous or have their channels side by side; and which tensors have.
-
-    `bits` are those of the operands and of the result.
-    """
-    layout = 0
-    if lies_last(first):
-        layout |= bits[0]
-    elif not first.is_contiguous():
-        first = first.contiguous()
-    if lies_last(second):
-        layout |= bits[1]
-    elif not second.is_contiguous():
-        second = second.contiguous()
-    return first, second, layout | (bits[2] if layout else 0)
+def _layout(first: Tensor, second: Tensor, bits: tuple[int, int, int]) -> int:
+    """Which tensors have their channels side by side; `bits` are those of operands and result."""
+    layout = (bits[0] if lies_last(first) else 0) | (bits[1] if lies_last(second) else 0)
+    return layout | (bits[2] if layout else 0)
 
 
 def arranged(tensor: Tensor) -> Tensor:
@@ -223,7 +210,7 @@ _plans: dict[tuple[Any, ...], _Plan] = {}
 def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
     layout = 0
     if not (fine.is_contiguous() and weight.is_contiguous()):
-        fine, weight, layout = _arrange(fine, weight, (FINE, WEIGHT, COARSE))
+        layout = _layout(fine, weight, (FINE, WEIGHT, COARSE))
     key = _key("fprop", fine, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
         shape = fprop_shape(fine, weight, bias, size)
@@ -234,7 +221,8 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
     coarse = new_result(shape, fine, weight) if layout else fine.new_empty(size=shape)
     if launch is None:
         return _bias_alone(coarse, bias)
-    launch.run(coarse, fine, weight, None if bias is None else bias.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    launch.run(coarse, arranged(fine), arranged(weight), bias)
     return coarse
 
 
@@ -243,7 +231,7 @@ def dgrad_kernel(
 ) -> Tensor:
     layout = 0
     if not (coarse.is_contiguous() and weight.is_contiguous()):
-        coarse, weight, layout = _arrange(coarse, weight, (COARSE, WEIGHT, FINE))
+        layout = _layout(coarse, weight, (COARSE, WEIGHT, FINE))
     key = _key("dgrad", coarse, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
         shape = dgrad_shape(coarse, weight, bias, size)
@@ -254,14 +242,15 @@ def dgrad_kernel(
     fine = new_result(shape, coarse, weight) if layout else coarse.new_empty(size=shape)
     if launch is None:
         return _bias_alone(fine, bias)
-    launch.run(coarse, fine, weight, None if bias is None else bias.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    launch.run(arranged(coarse), fine, arranged(weight), bias)
     return fine
 
 
 def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
     layout = 0
     if not (coarse.is_contiguous() and fine.is_contiguous()):
-        coarse, fine, layout = _arrange(coarse, fine, (COARSE, FINE, WEIGHT))
+        layout = _layout(coarse, fine, (COARSE, FINE, WEIGHT))
     key = _key("wgrad", coarse, fine, layout=layout)
     if (plan := _plans.get(key)) is None:
         shape = wgrad_shape(coarse, fine)
@@ -272,7 +261,7 @@ def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
     weight = new_result(shape, coarse, fine) if layout else coarse.new_empty(size=shape)
     if launch is None:
         return weight.zero_()
-    launch.run(coarse, fine, weight, None)
+    launch.run(arranged(coarse), arranged(fine), weight, None)
     return weight
 
 
@@ -300,7 +289,7 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     if coarse.device.type != "cpu" or INTERPRETED:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
     if not (coarse.is_contiguous() and fine.is_contiguous()):
-        coarse, fine, layout = _arrange(coarse, fine, (COARSE, FINE, WEIGHT))
+        layout = _layout(coarse, fine, (COARSE, FINE, WEIGHT))
         if layout:
             weight, bias = wbgrad_kernel(coarse.contiguous(), fine.contiguous())
             return _as_last(weight), bias

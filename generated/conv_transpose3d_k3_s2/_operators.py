@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_006c7b24"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_850691fd"
 NAMESPACE += VARIANT
 
 
