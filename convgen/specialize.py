@@ -47,7 +47,7 @@ def specialize(
 
     The module has the function and the class under torch's names, for example
     ``conv_transpose3d(input, weight, bias=None)`` and ``ConvTranspose3d(in_channels,
-    out_channels, bias=True)``, which serve any batch, extents and (unless given here) channels.
+    out_channels)`` with torch's further arguments, which serve any batch, extents and (unless given here) channels.
     The same arguments give the same module object.
 
     Args:

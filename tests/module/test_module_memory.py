@@ -107,6 +107,16 @@ class TestFreedStorages:
             with pytest.raises(RuntimeError, match="was freed"):
                 module.conv2d(empty, weight, gone)
 
+    def test_are_told_from_memory_at_low_addresses(
+        self, k3s2: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        operators = operators_of(k3s2)
+        monkeypatch.setattr(operators, "LEAST_ADDRESS", 1 << 63)
+        assert operators.is_plain((X, W, B))
+        for raw in (False, True):
+            for call, inputs in calls(k3s2, raw).values():
+                call(*inputs)
+
     def test_serve_again_with_their_memory(self, k3s2: ModuleType) -> None:
         x = X.clone()
         size_bytes = x.untyped_storage().nbytes()
