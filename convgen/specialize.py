@@ -47,8 +47,8 @@ def specialize(
 
     The module has the function and the class under torch's names, for example
     ``conv_transpose3d(input, weight, bias=None)`` and ``ConvTranspose3d(in_channels,
-    out_channels)`` with torch's further arguments, which serve any batch, extents and (unless given here) channels.
-    The same arguments give the same module object.
+    out_channels)`` with torch's further arguments, which serve any batch, extents and (unless given
+    here) channels. The same arguments give the same module object.
 
     Args:
         op: one of the six operators of ``torch.nn.functional``.

@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_850691fd"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_e6c0213c"
 NAMESPACE += VARIANT
 
 
@@ -268,22 +268,25 @@ def forward(
         return below_autograd(operator, kernel, keyset, *inputs)
 
 
-def in_memory(inputs: tuple[Any, ...]) -> list[Any]:
+def in_memory(inputs: Sequence[Any]) -> Sequence[Any]:
     """Inputs as the kernels read them: torch's own tensors, whose memory is there.
 
     A subclass may override any method that a kernel calls. The dispatcher gives results its class.
     """
-    with torch._C.DisableTorchFunctionSubclass():
-        plain = [
-            Tensor.as_subclass(value, Tensor)
-            if isinstance(value, Tensor) and type(value) not in _TENSORS
-            else value
-            for value in inputs
-        ]
-    for value in plain:
-        if isinstance(value, Tensor) and value.data_ptr() < LEAST_ADDRESS:
-            check_memory(value)
-    return plain
+    for value in inputs:
+        kind = type(value)
+        if kind in _TENSORS:
+            if value.data_ptr() < LEAST_ADDRESS:
+                check_memory(value)
+        elif kind is not list and kind not in _OTHERS and isinstance(value, Tensor):
+            with torch._C.DisableTorchFunctionSubclass():
+                return in_memory(
+                    [
+                        Tensor.as_subclass(each, Tensor) if isinstance(each, Tensor) else each
+                        for each in inputs
+                    ]
+                )
+    return inputs
 
 
 _TENSORS = {Tensor, Parameter}
