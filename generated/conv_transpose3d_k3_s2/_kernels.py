@@ -288,11 +288,9 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
 def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     if coarse.device.type != "cpu" or INTERPRETED:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
-    if not (coarse.is_contiguous() and fine.is_contiguous()):
-        layout = _layout(coarse, fine, (COARSE, FINE, WEIGHT))
-        if layout:
-            weight, bias = wbgrad_kernel(coarse.contiguous(), fine.contiguous())
-            return _as_last(weight), bias
+    if lies_last(coarse) or lies_last(fine):
+        weight, bias = wbgrad_kernel(coarse.contiguous(), fine.contiguous())
+        return _as_last(weight), bias
     key = _key("wbgrad", coarse, fine)
     if (plan := _plans.get(key)) is None:
         shape = wgrad_shape(coarse, fine)
@@ -302,7 +300,7 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     bias = coarse.new_empty(size=(fine.shape[1],))
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
-    launch.run(coarse, fine, weight, bias)
+    launch.run(arranged(coarse), arranged(fine), weight, bias)
     return weight, bias
 
 
