@@ -101,6 +101,12 @@ def package(session_cache: Path) -> Package:
     return build
 
 
+@pytest.fixture
+def unoptimized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process compiles for the CPU is :data:`UNOPTIMIZED`."""
+    monkeypatch.setattr(toolchain, "CPP_FLAGS", UNOPTIMIZED)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """``"cpu"``, and ``"cuda"`` where there is a GPU."""

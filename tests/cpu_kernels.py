@@ -277,6 +277,13 @@ def make_problem(
     return Problem(op, arguments, channels, shapes, **options)
 
 
-def problem(op: str, channels: tuple[int, int], *shapes: tuple[int, ...], **arguments: Any) -> Any:
+def problem(
+    op: str,
+    channels: tuple[int, int],
+    *shapes: tuple[int, ...],
+    long: bool = False,
+    **arguments: Any,
+) -> Any:
     case = make_problem(op, channels, shapes, arguments)
-    return pytest.param(case, id=case.name.replace(" ", "-"))
+    marks = pytest.mark.long if long else ()
+    return pytest.param(case, id=case.name.replace(" ", "-"), marks=marks)

@@ -26,6 +26,7 @@ from cpu_kernels import (
     make_tensors,
     problem,
 )
+from interpreted import mostly_long
 
 from convgen.codegen.render import render_kernels
 from convgen.engines.cpu import GatherSchedule, ReduceSchedule
@@ -40,7 +41,8 @@ PROBLEMS = [
     # Optimized builds, all types; several tiles, blocks of rows and planes, ragged ends.
     problem(T3, (9, 18), (2, 3, 5, 7), (1, 4, 9, 33), kernel_size=3, stride=2, padding=1,
             output_padding=1, dtypes=ALL, flags=FAST),
-    problem(C3, (10, 17), (2, 4, 5, 6), (1, 3, 1, 1), kernel_size=3, padding=1, flags=FAST),
+    problem(C3, (10, 17), (2, 4, 5, 6), (1, 3, 1, 1), kernel_size=3, padding=1, flags=FAST,
+            long=True),
     # k < stride and gcd(dilation, stride) > 1: phases without taps. Negative effective padding.
     problem(T3, (2, 3), (2, 2, 3, 4), kernel_size=2, stride=3),
     problem(T3, (3, 2), (1, 3, 4, 5), kernel_size=3, stride=2, dilation=2, padding=1,
@@ -68,7 +70,7 @@ PROBLEMS = [
     problem(T2, (3, 2), (2, 3, 4), kernel_size=(9, 8), stride=(4, 3), padding=2),
     problem(C1, (2, 3), (2, 90), kernel_size=80, padding=20, stride=3),
     problem(T1, (2, 3), (2, 9), kernel_size=70, stride=20, padding=7),
-    problem(T1, (5, 4), (2, 50), kernel_size=16, stride=8, padding=4, flags=FAST),
+    problem(T1, (5, 4), (2, 50), kernel_size=16, stride=8, padding=4, flags=FAST, long=True),
     problem(C1, (3, 4), (2, 60), kernel_size=64, padding="same"),
     # Reach of the taps beyond the extents: separate strips; windows outside of the input.
     problem(C2, (17, 17), (1, 9, 6), kernel_size=3, dilation=8, padding=8),
@@ -86,7 +88,7 @@ PROBLEMS = [
 if platform.machine() in ("x86_64", "AMD64"):
     PROBLEMS += [
         problem(T3, (9, 18), (1, 4, 9, 17), kernel_size=3, stride=2, padding=1, output_padding=1,
-                flags=("-O1", f"-march={arch}"))
+                flags=("-O1", f"-march={arch}"), long=True)
         for arch in ("x86-64", "x86-64-v3")
     ]  # fmt: skip
 
@@ -208,7 +210,10 @@ SANITIZED = [
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD of the sanitizer")
-def test_memory_accesses_and_arithmetic_are_clean_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", mostly_long(SANITIZED, 0), ids=lambda case: case.name)
+def test_memory_accesses_and_arithmetic_are_clean_under_sanitizers(
+    case: Problem, tmp_path: Path
+) -> None:
     found = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True)
     runtime = Path(found.stdout.strip())
     if not runtime.is_absolute():
@@ -217,24 +222,23 @@ def test_memory_accesses_and_arithmetic_are_clean_under_sanitizers(tmp_path: Pat
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     environment = os.environ | {"LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
-    for index, case in enumerate(SANITIZED):
-        library = compile_library(case.spec, ("f32",), tmp_path / str(index), flags)
-        (shape,) = case.shapes
-        tensors = make_tensors(case.spec, case.channels, shape, "f32")
-        coarse, fine = tensors.grad, tensors.x
-        if case.spec.transposed:
-            coarse, fine = fine, coarse
-        sizes = [
-            int(case.spec.transposed), *coarse.shape[:2], fine.shape[1], tensors.weight.numel(),
-            *[1] * (5 - coarse.dim()), *coarse.shape[2:],
-            *[1] * (5 - fine.dim()), *fine.shape[2:],
-        ]  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, str(script), str(library), *map(str, sizes)],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert "all contractions ran" in done.stdout
+    library = compile_library(case.spec, ("f32",), tmp_path, flags)
+    (shape,) = case.shapes
+    tensors = make_tensors(case.spec, case.channels, shape, "f32")
+    coarse, fine = tensors.grad, tensors.x
+    if case.spec.transposed:
+        coarse, fine = fine, coarse
+    sizes = [
+        int(case.spec.transposed), *coarse.shape[:2], fine.shape[1], tensors.weight.numel(),
+        *[1] * (5 - coarse.dim()), *coarse.shape[2:],
+        *[1] * (5 - fine.dim()), *fine.shape[2:],
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script), str(library), *map(str, sizes)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "all contractions ran" in done.stdout
 
 
 DRIVER = '''

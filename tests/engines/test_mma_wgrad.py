@@ -357,10 +357,11 @@ def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
     assert made.error() <= LIMITS["bf16tc"]
 
 
-@pytest.mark.parametrize("architecture", mostly_long(["80", "90a"], 1))
-@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize(
+    ("architecture", "processors"), mostly_long([(a, n) for a in ("80", "90a") for n in (1, 3)], 3)
+)
 def test_tiles_are_dealt_to_splits_in_turn(
-    processors: int, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So few multiprocessors that splits have several tiles, not all as many."""
     monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", str(processors))
