@@ -29,7 +29,8 @@ def k3s2(package: Package) -> ModuleType:
 
 def operators_of(module: ModuleType) -> ModuleType:
     """The ``_operators.py`` that serves a package: perhaps that of a copy loaded before."""
-    return sys.modules[module.dgrad.__module__]
+    forward = module.dgrad if "transpose" in module.SPEC["op"] else module.fprop
+    return sys.modules[forward.__module__]
 
 
 def freed(tensor: Tensor) -> Iterator[Tensor]:
@@ -357,6 +358,27 @@ class TestEmptyTensors:
                     with pytest.raises((RuntimeError, TypeError)) as error:
                         call(*inputs[:at], other, *inputs[at + 1 :])
                     assert "must be real number" not in str(error.value), (name, other)
+
+    @pytest.mark.parametrize("op", ["conv1d", "conv2d", "conv_transpose1d"])
+    def test_of_raw_operators_are_not_strided_with_another_rank(
+        self, package: Package, op: str
+    ) -> None:
+        operators = operators_of(module := package(op, **LAYERS[op]))
+        assert module.SPEC["op"] == op
+        for rank in range(1, 6):
+            if rank == int(op[-2]) + 2:
+                continue
+            strided = torch.randn((4,) * rank)[..., ::2]
+            for name, inputs in (
+                ("fprop", (strided, strided, None, (2,) * int(op[-2]))),
+                ("dgrad", (strided, strided, strided, (2,) * int(op[-2]))),
+                ("wgrad", (strided, strided)),
+                ("bgrad", (strided,)),
+                ("wbgrad", (strided, strided)),
+            ):
+                for suffix in ("", "_op"):
+                    with pytest.raises(RuntimeError):
+                        getattr(operators, name + suffix)(*inputs)
 
     def test_with_more_elements_than_a_tensor_can_have_are_refused(self, package: Package) -> None:
         module = package("conv_transpose1d", **LAYERS["conv_transpose1d"])
