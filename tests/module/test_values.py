@@ -117,11 +117,11 @@ def check(module: ModuleType, spec: ConvSpec, call: Call, device: str) -> None:
     copies = [tensor.clone() for tensor in given]
     for tensor in given:
         tensor.requires_grad_()
-    more = [None] * (3 - len(given)) + [call.output_padding] if spec.transposed else []
+    more = {"output_padding": call.output_padding} if spec.transposed else {}
     runs = []
     for _ in range(2):
         with poisoned_memory():
-            y = getattr(module, spec.op)(*given, *more)
+            y = getattr(module, spec.op)(*given, **more)
             runs.append((y, *torch.autograd.grad(y, given, grad.to(device))))
 
     for tensor, copy in zip(given, copies, strict=True):
