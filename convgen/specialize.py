@@ -5,7 +5,7 @@ Torch is imported only with the module itself, so that ``convgen generate`` answ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,7 +104,8 @@ def generate(
     Args:
         spec: the layer.
         dtypes, backends, archs: as for :func:`specialize`.
-        progress: ``progress(done, total, what)``, called while compiling.
+        progress: ``progress(done, total, what)``, called while compiling and, of long kernels,
+            while rendering (``total`` is 0 then).
 
     Raises:
         SpecError, ToolchainError, BuildError: as :func:`specialize` does.
@@ -125,7 +126,12 @@ def generate(
         )
         for backend in chosen
     }
-    files = render(spec, BACKENDS if auto else chosen, given, schedules)
+
+    def on_unit(path: str) -> None:
+        if progress:
+            progress(0, 0, f"render {path}")
+
+    files = render(spec, BACKENDS if auto else chosen, given, schedules, on_unit)
     libraries = [_library(backend, files, commands[backend][0]) for backend in chosen]
     return build(spec.name, files, libraries, progress=progress)
 
@@ -135,12 +141,14 @@ def render(
     backends: Iterable[str] = BACKENDS,
     dtypes: Iterable[object] | None = None,
     schedules: Mapping[str, Mapping[tuple[str, str], Any]] | None = None,
+    on_unit: Callable[[str], None] | None = None,
 ) -> dict[str, str]:
     """Text of every file of a package but ``build.ninja``, which depends on the machine.
 
     A function of its arguments and of convgen's version; ``dtypes`` of None are
     :data:`DEFAULT_DTYPES`. ``schedules`` are other than the families' defaults, by backend, then by
-    contraction and dtype or math mode.
+    contraction and dtype or math mode. ``on_unit`` as for
+    :func:`convgen.codegen.render.render_kernels`.
     """
     # Imported here because of jinja2: neither `convgen --help` nor a module found again needs it.
     from convgen.codegen.package import render_package
@@ -151,7 +159,11 @@ def render(
     plans: dict[str, list[AnyPlan]] = {}
     for backend in backends:
         sources, plans[backend] = render_kernels(
-            spec, backend, chosen or DEFAULT_DTYPES[backend], (schedules or {}).get(backend)
+            spec,
+            backend,
+            chosen or DEFAULT_DTYPES[backend],
+            (schedules or {}).get(backend),
+            on_unit,
         )
         files |= sources
     return files | render_package(spec, plans, files)

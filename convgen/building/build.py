@@ -25,7 +25,10 @@ LAYOUT_VERSION = 1
 """Of the published folder; part of the key."""
 
 Progress = Callable[[int, int, str], None]
-"""``progress(done, total, what)``: steps finished, steps in all, the step finished last."""
+"""``progress(done, total, what)``: steps finished, steps in all, the step finished last.
+
+Of long kernels also while sources are rendered, when ``total`` is not known yet: 0.
+"""
 
 _CONTEXT_LINES = 3
 _SHOWN_ERRORS = 3

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,23 +49,35 @@ Schedules = Mapping[tuple[str, str], Any]
 """Schedules other than the families' defaults, by contraction and :attr:`Unit.kind`."""
 
 
+LONG = 4096
+"""Kernel elements, or phases, of which rendering a unit takes long enough to be reported."""
+
+
 def render_kernels(
-    spec: ConvSpec, backend: str, dtypes: Iterable[str], schedules: Schedules | None = None
+    spec: ConvSpec,
+    backend: str,
+    dtypes: Iterable[str],
+    schedules: Schedules | None = None,
+    on_unit: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, str], list[AnyPlan]]:
     """The sources of one backend: ``{path in the package: text}``, and the plans behind them.
 
     Sources lie at ``src/<backend>/<contraction>_<dtype or math mode><suffix>``; each is one
-    translation unit.
+    translation unit. ``on_unit`` is called with the path of each before it is rendered, if the
+    kernel is :data:`LONG`.
     """
     files: dict[str, str] = {}
     plans = []
+    is_long = max(math.prod(spec.kernel_size), math.prod(spec.stride)) >= LONG
     for unit in units(backend, spec.geometry, dtypes):
+        path = f"src/{backend}/{unit.name}{SOURCE_SUFFIX[backend]}"
+        if on_unit and is_long:
+            on_unit(path)
         files |= headers(unit)
         plan = unit.default()
         if schedule := (schedules or {}).get(unit.key):
             plan = unit.with_schedule(schedule)
         plans.append(plan)
-        path = f"src/{backend}/{unit.name}{SOURCE_SUFFIX[backend]}"
         files[path] = render_unit(spec, unit, plan)
     return files, plans
 

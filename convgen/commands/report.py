@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from convgen.measuring.timing import Spread
     from convgen.tuning.jobs import Candidate, Outcome
 
-_SHOWN_PHASES = 8
-"""Per dimension; beyond it, their number is printed."""
+_SHOWN_PHASES, _SHOWN_TAPS = 8, 16
+"""Per dimension and phase; beyond it, their number is printed."""
 
 
 def json(value: object) -> None:
@@ -341,7 +341,11 @@ def _phases(phases: list[dict[str, Any]]) -> list[tuple[str, str]]:
     stride = len(phases)
     lines = []
     for phase in phases[:_SHOWN_PHASES]:
-        terms = (f"weight[{tap}] x[{_plus('q', offset)}]" for tap, offset in phase["taps"])
+        terms = [
+            f"weight[{tap}] x[{_plus('q', offset)}]" for tap, offset in phase["taps"][:_SHOWN_TAPS]
+        ]
+        if (more := len(phase["taps"]) - _SHOWN_TAPS) > 0:
+            terms.append(f"{more} more")
         position = _plus("q" if stride == 1 else f"{stride} q", phase["residue"])
         lines.append((position, " + ".join(terms) or "nothing: bias alone"))
     if stride > _SHOWN_PHASES:
@@ -410,7 +414,7 @@ class Progress:
     def __call__(self, done: int, total: int, what: str) -> None:
         self.total = total
         if not sys.stderr.isatty():
-            click.echo(f"[{done}/{total}] {what}", err=True)
+            click.echo(f"[{done}/{total}] {what}" if total else what, err=True)
             return
         if self._bar is None:
             from rich import progress
@@ -425,9 +429,9 @@ class Progress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(what, total=total)
+            self._task = self._bar.add_task(what)
             self._bar.start()
-        self._bar.update(self._task, completed=done, total=total, description=what)
+        self._bar.update(self._task, completed=done, total=total or None, description=what)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from convgen.engines.depthwise.common import (
     refusal_of,
 )
 from convgen.engines.family import Candidate, Family, Plan
-from convgen.engines.gather.axes import Axis, first_offset
+from convgen.engines.gather.axes import Axis
 from convgen.engines.problem import Call, Problem
 from convgen.spec.dtypes import DTYPES
 from convgen.spec.geometry import Geometry, Triple
@@ -91,14 +91,14 @@ class DepthwiseGather(Family[GatherRows]):
             "rows": plan.schedule.rows,
             "steps": [axis.step for axis in axes],
             "phases": [len(axis.phases) for axis in axes],
-            "first": [first_offset(axis) for axis in axes],
+            "first": [axis.first_offset for axis in axes],
             "last": [_last(axis) for axis in axes],
             "counts": [axis.counts for axis in axes],
             "first_taps": [
                 [p.taps[0].index if p.taps else 0 for p in axis.phases] for axis in axes
             ],
             "first_offsets": [
-                [p.taps[0].offset if p.taps else first_offset(axis) for p in axis.phases]
+                [p.taps[0].offset if p.taps else axis.first_offset for p in axis.phases]
                 for axis in axes
             ],
             "tap_steps": [_tap_step(axis) for axis in axes],

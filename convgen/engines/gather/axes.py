@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import gcd
 
 from convgen.spec.geometry import Geometry
@@ -24,25 +25,34 @@ class Axis:
     phases: tuple[Phase, ...]
     delta: int
 
-    @property
+    @cached_property
     def first(self) -> tuple[int, ...]:
         """Smallest offset of each phase."""
         return tuple(offset_range(phase.taps)[0] for phase in self.phases)
 
-    @property
+    @cached_property
+    def first_offset(self) -> int:
+        """Smallest offset of all taps."""
+        return min(tap.offset for phase in self.phases for tap in phase.taps)
+
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         """Number of taps of each phase."""
         return tuple(len(phase.taps) for phase in self.phases)
 
-    @property
+    @cached_property
     def spans(self) -> tuple[int, ...]:
         """Largest minus smallest offset of each phase."""
         ranges = (offset_range(phase.taps) for phase in self.phases)
         return tuple(high - low for low, high in ranges)
 
 
+@lru_cache(maxsize=16)
 def gather_axes(geometry: Geometry, contraction: str) -> tuple[Axis, Axis, Axis]:
-    """The axes (D, H, W) of fprop or dgrad."""
+    """The axes (D, H, W) of fprop or dgrad.
+
+    Kept, for all units of a layer share them: of a long kernel they are large.
+    """
     axes = []
     for name, k, s, p, d in zip(
         AXES,
@@ -64,11 +74,6 @@ def arrange(axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
     """(R, Y, X): register rows run along the longer of the kernel's D and H."""
     d, h, w = axes
     return (h, d, w) if sum(h.counts) > sum(d.counts) else (d, h, w)
-
-
-def first_offset(x: Axis) -> int:
-    """Smallest offset of all taps of an axis."""
-    return min(tap.offset for phase in x.phases for tap in phase.taps)
 
 
 def runs_along_batch(y: Axis) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from convgen.engines.cost import Gpu, Prediction, Work, memory_ms, overrule
 from convgen.engines.gather.axes import AXES, runs_along_batch
@@ -69,27 +70,28 @@ def gather_prediction(
     """
     groups, element_bytes = problem.geometry.groups, problem.element_bytes
     r, y, x = problem.arranged
-    at = {axis: AXES.index(axis.name) for axis in (r, y, x)}
+    at_r, at_y, at_x = (AXES.index(axis.name) for axis in (r, y, x))
     if runs_along_batch(y):
-        call = _with_samples_along(call, at[y])
+        call = _with_samples_along(call, at_y)
     output_extent, input_extent = call.extent(problem.output), call.extent(problem.input)
     outputs = call.channels(problem.output) // groups
-    positions = {axis: -(-output_extent[at[axis]] // len(axis.phases)) for axis in (r, y, x)}
+    positions_r, positions_y, positions_x = (
+        -(-output_extent[at] // len(axis.phases)) for axis, at in ((r, at_r), (y, at_y), (x, at_x))
+    )
     scattered = schedule.row_axis == "scattered"
     rows = schedule.rows
 
-    plane = positions[y] * positions[x]
+    plane = positions_y * positions_x
     tile = _tile(schedule, r.step, y.step, x.step, max(r.spans), max(y.spans), max(x.spans))
     # One pass: what its unrolled columns count.
-    units = gather_context(problem, schedule, neighbours)["units"]
-    counts = [_count(unit.columns) for unit in units] or [_loop_count(schedule)]
+    counts = _counts(problem, schedule, neighbours)
     passes = 1 if schedule.window_r else sum(r.counts) / len(r.counts)
     passes *= 1 if schedule.window_y else sum(y.counts) / len(y.counts)
     passes *= max(x.counts) if schedule.unroll == "none" else 1
     phases = len(r.phases) * len(y.phases) * -(-len(x.phases) // schedule.variants)
     # Staging accesses have four words where lines of the input allow it; one of a warp is about
     # seven instructions.
-    wide = x.step == 1 and input_extent[at[x]] * element_bytes % 16 == 0
+    wide = x.step == 1 and input_extent[at_x] * element_bytes % 16 == 0
     passages, instructions = (1.0, 7 / 4) if wide else warp.narrow
     channel_blocks = -(-outputs // warp.channels)
 
@@ -100,7 +102,7 @@ def gather_prediction(
 
         def stage_bytes(warps_p: int) -> float:
             flat = warps_p * warp.lanes * (rows if scattered else 1)
-            return tile(flat, positions[x]) * warp.staged_words * word_bytes + weights
+            return tile(flat, positions_x) * warp.staged_words * word_bytes + weights
 
         warps_p = max(1, warp.warps // warps_c)
         lane_rows = rows if scattered else 1
@@ -116,12 +118,12 @@ def gather_prediction(
 
         total, bound = 0.0, ""
         tiles = blocks_c * groups * call.batch
-        tiles *= -(-positions[r] // (1 if scattered else rows)) * -(-plane // flat)
+        tiles *= -(-positions_r // (1 if scattered else rows)) * -(-plane // flat)
         tile_outputs = lanes * rows * schedule.variants * warp.channels * warps_c
         stores: float = tile_outputs * element_bytes
         stores /= STORED_BYTES if len(x.phases) == 1 else SPREAD_BYTES
         for loads, taps in counts:
-            staged = tile(flat, positions[x]) * warp.staged_words
+            staged = tile(flat, positions_x) * warp.staged_words
             tile_bytes = staged * word_bytes
             weight_bytes = taps * warp.weight_bytes * warps_c * warp.staged_words
             wavefronts = warps * (loads * warp.load[0] + taps * warp.weight[0])
@@ -173,15 +175,22 @@ def _with_samples_along(call: Call, axis: int) -> Call:
     )
 
 
+@lru_cache(maxsize=1024)
+def _counts(
+    problem: Problem, schedule: GatherSchedule, neighbours: bool
+) -> tuple[tuple[int, int], ...]:
+    """Register rows loaded, and taps, of each kind of pass."""
+    if schedule.unroll == "none":  # taps are looped over: one of each phase at a time
+        return ((schedule.rows * schedule.variants, schedule.variants),)
+    return tuple(
+        _count(unit.columns) for unit in gather_context(problem, schedule, neighbours)["units"]
+    )
+
+
 def _count(columns: Sequence[Column]) -> tuple[int, int]:
     """Register rows loaded, and taps, of one pass."""
     loads = sum(column.used.bit_count() for column in columns)
     return loads, sum(len(column.uses) for column in columns)
-
-
-def _loop_count(schedule: GatherSchedule) -> tuple[int, int]:
-    """The same where taps are looped over: one of each phase at a time."""
-    return schedule.rows * schedule.variants, schedule.variants
 
 
 def _tile(
@@ -203,8 +212,11 @@ def _tile(
 
     def words(flat: int, length: int) -> float:
         best = math.inf
-        for strips in range(1, max(2, length // 8 + 1)):
+        most, strips = max(1, length // 8), 1
+        while strips <= most:
             wide = -(-length // strips)
+            # All that cut lines as wide are alike: of a long line, most numbers of strips.
+            strips = -(-length // (wide - 1)) if wide > 1 else most + 1
             rows = 1 if wide % flat == 0 else (flat - 2) // wide + 2
             lines = (rows - 1) * lines_of + span_lines + 1
             columns = (wide - 1) * step_x + span_x + 4

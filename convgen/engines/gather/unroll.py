@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
-from convgen.engines.gather.axes import AXES, Axis, first_offset, runs_along_batch
+from convgen.engines.gather.axes import AXES, Axis, runs_along_batch
 from convgen.engines.gather.schedule import GatherSchedule
 from convgen.engines.problem import Problem
 from convgen.spec.geometry import Triple
@@ -98,7 +98,7 @@ def window_words(x: Axis) -> tuple[int, ...]:
 
     Counted from the word of the first one, which may be either half of it.
     """
-    relative = [tap.offset - first_offset(x) for tap in x.phases[0].taps]
+    relative = [tap.offset - x.first_offset for tap in x.phases[0].taps]
     return tuple(sorted({(offset + odd) // 2 for offset in relative for odd in (0, 1)}))
 
 
@@ -109,7 +109,7 @@ def _loads(x: Axis, words: bool) -> list[tuple[int, list[tuple[int, int]]]]:
     """
     if words:
         return [(word, [(0, word)]) for word in window_words(x)]
-    first = first_offset(x)
+    first = x.first_offset
     return [(offset - first, members) for offset, members in _by_offset(x).items()]
 
 
@@ -133,7 +133,7 @@ def unroll(
         return ()  # these outputs are bias alone
     first_r = taps_r[0].offset
     first_y = taps_y[0].offset if taps_y else 0
-    first_x = first_offset(x)
+    first_x = x.first_offset
     step_x = 1 if words else x.step
     columns = []
     slot = 0
@@ -248,7 +248,7 @@ def tap_numbering(kernel: Triple) -> TapIndex:
 
 def _word_taps(x: Axis) -> list[int]:
     """The tap along X of each input that words cover, from one before the first tap's on."""
-    index = {tap.offset - first_offset(x): tap.index for tap in x.phases[0].taps}
+    index = {tap.offset - x.first_offset: tap.index for tap in x.phases[0].taps}
     return [index.get(at, -1) for at in range(-1, 2 * window_words(x)[-1] + 2)]
 
 
@@ -273,9 +273,11 @@ def gather_context(
         region_first.append(len(all_slots))
 
     def add_unit(name: str, label: str, taps_r: tuple[Tap, ...], taps_y: tuple[Tap, ...]) -> None:
+        if name in units:  # Phases that differ in what is staged alone share a unit.
+            return
         row_step = r.step if schedule.window_r else 1
         columns = unroll(r, y, x, taps_r, taps_y, schedule.rows, row_step, words)
-        units.setdefault(name, Pass(name, label, columns))
+        units[name] = Pass(name, label, columns)
 
     for (phase_r, rp), (phase_y, yp) in product(enumerate(r.phases), enumerate(y.phases)):
         if style == "taps":
@@ -318,7 +320,7 @@ def gather_context(
                     ]
                     add_region(slots + [Slot(-1)] * (variants - len(group)))
 
-    residues = Counter((offset - first_offset(x)) % x.step for offset in _by_offset(x))
+    residues = Counter((offset - x.first_offset) % x.step for offset in _by_offset(x))
     group_firsts = [min((t.offset for p in g for t in p.taps[:1]), default=0) for g in groups]
     if style == "none":
         span_x = max(
@@ -326,7 +328,7 @@ def gather_context(
             for g, first in zip(groups, group_firsts, strict=True)
         )
     else:
-        span_x = max(t.offset for p in x.phases for t in p.taps) - first_offset(x)
+        span_x = max(t.offset for p in x.phases for t in p.taps) - x.first_offset
     if words:
         span_x = 2 * window_words(x)[-1]  # what is read is staged, by whichever half it begins
     return {
@@ -347,7 +349,7 @@ def gather_context(
         "span_r": max(r.spans) if schedule.window_r else 0,
         "span_y": max(y.spans) if schedule.window_y else 0,
         "span_x": span_x,
-        "first_x": first_offset(x),
+        "first_x": x.first_offset,
         "samples_along_y": runs_along_batch(y),
         "recurring_residues": sum(columns > 1 for columns in residues.values()),
         "taps_per_pass": max(after - before for before, after in pairwise(region_first)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from convgen.engines.gather.axes import Axis, first_offset
+from convgen.engines.gather.axes import Axis
 from convgen.engines.gather.schedule import GatherSchedule, style_refusal
 from convgen.engines.gather.unroll import window_words
 from convgen.engines.problem import Problem
@@ -232,7 +232,7 @@ def _pairs_refusal(problem: Problem, schedule: GatherTiles) -> str:
 
 def pairs_of_line(x: Axis) -> tuple[set[int], set[int]]:
     """The columns of a line that taps read, and the pairs that they are made of."""
-    first = first_offset(x)
+    first = x.first_offset
     columns = {tap.offset - first for phase in x.phases for tap in phase.taps}
     at = {column + first % 2 for column in columns}
     return columns, {i // 2 for i in at} | {(i + 1) // 2 for i in at}

@@ -14,7 +14,6 @@ from typing import Any
 
 from convgen.engines.cost import H200, OVERRULES, Gpu, Prediction, typical_calls
 from convgen.engines.family import Candidate, Family, Plan
-from convgen.engines.gather.axes import first_offset
 from convgen.engines.gather.cost import NARROW_ELEMENTS, Warp, gather_prediction
 from convgen.engines.gather.schedule import MAX_VARIANTS, STYLES, GatherSchedule, loops_over_taps
 from convgen.engines.gather.unroll import gather_context, paired_lines
@@ -365,11 +364,10 @@ class MmaGather(Family[GatherTiles]):
         element = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}
         _, _, x = problem.arranged
         # What is unrolled depends on the rows, all else on the style alone.
-        by_rows = {
-            gather.rows: gather_context(problem, gather, words) for gather in plan.schedule.gathers
-        }
+        gathers = {gather.rows: gather for gather in plan.schedule.gathers}
+        by_rows = {rows: gather_context(problem, gather, words) for rows, gather in gathers.items()}
         return next(iter(by_rows.values())) | {
-            "paired": lambda columns: paired_lines(columns, first_offset(x) % 2),
+            "paired": lambda columns: paired_lines(columns, x.first_offset % 2),
             "units_of": {rows: context["units"] for rows, context in by_rows.items()},
             "element": element[MODES[plan.kind].torch_name],
             "math": math,

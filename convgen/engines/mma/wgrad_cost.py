@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from operator import gt
 
 from convgen.engines.mma.wgrad_layout import (
     COLUMNS,
@@ -35,6 +36,12 @@ GROUP_LATENCY = 200
 """Clocks of a group from the end of its products to its next ones."""
 GROUP_COPY_CLOCKS = 12
 """Of a warp's asynchronous copy, whatever its width."""
+_SPLITS = tuple(
+    split
+    for split in product(range(1, GROUPS_OF_WARPS * 4 + 1), repeat=4)
+    if math.prod(split) <= GROUPS_OF_WARPS * 4
+)
+"""How many units a block may have, along fine channels, D, H and W."""
 
 
 def _staging(layout: Layout, elements: int, m: int, n: int, rows: int) -> tuple[float, float]:
@@ -139,10 +146,10 @@ def group_cost_of(
     )
     best = math.inf
     # How a block of three groups takes the units, and what it stages for them.
-    for split in product(*(range(1, count + 1) for count in counts)):
+    for split in _SPLITS:
         n, d, h, w = split
         units = n * d * h * w
-        if units > GROUPS_OF_WARPS * 4 or (w > 1 and not layout.joins):
+        if any(map(gt, split, counts)) or (w > 1 and not layout.joins):
             continue
         blocks_of_units = math.prod(-(-a // b) for a, b in zip(counts, split, strict=True))
         halo = (1.0 + 0.3 * min(2, d * h - 1)) * (1.5 if w < counts[3] else 1.0)

@@ -207,5 +207,8 @@ def tap_blocks(geometry: Geometry, layouts: dict[int, Layout]) -> list[tuple[int
 
 def _block_sizes(kernel: int) -> list[int]:
     """Taps per block along an axis: sizes that fill their blocks evenly, and multiples of four."""
-    even = {-(-kernel // blocks) for blocks in range(1, kernel + 1)}
-    return sorted(size for size in even | {4, 8, 12, 16} if size <= min(kernel, MAX_TAPS))
+    return [
+        size
+        for size in range(1, min(kernel, MAX_TAPS) + 1)
+        if (size % 4 == 0 and size <= 16) or -(-kernel // -(-kernel // size)) == size
+    ]
