@@ -132,7 +132,8 @@ def check(module: ModuleType, spec: ConvSpec, call: Call, device: str) -> None:
     results = (expected, *expected_gradients)
     for name, ours, theirs in zip(names, runs[0], results, strict=False):
         assert ours.shape == theirs.shape, name
-        assert ours.is_contiguous(), name
+        dense = ours.dim() > 3 and ours.movedim(1, -1).is_contiguous()
+        assert ours.is_contiguous() or dense, name
         error = (ours.detach().cpu().double() - theirs.detach()).norm().item()
         assert not math.isnan(error), f"{name} has elements that were never written"
         assert error <= LIMITS[call.dtype] * theirs.norm().item(), name
