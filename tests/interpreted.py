@@ -128,7 +128,8 @@ def unoptimized(mode: str) -> Iterator[None]:
 def mostly_long(cases: Sequence[Any], *quick: int) -> list[Any]:
     """Parameters of a test: the cases, all but those at some indices marked as long."""
     rows = [case if isinstance(case, tuple) else (case,) for case in cases]
-    marks = [() if index in quick else pytest.mark.long for index in range(len(rows))]
+    chosen = {range(len(rows))[index] for index in quick}  # Counted from the end where negative.
+    marks = [() if index in chosen else pytest.mark.long for index in range(len(rows))]
     return [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)]
 
 

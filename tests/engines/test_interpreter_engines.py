@@ -27,7 +27,7 @@ from interpreted import (
 
 from convgen.checking import interpret
 from convgen.codegen.render import render_kernels
-from convgen.spec.dtypes import MODES
+from convgen.spec.dtypes import DTYPES, MODES
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
 
@@ -86,7 +86,11 @@ def compile_sm_90a(name: str, sources: dict[str, str]) -> Path:
     return compile_interpreted(name, sources, "checked", architecture="90a")
 
 
-@pytest.mark.parametrize("case", mostly_long(WGMMA_CASES, 2, 3, -2, -1), ids=str)
+QUICK_GROUPS = (2, 3, -2, -1)
+"""Of :data:`WGMMA_CASES`: all math modes."""
+
+
+@pytest.mark.parametrize("case", mostly_long(WGMMA_CASES, *QUICK_GROUPS), ids=str)
 def test_groups_of_warps_agree_with_float64(case: Case) -> None:
     loaded = Library(compile_sm_90a(f"{case.spec.name}_{case.dtype}_90a", grouped(case)))
     check_calls(loaded, case)
@@ -169,7 +173,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(
     ("case", "style", "architecture"),
-    mostly_long([(*given, a) for given in PAIRS for a in ("80", "90a")], 7, 12),
+    mostly_long([(*given, a) for given in PAIRS for a in ("80", "90a")], 7, 8),
     ids=str,
 )
 def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architecture: str) -> None:
@@ -369,6 +373,11 @@ def test_a_call_takes_the_rows_of_its_channels(monkeypatch: pytest.MonkeyPatch) 
         for given in problems:
             solve(loaded, given)
         assert tuple(given.error() > 100 * LIMITS[case.dtype] for given in problems) == wrong
+
+
+def test_every_dtype_and_math_mode_is_run_by_make_test() -> None:
+    assert {case.dtype for case in SMALL_CASES} == set(DTYPES) | set(MODES)
+    assert {case.dtype for case in (WGMMA_CASES[i] for i in QUICK_GROUPS)} == set(MODES)
 
 
 def test_every_style_of_kernel_is_run() -> None:

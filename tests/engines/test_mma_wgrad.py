@@ -218,7 +218,7 @@ def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[i
 @pytest.mark.parametrize("width", [24, 25])
 @pytest.mark.parametrize(
     ("mode", "architecture"),
-    mostly_long([(mode, a) for mode in ("tf32", "bf16tc") for a in ("80", "90a")], 0, 3),
+    mostly_long([(mode, a) for mode in ("tf32", "bf16tc") for a in ("80", "90a")], 3),
 )
 @pytest.mark.parametrize("skipped", [1, 2])
 def test_tensors_may_start_anywhere(mode: str, skipped: int, architecture: str, width: int) -> None:
@@ -252,7 +252,8 @@ def test_loose_lines_may_start_anywhere(skipped: int, height: int) -> None:
     assert moved_problem.error() <= LIMITS["f16tc"]
 
 
-@pytest.mark.parametrize("mode", mostly_long(["tf32", "f16tc"], 0))
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["tf32", "f16tc"])
 def test_sanitized_kernels_stay_within_exact_tensors(mode: str, tmp_path: Path) -> None:
     """Under AddressSanitizer and UBSan, with odd rows and padding."""
     problems = CASES[2].problems(mode)
