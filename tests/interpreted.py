@@ -93,15 +93,16 @@ class Library:
         self.check(self._library[symbol](call))
 
 
-def compile_sources(mode: str, sources: Mapping[str, str]) -> Path:
+def compile_sources(mode: str, sources: Mapping[str, str], architecture: str = "80") -> Path:
     """Compiles hand-written sources; the project's own headers are added to them."""
     headers = {
         "convgen_abi.h": (TEMPLATES / "common" / "convgen_abi.h").read_text(),
         "device.cuh": (TEMPLATES / "cuda" / "device.cuh").read_text(),
         "mma.cuh": (TEMPLATES / "cuda" / "mma" / "mma.cuh").read_text(),
         "pipeline.cuh": (TEMPLATES / "cuda" / "pipeline.cuh").read_text(),
+        "sm90.cuh": (TEMPLATES / "cuda" / "implicit_gemm" / "sm90.cuh").read_text(),
     }
-    return interpret.library("test", {**headers, **sources}, mode)
+    return interpret.library("test", {**headers, **sources}, mode, architecture=architecture)
 
 
 def compile_interpreted(

@@ -24,6 +24,7 @@ HEADERS = (
     "half.h",
     "interpreter.h",
     "pipeline.h",
+    "sm90.h",
     "tensor_core.h",
     "types.h",
 )
@@ -31,15 +32,31 @@ HEADERS = (
 
 _PRELUDE = "src/host/convgen_host.cuh"
 
-_RUNTIME = ("interpreter.cpp", "pipeline.cpp", "shared_arrays.cpp", "tensor_core.cpp")
-_RUNTIME_CHECKED = ("checker.cpp", "clocks.cpp", "places.cpp", "ubsan.cpp")
+_RUNTIME = (
+    "interpreter.cpp",
+    "pipeline.cpp",
+    "shared_arrays.cpp",
+    "tensor_core.cpp",
+    "tma.cpp",
+    "wgmma.cpp",
+)
+_RUNTIME_CHECKED = (
+    "asynchronous.cpp",
+    "checker.cpp",
+    "clocks.cpp",
+    "hooks.cpp",
+    "places.cpp",
+    "ubsan.cpp",
+)
 _RUNTIME_HEADERS = (
+    "checker.h",
     "clocks.h",
     "fiber.h",
     "half.h",
     "interpreter.h",
     "pipeline.h",
     "places.h",
+    "sm90.h",
     "state.h",
     "tensor_core.h",
     "types.h",

@@ -94,8 +94,54 @@ def test_engines_give_the_gpus_bits(spec: ConvSpec, dtype: str) -> None:
         )
 
 
+def compile_both(source: str) -> tuple[ctypes.CDLL, Library]:
+    """A hand-written source, for the GPU and interpreted."""
+    headers = {file.name: file.read_text() for file in (TEMPLATES / "cuda").rglob("*.cuh")}
+    headers["convgen_abi.h"] = (TEMPLATES / "common" / "convgen_abi.h").read_text()
+    text = (FOLDER / source).read_text()
+    architecture = "90a" if source == "sm90.cu" else "80"
+    return (
+        compile_for_gpu("test", {**headers, source: text}),
+        Library(compile_sources("plain", {source: text}, architecture)),
+    )
+
+
+def calls_of_sm90() -> Iterator[tuple[str, list[Tensor | int], int]]:
+    """Calls of sm90.cu: tensors that hold any of its cases, and what it writes of them."""
+    for which in range(8):
+        x = torch.randint(1, 1 << 30, (72 * 9 * 7 * 5 * 2,), dtype=torch.int32)
+        yield "load", [x, torch.zeros(8 << 10, dtype=torch.int32), which], 1
+    for which in (0, 1, 5, 7):
+        yield "store", [torch.full((72 * 9 * 7 * 5 * 2,), -1, dtype=torch.int16), which], 0
+    for transposed in (0, 1):
+        yield "matrices", [torch.zeros(64, dtype=torch.int32), transposed], 0
+    for symbol, kind, first, pitch in (
+        ("rows_half_32", torch.float16, 0, 8),
+        ("rows_bfloat16_64", torch.bfloat16, 5, 10),
+        ("rows_float_96", torch.float32, 13, 8),
+        ("rows_half_128", torch.float16, 2, 7),
+        ("rows_float_32", torch.float32, 1, 0),
+    ):
+        columns, depth = 2 * int(symbol.split("_")[-1]), 128 // kind.itemsize
+        count = first + (columns // 8 - 1) * pitch + 8
+        # Exact, of TF32 values whose lowest bits the tensor core takes no notice of.
+        a, b = (torch.randint(-8, 9, (rows, depth)).to(kind) for rows in (64, count))
+        if kind == torch.float32:
+            a, b = a * (1 + 2.0**-12), b * (1 + 2.0**-12)
+        words = [x.view(torch.int32) for x in (a, b)]
+        yield symbol, [*words, torch.zeros(64, columns), count, first, pitch], 2
+
+
+@pytest.mark.skipif("torch.cuda.get_device_capability() < (9, 0)")
+def test_maps_are_refused_that_the_driver_refuses() -> None:
+    compiled, _ = compile_both("sm90.cu")
+    x = torch.zeros(64, dtype=torch.int16).cuda()
+    address = ctypes.c_void_p(x.data_ptr())
+    assert [compiled.refused(address, which) for which in range(-1, 15)] == [0] + [1] * 15
+
+
 def test_hand_written_kernels_give_the_gpus_bits() -> None:
-    """Shuffles, votes, asynchronous and bulk copies, mbarriers, conversions."""
+    """Shuffles, votes, copies of every kind, mbarriers, conversions, stmatrix, products."""
     calls: dict[str, list[tuple[str, list[Tensor | int], int]]] = {
         "tile.cu": [("tile", [torch.randn(502), torch.randn(3), torch.zeros(500), 500], 2)],
         "warps.cu": [
@@ -123,12 +169,9 @@ def test_hand_written_kernels_give_the_gpus_bits() -> None:
             ("rounded", [values, *rounded, 4096], 1),
             ("product_tf32", integers, 2),
         ]
-    headers = {file.name: file.read_text() for file in (TEMPLATES / "cuda").rglob("*.cuh")}
-    headers["convgen_abi.h"] = (TEMPLATES / "common" / "convgen_abi.h").read_text()
+        calls["sm90.cu"] = list(calls_of_sm90())
     for source, made in calls.items():
-        text = (FOLDER / source).read_text()
-        compiled = compile_for_gpu("test", {**headers, source: text})
-        interpreted = Library(compile_sources("plain", {source: text}))
+        compiled, interpreted = compile_both(source)
         for symbol, arguments, result in made:
             on_gpu = [a if isinstance(a, int) else a.cuda() for a in arguments]
             code = compiled[symbol](

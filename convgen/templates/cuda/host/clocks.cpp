@@ -6,8 +6,12 @@
 namespace convgen {
 namespace host {
 
-Clocks::Clocks(size_t threads)
-    : threads_(threads), clock_(threads), base_(threads), rows_(threads), row_interval_(threads) {}
+Clocks::Clocks(size_t threads, size_t agents)
+    : threads_(threads + agents),
+      clock_(threads_),
+      base_(threads_),
+      rows_(threads_),
+      row_interval_(threads_) {}
 
 void Clocks::start_block() {
   interval_ = 1;
@@ -61,11 +65,37 @@ void Clocks::acquire(const Fiber& fiber, const void* object) {
   const size_t t = static_cast<size_t>(fiber.rank);
   const std::vector<uint32_t>& completed = synchronizations_[object].completed;
   if (completed.empty()) return;
-  if (row_interval_[t] != interval_) {
-    rows_[t] = base_;
-    row_interval_[t] = interval_;
-  }
+  refresh_row(t);
   for (size_t u = 0; u < threads_; ++u) rows_[t][u] = std::max(rows_[t][u], completed[u]);
+}
+
+void Clocks::learn_common(const std::vector<Fiber*>& fibers, size_t agent) {
+  std::vector<uint32_t>& row = rows_[agent];
+  row.assign(threads_, UINT32_MAX);
+  for (const Fiber* fiber : fibers) {
+    const size_t t = static_cast<size_t>(fiber->rank);
+    refresh_row(t);
+    const uint32_t own = rows_[t][t];
+    rows_[t][t] = clock_[t];  // a thread knows what it did
+    for (size_t u = 0; u < threads_; ++u) row[u] = std::min(row[u], rows_[t][u]);
+    rows_[t][t] = own;
+  }
+  row_interval_[agent] = interval_;
+}
+
+void Clocks::tell(size_t agent, const std::vector<Fiber*>& fibers) {
+  for (const Fiber* fiber : fibers) {
+    const size_t t = static_cast<size_t>(fiber->rank);
+    refresh_row(t);
+    rows_[t][agent] = clock_[agent];
+  }
+  ++clock_[agent];
+}
+
+void Clocks::refresh_row(size_t t) {
+  if (row_interval_[t] == interval_) return;
+  rows_[t] = base_;
+  row_interval_[t] = interval_;
 }
 
 uint32_t Clocks::known(size_t t, size_t u) const {

@@ -5,6 +5,9 @@
 // interval happened before. This is the algorithm of FastTrack (Flanagan and Freund, "FastTrack:
 // efficient and precise dynamic race detection", 2009). A barrier of the whole block is remembered
 // once for all threads (base_), one of a few threads in the rows of those (rows_).
+//
+// Besides the threads there are agents, numbered behind them: what a warp's products read, they read
+// at an agent's time, which the warp learns when it has waited for them.
 #pragma once
 
 #include <map>
@@ -17,7 +20,7 @@ namespace host {
 
 class Clocks {
  public:
-  explicit Clocks(size_t threads);
+  Clocks(size_t threads, size_t agents);
 
   void start_block();
 
@@ -27,6 +30,10 @@ class Clocks {
   void release(const Fiber& fiber, const void* object);
   void complete(const void* object);
   void acquire(const Fiber& fiber, const void* object);
+  // The agent knows what all of these threads know.
+  void learn_common(const std::vector<Fiber*>& fibers, size_t agent);
+  // They know what the agent has done.
+  void tell(size_t agent, const std::vector<Fiber*>& fibers);
   void forget(const void* object) { synchronizations_.erase(object); }
 
   // A thread's clock, and the number of the interval between barriers of the whole block.
@@ -42,8 +49,9 @@ class Clocks {
  private:
   // What t knows of u's clock.
   uint32_t known(size_t t, size_t u) const;
+  void refresh_row(size_t t);
 
-  const size_t threads_;
+  const size_t threads_;  // and agents
   uint32_t interval_ = 1;
   std::vector<uint32_t> clock_, base_;
   std::vector<std::vector<uint32_t>> rows_;

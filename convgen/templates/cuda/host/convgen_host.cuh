@@ -2,7 +2,7 @@
 //
 //   c++ -std=c++17 -x c++ -include convgen_host.cuh ... kernel.cu
 //
-// It takes the place of device.cuh, mma.cuh and pipeline.cuh (defining their guards, it leaves
+// It takes the place of device.cuh, mma.cuh, pipeline.cuh and sm90.cuh (defining their guards, it leaves
 // those files empty) and of everything that nvcc knows without an include. What no kernel uses does
 // not exist here and fails to compile; the commonest such names say so.
 #pragma once
@@ -17,6 +17,7 @@
 #include "half.h"
 #include "interpreter.h"
 #include "pipeline.h"
+#include "sm90.h"
 #include "tensor_core.h"
 #include "types.h"
 
@@ -32,6 +33,7 @@
 #define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // A block runs on one host thread. The tag becomes part of the symbol's name, by which
 // shared_arrays.cpp finds them.
@@ -176,6 +178,34 @@ inline T __ldg(const T* from) {
   return *from;
 }
 
+// ---- Copies of bytes ------------------------------------------------------------------------
+
+// The compiler's hooks do not see what the C library's functions access.
+#if defined(CONVGEN_CHECKED)
+extern "C" void __tsan_read_range(void* address, unsigned long bytes);
+extern "C" void __tsan_write_range(void* address, unsigned long bytes);
+
+namespace convgen {
+namespace host {
+
+__forceinline__ void* copy_bytes(void* to, const void* from, size_t bytes) {
+  if (bytes > 0) __tsan_read_range(const_cast<void*>(from), bytes);
+  if (bytes > 0) __tsan_write_range(to, bytes);
+  return __builtin_memcpy(to, from, bytes);
+}
+
+__forceinline__ void* set_bytes(void* to, int value, size_t bytes) {
+  if (bytes > 0) __tsan_write_range(to, bytes);
+  return __builtin_memset(to, value, bytes);
+}
+
+}  // namespace host
+}  // namespace convgen
+
+#define memcpy(to, from, bytes) (::convgen::host::copy_bytes(to, from, bytes))
+#define memset(to, value, bytes) (::convgen::host::set_bytes(to, value, bytes))
+#endif
+
 // ---- What does not exist here ---------------------------------------------------------------
 
 #define CONVGEN_MISSING(name)                                                                 \
@@ -256,13 +286,14 @@ inline T* dynamic_shared() {
 struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // dynamic shared memory that a block can opt in to
+  int major;         // of the compute capability
 };
 
 constexpr int MAX_DEVICES = 64;
 
 inline cudaError_t device_limits(int device, DeviceLimits& limits) {
   if (device < 0 || device >= MAX_DEVICES) return cudaErrorInvalidDevice;
-  limits = {host::multiprocessors(), host::shared_limit_bytes()};
+  limits = {host::multiprocessors(), host::shared_limit_bytes(), HAS_WGMMA ? 9 : 8};
   return cudaSuccess;
 }
 

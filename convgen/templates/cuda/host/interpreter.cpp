@@ -23,6 +23,9 @@ namespace {
 constexpr int MULTIPROCESSORS = 132;
 constexpr int SHARED_LIMIT_BYTES = 227 * 1024;
 constexpr int LANES = 32;
+// Dynamic shared memory begins at a multiple of 16 bytes, and at no larger one, as it does on a GPU
+// behind some static shared memory.
+constexpr size_t DYNAMIC_OFFSET = 16;
 
 // Freed with the process: a thread may still be in a kernel while destructors run.
 StackCache& stack_cache() {
@@ -76,6 +79,12 @@ const char* op_name(WarpOp op) {
       return "a warp shuffle";
     case WarpOp::multiply:
       return "mma.sync";
+    case WarpOp::issue:
+      return "wgmma";
+    case WarpOp::group_multiply:
+      return "wgmma_wait";
+    case WarpOp::matrices:
+      return "store_matrices";
     default:
       return "a warp vote";
   }
@@ -142,7 +151,16 @@ Worker::~Worker() {
   // Threads that a fault ended left their locals' red zones behind.
   for (const Fiber& fiber : fibers) ASAN_UNPOISON_MEMORY_REGION(fiber.stack_low, Stacks::SIZE);
 #endif
-  free(dynamic);
+  free_shared();
+}
+
+void Worker::free_shared() {
+#if defined(__SANITIZE_ADDRESS__)
+  if (memory_) ASAN_UNPOISON_MEMORY_REGION(memory_, DYNAMIC_OFFSET);
+#endif
+  free(memory_);
+  memory_ = nullptr;
+  dynamic = nullptr;
 }
 
 void Worker::work() {
@@ -164,6 +182,7 @@ void Worker::run_block() {
   memset(named, 0, sizeof named);
   mbarriers.clear();
   bulk_copies.clear();
+  groups.assign((fibers.size() + 127) / 128, {});
   for (Fiber& fiber : fibers) {
     fiber.stack_pointer = fresh_stack(fiber.stack_top, &Worker::enter);
     fiber.state = State::ready;
@@ -171,6 +190,9 @@ void Worker::run_block() {
     fiber.copies.clear();
     fiber.committed_products = 0;
     fiber.products.clear();
+    fiber.has_begun_products = false;
+    fiber.committed_stores = 0;
+    fiber.stores.clear();
     fiber.fake_stack = nullptr;
   }
   while (ended_ < fibers.size()) {
@@ -183,6 +205,26 @@ void Worker::run_block() {
     }
     if (!progress && !land_bulk_copy()) return deadlock();
   }
+  end_block();
+}
+
+void Worker::end_block() {
+  if (!bulk_copies.empty()) {
+    const BulkCopy& bulk = bulk_copies.front();
+    return fault(*bulk.issuer, "the block ended before its copy (" + text(bulk.site) + ") landed");
+  }
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const GroupIssues& group = groups[g];
+    if (group.products.empty()) continue;
+    for (size_t warp = 0; warp < 4; ++warp) {
+      if (group.count[warp] == group.first + group.products.size()) continue;
+      const size_t rank = std::min(128 * g + LANES * warp, fibers.size() - 1);
+      const Site missed = group.products[group.count[warp] - group.first].site;
+      return fault(fibers[rank], "a wgmma (" + text(missed) +
+                                     ") by other warps of its group and not by its own: the block "
+                                     "ended");
+    }
+  }
 }
 
 // Shared memory starts out as NaN (and -1), as whatever a GPU's last block left there.
@@ -190,12 +232,15 @@ void Worker::fresh_shared() {
   const size_t bytes = static_cast<size_t>(run.launch.shared_bytes);
 #if defined(__SANITIZE_ADDRESS__)
   // Exactly as large as asked for, so that red zones follow.
-  free(dynamic);
-  dynamic = nullptr;
+  free_shared();
 #endif
   if (!dynamic) {
     const size_t beyond = check::ENABLED ? SHARED_MARGIN_BYTES : 0;
-    if (posix_memalign(reinterpret_cast<void**>(&dynamic), 1024, bytes + beyond)) abort();
+    if (posix_memalign(&memory_, 1024, DYNAMIC_OFFSET + bytes + beyond)) abort();
+    dynamic = static_cast<unsigned char*>(memory_) + DYNAMIC_OFFSET;
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(memory_, DYNAMIC_OFFSET);
+#endif
   }
   memset(dynamic, 0xff, bytes);
   for (const SharedArray& array : shared_arrays()) {
@@ -250,6 +295,7 @@ void Worker::end_thread() {
     fault(fiber, "it ended before its products (" + text(fiber.products.front().site) +
                      ") did: wgmma_wait is missing");
   }
+  end_stores(fiber);
   // Lanes that wait for this one need wait no longer.
   const size_t first = static_cast<size_t>(fiber.rank) / LANES * LANES;
   for (size_t i = first; i < std::min(first + LANES, fibers.size()); ++i) {
@@ -374,14 +420,17 @@ bool Worker::complete_warp(const Fiber& waiting) {
 
 void Worker::finish_collective(std::vector<Fiber*>& lanes) {
   const Fiber& any = *lanes.front();
-  if (any.op == WarpOp::multiply) {
+  if (any.op >= WarpOp::multiply) {
     for (const Fiber* lane : lanes) {
       if (lanes.size() == LANES && lane->source == any.source) continue;
-      return fault(*lane, "mma.sync (" + text(lane->site) + ") with " +
+      return fault(*lane, std::string(op_name(any.op)) + " (" + text(lane->site) + ") with " +
                               (lanes.size() < LANES ? "lanes missing from its warp"
                                                     : "another type than the rest of its warp"));
     }
-    multiply_warp(lanes);
+    if (any.op == WarpOp::multiply) multiply_warp(lanes);
+    if (any.op == WarpOp::issue) issue_by_warp(lanes);
+    if (any.op == WarpOp::group_multiply) multiply_by_warp(lanes);
+    if (any.op == WarpOp::matrices) store_matrices_by_warp(lanes);
   }
   uint64_t values[LANES];
   unsigned present = 0, votes = 0;
@@ -443,7 +492,7 @@ void require_aligned(const void* to, const void* from, int bytes, Site site) {
 void issue(void* to, const void* from, int bytes, Site site, bool foreign = false) {
   Fiber& fiber = *worker->running;
   const AsyncCopy copy = {to, from, bytes, fiber.committed, foreign};
-  check::issue_copy(fiber, copy, site);
+  check::issue_copy(fiber, copy, false, site);
   memset(to, 0xff, static_cast<size_t>(bytes));
   fiber.copies.push_back(copy);
 }

@@ -12,6 +12,7 @@ namespace host {
 namespace {
 
 constexpr int NAMED_BARRIERS = 16;
+constexpr int64_t MOST_BYTES = (1 << 20) - 1;  // that a phase of an mbarrier can count
 
 Mbarrier& find(uint64_t* address, const char* what, Site site) {
   auto found = worker->mbarriers.find(address);
@@ -80,8 +81,16 @@ void mbarrier_init(uint64_t* address, int arrivals, Site site) {
                              ": at least one, at a multiple of 8 bytes");
   }
   check::init_barrier(fiber, address, site);
-  worker->mbarriers[address] = {arrivals, arrivals, 0, 0};
+  worker->mbarriers[address] = {arrivals, arrivals, 0, 0, &fiber, false};
 }
+
+void mbarrier_fence() {
+  for (auto& [address, barrier] : worker->mbarriers) {
+    if (barrier.owner == worker->running) barrier.is_fenced = true;
+  }
+}
+
+void bulk_fence() { check::fence(*worker->running); }
 
 void mbarrier_arrive(uint64_t* address, int bytes, Site site) {
   Fiber& fiber = *worker->running;
@@ -95,6 +104,12 @@ void mbarrier_arrive(uint64_t* address, int bytes, Site site) {
   check::release(fiber, address);
   --barrier.pending;
   barrier.bytes += bytes;
+  if (barrier.bytes > MOST_BYTES) {
+    worker->fault(fiber, "mbarrier_arrive_expect (" + text(site) + ") makes it " +
+                             std::to_string(barrier.bytes) +
+                             " bytes that the phase waits for: at most " +
+                             std::to_string(MOST_BYTES));
+  }
   end_phase_if_complete(address, barrier);
 }
 
@@ -114,7 +129,7 @@ void mbarrier_wait(uint64_t* address, int parity, Site site) {
 
 void bulk_copy(void* to, const void* from, int bytes, uint64_t* address, Site site) {
   Fiber& fiber = *worker->running;
-  find(address, "bulk_copy", site);
+  require_copies_barrier(address, "bulk_copy", site);
   if (bytes <= 0 || (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) |
                      static_cast<uintptr_t>(bytes)) %
                             16 !=
@@ -122,10 +137,21 @@ void bulk_copy(void* to, const void* from, int bytes, uint64_t* address, Site si
     worker->fault(fiber, "unaligned bulk copy of " + std::to_string(bytes) + " bytes (" +
                              text(site) + "): size and addresses are multiples of 16");
   }
-  const AsyncCopy copy = {to, from, bytes, 0};
-  check::issue_copy(fiber, copy, site);
-  memset(to, 0xff, static_cast<size_t>(bytes));
-  worker->bulk_copies.push_back({copy, address, &fiber});
+  issue_bulk({{to, from, bytes, 0}, address, &fiber, site, false, {}});
+}
+
+void issue_bulk(const BulkCopy& bulk) {
+  check::issue_copy(*bulk.issuer, bulk.copy, true, bulk.site);
+  memset(bulk.copy.to, 0xff, static_cast<size_t>(bulk.copy.bytes));
+  worker->bulk_copies.push_back(bulk);
+}
+
+void require_copies_barrier(uint64_t* address, const char* what, Site site) {
+  if (find(address, what, site).is_fenced) return;
+  worker->fault(*worker->running, std::string(what) + " (" + text(site) + ") with the mbarrier at " +
+                                      shared_place(address) +
+                                      ", which its initializer has not made known: "
+                                      "mbarrier_fence() is missing");
 }
 
 bool land_bulk_copy() {
@@ -133,7 +159,11 @@ bool land_bulk_copy() {
   const BulkCopy bulk = worker->bulk_copies.front();
   worker->bulk_copies.pop_front();
   check::land_copy(*bulk.issuer, bulk.copy, bulk.barrier);
-  memcpy(bulk.copy.to, bulk.copy.from, static_cast<size_t>(bulk.copy.bytes));
+  if (bulk.is_box) {
+    fill_box(bulk.box);
+  } else {
+    memcpy(bulk.copy.to, bulk.copy.from, static_cast<size_t>(bulk.copy.bytes));
+  }
   Mbarrier& barrier = worker->mbarriers[bulk.barrier];
   barrier.bytes -= bulk.copy.bytes;
   // The phase cannot have ended before: its bytes were expected, or its arrival is still to come.
@@ -154,6 +184,18 @@ std::string describe_wait(const Fiber& fiber) {
          shared_place(address) + ", in whose phase " + std::to_string(barrier.phase) + " " +
          std::to_string(barrier.pending) + " arrivals and " + std::to_string(barrier.bytes) +
          " bytes are missing";
+}
+
+bool is_shared(const void* address, size_t bytes) {
+  const char* at = static_cast<const char*>(address);
+  const char* dynamic = reinterpret_cast<const char*>(worker->dynamic);
+  const size_t size = static_cast<size_t>(worker->run.launch.shared_bytes);
+  if (at >= dynamic && at + bytes <= dynamic + size) return true;
+  for (const SharedArray& array : shared_arrays()) {
+    const char* low = shared_anchor() + array.offset;
+    if (at >= low && at + bytes <= low + array.bytes) return true;
+  }
+  return false;
 }
 
 std::string shared_place(const void* address) {

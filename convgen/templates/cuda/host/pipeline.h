@@ -13,6 +13,8 @@ void mbarrier_init(uint64_t* barrier, int arrivals, Site site);
 void mbarrier_arrive(uint64_t* barrier, int bytes, Site site);
 void mbarrier_wait(uint64_t* barrier, int parity, Site site);
 void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, Site site);
+void mbarrier_fence();
+void bulk_fence();
 
 }  // namespace host
 
@@ -46,9 +48,8 @@ inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, 
   host::bulk_copy(to, from, bytes, barrier, {file, line});
 }
 
-// What they order between the ways to shared memory is not modelled: there is one.
-inline void mbarrier_fence() {}
-inline void bulk_fence() {}
+inline void mbarrier_fence() { host::mbarrier_fence(); }
+inline void bulk_fence() { host::bulk_fence(); }
 
 // Registers are not counted.
 template <int COUNT>

@@ -11,6 +11,7 @@
 
 #include "fiber.h"
 #include "interpreter.h"
+#include "sm90.h"
 #include "tensor_core.h"
 
 namespace convgen {
@@ -18,7 +19,7 @@ namespace host {
 
 enum class State : uint8_t { ready, at_barrier, at_named, at_mbarrier, in_warp, done };
 
-enum class WarpOp : uint8_t { barrier, shuffle, ballot, multiply };
+enum class WarpOp : uint8_t { barrier, shuffle, ballot, multiply, issue, group_multiply, matrices };
 
 // A copy that has been issued and not yet performed.
 struct AsyncCopy {
@@ -27,6 +28,22 @@ struct AsyncCopy {
   int bytes;
   int group;
   bool foreign = false;  // of what is none of the tensor's, which is 0xff then: NaN in every format
+};
+
+// A box of a tensor, and where it lies in shared memory.
+struct Box {
+  TensorMap map;
+  int at[5];  // coordinates of its first element
+  char* shared;
+};
+
+// A TMA store: its box is read as late as it may be, and written to the tensor later still.
+struct BoxStore {
+  Box box;
+  int group;
+  Site site;
+  bool is_read;
+  std::vector<char> contents;  // of the box, without its swizzle, once it is read
 };
 
 // One thread of a block.
@@ -47,6 +64,9 @@ struct Fiber {
   std::vector<AsyncCopy> copies;
   int committed_products;  // batches of them
   std::deque<GroupProduct> products;
+  bool has_begun_products;  // wgmma_begin
+  int committed_stores;     // groups of them
+  std::deque<BoxStore> stores;
   void* fake_stack;  // AddressSanitizer's
 };
 
@@ -59,12 +79,25 @@ struct Mbarrier {
   int arrivals, pending;  // per phase; of the current phase
   int64_t bytes;          // expected minus landed
   unsigned phase;
+  const Fiber* owner;  // who initialized it
+  bool is_fenced;      // by mbarrier_fence(), for bulk copies
 };
 
 struct BulkCopy {
   AsyncCopy copy;
   uint64_t* barrier;
   Fiber* issuer;
+  Site site;
+  bool is_box;  // `box` instead of what the copy is from
+  Box box;
+};
+
+// The wgmmas with both operands in shared memory that a group of four warps has issued, from the
+// first that not all of them have.
+struct GroupIssues {
+  std::deque<GroupProduct> products;
+  uint64_t first;
+  uint64_t count[4];
 };
 
 // What the host threads of one launch share.
@@ -109,6 +142,7 @@ class Worker {
   NamedBarrier named[16];
   std::map<uint64_t*, Mbarrier> mbarriers;
   std::deque<BulkCopy> bulk_copies;
+  std::vector<GroupIssues> groups;
 
  private:
   static void enter();  // what a fiber executes
@@ -117,10 +151,13 @@ class Worker {
   void end_thread();
   bool complete_warp(const Fiber& waiting);
   void finish_collective(std::vector<Fiber*>& lanes);
+  void end_block();
   void fresh_shared();
+  void free_shared();
   void deadlock();
 
   Stacks& stacks_;
+  void* memory_ = nullptr;  // that `dynamic` lies in
   void* stack_pointer_ = nullptr;  // of the scheduler, while a fiber runs
   unsigned arrived_ = 0, ended_ = 0;
   // AddressSanitizer's view of the scheduler's stack.
@@ -131,17 +168,34 @@ class Worker {
 
 extern __thread Worker* worker;
 
+// A bulk copy begins: the rest of what bulk_copy() and tma_load() have in common.
+void require_copies_barrier(uint64_t* barrier, const char* what, Site site);
+void issue_bulk(const BulkCopy& bulk);
+
 // The oldest bulk copy under way; false if there is none.
 bool land_bulk_copy();
 
 // What a thread at a named barrier or an mbarrier waits for.
 std::string describe_wait(const Fiber& fiber);
 
+// Whether bytes lie within dynamic shared memory or one shared array.
+bool is_shared(const void* address, size_t bytes);
+
 // "offset 8 of dynamic shared memory".
 std::string shared_place(const void* address);
 
 // mma.sync, for the lanes of a warp (see tensor_core.cpp).
 void multiply_warp(const std::vector<Fiber*>& lanes);
+
+// What the lanes of a warp do with wgmmas whose operands lie in shared memory, and with stmatrix (see
+// wgmma.cpp).
+void issue_by_warp(const std::vector<Fiber*>& lanes);
+void multiply_by_warp(const std::vector<Fiber*>& lanes);
+void store_matrices_by_warp(const std::vector<Fiber*>& lanes);
+
+// Boxes of tensors (see tma.cpp): one that lands; what a thread has to have waited for at its end.
+void fill_box(const Box& box);
+void end_stores(Fiber& fiber);
 
 std::string text(const Site& site);
 std::string text(const uint3& v);  // (x, y, z)
@@ -181,9 +235,20 @@ void acquire(const Fiber& fiber, const void* object);
 void init_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site);
 void use_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site);
 // A copy under way; what has come of it, for its issuer; or for those that wait for its barrier.
-void issue_copy(const Fiber& fiber, const AsyncCopy& copy, const Site& site);
+void issue_copy(const Fiber& fiber, const AsyncCopy& copy, bool bulk, const Site& site);
 void perform_copy(const Fiber& fiber, const AsyncCopy& copy);
 void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier);
+// An access that the interpreter makes for a thread.
+void access(const Fiber& fiber, const void* at, size_t bytes, bool write, const Site& site);
+// bulk_fence(); and what the asynchronous proxy reads, behind the fences of those who wrote it.
+void fence(const Fiber& fiber);
+void require_fence(const Fiber& fiber, const void* at, size_t bytes, const Site& site);
+// Reads of 16 bytes each by the asynchronous proxy, for one thread or a warp: it may read them at
+// any time in between.
+void issue_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
+                 const Site& site);
+void perform_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
+                   const Site& site);
 constexpr bool ENABLED = true;
 #else
 inline void start_launch(Worker&) {}
@@ -196,9 +261,15 @@ inline void complete(const void*) {}
 inline void acquire(const Fiber&, const void*) {}
 inline void init_barrier(const Fiber&, uint64_t*, const Site&) {}
 inline void use_barrier(const Fiber&, uint64_t*, const Site&) {}
-inline void issue_copy(const Fiber&, const AsyncCopy&, const Site&) {}
+inline void issue_copy(const Fiber&, const AsyncCopy&, bool, const Site&) {}
 inline void perform_copy(const Fiber&, const AsyncCopy&) {}
 inline void land_copy(const Fiber&, const AsyncCopy&, const void*) {}
+inline void access(const Fiber&, const void*, size_t, bool, const Site&) {}
+inline void fence(const Fiber&) {}
+inline void require_fence(const Fiber&, const void*, size_t, const Site&) {}
+inline void issue_reads(const std::vector<Fiber*>&, const std::vector<const char*>&, const Site&) {}
+inline void perform_reads(const std::vector<Fiber*>&, const std::vector<const char*>&,
+                          const Site&) {}
 constexpr bool ENABLED = false;
 #endif
 

@@ -18,7 +18,7 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
-double tf32(uint32_t word) { return float_of(word & 0xffffe000u); }
+double tf32(uint32_t word) { return float_of(word & TF32_BITS); }
 
 // Values of K per word: one, or two with the lower half first.
 int values(Product kind, uint32_t word, double (&to)[2]) {
@@ -33,14 +33,13 @@ int values(Product kind, uint32_t word, double (&to)[2]) {
   return 2;
 }
 
-// Sums leave the tensor core truncated, not rounded.
+}  // namespace
+
 float truncated(double x) {
   const float nearest = static_cast<float>(x);
   return fabs(static_cast<double>(nearest)) > fabs(x) && isfinite(x) ? nextafterf(nearest, 0.0f)
                                                                      : nearest;
 }
-
-}  // namespace
 
 // With g = lane / 4 and t = lane % 4, a lane holds of A the rows g and g + 8 at words t and t + 4,
 // of B the words t and t + 4 of column g, and of D the columns 2t and 2t + 1 of rows g and g + 8.
@@ -87,6 +86,11 @@ void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], con
 
 void issue_product(const GroupProduct& product) {
   Fiber& fiber = *worker->running;
+  // This lane's words of B, in each block of columns.
+  for (int i = 0; product.b && i < 2 * product.blocks; ++i) {
+    const uint32_t* block = product.b + i / 2 * product.parts * 2 * LANES;
+    check::require_fence(fiber, block + i % 2 * LANES + fiber.rank % LANES, 4, product.site);
+  }
   fiber.products.push_back(product);
   fiber.products.back().batch = fiber.committed_products;
 }

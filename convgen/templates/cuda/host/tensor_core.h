@@ -22,9 +22,20 @@ namespace host {
 
 enum class Product { tf32, bf16, f16 };
 
+constexpr uint32_t TF32_BITS = 0xffffe000u;  // of a float, that a tensor core sees
+
+// Sums leave the tensor core truncated, not rounded.
+float truncated(double x);
+
 // d += a * b for one 16 x 8 tile, by all lanes of the warp; fragments as mma.sync lays them out.
 void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                         Site site);
+
+// Rows of 128 bytes of K in shared memory, swizzled: see Operand in sm90.h.
+struct SharedRows {
+  const char* first;
+  int pitch;
+};
 
 // What one lane brings to a wgmma: products of its warp's 16 rows with `blocks` x 8 columns.
 struct GroupProduct {
@@ -32,9 +43,11 @@ struct GroupProduct {
   float (*d)[4];
   int blocks, parts;
   uint32_t a[4];
-  const uint32_t* b;
+  const uint32_t* b;  // null where both operands are rows in shared memory
   int batch;
   Site site;
+  SharedRows rows, columns;
+  bool accumulates;
 };
 
 // Products happen as late as they may: when the thread waits for their batch. Their second operand
@@ -44,6 +57,11 @@ void commit_products();
 // The oldest product that a wait for all but the `pending` newest batches has to perform; removes
 // it. False if there is none.
 bool take_product(int pending, GroupProduct& product);
+void begin_products();
+
+// Products of rows in shared memory, by all lanes of a warp: before and after issue_product().
+void issue_rows(const GroupProduct& product);
+void multiply_rows(const GroupProduct& product);
 
 }  // namespace host
 
@@ -78,7 +96,7 @@ struct SharedColumns {
   SharedColumns& operator+=(int count) { return *this = *this + count; }
 };
 
-inline void wgmma_begin() {}
+inline void wgmma_begin() { host::begin_products(); }
 inline void wgmma_commit() { host::commit_products(); }
 
 // The second operand is read here, where the interpreter sees what the kernel accesses.
@@ -86,6 +104,10 @@ template <int PENDING>
 inline void wgmma_wait() {
   host::GroupProduct product;
   while (host::take_product(PENDING, product)) {
+    if (product.b == nullptr) {
+      host::multiply_rows(product);
+      continue;
+    }
     const int lane = static_cast<int>(host::lane_index());
     for (int n = 0; n < product.blocks; ++n) {
       const uint32_t* columns = product.b + n * product.parts * 64;
@@ -102,21 +124,21 @@ template <int N, int PARTS>
 inline void wgmma_tf32(float (&d)[N][4], const uint32_t (&a)[4], SharedColumns<PARTS> b,
                        const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::issue_product(
-      {host::Product::tf32, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}});
+      {host::Product::tf32, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}, {}, {}, true});
 }
 
 template <int N, int PARTS>
 inline void wgmma_bf16(float (&d)[N][4], const uint32_t (&a)[4], SharedColumns<PARTS> b,
                        const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::issue_product(
-      {host::Product::bf16, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}});
+      {host::Product::bf16, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}, {}, {}, true});
 }
 
 template <int N, int PARTS>
 inline void wgmma_f16(float (&d)[N][4], const uint32_t (&a)[4], SharedColumns<PARTS> b,
                       const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::issue_product(
-      {host::Product::f16, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}});
+      {host::Product::f16, d, N, PARTS, {a[0], a[1], a[2], a[3]}, b.words, 0, {file, line}, {}, {}, true});
 }
 
 }  // namespace convgen

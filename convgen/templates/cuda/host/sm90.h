@@ -1,0 +1,133 @@
+// Tensor maps, copies of boxes, and wgmma with both operands in shared memory: the names of
+// sm90.cuh, for the host.
+#pragma once
+
+#include <initializer_list>
+
+#include "half.h"
+#include "interpreter.h"
+#include "tensor_core.h"
+
+#define CONVGEN_SM90_CUH
+
+namespace convgen {
+
+struct TensorView {
+  int rank;
+  uint64_t extent[5];
+  uint64_t stride_bytes[5];
+  uint32_t box[5];
+  uint32_t step[5];
+  int swizzle;
+};
+
+struct alignas(64) TensorMap {
+  char* address;  // null: never encoded
+  int element_bytes;
+  TensorView view;
+};
+
+namespace host {
+
+cudaError_t encode_tensor_map(TensorMap& map, int element_bytes, void* address,
+                              const TensorView& view);
+void tma_load(void* to, const TensorMap& map, uint64_t* barrier, std::initializer_list<int> at,
+              Site site);
+void tma_store(const TensorMap& map, const void* from, std::initializer_list<int> at, Site site);
+void tma_store_commit();
+void tma_store_wait_read(int pending);
+void tma_store_wait();
+void store_matrices(bool transposed, void* to, uint32_t upper, uint32_t lower, Site site);
+uint32_t shared_address(const void* at, Site site);
+
+}  // namespace host
+
+#define CONVGEN_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+template <typename T>
+inline cudaError_t encode_tensor_map(TensorMap& map, void* address, const TensorView& view) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4, "elements of 16 bits, and floats");
+  return host::encode_tensor_map(map, sizeof(T), address, view);
+}
+
+inline uint32_t shared_address(const void* at, CONVGEN_SITE) {
+  return host::shared_address(at, {file, line});
+}
+
+inline void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1, int c2,
+                     CONVGEN_SITE) {
+  host::tma_load(to, map, barrier, {c0, c1, c2}, {file, line});
+}
+
+inline void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1, int c2,
+                     int c3, int c4, CONVGEN_SITE) {
+  host::tma_load(to, map, barrier, {c0, c1, c2, c3, c4}, {file, line});
+}
+
+inline void tma_store(const TensorMap& map, const void* from, int c0, int c1, int c2, int c3,
+                      int c4, CONVGEN_SITE) {
+  host::tma_store(map, from, {c0, c1, c2, c3, c4}, {file, line});
+}
+
+inline void tma_store_commit() { host::tma_store_commit(); }
+
+template <int PENDING>
+inline void tma_store_wait_read() {
+  static_assert(PENDING >= 0, "a number of groups");
+  host::tma_store_wait_read(PENDING);
+}
+
+inline void tma_store_wait() { host::tma_store_wait(); }
+
+template <bool TRANSPOSED>
+inline void store_matrices(void* to, uint32_t upper, uint32_t lower, CONVGEN_SITE) {
+  host::store_matrices(TRANSPOSED, to, upper, lower, {file, line});
+}
+
+// An address instead of a descriptor, and the distance between groups of eight rows, in rows.
+struct Operand {
+  const char* first;
+  int pitch;
+
+  Operand() = default;
+  Operand(const void* first_row, int pitch)
+      : first(static_cast<const char*>(first_row)), pitch(pitch) {}
+  Operand rows(int count) const { return bytes(count * 128); }
+  Operand bytes(int count) const { return Operand(advance(count), pitch); }
+
+ private:
+  // Wherever that may be: it is only where it is read that it has to exist.
+  const char* advance(int count) const {
+    return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(first) +
+                                         static_cast<uintptr_t>(static_cast<intptr_t>(count)));
+  }
+};
+
+template <typename T>
+constexpr bool is_half = false;
+template <>
+constexpr bool is_half<half> = true;
+
+template <typename T, int SUMS>
+inline void wgmma(float (&d)[SUMS], Operand a, Operand b, int accumulates, CONVGEN_SITE) {
+  static_assert(SUMS == 32 || SUMS == 64 || SUMS == 96 || SUMS == 128, "columns that exist here");
+  constexpr host::Product KIND = sizeof(T) == 4 ? host::Product::tf32
+                                 : is_half<T>   ? host::Product::f16
+                                                : host::Product::bf16;
+  const host::GroupProduct product = {KIND,
+                                      reinterpret_cast<float(*)[4]>(&d[0]),
+                                      SUMS / 4,
+                                      0,
+                                      {},
+                                      nullptr,
+                                      0,
+                                      {file, line},
+                                      {a.first, a.pitch},
+                                      {b.first, b.pitch},
+                                      accumulates != 0};
+  host::issue_rows(product);
+}
+
+#undef CONVGEN_SITE
+
+}  // namespace convgen
