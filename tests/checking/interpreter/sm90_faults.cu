@@ -84,6 +84,14 @@ __global__ void coordinates_of_another_rank(const Maps m, float*) {
   }
 }
 
+__global__ void box_at_an_odd_element(const Maps m, float*) {
+  uint64_t* const barrier = make_barrier();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect(barrier, BOX_BYTES);
+    tma_load(atoms(), m.map, barrier, 4, 0, 0, 0, 0);
+  }
+}
+
 __global__ void map_never_encoded(const Maps, float*) {
   uint64_t* const barrier = make_barrier();
   const TensorMap map = {};
@@ -228,6 +236,11 @@ __global__ void store_not_committed(const Maps m, float*) {
 __global__ void store_with_steps(const Maps m, float*) {
   fill_and_fence(atoms(), 1);
   if (threadIdx.x == 0) store_box(m.apart), tma_store_wait();
+}
+
+__global__ void store_before_the_tensor(const Maps m, float*) {
+  fill_and_fence(atoms(), 1);
+  if (threadIdx.x == 0) tma_store(m.map, atoms(), 0, -1, 0, 0, 0);
 }
 
 __global__ void store_beyond_the_tensor(const Maps m, float*) {
@@ -385,6 +398,7 @@ FAULT(unaligned_destination)
 FAULT(box_beyond_shared_memory)
 FAULT(box_beyond_the_tensor)
 FAULT(coordinates_of_another_rank)
+FAULT(box_at_an_odd_element)
 FAULT(map_never_encoded)
 FAULT(box_larger_than_expected)
 FAULT(bytes_inside_alone)
@@ -404,6 +418,7 @@ FAULT(source_overwritten_without_a_barrier)
 FAULT(store_not_waited_for)
 FAULT(store_not_committed)
 FAULT(store_with_steps)
+FAULT(store_before_the_tensor)
 FAULT(store_beyond_the_tensor)
 FAULT(matrices_at_odd_places)
 FAULT(matrices_not_fenced)

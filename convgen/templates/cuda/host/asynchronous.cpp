@@ -32,6 +32,11 @@ void Checker::access(const Fiber& fiber, const void* address, size_t bytes, bool
   access(fiber, address, bytes, write, nullptr);
 }
 
+void Checker::raise_flag(const Fiber& fiber, const int* flag, const Site& site) {
+  const At at(site_, site);
+  access(fiber, flag, sizeof *flag, true, nullptr, true);
+}
+
 // ---- Copies ---------------------------------------------------------------------------------
 
 void Checker::issue_copy(const Fiber& fiber, const AsyncCopy& copy, bool bulk, const Site& site) {
@@ -221,6 +226,9 @@ void complete(const void* object) { checker->clocks.complete(object); }
 void acquire(const Fiber& fiber, const void* object) { checker->clocks.acquire(fiber, object); }
 void access(const Fiber& fiber, const void* at, size_t bytes, bool write, const Site& site) {
   checker->access(fiber, at, bytes, write, site);
+}
+void raise_flag(const Fiber& fiber, const int* flag, const Site& site) {
+  checker->raise_flag(fiber, flag, site);
 }
 void init_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site) {
   checker->init_barrier(fiber, barrier, site);

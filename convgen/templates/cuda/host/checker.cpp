@@ -85,7 +85,7 @@ void Checker::access(const void* address, size_t bytes, bool write, const void* 
 }
 
 void Checker::access(const Fiber& fiber, const void* address, size_t bytes, bool write,
-                     const void* code) {
+                     const void* code, bool flag) {
   char* low = static_cast<char*>(const_cast<void*>(address));
   if (fiber.stack_low <= low && low < fiber.stack_low + Stacks::SIZE) return;
   for (const SharedRange& range : shared_) {
@@ -99,7 +99,7 @@ void Checker::access(const Fiber& fiber, const void* address, size_t bytes, bool
   }
   for (GlobalRange& range : global_ranges()) {
     if (range.low <= low && low + bytes <= range.low + range.bytes) {
-      return access_global(fiber, range, low, bytes, write, code);
+      return access_global(fiber, range, low, bytes, write, flag, code);
     }
   }
   if (!write && (in_library(low) || (host_stack_low_ <= low && low < host_stack_high_))) return;
@@ -204,8 +204,9 @@ void Checker::write_shared(const Fiber& fiber, const SharedRange& range, char* l
   });
 }
 
-void Checker::access_global(const Fiber& fiber, GlobalRange& range, char* low, size_t bytes, bool write,
-                   const void* code) {
+// Flags may be raised at the same time: it is one value that is written.
+void Checker::access_global(const Fiber& fiber, GlobalRange& range, char* low, size_t bytes,
+                            bool write, bool flag, const void* code) {
   const uint16_t t = static_cast<uint16_t>(fiber.rank);
   const size_t start = static_cast<size_t>(low - range.low), end = start + bytes;
   auto where = [&] {
@@ -230,7 +231,9 @@ void Checker::access_global(const Fiber& fiber, GlobalRange& range, char* low, s
                  " in the same launch" + (block == block_ ? " without a barrier between" : ""),
              code);
     };
-    if (conflict(s.write_block, s.writer, s.write_clock)) tell("wrote", s.write_block, s.writer);
+    if (!(flag && s.is_flag) && conflict(s.write_block, s.writer, s.write_clock)) {
+      tell("wrote", s.write_block, s.writer);
+    }
     if (write && conflict(s.read_block, s.reader, s.read_clock)) {
       tell("read", s.read_block, s.reader);
     }
@@ -239,6 +242,7 @@ void Checker::access_global(const Fiber& fiber, GlobalRange& range, char* low, s
       s.writer = t;
       s.write_clock = clocks.now(t);
       s.written = 1;
+      s.is_flag = flag;
     } else {
       s.read_block = block_;
       s.reader = t;

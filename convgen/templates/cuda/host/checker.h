@@ -55,6 +55,7 @@ struct GlobalShadow {
   uint32_t write_clock, read_clock;
   uint16_t writer, reader;
   uint8_t written;
+  bool is_flag;  // the write was raise_flag's
 };
 
 struct GlobalRange {
@@ -88,6 +89,7 @@ class Checker {
   // ---- What the interpreter does for threads: see the namesakes of check::, in state.h ----
 
   void access(const Fiber& fiber, const void* address, size_t bytes, bool write, const Site& site);
+  void raise_flag(const Fiber& fiber, const int* flag, const Site& site);
   void issue_copy(const Fiber& fiber, const AsyncCopy& copy, bool bulk, const Site& site);
   void perform_copy(const Fiber& fiber, const AsyncCopy& copy, Way way);
   void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier);
@@ -119,7 +121,8 @@ class Checker {
   size_t vector_index(const SharedRange& range, const char* at) const;
   size_t agent(const Fiber& fiber) const;  // the participant of Clocks that its warp's products are
 
-  void access(const Fiber& fiber, const void* address, size_t bytes, bool write, const void* code);
+  void access(const Fiber& fiber, const void* address, size_t bytes, bool write, const void* code,
+              bool flag = false);
   void read_shared(const Fiber& fiber, const SharedRange& range, char* low, size_t bytes,
                    const void* code);
   void write_shared(const Fiber& fiber, const SharedRange& range, char* low, size_t bytes, Way way,
@@ -130,7 +133,7 @@ class Checker {
     return s.writer != NOBODY && s.fence != FENCED && s.fence == fences_[s.writer];
   }
   void access_global(const Fiber& fiber, GlobalRange& range, char* low, size_t bytes, bool write,
-                     const void* code);
+                     bool flag, const void* code);
   uint3 index_of(uint64_t block) const;
 
   // ---- Reports ----

@@ -258,6 +258,8 @@ inline void copy_granule(void* to, const void* from, int bytes, const void* begi
   host::copy_granule(to, from, bytes, begin, {file, line});
 }
 
+inline void raise_flag(int* flag, CONVGEN_SITE) { host::raise_flag(flag, {file, line}); }
+
 inline void await_earlier_kernel() {}
 inline void let_next_kernel_begin() {}
 

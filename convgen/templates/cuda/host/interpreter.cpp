@@ -472,6 +472,11 @@ unsigned warp_ballot(unsigned mask, bool predicate, Site site) {
       worker->warp_collective(WarpOp::ballot, mask, predicate ? 1 : 0, 0, site));
 }
 
+void raise_flag(int* flag, Site site) {
+  check::raise_flag(*worker->running, flag, site);
+  __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
+}
+
 // ---- Asynchronous copies --------------------------------------------------------------------
 
 namespace {

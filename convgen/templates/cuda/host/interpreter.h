@@ -39,6 +39,9 @@ void warp_barrier(unsigned mask, Site site);
 uint64_t warp_shuffle(unsigned mask, uint64_t value, int source_lane, Site site);
 unsigned warp_ballot(unsigned mask, bool predicate, Site site);
 
+// Sets a flag to 1, which others may do at the same time.
+void raise_flag(int* flag, Site site);
+
 // Asynchronous copies to shared memory happen as late as they may: when the issuing thread waits
 // for their group. Until then the destination holds NaN.
 void copy_async(void* to, const void* from, int bytes, bool valid, Site site);

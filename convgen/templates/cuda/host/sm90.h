@@ -22,8 +22,8 @@ struct TensorView {
 };
 
 struct alignas(64) TensorMap {
-  char* address;  // null: never encoded
-  int element_bytes;
+  char* address;
+  int element_bytes;  // 0: never encoded
   TensorView view;
 };
 

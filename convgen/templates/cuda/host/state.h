@@ -240,6 +240,7 @@ void perform_copy(const Fiber& fiber, const AsyncCopy& copy);
 void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier);
 // An access that the interpreter makes for a thread.
 void access(const Fiber& fiber, const void* at, size_t bytes, bool write, const Site& site);
+void raise_flag(const Fiber& fiber, const int* flag, const Site& site);
 // bulk_fence(); and what the asynchronous proxy reads, behind the fences of those who wrote it.
 void fence(const Fiber& fiber);
 void require_fence(const Fiber& fiber, const void* at, size_t bytes, const Site& site);
@@ -265,6 +266,7 @@ inline void issue_copy(const Fiber&, const AsyncCopy&, bool, const Site&) {}
 inline void perform_copy(const Fiber&, const AsyncCopy&) {}
 inline void land_copy(const Fiber&, const AsyncCopy&, const void*) {}
 inline void access(const Fiber&, const void*, size_t, bool, const Site&) {}
+inline void raise_flag(const Fiber&, const int*, const Site&) {}
 inline void fence(const Fiber&) {}
 inline void require_fence(const Fiber&, const void*, size_t, const Site&) {}
 inline void issue_reads(const std::vector<Fiber*>&, const std::vector<const char*>&, const Site&) {}

@@ -93,7 +93,7 @@ Box make_box(const char* name, const TensorMap& map, const void* shared,
     worker->fault(*worker->running, std::string(name) + " (" + text(site) + ") " + why);
   };
   const TensorView& v = map.view;
-  if (map.address == nullptr || map.element_bytes == 0) {
+  if (map.element_bytes == 0) {
     refuse("with a tensor map that was never encoded");
   }
   if (static_cast<size_t>(v.rank) != at.size()) {
@@ -115,6 +115,11 @@ Box make_box(const char* name, const TensorMap& map, const void* shared,
   Box box = {map, {}, static_cast<char*>(const_cast<void*>(shared))};
   int i = 0;
   for (const int coordinate : at) box.at[i++] = coordinate;
+  // An illegal instruction on an H200, whatever the swizzle.
+  if (box.at[0] * int64_t{map.element_bytes} % static_cast<int64_t>(VECTOR) != 0) {
+    refuse("of a box that begins at element " + std::to_string(box.at[0]) +
+           " of the innermost dimension: that is no multiple of 16 bytes");
+  }
   return box;
 }
 
@@ -157,7 +162,7 @@ void write_store(const Fiber& fiber, const BoxStore& store) {
 cudaError_t encode_tensor_map(TensorMap& map, int element_bytes, void* address,
                               const TensorView& view) {
   const uint64_t row = uint64_t{view.box[0]} * static_cast<unsigned>(element_bytes);
-  const bool fits = view.rank >= 1 && view.rank <= DIMENSIONS && address != nullptr &&
+  const bool fits = view.rank >= 1 && view.rank <= DIMENSIONS &&
                     reinterpret_cast<uintptr_t>(address) % 16 == 0 && row % 16 == 0 &&
                     (view.swizzle == 0 || view.swizzle == 64 || view.swizzle == 128) &&
                     (view.swizzle == 0 || row <= static_cast<uint64_t>(view.swizzle));
@@ -201,7 +206,13 @@ void fill_box(const Box& box) {
 void tma_store(const TensorMap& map, const void* from, std::initializer_list<int> at, Site site) {
   Fiber& fiber = *worker->running;
   const Box box = make_box("tma_store", map, from, at, site);
-  for (int i = 1; i < map.view.rank; ++i) {
+  for (int i = 0; i < map.view.rank; ++i) {
+    if (box.at[i] < 0) {  // an illegal instruction on an H200
+      worker->fault(fiber, "tma_store (" + text(site) + ") of a box that begins at coordinate " +
+                               std::to_string(box.at[i]) +
+                               ": stores clip what lies behind the tensor, not what lies before it");
+    }
+    if (i == 0) continue;
     if (map.view.step[i] == 1) continue;
     worker->fault(fiber, "tma_store (" + text(site) + ") with a map whose elements are apart: the " +
                              "steps of a store's are 1");

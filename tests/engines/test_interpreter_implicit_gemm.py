@@ -1,0 +1,368 @@
+"""The implicit GEMM's kernels for Hopper, executed on the CPU: results against float64, and bugs put
+into them.
+
+They are the sources that nvcc compiles, to the byte, but for what a bug changes.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import INPUT, OPERANDS, OUTPUT, RESULT, Fault, Library, Problem, problem
+from torch import Tensor
+
+from convgen.checking import interpret
+from convgen.codegen.render import TEMPLATES, environment
+from convgen.spec import ConvSpec
+from convgen.spec.dtypes import MODES
+
+CUDA = TEMPLATES / "cuda"
+ELEMENTS = {"bf16tc": "bfloat16", "f16tc": "half", "tf32": "float"}
+FLAGS = {"coarse": 1, "fine": 2, "weight": 4}
+LAST = tuple(FLAGS)
+LAYOUTS = ((), LAST, ("fine",), ("coarse", "weight"))
+"""Tensors whose channels lie side by side."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settings(session_cache: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        # Two persistent thread blocks, with several tiles each.
+        patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "2")
+        yield
+
+
+def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) -> ConvSpec:
+    return ConvSpec(op, kernel, *rest, **more)  # type: ignore[arg-type]
+
+
+def sources(spec: ConvSpec, contraction: str, mode: str) -> dict[str, str]:
+    g, fprop = spec.geometry, contraction == "fprop"
+    reach = ((k - 1) * d for k, d in zip(g.kernel, g.dilation, strict=True))
+    context = {
+        "version": "0",
+        "spec": spec,
+        "g": g,
+        "contraction": contraction,
+        "dtype": MODES[mode],
+        "command": "",
+        "schedule_text": "{}",
+        "element": ELEMENTS[mode],
+        "gather_padding": g.padding
+        if fprop
+        else tuple(r - p for r, p in zip(reach, g.padding, strict=True)),
+        "input": "fine" if fprop else "coarse",
+        "output": "coarse" if fprop else "fine",
+    }
+    files = {
+        "convgen_abi.h": TEMPLATES / "common" / "convgen_abi.h",
+        "common.cuh": CUDA / "simt" / "common.cuh",
+        "implicit_gemm_host.cuh": CUDA / "implicit_gemm" / "host.cuh",
+    }
+    names = ("device", "pipeline", "mma/mma")
+    names += tuple(
+        f"implicit_gemm/{name}" for name in ("sm90", "tiles", "epilogue", "kernel", "pack")
+    )
+    files |= {f"{name.split('/')[-1]}.cuh": CUDA / f"{name}.cuh" for name in names}
+    template = environment().get_template("cuda/implicit_gemm/gather.cu.j2")
+    unit = {f"{contraction}_{mode}.cu": template.render(context)}
+    return {name: path.read_text() for name, path in files.items()} | unit
+
+
+@cache
+def library(spec: ConvSpec, contraction: str, mode: str) -> Library:
+    files = sources(spec, contraction, mode)
+    return Library(interpret.library(spec.name, files, "checked", architecture="90a"))
+
+
+def laid(tensor: Tensor, last: bool) -> Tensor:
+    return tensor.movedim(1, -1).contiguous() if last else tensor.contiguous()
+
+
+def solve(loaded: Library, given: Problem, layout: tuple[str, ...]) -> None:
+    """Calls the contraction with some tensors' channels side by side."""
+    symbol, result = f"{given.symbol}_implicit_gemm", RESULT[given.contraction]
+    stored = {name: laid(tensor, name in layout) for name, tensor in given.operands.items()}
+    stored[result] = torch.full_like(stored[result], torch.nan)
+    flags = sum(FLAGS[name] for name in layout)
+    numbers = struct.pack("11q", 0, *given.numbers, flags)
+    size = loaded.workspace_bytes(symbol, bytes(48) + numbers)
+    scratch = torch.full((size + 255,), 0xFF, dtype=torch.uint8)
+    workspace = (scratch.data_ptr() + 255) & -256 if size else 0
+    for name, tensor in stored.items():
+        contents = OUTPUT if name == result else INPUT
+        loaded.register(tensor.data_ptr(), tensor.nbytes, name, contents)
+    if size:
+        loaded.register(workspace, size, "workspace", OUTPUT)
+    addresses = [stored[name].data_ptr() if name in stored else 0 for name in OPERANDS]
+    try:
+        loaded.call(symbol, struct.pack("6Q", *addresses, workspace, 0) + numbers)
+    finally:
+        loaded.forget()
+    out = stored[result]
+    given.result.copy_(out.movedim(-1, 1) if result in layout else out)
+
+
+CONV3D, CONV2D = spec("conv3d", 3, 1, 1), spec("conv2d", 3, 1, 1)
+
+# Specification, contraction, mode, calls: batch, channels in and out, extents.
+Call = tuple[int, tuple[int, int], tuple[int, ...]]
+CASES: list[tuple[ConvSpec, str, str, tuple[Call, ...]]] = [
+    # Folded tiles of 24 output channels; two K blocks; splits of K; channels that are padded.
+    (
+        CONV3D,
+        "fprop",
+        "bf16tc",
+        ((1, (24, 24), (3, 6, 9)), (1, (72, 130), (2, 3, 5)), (1, (9, 40), (2, 5, 3))),
+    ),
+    (CONV3D, "dgrad", "tf32", ((1, (20, 40), (3, 6, 9)), (2, (72, 36), (2, 3, 5)))),
+]
+MORE_CASES: list[tuple[ConvSpec, str, str, tuple[Call, ...]]] = [
+    (CONV3D, "fprop", "tf32", ((2, (40, 24), (5, 6, 9)), (1, (100, 130), (2, 3, 5)))),
+    (CONV3D, "dgrad", "f16tc", ((1, (24, 40), (5, 6, 9)), (1, (72, 64), (2, 9, 17)))),
+    (CONV2D, "fprop", "f16tc", ((2, (64, 72), (19, 13)), (1, (17, 9), (5, 33)))),
+    (spec("conv2d", 3, 2, 1), "fprop", "bf16tc", ((3, (64, 72), (19, 13)),)),
+    (spec("conv2d", 3, 2, 1, dilation=2), "fprop", "tf32", ((2, (64, 24), (19, 13)),)),
+    (spec("conv2d", 1), "dgrad", "f16tc", ((3, (64, 72), (19, 13)),)),
+    (spec("conv2d", 3, 1, 1, groups=2), "fprop", "tf32", ((2, (64, 40), (9, 13)),)),
+    (
+        spec("conv2d", (3, 2), 1, 1, dilation=(1, 2), groups=2),
+        "dgrad",
+        "bf16tc",
+        ((2, (64, 256), (9, 13)), (2, (128, 128), (4, 8))),
+    ),
+    (spec("conv3d", 3, 1, 2, dilation=(2, 1, 1)), "fprop", "bf16tc", ((2, (48, 40), (5, 4, 9)),)),
+    (spec("conv1d", 7, 1, 3), "fprop", "bf16tc", ((2, (64, 40), (300,)), (2, (32, 200), (77,)))),
+    (spec("conv1d", 3, 1, 2, dilation=2), "dgrad", "tf32", ((2, (64, 40), (300,)),)),
+    (spec("conv_transpose3d", 3, 1, 1), "dgrad", "bf16tc", ((1, (32, 48), (5, 8, 8)),)),
+    (spec("conv_transpose2d", 4, 2, 1), "fprop", "f16tc", ((2, (40, 24), (7, 8)),)),
+]
+
+
+def name_of(case: object) -> str:
+    assert isinstance(case, tuple)
+    return f"{case[0].name}-{case[1]}-{case[2]}"
+
+
+def check(case: tuple[ConvSpec, str, str, tuple[Call, ...]]) -> None:
+    of, contraction, mode, calls = case
+    for batch, channels, extents in calls:
+        for index, layout in enumerate(LAYOUTS):
+            given = problem(
+                of, contraction, mode, extents, batch=batch, channels=channels, bias=index < 2
+            )
+            solve(library(of, contraction, mode), given, layout)
+            given.check()
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_layout_agrees_with_float64(
+    case: tuple[ConvSpec, str, str, tuple[Call, ...]],
+) -> None:
+    check(case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", MORE_CASES, ids=name_of)
+def test_other_convolutions_agree_with_float64(
+    case: tuple[ConvSpec, str, str, tuple[Call, ...]],
+) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("layout", [(), LAST], ids=["contiguous", "channels_last"])
+def test_a_nan_stays_in_its_windows(layout: tuple[str, ...]) -> None:
+    """Folded tiles multiply what they do not read by zero, which makes NaNs: they begin again."""
+    of, contraction, mode, _ = CASES[0]
+    given = problem(of, contraction, mode, (5, 6, 9), batch=1, channels=(24, 24))
+    clean = given.reference.clone()
+    given.operands["fine"][0, 7, 2, 3, 4] = torch.nan
+    given.operands["fine"][0, 3, 0, 0, 0] = torch.inf
+    solve(library(of, contraction, mode), given, layout)
+    reached = torch.zeros(clean.shape, dtype=torch.bool)
+    reached[:, :, 1:4, 2:5, 3:6] = reached[:, :, :2, :2, :2] = True
+    result = given.result.double()
+    assert not result[reached].isfinite().any()
+    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+
+
+def test_tf32_is_rounded_to_nearest() -> None:
+    """Values three quarters of TF32's last place above 1: truncated, all of them would be 1."""
+    of, contraction, mode, _ = CASES[1]
+    for layout in ((), LAST):
+        given = problem(of, contraction, mode, (2, 3, 5), channels=(36, 72), bias=False)
+        for name in ("coarse", "weight"):
+            given.operands[name].fill_(1 + 0.75 * 2.0**-10)
+        solve(library(of, contraction, mode), given, layout)
+        middle = float(given.result[0, 0, 0, 1, 2])
+        assert middle == pytest.approx(72 * 18 * (1 + 2.0**-10) ** 2, rel=1e-5)
+
+
+# ---- Bugs -----------------------------------------------------------------------------------
+
+STILL_READ = "copies into shared memory that products or a TMA store of thread .* still read"
+
+# File, what it says, what it says instead, what is reported. PLANTED is whether this bug is the one
+# that is tried: one library holds them all.
+Bug = tuple[str, str, str, str]
+BUGS: Mapping[str, Bug] = {
+    "a wrong pitch": (
+        "kernel",
+        "SLAB_STAGE_BYTES<Slab>, Slab::PITCH);",
+        "SLAB_STAGE_BYTES<Slab>, Slab::PITCH + 40 * PLANTED);",
+        r"reads shared memory that (nobody wrote|an asynchronous copy)|race on shared memory: it reads",
+    ),
+    "weights released too early": (
+        "kernel",
+        "          wgmma_wait<1>();\n",
+        "          if (PLANTED) wgmma_wait<2>(); else wgmma_wait<1>();\n",
+        STILL_READ,
+    ),
+    "slabs released too early": (
+        "kernel",
+        "        slab_ring.consumer_wait(slab);\n",
+        "        slab_ring.consumer_wait(slab);\n"
+        "        if (PLANTED && lane == 0) slab_ring.consumer_release(slab.index);\n",
+        STILL_READ,
+    ),
+    "a stage filled before it is empty": (
+        "tiles",
+        "    mbarrier_wait(&empty[at.index], at.phase ^ 1);\n",
+        "    if (!PLANTED) mbarrier_wait(&empty[at.index], at.phase ^ 1);\n",
+        r"race on shared memory|copies into shared memory that|beyond the 1 arrivals",
+    ),
+    "more stages filled than there are": (
+        "kernel",
+        "        at.advance(1, t.slab_stages);\n",
+        "        at.advance(1, t.slab_stages + PLANTED);\n",
+        r"on memory that is no mbarrier",
+    ),
+    "no fence before a store": (
+        "epilogue",
+        "    bulk_fence();\n",
+        "    if (!PLANTED) bulk_fence();\n",
+        r"reads shared memory, by the asynchronous proxy, that thread .* without bulk_fence\(\)",
+    ),
+    "a box stored before all have written it": (
+        "epilogue",
+        "    named_barrier_sync(barrier, WARPGROUP);\n    if (thread == 0) {\n",
+        "    if (!PLANTED) named_barrier_sync(barrier, WARPGROUP);\n    if (thread == 0) {\n",
+        r"nobody wrote|race on shared memory",
+    ),
+    "a stored buffer used again too early": (
+        "epilogue",
+        "if (thread == 0) tma_store_wait_read<1>();",
+        "if (thread == 0) PLANTED ? tma_store_wait_read<2>() : tma_store_wait_read<1>();",
+        "writes shared memory that products or a TMA store of thread .* still read",
+    ),
+    "stores that nobody waits for": (
+        "kernel",
+        "if (threadIdx.x % WARPGROUP == 0) tma_store_wait();",
+        "if (threadIdx.x % WARPGROUP == 0 && !PLANTED) tma_store_wait();",
+        r"it ended before its store .*: tma_store_wait is missing",
+    ),
+    "a box larger than the barrier expects": (
+        "kernel",
+        "ring.producer_acquire(at, stage_bytes);",
+        "ring.producer_acquire(at, stage_bytes - 128 * PLANTED);",
+        r"deadlock: .* arrivals and -128 bytes are missing",
+    ),
+    "slabs at no multiple of 128 bytes": (
+        "kernel",
+        "        dynamic + (sizeof(SharedStorage) +\n",
+        "        dynamic + (16 * PLANTED + sizeof(SharedStorage) +\n",
+        r"tma_load .* its address is a multiple of 128 bytes",
+    ),
+    "barriers that TMA does not know of": (
+        "kernel",
+        "      mbarrier_fence();\n",
+        "      if (!PLANTED) mbarrier_fence();\n",
+        r"tma_load .*mbarrier_fence\(\) is missing",
+    ),
+    "sums read before they are there": (
+        "kernel",
+        "    wgmma_wait<0>();\n",
+        "    if (!PLANTED) wgmma_wait<0>();\n",
+        STILL_READ,
+    ),
+    "a staged tile overwritten too early": (
+        "kernel",
+        "        mbarrier_wait(&shared.staged_empty[consumer], staged_phase);\n",
+        "        if (!PLANTED) mbarrier_wait(&shared.staged_empty[consumer], staged_phase);\n",
+        r"race on shared memory: it writes|beyond the 4 arrivals",
+    ),
+    "a box beyond the weights": (
+        "host",
+        "w.extent[1] = folded ? BLOCK_M : call_.output_channels;",
+        "w.extent[1] = (folded ? BLOCK_M : call_.output_channels) + PLANTED;",
+        r"reads out of bounds of \w+: 128 bytes at offset",
+    ),
+}
+BUGS_OF_FLOATS: Mapping[str, Bug] = {
+    "no fence behind rounded slabs": (
+        "kernel",
+        "      bulk_fence();\n",
+        "      if (!PLANTED) bulk_fence();\n",
+        r"reads shared memory, by the asynchronous proxy, that thread .* without bulk_fence\(\)",
+    ),
+    "slabs multiplied before they are rounded": (
+        "kernel",
+        "{t.rounds ? shared.slab_rounded : shared.slab_full, shared.slab_empty};",
+        "{t.rounds && !PLANTED ? shared.slab_rounded : shared.slab_full, shared.slab_empty};",
+        r"race on shared memory: it reads|writes shared memory that products",
+    ),
+    "a slab announced before all of it is rounded": (
+        "kernel",
+        "      __syncwarp();\n      if (thread % 32 == 0) mbarrier_arrive(&rounded",
+        "      if (!PLANTED) __syncwarp();\n      if (thread % 32 == 0) mbarrier_arrive(&rounded",
+        r"race on shared memory|writes shared memory that products",
+    ),
+}
+
+
+@cache
+def buggy(mode: str) -> Library:
+    """CONV3D's fprop with all bugs in it, and ``plant(n)`` to try the n-th; 0 for none."""
+    files = sources(CONV3D, "fprop", mode)
+    for number, (file, old, new, _) in enumerate(bugs_of(mode).values(), 1):
+        name = "implicit_gemm_host.cuh" if file == "host" else f"{file}.cuh"
+        assert files[name].count(old) == 1, old
+        files[name] = files[name].replace(old, new.replace("PLANTED", f"(planted == {number})"))
+    unit = f"fprop_{mode}.cu"
+    files["tiles.cuh"] = "inline int planted = 0;\n" + files["tiles.cuh"]
+    files[unit] += "CONVGEN_EXPORT int plant(int n) { return planted = n, 0; }\n"
+    return Library(interpret.library("buggy", files, "checked", architecture="90a"))
+
+
+def bugs_of(mode: str) -> Mapping[str, Bug]:
+    return BUGS_OF_FLOATS if mode == "tf32" else BUGS
+
+
+@pytest.mark.parametrize(
+    ("mode", "bug"),
+    [(mode, bug) for mode in ("bf16tc", "tf32") for bug in ("none", *bugs_of(mode))],
+)
+def test_a_planted_bug_is_caught(mode: str, bug: str) -> None:
+    loaded = buggy(mode)
+    number = [*bugs_of(mode), bug].index(bug) + 1 if bug != "none" else 0
+    layout = () if "staged" in bug else LAST
+    given = problem(CONV3D, "fprop", mode, (4, 9, 9), batch=2, channels=(72, 40))
+    loaded("plant", number)
+    if bug == "none":
+        solve(loaded, given, layout)
+        given.check()
+        return
+    with pytest.raises(Fault, match=bugs_of(mode)[bug][3]) as caught:
+        solve(loaded, given, layout)
+    message = str(caught.value)
+    assert re.match(
+        r"kernel implicit_gemm_kernel<.*>, block \(\d, 0, 0\), thread \(\d+, 0, 0\): ", message
+    )
+    assert re.search(r"\(\w+\.cuh:\d+", message)
