@@ -33,11 +33,13 @@ HEADERS = (
 _PRELUDE = "src/host/convgen_host.cuh"
 
 _RUNTIME = (
+    "copies.cpp",
     "interpreter.cpp",
     "pipeline.cpp",
     "shared_arrays.cpp",
     "tensor_core.cpp",
     "tma.cpp",
+    "warps.cpp",
     "wgmma.cpp",
 )
 _RUNTIME_CHECKED = (
@@ -202,8 +204,8 @@ def package_library(
     """
     folder = package / "src" / "cuda"
     sources = {
-        file.name: file.read_text()
-        for file in sorted(folder.glob("*"))
+        file.relative_to(folder).as_posix(): file.read_text()
+        for file in sorted(folder.rglob("*"))
         if file.suffix in (".cu", ".cuh", ".h")
     }
     if not any(file.endswith(".cu") for file in sources):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from interpreted import OPERANDS, Library, Problem, compile_sources, engine_sources, problem, solve
+from test_interpreter_sm90 import ROWS_OF_K
 from torch import Tensor
 
 from convgen.building import toolchain
@@ -130,6 +131,11 @@ def calls_of_sm90() -> Iterator[tuple[str, list[Tensor | int], int]]:
             a, b = a * (1 + 2.0**-12), b * (1 + 2.0**-12)
         words = [x.view(torch.int32) for x in (a, b)]
         yield symbol, [*words, torch.zeros(64, columns), count, first, pitch], 2
+
+    for call in ROWS_OF_K:
+        words = [x.view(torch.int32) for x in call.operands()]
+        numbers = [call.row_bytes, *call.rows, call.pitch, call.chunk_pitch]
+        yield call.symbol, [*words, torch.zeros(64, call.columns), *numbers], 2
 
 
 @pytest.mark.skipif("torch.cuda.get_device_capability() < (9, 0)")

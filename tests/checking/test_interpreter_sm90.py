@@ -163,6 +163,75 @@ def test_products_of_rows_at_any_place(
     np.testing.assert_array_equal(out, expected.float().numpy())
 
 
+@dataclass(frozen=True)
+class RowsOfK:
+    """A call of sm90.cu's products over rows of K."""
+
+    symbol: str
+    row_bytes: int
+    pitch: int
+    chunk_pitch: int
+
+    @property
+    def columns(self) -> int:
+        return 2 * int(self.symbol.split("_")[-1])
+
+    @property
+    def both(self) -> bool:
+        return "both" in self.symbol
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Of either operand, as it lies."""
+        chunk = self.row_bytes // 2
+        a = 32 * (64 // chunk)
+        if not self.both:
+            return a, (self.columns // 8 - 1) * self.pitch + 8
+        return a, 3 * self.pitch + 8 + (self.columns // chunk - 1) * self.chunk_pitch
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Small integers: exact."""
+        generator = torch.Generator().manual_seed(0)
+        widths = self.row_bytes // 2, self.row_bytes // 2 if self.both else 64
+        a, b = (
+            torch.randint(-8, 9, (rows, width), generator=generator).to(torch.bfloat16)
+            for rows, width in zip(self.rows, widths, strict=True)
+        )
+        return a, b
+
+    def expected(self) -> np.ndarray:
+        a, b = (x.double().numpy() for x in self.operands())
+        k, chunk = np.arange(32)[:, None], self.row_bytes // 2
+        m, n = np.arange(64), np.arange(self.columns)
+        x = a[k + m // chunk * 32, m % chunk]
+        if self.both:
+            y = b[k // 8 * self.pitch + k % 8 + n // chunk * self.chunk_pitch, n % chunk]
+        else:
+            y = b[n // 8 * self.pitch + n % 8, k]
+        product: np.ndarray = (x.T @ y).astype("f4")
+        return product
+
+
+ROWS_OF_K = [
+    RowsOfK("rows_of_k_one_16", 128, 8, 0),
+    RowsOfK("rows_of_k_one_16", 64, 9, 0),
+    # Chunks of columns one and two rows apart, as taps of a convolution are.
+    RowsOfK("rows_of_k_both_96", 128, 10, 1),
+    RowsOfK("rows_of_k_both_48", 64, 12, 2),
+]
+
+
+@pytest.mark.parametrize("mode", IN_PROCESS)
+@pytest.mark.parametrize("call", ROWS_OF_K, ids=str)
+def test_products_of_rows_of_k(mode: str, call: RowsOfK) -> None:
+    out = np.full((64, call.columns), np.nan, "f4")
+    a, b = (x.view(torch.int16).numpy() for x in call.operands())
+    library("sm90.cu", mode)(
+        call.symbol, a, b, out, call.row_bytes, *call.rows, call.pitch, call.chunk_pitch, a2=OUTPUT
+    )
+    np.testing.assert_array_equal(out, call.expected())
+
+
 # ---- What it finds --------------------------------------------------------------------------
 
 STILL_READ = "that products or a TMA store of thread .* still read"
@@ -198,7 +267,7 @@ FAULTS = {
     "operand_not_fenced": r"reads .*asynchronous proxy.* without bulk_fence\(\) behind",
     "pitch_beyond_what_is_written": r"reads shared memory that nobody wrote: 16 bytes at offset",
     "operand_beyond_shared_memory": r"an operand out of bounds of shared memory: .* at offset 1\d+",
-    "pitch_beyond_a_descriptor": r"operand B whose groups of eight rows are 2048 rows apart",
+    "pitch_beyond_a_descriptor": r"operand B whose groups of rows are 2048 rows apart",
     "unaligned_operand": r"unaligned operand A at offset",
     "operand_without_a_barrier": r"race on shared memory: it reads 16 bytes",
     "box_multiplied_before_it_landed": r"reads shared memory that an asynchronous copy of thread",

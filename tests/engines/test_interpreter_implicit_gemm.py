@@ -1,5 +1,4 @@
-"""The implicit GEMM's kernels for Hopper, executed on the CPU: results against float64, and bugs put
-into them.
+"""The implicit GEMM's kernels for Hopper on the CPU: results against float64, bugs put into them.
 
 They are the sources that nvcc compiles, to the byte, but for what a bug changes.
 """
@@ -18,12 +17,12 @@ from interpreted import INPUT, OPERANDS, OUTPUT, RESULT, Fault, Library, Problem
 from torch import Tensor
 
 from convgen.checking import interpret
-from convgen.codegen.render import TEMPLATES, environment
+from convgen.codegen.render import headers, render_unit
+from convgen.engines.implicit_gemm.gather import GATHER, GatherSizes
+from convgen.engines.implicit_gemm.wgrad import WGRAD, WgradSizes
+from convgen.engines.registry import unit_of
 from convgen.spec import ConvSpec
-from convgen.spec.dtypes import MODES
 
-CUDA = TEMPLATES / "cuda"
-ELEMENTS = {"bf16tc": "bfloat16", "f16tc": "half", "tf32": "float"}
 FLAGS = {"coarse": 1, "fine": 2, "weight": 4}
 LAST = tuple(FLAGS)
 LAYOUTS = ((), LAST, ("fine",), ("coarse", "weight"))
@@ -43,42 +42,17 @@ def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) 
     return ConvSpec(op, kernel, *rest, **more)  # type: ignore[arg-type]
 
 
-def sources(spec: ConvSpec, contraction: str, mode: str) -> dict[str, str]:
-    g, fprop = spec.geometry, contraction == "fprop"
-    reach = ((k - 1) * d for k, d in zip(g.kernel, g.dilation, strict=True))
-    context = {
-        "version": "0",
-        "spec": spec,
-        "g": g,
-        "contraction": contraction,
-        "dtype": MODES[mode],
-        "command": "",
-        "schedule_text": "{}",
-        "element": ELEMENTS[mode],
-        "gather_padding": g.padding
-        if fprop
-        else tuple(r - p for r, p in zip(reach, g.padding, strict=True)),
-        "input": "fine" if fprop else "coarse",
-        "output": "coarse" if fprop else "fine",
-    }
-    files = {
-        "convgen_abi.h": TEMPLATES / "common" / "convgen_abi.h",
-        "common.cuh": CUDA / "simt" / "common.cuh",
-        "implicit_gemm_host.cuh": CUDA / "implicit_gemm" / "host.cuh",
-    }
-    names = ("device", "pipeline", "mma/mma")
-    names += tuple(
-        f"implicit_gemm/{name}" for name in ("sm90", "tiles", "epilogue", "kernel", "pack")
-    )
-    files |= {f"{name.split('/')[-1]}.cuh": CUDA / f"{name}.cuh" for name in names}
-    template = environment().get_template("cuda/implicit_gemm/gather.cu.j2")
-    unit = {f"{contraction}_{mode}.cu": template.render(context)}
-    return {name: path.read_text() for name, path in files.items()} | unit
+def sources(spec: ConvSpec, contraction: str, mode: str, schedule: object = None) -> dict[str, str]:
+    """By their paths below ``src/cuda``."""
+    unit = unit_of(WGRAD if contraction == "wgrad" else GATHER, spec.geometry, contraction, mode)
+    files = {path.removeprefix("src/cuda/"): text for path, text in headers(unit).items()}
+    plan = unit.with_schedule(schedule) if schedule else unit.default()
+    return files | {f"{contraction}_{mode}.cu": render_unit(spec, unit, plan)}
 
 
 @cache
-def library(spec: ConvSpec, contraction: str, mode: str) -> Library:
-    files = sources(spec, contraction, mode)
+def library(spec: ConvSpec, contraction: str, mode: str, schedule: object = None) -> Library:
+    files = sources(spec, contraction, mode, schedule)
     return Library(interpret.library(spec.name, files, "checked", architecture="90a"))
 
 
@@ -114,7 +88,8 @@ CONV3D, CONV2D = spec("conv3d", 3, 1, 1), spec("conv2d", 3, 1, 1)
 
 # Specification, contraction, mode, calls: batch, channels in and out, extents.
 Call = tuple[int, tuple[int, int], tuple[int, ...]]
-CASES: list[tuple[ConvSpec, str, str, tuple[Call, ...]]] = [
+Case = tuple[ConvSpec, str, str, tuple[Call, ...]]
+CASES: list[Case] = [
     # Folded tiles of 24 output channels; two K blocks; splits of K; channels that are padded.
     (
         CONV3D,
@@ -123,8 +98,10 @@ CASES: list[tuple[ConvSpec, str, str, tuple[Call, ...]]] = [
         ((1, (24, 24), (3, 6, 9)), (1, (72, 130), (2, 3, 5)), (1, (9, 40), (2, 5, 3))),
     ),
     (CONV3D, "dgrad", "tf32", ((1, (20, 40), (3, 6, 9)), (2, (72, 36), (2, 3, 5)))),
+    # Blocks of 64 and of 32 channels; last tiles that end with the lines.
+    (CONV3D, "wgrad", "bf16tc", ((2, (40, 24), (2, 9, 11)), (1, (72, 100), (1, 8, 17)))),
 ]
-MORE_CASES: list[tuple[ConvSpec, str, str, tuple[Call, ...]]] = [
+MORE_CASES: list[Case] = [
     (CONV3D, "fprop", "tf32", ((2, (40, 24), (5, 6, 9)), (1, (100, 130), (2, 3, 5)))),
     (CONV3D, "dgrad", "f16tc", ((1, (24, 40), (5, 6, 9)), (1, (72, 64), (2, 9, 17)))),
     (CONV2D, "fprop", "f16tc", ((2, (64, 72), (19, 13)), (1, (17, 9), (5, 33)))),
@@ -141,6 +118,9 @@ MORE_CASES: list[tuple[ConvSpec, str, str, tuple[Call, ...]]] = [
     (spec("conv3d", 3, 1, 2, dilation=(2, 1, 1)), "fprop", "bf16tc", ((2, (48, 40), (5, 4, 9)),)),
     (spec("conv1d", 7, 1, 3), "fprop", "bf16tc", ((2, (64, 40), (300,)), (2, (32, 200), (77,)))),
     (spec("conv1d", 3, 1, 2, dilation=2), "dgrad", "tf32", ((2, (64, 40), (300,)),)),
+    (spec("conv2d", 3, 1, 1, groups=2), "wgrad", "f16tc", ((2, (40, 136), (17, 9)),)),
+    (spec("conv2d", (2, 5), 1, 2, dilation=(1, 2)), "wgrad", "bf16tc", ((2, (24, 40), (9, 25)),)),
+    (spec("conv1d", 7, 1, 9, dilation=3), "wgrad", "bf16tc", ((2, (64, 40), (300,)),)),
     (spec("conv_transpose3d", 3, 1, 1), "dgrad", "bf16tc", ((1, (32, 48), (5, 8, 8)),)),
     (spec("conv_transpose2d", 4, 2, 1), "fprop", "f16tc", ((2, (40, 24), (7, 8)),)),
 ]
@@ -151,29 +131,30 @@ def name_of(case: object) -> str:
     return f"{case[0].name}-{case[1]}-{case[2]}"
 
 
-def check(case: tuple[ConvSpec, str, str, tuple[Call, ...]]) -> None:
+# Compiled sooner than all sizes.
+ONE_SIZE = GatherSizes((16,), (16,))
+ONE_SIZE_OF_WGRAD = WgradSizes((8,))
+
+
+def check(case: Case, schedule: object = None) -> None:
     of, contraction, mode, calls = case
     for batch, channels, extents in calls:
         for index, layout in enumerate(LAYOUTS):
             given = problem(
                 of, contraction, mode, extents, batch=batch, channels=channels, bias=index < 2
             )
-            solve(library(of, contraction, mode), given, layout)
+            solve(library(of, contraction, mode, schedule), given, layout)
             given.check()
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_every_layout_agrees_with_float64(
-    case: tuple[ConvSpec, str, str, tuple[Call, ...]],
-) -> None:
-    check(case)
+def test_every_layout_agrees_with_float64(case: Case) -> None:
+    check(case, ONE_SIZE_OF_WGRAD if case[1] == "wgrad" else ONE_SIZE)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", MORE_CASES, ids=name_of)
-def test_other_convolutions_agree_with_float64(
-    case: tuple[ConvSpec, str, str, tuple[Call, ...]],
-) -> None:
+@pytest.mark.parametrize("case", [*CASES, *MORE_CASES], ids=name_of)
+def test_all_sizes_and_convolutions_agree_with_float64(case: Case) -> None:
     check(case)
 
 
@@ -185,7 +166,7 @@ def test_a_nan_stays_in_its_windows(layout: tuple[str, ...]) -> None:
     clean = given.reference.clone()
     given.operands["fine"][0, 7, 2, 3, 4] = torch.nan
     given.operands["fine"][0, 3, 0, 0, 0] = torch.inf
-    solve(library(of, contraction, mode), given, layout)
+    solve(library(of, contraction, mode, ONE_SIZE), given, layout)
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[:, :, 1:4, 2:5, 3:6] = reached[:, :, :2, :2, :2] = True
     result = given.result.double()
@@ -200,7 +181,7 @@ def test_tf32_is_rounded_to_nearest() -> None:
         given = problem(of, contraction, mode, (2, 3, 5), channels=(36, 72), bias=False)
         for name in ("coarse", "weight"):
             given.operands[name].fill_(1 + 0.75 * 2.0**-10)
-        solve(library(of, contraction, mode), given, layout)
+        solve(library(of, contraction, mode, ONE_SIZE), given, layout)
         middle = float(given.result[0, 0, 0, 1, 2])
         assert middle == pytest.approx(72 * 18 * (1 + 2.0**-10) ** 2, rel=1e-5)
 
@@ -217,7 +198,7 @@ BUGS: Mapping[str, Bug] = {
         "kernel",
         "SLAB_STAGE_BYTES<Slab>, Slab::PITCH);",
         "SLAB_STAGE_BYTES<Slab>, Slab::PITCH + 40 * PLANTED);",
-        r"reads shared memory that (nobody wrote|an asynchronous copy)|race on shared memory: it reads",
+        r"reads shared memory that (nobody wrote|an asynchronous copy)|memory: it reads 16 bytes",
     ),
     "weights released too early": (
         "kernel",
@@ -300,8 +281,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "a box beyond the weights": (
         "host",
-        "w.extent[1] = folded ? BLOCK_M : call_.output_channels;",
-        "w.extent[1] = (folded ? BLOCK_M : call_.output_channels) + PLANTED;",
+        "w.extent[1] = packed_weight_rows();",
+        "w.extent[1] = packed_weight_rows() + PLANTED;",
         r"reads out of bounds of \w+: 128 bytes at offset",
     ),
 }
@@ -330,13 +311,15 @@ BUGS_OF_FLOATS: Mapping[str, Bug] = {
 @cache
 def buggy(mode: str) -> Library:
     """CONV3D's fprop with all bugs in it, and ``plant(n)`` to try the n-th; 0 for none."""
-    files = sources(CONV3D, "fprop", mode)
+    files = sources(CONV3D, "fprop", mode, ONE_SIZE)
     for number, (file, old, new, _) in enumerate(bugs_of(mode).values(), 1):
-        name = "implicit_gemm_host.cuh" if file == "host" else f"{file}.cuh"
+        name = f"implicit_gemm/{file}.cuh"
         assert files[name].count(old) == 1, old
         files[name] = files[name].replace(old, new.replace("PLANTED", f"(planted == {number})"))
     unit = f"fprop_{mode}.cu"
-    files["tiles.cuh"] = "inline int planted = 0;\n" + files["tiles.cuh"]
+    files["implicit_gemm/tiles.cuh"] = (
+        "inline int planted = 0;\n" + files["implicit_gemm/tiles.cuh"]
+    )
     files[unit] += "CONVGEN_EXPORT int plant(int n) { return planted = n, 0; }\n"
     return Library(interpret.library("buggy", files, "checked", architecture="90a"))
 

@@ -128,11 +128,12 @@ __global__ void matrices_kernel(uint32_t* out) {
 
 // ---- Products -------------------------------------------------------------------------------
 
-// Rows of 128 bytes, swizzled as TMA would.
-__device__ void place_rows(unsigned char* to, const uint4* from, int count) {
-  for (int i = threadIdx.x; i < 8 * count; i += THREADS) {
-    unsigned char* const row = to + i / 8 * 128;
-    const int at = i % 8 ^ static_cast<int>(shared_address(row) / 128 % 8);
+// Rows of 128 or 64 bytes, swizzled as TMA would.
+__device__ void place_rows(unsigned char* to, const uint4* from, int count, int row_bytes = 128) {
+  const int vectors = row_bytes / 16;
+  for (int i = threadIdx.x; i < vectors * count; i += THREADS) {
+    unsigned char* const row = to + i / vectors * row_bytes;
+    const int at = i % vectors ^ static_cast<int>(shared_address(row) / 128 % vectors);
     reinterpret_cast<uint4*>(row)[at] = from[i];
   }
 }
@@ -148,10 +149,41 @@ __global__ void rows_kernel(const uint4* a, const uint4* b, float* d, int rows, 
   bulk_fence();
   __syncthreads();
   const Operand x(at, 8);
-  const Operand y = Operand(columns, pitch).rows(first);
+  const Operand y = Operand(columns, pitch).moved(128 * first);
   float sums[SUMS];
   wgmma_begin();
-  for (int k = 0; k < 4; ++k) wgmma<T>(sums, x.bytes(32 * k), y.bytes(32 * k), k > 0);
+  for (int k = 0; k < 4; ++k) wgmma<T>(sums, x.moved(32 * k), y.moved(32 * k), k > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  for (int i = 0; i < SUMS; ++i) {
+    wgmma_settle(sums[i]);
+    d[(row + i / 2 % 2 * 8) * 2 * SUMS + i / 4 * 8 + column + i % 2] = sums[i];
+  }
+}
+
+// d[64][2 SUMS] = 32 rows of K of a times as many of b (or, K-major, 64 bytes of K of b's rows).
+// Either's groups of eight rows of K begin every `pitch` rows, and 64 (32) of its matrix's rows
+// further a chunk further.
+template <Major B, int SUMS>
+__global__ void rows_of_k_kernel(const uint4* a, const uint4* b, float* d, int row_bytes,
+                                 int a_rows, int b_rows, int pitch, int chunk_pitch) {
+  unsigned char* const at = rows_from(0);
+  unsigned char* const columns = at + (a_rows * row_bytes + ATOM - 1) / ATOM * ATOM;
+  place_rows(at, a, a_rows, row_bytes);
+  place_rows(columns, b, b_rows, B == Major::MN ? row_bytes : 128);
+  bulk_fence();
+  __syncthreads();
+  const Operand x(at, 8, row_bytes, 32);
+  const Operand y = B == Major::MN ? Operand(columns, pitch, row_bytes, chunk_pitch)
+                                   : Operand(columns, pitch);
+  float sums[SUMS];
+  wgmma_begin();
+  for (int k = 0; k < 2; ++k) {
+    wgmma<bfloat16, Major::MN, B>(sums, x.moved(k * 16 * row_bytes),
+                                  y.moved(B == Major::MN ? k * 2 * pitch * row_bytes : 32 * k),
+                                  k > 0);
+  }
   wgmma_commit();
   wgmma_wait<0>();
   const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -217,5 +249,15 @@ ROWS(bfloat16, 64)
 ROWS(float, 96)
 ROWS(half, 128)
 ROWS(float, 32)
+
+#define ROWS_OF_K(NAME, B, SUMS)                                                               \
+  CONVGEN_EXPORT int rows_of_k_##NAME(const uint4* a, const uint4* b, float* d, int row_bytes, \
+                                      int a_rows, int b_rows, int pitch, int chunk_pitch) {    \
+    return launch<rows_of_k_kernel<B, SUMS>>(1, THREADS, SHARED_BYTES, 0, nullptr, a, b, d,    \
+                                             row_bytes, a_rows, b_rows, pitch, chunk_pitch);   \
+  }
+ROWS_OF_K(one_16, Major::K, 16)
+ROWS_OF_K(both_48, Major::MN, 48)
+ROWS_OF_K(both_96, Major::MN, 96)
 
 CONVGEN_EXPORT const char* convgen_error_string(int code) { return error_name(code); }

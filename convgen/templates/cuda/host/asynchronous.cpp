@@ -116,7 +116,8 @@ void Checker::require_fence(const Fiber& fiber, const void* address, size_t byte
 
 // What is read has to be there for all readers now, and to stay until they have read it.
 void Checker::issue_reads(const std::vector<Fiber*>& readers,
-                          const std::vector<const char*>& vectors, const Site& site) {
+                          const std::vector<const char*>& vectors, bool unwritten,
+                          const Site& site) {
   const At at(site_, site);
   const Fiber& fiber = *readers.front();
   const bool by_warp = readers.size() > 1;
@@ -134,6 +135,7 @@ void Checker::issue_reads(const std::vector<Fiber*>& readers,
                nullptr);
       }
       if ((s.written & mask) != mask) {
+        if (unwritten) return;
         report(fiber, "reads shared memory that nobody wrote: " + place(*range, low, VECTOR),
                nullptr);
       }
@@ -250,8 +252,8 @@ void require_fence(const Fiber& fiber, const void* at, size_t bytes, const Site&
   checker->require_fence(fiber, at, bytes, site);
 }
 void issue_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
-                 const Site& site) {
-  checker->issue_reads(readers, vectors, site);
+                 bool unwritten, const Site& site) {
+  checker->issue_reads(readers, vectors, unwritten, site);
 }
 void perform_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
                    const Site& site) {

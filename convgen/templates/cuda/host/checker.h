@@ -98,7 +98,7 @@ class Checker {
   void fence(const Fiber& fiber) { ++fences_[static_cast<size_t>(fiber.rank)]; }
   void require_fence(const Fiber& fiber, const void* address, size_t bytes, const Site& site);
   void issue_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
-                   const Site& site);
+                   bool unwritten, const Site& site);
   void perform_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
                      const Site& site);
 

@@ -84,22 +84,28 @@ inline void store_matrices(void* to, uint32_t upper, uint32_t lower, CONVGEN_SIT
   host::store_matrices(TRANSPOSED, to, upper, lower, {file, line});
 }
 
-// An address instead of a descriptor, and the distance between groups of eight rows, in rows.
+enum class Major { K, MN };
+
+// An address and distances in rows, instead of a descriptor.
 struct Operand {
   const char* first;
-  int pitch;
+  int pitch, row_bytes, chunk_pitch;
 
   Operand() = default;
-  Operand(const void* first_row, int pitch)
-      : first(static_cast<const char*>(first_row)), pitch(pitch) {}
-  Operand rows(int count) const { return bytes(count * 128); }
-  Operand bytes(int count) const { return Operand(advance(count), pitch); }
-
- private:
+  Operand(const void* first_row, int pitch, int row_bytes = 128, int chunk_pitch = 0)
+      : first(static_cast<const char*>(first_row)),
+        pitch(pitch),
+        row_bytes(row_bytes),
+        chunk_pitch(chunk_pitch) {}
   // Wherever that may be: it is only where it is read that it has to exist.
-  const char* advance(int count) const {
-    return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(first) +
-                                         static_cast<uintptr_t>(static_cast<intptr_t>(count)));
+  Operand moved(int bytes) const {
+    Operand result = *this;
+    result.first = reinterpret_cast<const char*>(
+        reinterpret_cast<uintptr_t>(first) + static_cast<uintptr_t>(static_cast<intptr_t>(bytes)));
+    return result;
+  }
+  host::SharedRows read_as(Major major) const {
+    return {first, pitch, row_bytes, chunk_pitch, major == Major::MN};
   }
 };
 
@@ -108,9 +114,12 @@ constexpr bool is_half = false;
 template <>
 constexpr bool is_half<half> = true;
 
-template <typename T, int SUMS>
+template <typename T, Major A = Major::K, Major B = Major::K, int SUMS>
 inline void wgmma(float (&d)[SUMS], Operand a, Operand b, int accumulates, CONVGEN_SITE) {
-  static_assert(SUMS == 32 || SUMS == 64 || SUMS == 96 || SUMS == 128, "columns that exist here");
+  static_assert(SUMS == 16 || SUMS == 32 || SUMS == 48 || SUMS == 64 || SUMS == 96 || SUMS == 128,
+                "columns that exist here");
+  static_assert(A == Major::MN || B == Major::K, "a combination that a kernel here has");
+  static_assert(A == Major::K || sizeof(T) == 2, "all that TF32 has");
   constexpr host::Product KIND = sizeof(T) == 4 ? host::Product::tf32
                                  : is_half<T>   ? host::Product::f16
                                                 : host::Product::bf16;
@@ -122,8 +131,8 @@ inline void wgmma(float (&d)[SUMS], Operand a, Operand b, int accumulates, CONVG
                                       nullptr,
                                       0,
                                       {file, line},
-                                      {a.first, a.pitch},
-                                      {b.first, b.pitch},
+                                      a.read_as(A),
+                                      b.read_as(B),
                                       accumulates != 0};
   host::issue_rows(product);
 }

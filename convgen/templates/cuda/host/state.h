@@ -197,6 +197,9 @@ void store_matrices_by_warp(const std::vector<Fiber*>& lanes);
 void fill_box(const Box& box);
 void end_stores(Fiber& fiber);
 
+// Words of reports.
+const char* op_name(WarpOp op);
+std::string hex(unsigned mask);
 std::string text(const Site& site);
 std::string text(const uint3& v);  // (x, y, z)
 
@@ -245,9 +248,9 @@ void raise_flag(const Fiber& fiber, const int* flag, const Site& site);
 void fence(const Fiber& fiber);
 void require_fence(const Fiber& fiber, const void* at, size_t bytes, const Site& site);
 // Reads of 16 bytes each by the asynchronous proxy, for one thread or a warp: it may read them at
-// any time in between.
+// any time in between. What nobody wrote is a fault, or with `unwritten` NaN.
 void issue_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
-                 const Site& site);
+                 bool unwritten, const Site& site);
 void perform_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
                    const Site& site);
 constexpr bool ENABLED = true;
@@ -269,7 +272,8 @@ inline void access(const Fiber&, const void*, size_t, bool, const Site&) {}
 inline void raise_flag(const Fiber&, const int*, const Site&) {}
 inline void fence(const Fiber&) {}
 inline void require_fence(const Fiber&, const void*, size_t, const Site&) {}
-inline void issue_reads(const std::vector<Fiber*>&, const std::vector<const char*>&, const Site&) {}
+inline void issue_reads(const std::vector<Fiber*>&, const std::vector<const char*>&, bool,
+                        const Site&) {}
 inline void perform_reads(const std::vector<Fiber*>&, const std::vector<const char*>&,
                           const Site&) {}
 constexpr bool ENABLED = false;

@@ -31,10 +31,11 @@ float truncated(double x);
 void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                         Site site);
 
-// Rows of 128 bytes of K in shared memory, swizzled: see Operand in sm90.h.
+// An operand in shared memory: see Operand in sm90.h.
 struct SharedRows {
   const char* first;
-  int pitch;
+  int pitch, row_bytes, chunk_pitch;
+  bool is_mn_major;  // a row is one of K, not of the matrix
 };
 
 // What one lane brings to a wgmma: products of its warp's 16 rows with `blocks` x 8 columns.

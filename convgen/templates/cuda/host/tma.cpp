@@ -217,7 +217,7 @@ void tma_store(const TensorMap& map, const void* from, std::initializer_list<int
     worker->fault(fiber, "tma_store (" + text(site) + ") with a map whose elements are apart: the " +
                              "steps of a store's are 1");
   }
-  check::issue_reads({&fiber}, sources_of(box), site);
+  check::issue_reads({&fiber}, sources_of(box), false, site);
   fiber.stores.push_back({box, fiber.committed_stores, site, false, {}});
 }
 

@@ -9,9 +9,10 @@ namespace {
 
 constexpr int LANES = 32, WARPS = 4;       // of a warp; of a group
 constexpr int WARP_ROWS = 16;              // of a group's 64
-constexpr int STEP_BYTES = 32;             // of K in one product
-constexpr int ROW_BYTES = 128, VECTOR = 16;
-constexpr int MOST_PITCH = 0x3fff * 16 / ROW_BYTES;  // that a descriptor's 14 bits hold
+constexpr int STEP_BYTES = 32;             // of K in one product, along a row
+constexpr int VECTOR = 16;                 // bytes
+constexpr int PER_VECTOR = 8;              // 16-bit elements
+constexpr int MOST_DISTANCE = 0x3fff * VECTOR;  // bytes that a descriptor's 14 bits hold
 
 const GroupProduct& product_of(const Fiber& lane) {
   return *reinterpret_cast<const GroupProduct*>(lane.value);
@@ -19,28 +20,49 @@ const GroupProduct& product_of(const Fiber& lane) {
 
 int warp_of_group(const Fiber& lane) { return lane.rank / LANES % WARPS; }
 
-// The half of `row`'s 32 bytes of K. Its place follows the address, wherever the operand begins.
-const char* vector_of(const SharedRows& rows, int row, int half) {
-  const intptr_t offset = static_cast<intptr_t>(row / 8 * rows.pitch + row % 8) * ROW_BYTES;
-  const uintptr_t at = reinterpret_cast<uintptr_t>(rows.first) + static_cast<uintptr_t>(offset) +
-                       static_cast<uintptr_t>(half * VECTOR);
-  return reinterpret_cast<const char*>(at ^ (at >> 7 & 7) << 4);
+// A vector of a row. Its place follows the address, wherever the operand begins.
+const char* vector_of(const SharedRows& rows, int row, int chunk, int vector) {
+  const intptr_t index = row / 8 * rows.pitch + row % 8 + chunk * rows.chunk_pitch;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(rows.first) +
+                       static_cast<uintptr_t>(index * rows.row_bytes + vector * VECTOR);
+  const unsigned swizzled = static_cast<unsigned>(rows.row_bytes / VECTOR - 1);
+  return reinterpret_cast<const char*>(at ^ (at >> 7 & swizzled) << 4);
 }
 
-// What one warp reads: its rows, and all columns.
-std::vector<const char*> sources_of(const GroupProduct& p, int warp) {
-  std::vector<const char*> vectors;
-  for (int half = 0; half < 2; ++half) {
-    for (int row = 0; row < WARP_ROWS; ++row) {
-      vectors.push_back(vector_of(p.rows, warp * WARP_ROWS + row, half));
+// Calls visit(vector, i) for the two vectors of K of each of eight neighbouring rows of the matrix,
+// or, MN-major, for the vector that these are in each of sixteen rows of K.
+template <typename Visit>
+void visit_vectors(const SharedRows& rows, int first, Visit visit) {
+  if (rows.is_mn_major) {
+    const int chunk = rows.row_bytes / 2;
+    for (int k = 0; k < 16; ++k) {
+      visit(vector_of(rows, k, first / chunk, first % chunk / PER_VECTOR), k);
     }
-    for (int n = 0; n < 8 * p.blocks; ++n) vectors.push_back(vector_of(p.columns, n, half));
+  } else {
+    for (int i = 0; i < 16; ++i) visit(vector_of(rows, first + i / 2, 0, i % 2), i);
+  }
+}
+
+// What one warp reads.
+std::vector<const char*> sources_of(const SharedRows& rows, int first, int count) {
+  std::vector<const char*> vectors;
+  for (int row = first; row < first + count; row += 8) {
+    visit_vectors(rows, row, [&](const char* vector, int) { vectors.push_back(vector); });
   }
   return vectors;
 }
 
+std::vector<const char*> rows_of(const GroupProduct& p, int warp) {
+  return sources_of(p.rows, warp * WARP_ROWS, WARP_ROWS);
+}
+
+std::vector<const char*> columns_of(const GroupProduct& p) {
+  return sources_of(p.columns, 0, 8 * p.blocks);
+}
+
 bool operator==(const SharedRows& a, const SharedRows& b) {
-  return a.first == b.first && a.pitch == b.pitch;
+  return a.first == b.first && a.pitch == b.pitch && a.row_bytes == b.row_bytes &&
+         a.chunk_pitch == b.chunk_pitch && a.is_mn_major == b.is_mn_major;
 }
 
 bool same(const GroupProduct& a, const GroupProduct& b) {
@@ -50,13 +72,20 @@ bool same(const GroupProduct& a, const GroupProduct& b) {
 
 // What is wrong with an operand, or nothing.
 std::string fault_of(const SharedRows& rows, const char* name) {
-  if (reinterpret_cast<uintptr_t>(rows.first) % STEP_BYTES != 0) {
-    return std::string("with an unaligned ") + name + " at " + shared_place(rows.first) +
-           ": rows are 128 bytes, steps of K 32";
+  if (rows.row_bytes != 128 && rows.row_bytes != 64) {
+    return std::string("with an ") + name + " of rows of " + std::to_string(rows.row_bytes) +
+           " bytes: 128 or 64";
   }
-  if (rows.pitch < 0 || rows.pitch > MOST_PITCH) {
-    return std::string("with an ") + name + " whose groups of eight rows are " +
-           std::to_string(rows.pitch) + " rows apart: 0 to " + std::to_string(MOST_PITCH);
+  const int step = rows.is_mn_major ? rows.row_bytes : STEP_BYTES;
+  if (reinterpret_cast<uintptr_t>(rows.first) % static_cast<unsigned>(step) != 0) {
+    return std::string("with an unaligned ") + name + " at " + shared_place(rows.first) +
+           ": it begins at a multiple of " + std::to_string(step) + " bytes";
+  }
+  const int most = MOST_DISTANCE / rows.row_bytes;
+  for (const int distance : {rows.pitch, rows.is_mn_major ? rows.chunk_pitch : 0}) {
+    if (distance >= 0 && distance <= most) continue;
+    return std::string("with an ") + name + " whose groups of rows are " +
+           std::to_string(distance) + " rows apart: 0 to " + std::to_string(most);
   }
   return "";
 }
@@ -91,13 +120,17 @@ double value(Product kind, const char* at) {
   return kind == Product::f16 ? half_value(bits) : bfloat16_value(bits);
 }
 
-// A row's values of K.
-void read_row(const GroupProduct& p, const SharedRows& rows, int row, double* to, int distance) {
-  const int size = p.kind == Product::tf32 ? 4 : 2;
-  for (int half = 0; half < 2; ++half) {
-    const char* at = vector_of(rows, row, half);
-    for (int i = 0; i < VECTOR; i += size, to += distance) *to = value(p.kind, at + i);
-  }
+constexpr int MOST_K = 16;
+
+// Eight neighbouring rows of the matrix, as [k][row].
+void read_eight(Product kind, const SharedRows& rows, int first, double (&to)[MOST_K][8]) {
+  const int size = kind == Product::tf32 ? 4 : 2, count = VECTOR / size;
+  visit_vectors(rows, first, [&](const char* vector, int i) {
+    for (int e = 0; e < count; ++e) {
+      double& element = rows.is_mn_major ? to[i][e] : to[i % 2 * count + e][i / 2];
+      element = value(kind, vector + e * size);
+    }
+  });
 }
 
 }  // namespace
@@ -133,35 +166,37 @@ void issue_by_warp(const std::vector<Fiber*>& lanes) {
        {fault_of(p.rows, "operand A"), fault_of(p.columns, "operand B"), record(first, p)}) {
     if (!why.empty()) refuse(first, why);
   }
-  const std::vector<const char*> vectors = sources_of(p, warp);
-  for (const char* at : vectors) {
-    if (!is_shared(at, VECTOR)) {
+  // Columns that lie as K does may be none of the kernel's, whose sums lead nowhere: NaNs then.
+  for (const bool is_column : {false, true}) {
+    const std::vector<const char*> vectors = is_column ? columns_of(p) : rows_of(p, warp);
+    for (const char* at : vectors) {
+      if (is_shared(at, VECTOR)) continue;
       refuse(first, "with an operand out of bounds of shared memory: it reads 16 bytes at offset " +
                         std::to_string(at - reinterpret_cast<char*>(worker->dynamic)) +
                         " of dynamic shared memory (" +
                         std::to_string(worker->run.launch.shared_bytes) + " bytes)");
     }
+    check::issue_reads(lanes, vectors, is_column && p.columns.is_mn_major, p.site);
   }
-  check::issue_reads(lanes, vectors, p.site);
 }
 
 // Of D, lane l holds rows l / 4 and 8 more, of each block the columns 2 (l % 4) and the next.
 void multiply_by_warp(const std::vector<Fiber*>& lanes) {
   const GroupProduct& p = product_of(*lanes.front());
   const int warp = warp_of_group(*lanes.front());
-  check::perform_reads(lanes, sources_of(p, warp), p.site);
-  constexpr int MOST_K = 16;
+  check::perform_reads(lanes, rows_of(p, warp), p.site);
+  check::perform_reads(lanes, columns_of(p), p.site);
   const int depth = p.kind == Product::tf32 ? 8 : MOST_K;
-  double a[WARP_ROWS][MOST_K], b[MOST_K][8];
-  for (int row = 0; row < WARP_ROWS; ++row) {
-    read_row(p, p.rows, warp * WARP_ROWS + row, a[row], 1);
+  double a[2][MOST_K][8], b[MOST_K][8];
+  for (int half = 0; half < 2; ++half) {
+    read_eight(p.kind, p.rows, warp * WARP_ROWS + 8 * half, a[half]);
   }
   for (int block = 0; block < p.blocks; ++block) {
-    for (int n = 0; n < 8; ++n) read_row(p, p.columns, 8 * block + n, &b[0][n], 8);
+    read_eight(p.kind, p.columns, 8 * block, b);
     for (int row = 0; row < WARP_ROWS; ++row) {
       double sums[8] = {};
       for (int k = 0; k < depth; ++k) {
-        for (int n = 0; n < 8; ++n) sums[n] += a[row][k] * b[k][n];
+        for (int n = 0; n < 8; ++n) sums[n] += a[row / 8][k][row % 8] * b[k][n];
       }
       for (int n = 0; n < 8; ++n) {
         const GroupProduct& own = product_of(*lanes[static_cast<size_t>(row % 8 * 4 + n / 2)]);
