@@ -282,7 +282,7 @@ def solve(library: Library, given: Problem) -> None:
         Fault: if the interpreter reports one.
     """
     tensors = given.operands
-    numbers = abi.NUMBERS.pack(0, *given.numbers)
+    numbers = abi.NUMBERS.pack(0, *given.numbers, 0)
     size = library.workspace_bytes(given.symbol, bytes(abi.POINTERS.size) + numbers)
     scratch = torch.full((size + 255,), 0xFF, dtype=torch.uint8)
     workspace = (scratch.data_ptr() + 255) & -256 if size else 0

@@ -116,11 +116,12 @@ class InterpretedLibrary:
     def __getitem__(self, symbol: str) -> Any:
         function = self._library[symbol]
         function.argtypes = [ctypes.c_char_p]
-        if symbol.endswith("_workspace"):
+        if symbol.endswith(("_workspace", "_expected")):
+            function.restype = ctypes.c_int64
             return _Function(lambda call: int(function(_on_device(call))))
         is_packed = symbol.endswith("_packed")  # by an earlier call, in the same workspace
         kernel = symbol.removesuffix("_packed")
-        _, contraction, dtype = kernel.split("_")
+        _, contraction, dtype, *_ = kernel.split("_")  # and a family
         workspace = self._library[f"{kernel}_workspace"]
         workspace.argtypes, workspace.restype = [ctypes.c_char_p], ctypes.c_int64
 

@@ -10,8 +10,12 @@ TENSORS = ("coarse", "fine", "weight", "bias", "workspace")
 POINTERS = struct.Struct("6Q")
 """Of a ConvgenCall: :data:`TENSORS` and the stream."""
 
-NUMBERS = struct.Struct("10q")
-"""Device (or threads), batch, coarse and fine channels, coarse and fine extents (D, H, W)."""
+NUMBERS = struct.Struct("11q")
+"""Device (or threads), batch, coarse and fine channels, coarse and fine extents (D, H, W), and
+which tensors have their channels side by side: a sum of :data:`CHANNELS_LAST`."""
+
+CHANNELS_LAST = {"coarse": 1, "fine": 2, "weight": 4}
+"""ConvgenOperand."""
 
 CALL = struct.Struct(POINTERS.format + NUMBERS.format)
 """A whole ConvgenCall."""

@@ -59,6 +59,7 @@ class Kernel:
             *coarse.shape[2:],
             *lead,
             *fine.shape[2:],
+            0,
         )
         size = self._workspace(bytes(POINTERS.size) + numbers)
         scratch = torch.empty(size + 255, dtype=torch.uint8, device=coarse.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from convgen.building.build import Library as Target
 from convgen.building.build import build
 from convgen.checking import interpret
 from convgen.codegen.render import TEMPLATES
+from convgen.engines import abi
 from convgen.spec import ConvSpec
 
 pytestmark = pytest.mark.gpu
@@ -53,13 +53,15 @@ def compile_for_gpu(name: str, sources: dict[str, str]) -> ctypes.CDLL:
 
 def solve_on_gpu(library: ctypes.CDLL, given: Problem) -> Tensor:
     tensors = {name: tensor.cuda() for name, tensor in given.operands.items()}
-    numbers = struct.pack("10q", 0, *given.numbers)
+    numbers = abi.NUMBERS.pack(0, *given.numbers, 0)
     workspace = library[f"{given.symbol}_workspace"]
     workspace.restype = ctypes.c_int64
-    scratch = torch.full((workspace(bytes(48) + numbers) + 1,), 0xFF, dtype=torch.uint8).cuda()
+    scratch = torch.full(
+        (workspace(bytes(abi.POINTERS.size) + numbers) + 1,), 0xFF, dtype=torch.uint8
+    ).cuda()
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in OPERANDS]
     stream = torch.cuda.current_stream().cuda_stream
-    pointers = struct.pack("6Q", *addresses, scratch.data_ptr(), stream)
+    pointers = abi.POINTERS.pack(*addresses, scratch.data_ptr(), stream)
     code = library[given.symbol](pointers + numbers)
     assert code == 0, library.convgen_error_string(code).decode()
     torch.cuda.synchronize()

@@ -6,25 +6,33 @@ They are the sources that nvcc compiles, to the byte, but for what a bug changes
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from interpreted import INPUT, OPERANDS, OUTPUT, RESULT, Fault, Library, Problem, problem
+from interpreted import (
+    INPUT,
+    OPERANDS,
+    OUTPUT,
+    RESULT,
+    Fault,
+    Library,
+    Problem,
+    compile_interpreted,
+    problem,
+)
 from torch import Tensor
 
-from convgen.checking import interpret
 from convgen.codegen.render import headers, render_unit
+from convgen.engines import abi
 from convgen.engines.implicit_gemm.gather import GATHER, GatherSizes
 from convgen.engines.implicit_gemm.wgrad import WGRAD, WgradSizes
 from convgen.engines.registry import unit_of
 from convgen.spec import ConvSpec
 
-FLAGS = {"coarse": 1, "fine": 2, "weight": 4}
-LAST = tuple(FLAGS)
+LAST = tuple(abi.CHANNELS_LAST)
 LAYOUTS = ((), LAST, ("fine",), ("coarse", "weight"))
 """Tensors whose channels lie side by side."""
 
@@ -53,7 +61,7 @@ def sources(spec: ConvSpec, contraction: str, mode: str, schedule: object = None
 @cache
 def library(spec: ConvSpec, contraction: str, mode: str, schedule: object = None) -> Library:
     files = sources(spec, contraction, mode, schedule)
-    return Library(interpret.library(spec.name, files, "checked", architecture="90a"))
+    return Library(compile_interpreted(spec.name, files, "checked", architecture="90a"))
 
 
 def laid(tensor: Tensor, last: bool) -> Tensor:
@@ -65,9 +73,9 @@ def solve(loaded: Library, given: Problem, layout: tuple[str, ...]) -> None:
     symbol, result = f"{given.symbol}_implicit_gemm", RESULT[given.contraction]
     stored = {name: laid(tensor, name in layout) for name, tensor in given.operands.items()}
     stored[result] = torch.full_like(stored[result], torch.nan)
-    flags = sum(FLAGS[name] for name in layout)
-    numbers = struct.pack("11q", 0, *given.numbers, flags)
-    size = loaded.workspace_bytes(symbol, bytes(48) + numbers)
+    flags = sum(abi.CHANNELS_LAST[name] for name in layout)
+    numbers = abi.NUMBERS.pack(0, *given.numbers, flags)
+    size = loaded.workspace_bytes(symbol, bytes(abi.POINTERS.size) + numbers)
     scratch = torch.full((size + 255,), 0xFF, dtype=torch.uint8)
     workspace = (scratch.data_ptr() + 255) & -256 if size else 0
     for name, tensor in stored.items():
@@ -77,7 +85,7 @@ def solve(loaded: Library, given: Problem, layout: tuple[str, ...]) -> None:
         loaded.register(workspace, size, "workspace", OUTPUT)
     addresses = [stored[name].data_ptr() if name in stored else 0 for name in OPERANDS]
     try:
-        loaded.call(symbol, struct.pack("6Q", *addresses, workspace, 0) + numbers)
+        loaded.call(symbol, abi.POINTERS.pack(*addresses, workspace, 0) + numbers)
     finally:
         loaded.forget()
     out = stored[result]
@@ -321,7 +329,7 @@ def buggy(mode: str) -> Library:
         "inline int planted = 0;\n" + files["implicit_gemm/tiles.cuh"]
     )
     files[unit] += "CONVGEN_EXPORT int plant(int n) { return planted = n, 0; }\n"
-    return Library(interpret.library("buggy", files, "checked", architecture="90a"))
+    return Library(compile_interpreted("buggy", files, "checked", architecture="90a"))
 
 
 def bugs_of(mode: str) -> Mapping[str, Bug]:
