@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,10 +36,12 @@ LAYOUTS = ((), LAST, ("fine",), ("coarse", "weight"))
 """Tensors whose channels lie side by side."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def settings(session_cache: Path) -> Iterator[None]:
+pytestmark = pytest.mark.usefixtures("shared_cache", "settings")
+
+
+@pytest.fixture(scope="module")
+def settings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
         # Two persistent thread blocks, with several tiles each.
         patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "2")
         yield
