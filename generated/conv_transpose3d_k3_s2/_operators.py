@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_5d48f2fe"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_0f1789a5"
 NAMESPACE += VARIANT
 
 

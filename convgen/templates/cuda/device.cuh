@@ -54,6 +54,9 @@ __device__ __forceinline__ void store_global(void* to, uint2 bits) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
 }
 
+// Sets a flag that other threads may set as well.
+__device__ __forceinline__ void raise_flag(int* flag) { *static_cast<volatile int*>(flag) = 1; }
+
 // An address so many bytes further, which the compiler does not take apart again.
 template <typename T>
 __device__ __forceinline__ T* advance(T* at, uint64_t bytes) {

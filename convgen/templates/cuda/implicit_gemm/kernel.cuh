@@ -226,7 +226,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
       float zero = 0;
 #pragma unroll
       for (int i = 0; i < SUMS; ++i) zero += sums[i] * 0.0f;
-      if (zero != 0.0f) *out.saw_nonfinite = 1;
+      if (zero != 0.0f) raise_flag(out.saw_nonfinite);
     }
     if (out.bias != nullptr) {
       const int row = Rows(t).first;
@@ -256,6 +256,13 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
   }
   if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
 }
+
+// What a thread keeps. A claim waits until so many are free, and no more ever are than what a CTA is
+// started with.
+constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
+                  (CONSUMERS + 1) * (65536 / GEMM_THREADS / 8 * 8),
+              "registers that a CTA has");
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
@@ -300,7 +307,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     const Pipeline slab_ring = {shared.slab_full, shared.slab_empty};
     const Pipeline weight_ring = {shared.weight_full, shared.weight_empty};
     if (warp >= CONSUMER_WARPS) {
-      release_registers<64>();
+      release_registers<PRODUCER_REGISTERS>();
       const int role = warp - CONSUMER_WARPS;
       if (role == 0) {
         if (lane == 0) load_slabs<T, Conv, Slab>(t, slab_map, slab_ring, slabs);
@@ -316,7 +323,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
             t, out, shared, staged + (role - 2) * BLOCK_M * STAGED_PITCH<LINES> * 16, role - 2);
       }
     } else {
-      claim_registers<224>();
+      claim_registers<CONSUMER_REGISTERS>();
       const Pipeline ready = {t.rounds ? shared.slab_rounded : shared.slab_full, shared.slab_empty};
       consume<T, LINES, Conv, Slab>(t, out, output_map, shared, ready, weight_ring, slabs, weights,
                                     weight_bytes, staged);

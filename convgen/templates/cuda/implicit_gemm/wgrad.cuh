@@ -210,6 +210,11 @@ __device__ __forceinline__ void consume_wgrad(const WgradTiling& t, Pipeline rin
   }
 }
 
+constexpr int WGRAD_PRODUCER_REGISTERS = 32, WGRAD_CONSUMER_REGISTERS = 160;
+static_assert(WGRAD_PRODUCER_REGISTERS + WGRAD_CONSUMERS * WGRAD_CONSUMER_REGISTERS <=
+                  (WGRAD_CONSUMERS + 1) * (65536 / WGRAD_THREADS / 8 * 8),
+              "registers that a CTA has");
+
 template <typename T, int LINES, int ROW, typename Conv>
 __global__ void __launch_bounds__(COMPILED_THREADS<WGRAD_THREADS>, 1)
     wgrad_kernel(const __grid_constant__ CoarseMaps coarse_maps,
@@ -232,12 +237,12 @@ __global__ void __launch_bounds__(COMPILED_THREADS<WGRAD_THREADS>, 1)
     await_earlier_kernel();
     const Pipeline ring = {shared.full, shared.empty};
     if (threadIdx.x >= WGRAD_CONSUMERS * WARPGROUP) {
-      release_registers<32>();
+      release_registers<WGRAD_PRODUCER_REGISTERS>();
       if (threadIdx.x == WGRAD_CONSUMERS * WARPGROUP) {
         load_wgrad<T, LINES, ROW, Conv>(t, coarse_maps, fine_map, ring, stages);
       }
     } else {
-      claim_registers<160>();
+      claim_registers<WGRAD_CONSUMER_REGISTERS>();
       consume_wgrad<T, LINES, ROW, Conv>(t, ring, stages, partials);
     }
   }
