@@ -257,8 +257,8 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
   if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
 }
 
-// What a thread keeps. A claim waits until so many are free, and no more ever are than what a CTA is
-// started with.
+// What a thread keeps. A claim waits until so many are free, and no more ever are than what a CTA
+// is started with.
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
                   (CONSUMERS + 1) * (65536 / GEMM_THREADS / 8 * 8),
