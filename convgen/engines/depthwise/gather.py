@@ -28,6 +28,8 @@ from convgen.spec.geometry import Geometry, Triple
 REGISTERS = 16
 # Multiply-adds that a step unrolls, twice: for steps at the border, and others.
 UNROLL_LIMIT = 1500
+# Phases of a position, each with a sum: more would all be in local memory.
+MOST_PHASES = 64
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,13 @@ class DepthwiseGather(Family[GatherRows]):
         read = fine if problem.input == "fine" else coarse
         if not (refusal := refusal_of(geometry, (read,))) and geometry.taps > UNROLL_LIMIT:
             refusal = f"{geometry.taps} taps of a step; {UNROLL_LIMIT} are unrolled"
+        if not refusal and (phases := _phases(problem)) > MOST_PHASES:
+            refusal = f"{phases} phases of a step; {MOST_PHASES} are unrolled"
         return refusal
 
     def default(self, problem: Problem) -> GatherRows:
-        phases = math.prod(len(axis.phases) for axis in problem.axes)
-        return GatherRows(
-            _rows(problem.geometry, phases, REGISTERS // problem.accumulator_registers)
-        )
+        budget = REGISTERS // problem.accumulator_registers
+        return GatherRows(_rows(problem.geometry, _phases(problem), budget))
 
     def candidates(self, problem: Problem) -> list[Candidate[GatherRows]]:
         return [Candidate(self.default(problem), "")]
@@ -81,7 +83,7 @@ class DepthwiseGather(Family[GatherRows]):
             call,
             gpu,
             positions=math.prod(call.extent(problem.output)),
-            lines=plan.geometry.taps / math.prod(len(axis.phases) for axis in problem.axes),
+            lines=plan.geometry.taps / _phases(problem),
             shared=math.prod(plan.schedule.rows[:2]),
         )
 
@@ -104,6 +106,10 @@ class DepthwiseGather(Family[GatherRows]):
             "tap_steps": [_tap_step(axis) for axis in axes],
             "deltas": [axis.delta for axis in axes],
         }
+
+
+def _phases(problem: Problem) -> int:
+    return math.prod(len(axis.phases) for axis in problem.axes)
 
 
 def _rows(geometry: Geometry, phases: int, budget: int) -> Triple:
