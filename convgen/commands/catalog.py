@@ -18,18 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from convgen import __version__
-from convgen.codegen.package import PYTHON
+from convgen.building import folders, written
 from convgen.spec import ConvSpec
 from convgen.spec.taps import dgrad_phases
 
 METADATA = "spec.json"
-
-_WRITTEN = {
-    *(METADATA, *PYTHON, "py.typed", "src", "lib"),
-    # Of ninja, run in the module by its user, and of Python.
-    *("build.ninja", "obj", ".ninja_log", ".ninja_deps", ".ninja_lock", "__pycache__"),
-}
-"""What lies at the top of a generated module."""
 
 
 class CatalogError(ValueError):
@@ -160,19 +153,16 @@ def find(names: Iterable[str], folder: Path, refused: list[str] | None = None) -
     return modules or scan(folder, refused)
 
 
-def destination(out: Path, name: str) -> Path:
-    """``out / name``, after checking that a module of that name can be written and imported.
+def destination(out: Path, name: str, spec: ConvSpec) -> Path:
+    """``out / name``, after checking that the specification's module can be written there.
 
     Leaves nothing behind.
 
     Raises:
         CatalogError: saying what stands in the way.
     """
-    if not name.isidentifier() or keyword.iskeyword(name):
-        why = "is a keyword of Python" if keyword.iskeyword(name) else "is not an identifier"
-        raise CatalogError(f"name {name!r} {why}, so it cannot be imported: give another --name")
-    if name in ("torch", "convgen"):
-        raise CatalogError(f"name {name!r} would hide the package {name}: give another --name")
+    if refusal := folders.unimportable(name):
+        raise CatalogError(f"{refusal}: give another --name")
     existing = out.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -187,6 +177,11 @@ def destination(out: Path, name: str) -> Path:
     if target.is_symlink() or (target.exists() and not (target / METADATA).is_file()):
         raise CatalogError(
             f"{target} exists and is not a generated module: remove it, or give another --name"
+        )
+    if target.exists() and (held := load(target)).spec != spec:
+        raise CatalogError(
+            f"{target} is the module of another specification ({held.command}): remove it, or give "
+            f"another --name"
         )
     return target
 
@@ -225,9 +220,12 @@ def remove(module: Generated) -> None:
     """
     if module.path.is_symlink():
         raise CatalogError(f"{module.path} is a link: remove it by hand")
-    if foreign := sorted({path.name for path in module.path.iterdir()} - _WRITTEN):
-        raise CatalogError(f"{module.path} holds files of yours: move {', '.join(foreign)} first")
     try:
+        if kept := written.changes(module.path):
+            raise CatalogError(
+                f"{module.path} holds what convgen did not write, or what was changed since: "
+                f"move {written.listed(kept)} first"
+            )
         # spec.json goes last, so that what an interrupted removal leaves is still recognized.
         for path in module.path.iterdir():
             if path.is_dir() and not path.is_symlink():

@@ -78,7 +78,7 @@ def command(
     spec = ConvSpec.make(op, kernel_size=kernel, **arguments)
     if archs and backend == "cpu":
         raise click.UsageError("--arch is for --backend cuda or auto.")
-    target = catalog.destination(out, name or spec.name)
+    target = catalog.destination(out, spec.name if name is None else name, spec)
     with report.plain_warnings(), report.Progress() as progress:
         package = build(
             spec,

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import py_compile
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from types import ModuleType
 
 import pytest
 
-from convgen.building import cache, folders
+from convgen.building import cache, folders, written
 from convgen.building.errors import BuildError
 from convgen.building.folders import export, is_package, load
 
@@ -55,8 +56,15 @@ def content(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and str(path.relative_to(folder)) not in written.RECORDS
     }
+
+
+def older_package(folder: Path, code: str = "OLD = 1\n") -> Path:
+    """One that an earlier export left: records vouch for its files."""
+    write_package(folder, code)
+    written.record(folder, written.digests(folder))
+    return folder
 
 
 class TestExport:
@@ -80,6 +88,7 @@ class TestExport:
     def test_replaces_an_older_package_whole(self, tmp_path: Path, package: Path) -> None:
         old = write_package(tmp_path / "out" / "layer", "OLD = 1\n")
         (old / "gone.py").touch()
+        written.record(old, written.digests(old))
         with open(old / "__init__.py") as loaded:
             assert content(export(package, tmp_path / "out")) == content(package)
             assert loaded.read() == "OLD = 1\n"
@@ -123,18 +132,35 @@ class TestExport:
             export(tmp_path, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("name", ["", "a-b", "1st", "class", "a/b", ".."])
-    def test_refuses_a_name_that_cannot_be_imported(
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("", "a-b", "1st", "class", "a/b", "..", "a\n", "\udcff", "x" * 300),  # no identifiers
+            *("json", "os", "_ctypes", "antigravity", "__init__", "__pycache__"),  # Python's
+            *("torch", "numpy", "pytest"),  # installed
+            *("\ufb01lter", "\u2115", "\uff41", "e\u0301"),  # other names to Python
+        ],
+    )
+    def test_refuses_a_name_that_cannot_be_imported_or_hides_a_module(
         self, tmp_path: Path, package: Path, name: str
     ) -> None:
-        with pytest.raises(BuildError, match="give a Python identifier"):
+        with pytest.raises(BuildError, match=r"^name [^\n]*: give another name$"):
             export(package, tmp_path / "out", name)
         assert not (tmp_path / "out").exists()
+
+    def test_a_package_of_another_specification_stays(self, tmp_path: Path, package: Path) -> None:
+        other = write_package(tmp_path / "out" / "layer")
+        (other / "spec.json").write_text(json.dumps({"convgen": "1", "spec": {"op": "conv2d"}}))
+        written.record(other, written.digests(other))
+        before = content(other)
+        with pytest.raises(BuildError, match="is of another specification"):
+            export(package, tmp_path / "out")
+        assert content(other) == before
 
     def test_failing_half_way_keeps_the_old_package_and_leaves_nothing(
         self, tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        old = write_package(tmp_path / "out" / "layer", "OLD = 1\n")
+        old = older_package(tmp_path / "out" / "layer")
         expected = content(old)
 
         def full(*_: object, **__: object) -> None:
@@ -172,6 +198,16 @@ class TestExport:
         export(package, tmp_path / "out")
         assert sorted(os.listdir(tmp_path / "out")) == [".other.abc.convgen", "layer"]
 
+    def test_what_a_killed_process_had_moved_away_is_put_back(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        older_package(tmp_path / "out" / ".layer.abc.convgen" / "old")
+        (tmp_path / "out" / ".layer.abc.convgen" / "old" / "mine.txt").write_text("years of work")
+        with pytest.raises(BuildError, match=r"\(mine\.txt\): move it away"):
+            export(package, tmp_path / "out")
+        assert os.listdir(tmp_path / "out") == ["layer"]
+        assert (tmp_path / "out" / "layer" / "mine.txt").read_text() == "years of work"
+
     def test_from_several_threads_at_once_leaves_one_whole_package(self, tmp_path: Path) -> None:
         packages = [write_package(tmp_path / str(n) / "layer", f"number = {n}\n") for n in range(4)]
         threads = [
@@ -184,6 +220,91 @@ class TestExport:
             thread.join()
         assert content(tmp_path / "out" / "layer") in map(content, packages)
         assert os.listdir(tmp_path / "out") == ["layer"]
+
+
+def _edit(old: Path, path: str) -> None:
+    (old / path).write_text("years of work")
+
+
+USERS_WORK = {
+    "a changed source": (lambda old: _edit(old, "_part.py"), "_part.py"),
+    "a changed description": (
+        lambda old: (old / "spec.json").write_text((old / "spec.json").read_text() + "\n"),
+        "spec.json",
+    ),
+    "changed flags": (lambda old: _edit(old, "build.ninja"), "build.ninja"),
+    "an added file": (lambda old: _edit(old, "train.py"), "train.py"),
+    "one beside the library": (lambda old: _edit(old, "lib/mine.so"), "lib/mine.so"),
+    "one beside objects": (lambda old: _edit(old, "obj/notes.txt"), "obj/notes.txt"),
+    "one of Python's cache": (
+        lambda old: _edit(old, "__pycache__/notes"),
+        "__pycache__/notes",
+    ),
+    "a folder": (lambda old: (old / "empty").mkdir(), "empty/"),
+    "a name of two lines": (lambda old: _edit(old, "a\nb"), r"'a\nb'"),
+    "a link": (lambda old: (old / "link").symlink_to("_part.py"), "link"),
+    "a link in place of a folder": (
+        lambda old: ((old / "lib").rename(old.parent / "lib"), (old / "lib").symlink_to("../lib")),
+        "lib",
+    ),
+    "a FIFO in place of a source": (
+        lambda old: ((old / "_part.py").unlink(), os.mkfifo(old / "_part.py")),
+        "_part.py",
+    ),
+    "no records": (lambda old: [(old / name).unlink() for name in written.RECORDS], "__init__.py"),
+}
+
+
+class TestUsersWork:
+    """Nothing is deleted that was added to a package, or changed in it."""
+
+    @pytest.fixture
+    def old(self, tmp_path: Path) -> Path:
+        """A package of an older version, in which ninja and Python have run."""
+        folder = write_package(tmp_path / "out" / "layer", "OLD = 1\n")
+        (folder / "build.ninja").write_text("rule x\n")
+        written.record(folder, written.digests(folder))
+        for path in ("obj/.ninja_log", "obj/cpu/x.o", "obj/cpu/x.o.d", "__pycache__/a.pyc"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).touch()
+        return folder
+
+    @pytest.mark.parametrize("kind", USERS_WORK)
+    def test_is_kept_and_named(self, tmp_path: Path, package: Path, old: Path, kind: str) -> None:
+        change, named = USERS_WORK[kind]
+        change(old)
+        before = sorted((str(path), path.lstat().st_ino) for path in old.rglob("*"))
+        assert written.changes(old)
+        with pytest.raises(BuildError, match=rf"\({re.escape(named)}.*\): move it away"):
+            export(package, tmp_path / "out")
+        assert sorted((str(path), path.lstat().st_ino) for path in old.rglob("*")) == before
+
+    def test_what_convgen_wrote_and_tools_left_is_replaced(
+        self, tmp_path: Path, package: Path, old: Path
+    ) -> None:
+        assert written.changes(old) == []
+        assert content(export(package, tmp_path / "out")) == content(package)
+
+    def test_a_library_is_made_anew_whatever_became_of_it(
+        self, tmp_path: Path, package: Path, old: Path
+    ) -> None:
+        (old / "lib" / "cpu.so").write_bytes(b"cut short")
+        assert content(export(package, tmp_path / "out")) == content(package)
+
+    def test_files_beside_an_equal_package_may_stay(self, tmp_path: Path, package: Path) -> None:
+        target = export(package, tmp_path / "out")
+        (target / "train.py").write_text("years of work")
+        assert export(package, tmp_path / "out") == target
+        assert (target / "train.py").read_text() == "years of work"
+
+    def test_an_equal_package_without_records_gets_them(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        target = write_package(tmp_path / "out" / "layer")
+        export(package, tmp_path / "out")
+        assert written.changes(target) == []
+        newer = write_package(tmp_path / "b" / "layer", "value = 2\n")
+        assert content(export(newer, tmp_path / "out")) == content(newer)
 
 
 class TestLoad:

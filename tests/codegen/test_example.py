@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from convgen.specialize import render
 
 EXAMPLE = Path(__file__).parents[2] / "generated" / "conv_transpose3d_k3_s2"
 OF_THIS_MACHINE = {"lib", "obj", "build.ninja", "__pycache__"}
+RECORD = "sources.sha256"
 """What git ignores: written by ``convgen generate``, ninja and Python."""
 
 ADVICE = "run `convgen generate --kernel 3 --stride 2` in the repository and commit the example"
@@ -36,7 +38,16 @@ def committed() -> dict[str, bytes]:
 def test_the_example_holds_the_files_that_are_generated(
     rendered: dict[str, str], committed: dict[str, bytes]
 ) -> None:
-    assert sorted(committed) == sorted(rendered), ADVICE
+    assert sorted(committed) == sorted([*rendered, RECORD]), ADVICE
+
+
+def test_the_record_of_the_example_vouches_for_all_of_it(committed: dict[str, bytes]) -> None:
+    lines = [
+        f"{hashlib.sha256(committed[path]).hexdigest()}  {path}\n"
+        for path in sorted(committed)
+        if path != RECORD
+    ]
+    assert committed[RECORD].decode() == "".join(lines), ADVICE
 
 
 def test_the_example_is_what_is_generated_byte_for_byte(

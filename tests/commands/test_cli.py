@@ -139,6 +139,8 @@ MISTAKES = [
     ("generate --kernel 3 --out file/below", "file"),
     ("generate --kernel 3 --out /proc/convgen", "cannot write to /proc/convgen"),
     ("generate --kernel 3 extra", "extra"),
+    ("generate --kernel 3 --name json", "is Python's own"),
+    ("generate --kernel 3 --name \ufb01lter", "is 'filter' to Python"),
     ("list extra", "extra"),
     ("show", "MODULE"),
     ("show nothing", "no module 'nothing' in generated"),
@@ -262,6 +264,22 @@ class TestGenerate:
         assert result.returncode == 2
         assert "is not a generated module" in result.stderr
         assert (mine / "thesis.txt").read_text() == "years of work"
+
+    def test_refuses_what_would_lose_a_users_work_or_another_module(
+        self, run, tmp_path: Path
+    ) -> None:
+        assert run(*SMALL).returncode == 0
+        module = tmp_path / "generated" / "conv1d_k3"
+        named = run(*SMALL, "--dilation", "2", "--name", "conv1d_k3", CONVGEN_NO_BUILD="1")
+        assert named.returncode == 2
+        assert "another specification (convgen generate --op conv1d --kernel 3)" in named.stderr
+        source = module / "src" / "cpu" / "fprop_f32.cpp"
+        source.write_text(source.read_text() + "// mine\n")
+        again = run(*SMALL)
+        assert again.returncode == 1
+        assert "changed since (src/cpu/fprop_f32.cpp): move it away" in again.stderr
+        assert run("clean", "conv1d_k3", "--yes").returncode == 2
+        assert source.read_text().endswith("// mine\n")
 
     def test_lists_of_dtypes_may_be_repeated_or_separated(self, run, tmp_path: Path) -> None:
         result = run(*SMALL, "--dtype", "float64,double", "--dtype", "f32")
