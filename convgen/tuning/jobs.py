@@ -164,7 +164,11 @@ def jobs(
     contractions: Sequence[str] = CONTRACTIONS,
     fixed_channels: bool = False,
 ) -> list[Job]:
-    """What there is to tune: of each layer the kernels that a module would take for it."""
+    """What there is to tune: of each layer the kernels that a module would take for it.
+
+    Families beside the first of a kind (those with a suffix) choose among all of their compiled
+    sizes when they are called: they have nothing to tune.
+    """
     found = []
     for layer in layers:
         spec = layer.fixed() if fixed_channels else layer.spec
@@ -178,7 +182,9 @@ def jobs(
         found += [
             Job(layer, spec, unit)
             for unit in units(backend, spec.geometry, [dtype])
-            if unit.problem.kind in kinds and unit.problem.contraction in contractions
+            if unit.problem.kind in kinds
+            and unit.problem.contraction in contractions
+            and not unit.family.suffix
         ]
     return found
 
