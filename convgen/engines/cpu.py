@@ -56,8 +56,9 @@ class GatherSchedule:
     """Source block of a task: half of L2, beside packed weights."""
     buffer_bytes: int = 32 << 10
     """Row buffer: about L1, so that interleaving reads what was just written."""
-    chain_terms: int = 4096
-    """Products per chain of additions in f32: random rounding errors stay below 2e-6."""
+    chain_terms: int = 96
+    """Products per chain of additions, at most: what a sum of one sign loses grows with its length.
+    What taps are unrolled together is not cut."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class ReduceSchedule:
     """One vector per weight of one fine channel: loaded and stored once per block, from L2."""
     partial_bytes: int = 64 << 20
     """Partial weights of all ranges in the workspace."""
+    chain_terms: int = 320
+    """Products of a lane that are added up one after the other: those of a block of one channel."""
     range_positions: int = 2048
     """Positions per range at least: adding up the lanes costs less than a tenth of them."""
     task_terms: int = 1 << 22
@@ -138,7 +141,10 @@ HEADERS: Mapping[str, str] = {
     "runtime.h": "cpu/runtime.h",
     "simd.h": "cpu/simd.h",
     "scratch.h": "cpu/scratch.h",
+    "chains.h": "cpu/chains.h",
     "gather.h": "cpu/gather.h",
+    "bias.h": "cpu/bias.h",
+    "meeting.h": "cpu/meeting.h",
     "reduce.h": "cpu/reduce.h",
 }
 
