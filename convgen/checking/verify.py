@@ -1,15 +1,16 @@
 """Verifies a generated module against torch in float64 on the CPU.
 
 Forward, the gradients of input, weight and bias, and second order (the gradient of a gradient), on
-several shapes and in every dtype that the module was generated for. Memory is poisoned with NaN
-while the kernels run, so that an element that they forget cannot pass for a number.
+several shapes and in every dtype that the module was generated for: of random numbers, but also of
+constants, of one sign, beside a large bias, widely spread, and beside NaN. Memory is poisoned with
+NaN while the kernels run, so that an element that they forget cannot pass for a number.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convgen.checking import nonfinite
+from convgen.checking.cases import Case, cases, make_inputs
 from convgen.checking.memory import poisoned_memory
+from convgen.checking.nonfinite import first_order
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, parse_dtype
 
@@ -75,35 +79,6 @@ class Report:
         return all(row.ok for row in self.rows)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call: shapes, and what is special about it."""
-
-    batch: int | None
-    """None for an unbatched input."""
-    in_channels: int
-    out_channels: int
-    extents: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    bias: bool = True
-    strided: bool = False
-    """Channels last, as permuted copies: what is not contiguous must not matter."""
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        batch = () if self.batch is None else (self.batch,)
-        return (*batch, self.in_channels, *self.extents)
-
-    def __str__(self) -> str:
-        text = f"{'x'.join(map(str, self.input_shape))} -> {self.out_channels}"
-        notes = [
-            *(["unbatched"] if self.batch is None else []),
-            *([] if self.bias else ["no bias"]),
-            *(["strided"] if self.strided else []),
-        ]
-        return f"{text} ({', '.join(notes)})" if notes else text
-
-
 def verify(
     module: ModuleType,
     *,
@@ -136,18 +111,19 @@ def verify(
             f"only {', '.join(generated)}"
         )
     rows: list[Row] = []
-    for kind in _kinds(module, where, chosen):
+    on_cuda = where.type == "cuda" or is_interpreted(module)
+    for kind in _kinds(module, on_cuda, chosen):
         generator = torch.Generator().manual_seed(seed)
         with allowing_tf32(kind == "tf32"):
-            for case in cases(spec, quick):
-                rows += _verify_case(module, spec, case, where, kind, generator)
+            for case in cases(spec, quick, on_cuda):
+                verify_case = _verify_nonfinite if case.values == "NaN" else _verify_case
+                rows += verify_case(module, spec, case, where, kind, generator)
     return Report(spec.name, rows)
 
 
-def _kinds(module: ModuleType, device: torch.device, dtypes: Iterable[str]) -> list[str]:
+def _kinds(module: ModuleType, on_cuda: bool, dtypes: Iterable[str]) -> list[str]:
     """The dtypes, and tf32 beside f32 where the module has tensor-core kernels for it."""
     modes = getattr(module._runtime, "MATH_MODES", ())
-    on_cuda = device.type == "cuda" or is_interpreted(module)
     kinds = list(dtypes)
     if "f32" in kinds and "tf32" in modes and on_cuda:
         kinds.insert(kinds.index("f32") + 1, "tf32")
@@ -158,45 +134,6 @@ def is_interpreted(module: ModuleType) -> bool:
     """Whether a module was imported with ``CONVGEN_INTERPRET`` set: see docs/interpreter.md."""
     interpreted: bool = module._runtime.INTERPRETED
     return interpreted
-
-
-def cases(spec: ConvSpec, quick: bool = False) -> list[Case]:
-    """The shapes to verify: ragged in every dimension, and small enough for a few seconds."""
-    narrow, wide = _channels(spec, 3, 5), _channels(spec, 17, 9)
-    zero = (0,) * spec.ndim
-    largest = tuple(max(s, d) - 1 for s, d in zip(spec.stride, spec.dilation, strict=True))
-    largest = largest if spec.transposed else zero
-    least = spec.least_extents
-    ragged = _at_least(least, (3, 5, 9))
-    row = _at_least(least, (1, 2, 37))
-    chosen = [
-        Case(2, *narrow, ragged, spec.output_padding),
-        Case(1, *wide, row, spec.output_padding, bias=False),
-        Case(None, *narrow, _at_least(least, (2, 4, 6)), largest, strided=True),
-    ]
-    if not quick:
-        chosen += [
-            Case(2, *_channels(spec, 1, 1), least, zero),
-            Case(3, *wide, _at_least(least, (2, 3, 4)), largest),
-            Case(1, *narrow, _at_least(least, (5, 7, 18)), spec.output_padding, strided=True),
-            Case(0, *narrow, ragged, spec.output_padding),
-        ]
-    return chosen
-
-
-def _channels(spec: ConvSpec, per_group_in: int, per_group_out: int) -> tuple[int, int]:
-    """Channels of a case: those of the specification, else so many per group (few, if many)."""
-    if spec.groups > 8:
-        per_group_in, per_group_out = 1, 1 + (per_group_out > 1) * (spec.groups <= 32)
-    return (
-        spec.in_channels or spec.groups * per_group_in,
-        spec.out_channels or spec.groups * per_group_out,
-    )
-
-
-def _at_least(least: tuple[int, ...], wanted: Sequence[int]) -> tuple[int, ...]:
-    """The last of ``wanted``, one per dimension, or more where that has no output."""
-    return tuple(map(max, zip(least, wanted[-len(least) :], strict=True)))
 
 
 def _device(module: ModuleType, device: torch.device | str | None) -> torch.device:
@@ -228,10 +165,9 @@ def _verify_case(
     kind: str,
     generator: torch.Generator,
 ) -> list[Row]:
-    dtype = getattr(torch, DTYPES["f32" if kind == "tf32" else kind].torch_name)
-    inputs = _inputs(spec, case, dtype, generator)
+    inputs = make_inputs(spec, case, _dtype(kind), generator)
     reference = quantities(_reference(spec, case), _double(inputs))
-    magnitude = quantities(_reference(spec, case), {k: v.abs() for k, v in _double(inputs).items()})
+    magnitude = quantities(_reference(spec, case), _magnitudes(inputs))
 
     given = {name: _place(tensor, device, case.strided) for name, tensor in inputs.items()}
     run = _generated(module, spec, case)
@@ -239,20 +175,73 @@ def _verify_case(
         first = quantities(run, given)
         second = quantities(run, given)
 
-    limit = LIMITS[kind]
-    name_of_device = "cuda interpreted" if is_interpreted(module) else device.type
-    rows = []
-    for name, expected in reference.items():
-        error, worst = _errors(first[name], expected, magnitude[name])
-        rows.append(Row(name_of_device, kind, str(case), name, error, worst, limit))
-    exact = {
+    errors = {
+        name: _errors(first[name], expected, magnitude[name])
+        for name, expected in reference.items()
+    }
+    if case.values == "large bias":
+        exact = _double(inputs)
+        products = _reference(spec, case)(exact["input"], exact["weight"])
+        errors["forward"] = _errors_beside_bias(first["forward"], reference["forward"], products)
+    same = {
         "same bits twice": all(_same_bits(first[name], second[name]) for name in first),
         "inputs unmodified": all(_same_bits(given[name], inputs[name]) for name in inputs),
     }
-    for name, agrees in exact.items():
-        error = 0.0 if agrees else math.inf
-        rows.append(Row(name_of_device, kind, str(case), name, error, error, limit))
-    return rows
+    errors |= {name: (0.0, 0.0) if agrees else (math.inf,) * 2 for name, agrees in same.items()}
+    return _rows(module, case, device, kind, errors)
+
+
+def _verify_nonfinite(
+    module: ModuleType,
+    spec: ConvSpec,
+    case: Case,
+    device: torch.device,
+    kind: str,
+    generator: torch.Generator,
+) -> list[Row]:
+    """What is not finite in one operand comes out where that is read, and nowhere else."""
+    inputs = make_inputs(spec, case, _dtype(kind), generator)
+    run, reference = _generated(module, spec, case), _reference(spec, case)
+    errors = {}
+    for operand in nonfinite.OPERANDS:
+        chosen = nonfinite.not_finite(operand, inputs, reference)
+        must, may = nonfinite.reach(operand, chosen, inputs, reference)
+        finite = inputs | {operand: inputs[operand].masked_fill(chosen, 0)}
+        expected = first_order(reference, _double(finite))
+        magnitude = first_order(reference, _magnitudes(finite))
+        given = inputs | {operand: nonfinite.filled(inputs[operand], chosen)}
+        with poisoned_memory():
+            results = first_order(run, {k: _place(t, device, False) for k, t in given.items()})
+        found = []
+        for name, result in results.items():
+            if result.shape != expected[name].shape or nonfinite.spreads(
+                result, must[name], may[name]
+            ):
+                found.append((math.inf, math.inf))
+            else:
+                both = nonfinite.others(result, may[name], expected[name])
+                found.append(_errors(*both, magnitude[name]))
+        errors[f"NaN in {operand}"] = (max(e for e, _ in found), max(w for _, w in found))
+    return _rows(module, case, device, kind, errors)
+
+
+def _rows(
+    module: ModuleType,
+    case: Case,
+    device: torch.device,
+    kind: str,
+    errors: Mapping[str, tuple[float, float]],
+) -> list[Row]:
+    name = "cuda interpreted" if is_interpreted(module) else device.type
+    return [
+        Row(name, kind, str(case), quantity, error, worst, LIMITS[kind])
+        for quantity, (error, worst) in errors.items()
+    ]
+
+
+def _dtype(kind: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES["f32" if kind == "tf32" else kind].torch_name)
+    return dtype
 
 
 def quantities(run: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> Quantities:
@@ -280,35 +269,6 @@ def quantities(run: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> Quan
         **{f"grad {n}": g.detach() for n, g in zip(names, gradients, strict=True)},
         **{f"grad grad {n}": g for n, g in zip(again, second, strict=True)},
     }
-
-
-def _inputs(
-    spec: ConvSpec, case: Case, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Normal random tensors on the CPU: operands, and directions to differentiate along."""
-    in_channels, out_channels = case.in_channels, case.out_channels
-    first, second = (in_channels, out_channels) if spec.transposed else (out_channels, in_channels)
-    weight_shape = (first, second // spec.groups, *spec.kernel_size)
-    batch = () if case.batch is None else (case.batch,)
-    output_shape = (*batch, out_channels, *output_extents(spec, case))
-    shapes = {
-        "input": case.input_shape,
-        "weight": weight_shape,
-        **({"bias": (out_channels,)} if case.bias else {}),
-        "grad": output_shape,
-        "u": case.input_shape,
-        "v": weight_shape,
-    }
-    return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
-
-
-def output_extents(spec: ConvSpec, case: Case) -> tuple[int, ...]:
-    """Spatial extents of a case's output."""
-    extra = [c - s for c, s in zip(case.output_padding, spec.output_padding, strict=True)]
-    return tuple(e + x for e, x in zip(spec.output_extents(case.extents), extra, strict=True))
 
 
 def _generated(module: ModuleType, spec: ConvSpec, case: Case) -> Callable[..., Tensor]:
@@ -339,6 +299,10 @@ def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in inputs.items()}
 
 
+def _magnitudes(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.abs() for name, tensor in _double(inputs).items()}
+
+
 def _place(tensor: Tensor, device: torch.device, strided: bool) -> Tensor:
     """A copy on the device; with the last dimension outermost in memory if ``strided``."""
     copy = tensor.detach().clone().to(device)
@@ -358,6 +322,14 @@ def _errors(result: Tensor, expected: Tensor, magnitude: Tensor) -> tuple[float,
     if off == 0:
         return 0.0, largest
     return (off / norm if norm else math.inf), (math.inf if math.isnan(largest) else largest)
+
+
+def _errors_beside_bias(result: Tensor, expected: Tensor, products: Tensor) -> tuple[float, float]:
+    """The same of sums of positive products and a bias that is large beside them: what the last
+    rounding of the result may change is no error."""
+    difference = (result.detach().cpu().double() - expected).abs()
+    difference -= torch.finfo(result.dtype).eps * expected.abs()
+    return _errors(products + difference.clamp_(min=0), products, products)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -17,6 +17,7 @@ HEADERS: Mapping[str, str] = {
     "convgen_abi.h": "common/convgen_abi.h",
     "device.cuh": "cuda/device.cuh",
     "common.cuh": "cuda/simt/common.cuh",
+    "meeting.cuh": "cuda/meeting.cuh",
     "gather.cuh": "cuda/simt/gather.cuh",
     "wgrad.cuh": "cuda/simt/wgrad.cuh",
     "transpose.cuh": "cuda/simt/transpose.cuh",
