@@ -252,27 +252,68 @@ def problem(
         operands["bias"] = torch.full((coarse_channels,), torch.nan, dtype=kind)
         return Problem(contraction, dtype, operands, reference)
 
-    # The three contractions are the derivatives of one trilinear form, which autograd knows.
-    wide_fine, wide_weight = fine.double().requires_grad_(), weight.double().requires_grad_()
-    pads = []
-    for axis in (2, 1, 0):
-        reach = (coarse_extent[axis] - 1) * g.stride[axis]
-        reach += g.dilation[axis] * (g.kernel[axis] - 1) + 1
-        end = max(0, reach - g.padding[axis] - fine_extent[axis])
-        pads += [g.padding[axis], end]
-    full = F.conv3d(F.pad(wide_fine, pads), wide_weight, None, g.stride, 0, g.dilation, g.groups)
-    form = full[..., : coarse_extent[0], : coarse_extent[1], : coarse_extent[2]]
     operands |= {"fine": fine, "weight": weight}
-    if contraction == "fprop":
-        reference = form.detach()
-    else:
-        by = wide_fine if contraction == "dgrad" else wide_weight
-        (reference,) = torch.autograd.grad(form, by, coarse.double())
+    reference = without_bias(spec, contraction, operands)
     if bias and contraction != "wgrad":
         operands["bias"] = random(reference.shape[1])
         reference = reference + operands["bias"].double().view(1, -1, 1, 1, 1)
     operands[RESULT[contraction]] = torch.full(tuple(reference.shape), torch.nan, dtype=kind)
     return Problem(contraction, dtype, operands, reference)
+
+
+def without_bias(spec: ConvSpec, contraction: str, operands: Mapping[str, Tensor]) -> Tensor:
+    """A contraction of operands in three dimensions, in float64."""
+    g = spec.geometry
+    coarse = operands["coarse"].double()
+    # The three contractions are the derivatives of one trilinear form, which autograd knows.
+    fine, weight = (operands[n].double().detach().requires_grad_() for n in ("fine", "weight"))
+    pads = []
+    for axis in (2, 1, 0):
+        reach = (coarse.shape[2 + axis] - 1) * g.stride[axis]
+        reach += g.dilation[axis] * (g.kernel[axis] - 1) + 1
+        end = max(0, reach - g.padding[axis] - fine.shape[2 + axis])
+        pads += [g.padding[axis], end]
+    full = F.conv3d(F.pad(fine, pads), weight, None, g.stride, 0, g.dilation, g.groups)
+    form = full[..., : coarse.shape[2], : coarse.shape[3], : coarse.shape[4]]
+    if contraction == "fprop":
+        return form.detach()
+    (reference,) = torch.autograd.grad(form, fine if contraction == "dgrad" else weight, coarse)
+    return reference
+
+
+def check_nonfinite(library: Library, spec: ConvSpec, given: Problem) -> None:
+    """What is not finite in an operand comes out where that is read, and nowhere else."""
+    for name in {"coarse", "fine", "weight"} - {RESULT[given.contraction]}:
+        tensor = given.operands[name].clone()
+        chosen = torch.zeros(tensor.shape, dtype=torch.bool)
+        # Ends of lines, and places within them, in the first and the last channel.
+        for index, place in ((0, 0), (0, 1), (-1, -1), (-1, -2)):
+            chosen[(index, index, *(place % extent for extent in tensor.shape[2:]))] = True
+        tensor[chosen] = torch.nan
+        tensor[-1, -1][chosen[-1, -1]] = math.inf
+        operands = {**given.operands, name: tensor}
+        operands[RESULT[given.contraction]] = torch.full_like(given.result, math.nan)
+        case = Problem(given.contraction, given.dtype, operands, given.reference)
+        solve(library, case)
+        # Sums of ones are far below what stands for the elements chosen.
+        ones = {key: torch.ones(t.shape, dtype=torch.float64) for key, t in operands.items()}
+        ones[name][chosen] = 1e100
+        must = may = without_bias(spec, given.contraction, ones) > 1e50
+        if name == "weight":  # which may be multiplied by a zero of the padding
+            ones[name][chosen.flatten(2).any(2)] = 1e100
+            whole = without_bias(spec, given.contraction, ones) > 1e50
+            may = whole.any(dim=(0, 2, 3, 4), keepdim=True).expand_as(must)
+        finite = case.result.isfinite()
+        where = f"{case.symbol}, {name}"
+        assert not (finite & must).any(), f"{where}: lost"
+        assert (finite | may).all(), f"{where}: spread to {(~finite & ~may).sum()} results"
+        clean = given.operands | {name: given.operands[name].masked_fill(chosen, 0)}
+        expected = without_bias(spec, given.contraction, clean)
+        if "bias" in given.operands:
+            expected = expected + given.operands["bias"].double().view(1, -1, 1, 1, 1)
+        difference = (case.result.double() - expected)[~may].norm()
+        limit = LIMITS[given.dtype] * float(expected.norm().clamp_min(1e-30))
+        assert difference <= limit, f"{where}: error {difference}"
 
 
 def solve(library: Library, given: Problem) -> None:

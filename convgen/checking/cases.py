@@ -78,7 +78,7 @@ def cases(spec: ConvSpec, quick: bool = False, on_cuda: bool = False) -> list[Ca
         Case(1, *wide, row, spec.output_padding, bias=False),
         Case(None, *narrow, _at_least(least, (2, 4, 6)), largest, strided=True),
         Case(1, *long, _at_least(least, (3, 3, 3)), zero, values="constant"),
-        Case(2, *wide, _at_least(least, (4, 5, 8)), largest, values="NaN"),
+        Case(2, *wide, _at_least(least, (3, 4, 7)), largest, values="NaN"),
     ]
     if not quick:
         chosen += [

@@ -8,7 +8,16 @@ from typing import Any
 
 import plans
 import pytest
-from interpreted import Library, compile_interpreted, engine_sources, mostly_long, problem, solve
+from interpreted import (
+    Library,
+    check_nonfinite,
+    compile_interpreted,
+    engine_sources,
+    mostly_long,
+    problem,
+    solve,
+    without_bias,
+)
 
 from convgen.codegen.render import TEMPLATES
 from convgen.engines.depthwise.common import MOST_CHANNELS
@@ -81,6 +90,31 @@ def test_depthwise_kernels_agree_with_float64(case: Case) -> None:
         given = problem(spec, contraction, dtype, extents, batch=batch, channels=channels)
         solve(loaded, given)
         given.check()
+
+
+@pytest.mark.parametrize("case", CASES[1:3], ids=lambda case: f"{case[0].name}-{case[1]}")
+def test_what_is_not_finite_comes_out_where_it_is_read(case: Case) -> None:
+    spec, dtype, contractions, (batch, channels, extents) = case
+    files = engine_sources(spec, dtype, contractions)
+    loaded = Library(compile_interpreted(f"depthwise_{spec.name}_{dtype}", files, "checked"))
+    for contraction in contractions:
+        given = problem(spec, contraction, dtype, extents, batch=batch, channels=channels)
+        check_nonfinite(loaded, spec, given)
+
+
+def test_terms_are_not_rounded_to_the_last_place_of_a_large_bias() -> None:
+    spec, dtype, contractions, (batch, channels, extents) = CASES[1]
+    assert dtype == "f32"
+    files = engine_sources(spec, dtype, contractions)
+    loaded = Library(compile_interpreted(f"depthwise_{spec.name}_{dtype}", files, "checked"))
+    given = problem(spec, "dgrad", dtype, extents, batch=batch, channels=channels)
+    given.operands["coarse"].fill_(1)
+    given.operands["weight"].fill_(3e-5)
+    given.operands["bias"].fill_(1000)
+    expected = without_bias(spec, "dgrad", given.operands) + 1000
+    solve(loaded, given)
+    # Half a unit in the last place of the result.
+    assert float((given.result.double() - expected).abs().max()) <= 2.0**-15
 
 
 def context(spec: ConvSpec, contraction: str, kind: str) -> dict[str, Any] | None:

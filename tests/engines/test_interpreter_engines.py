@@ -18,6 +18,7 @@ from interpreted import (
     LIMITS,
     Fault,
     Library,
+    check_nonfinite,
     compile_interpreted,
     engine_sources,
     mostly_long,
@@ -58,6 +59,16 @@ def test_checked_kernels_agree_with_float64(case: Case) -> None:
     for given in case.problems():
         solve(loaded, given)
         given.check()
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_what_is_not_finite_comes_out_where_it_is_read(case: Case) -> None:
+    loaded = Library(library(case, "checked", small=True))
+    checked = set()
+    for given in case.problems():
+        if given.contraction not in {"bgrad", *checked}:
+            checked.add(given.contraction)
+            check_nonfinite(loaded, case.spec, given)
 
 
 GATHERS = ("fprop", "dgrad")

@@ -16,6 +16,7 @@ import torch
 from interpreted import (
     Library,
     Problem,
+    check_nonfinite,
     compile_interpreted,
     engine_sources,
     mostly_long,
@@ -184,6 +185,18 @@ def library(spec: ConvSpec, mode: str, checks: str, architecture: str = "80") ->
 
 # All modes by warps, and those that groups of warps have.
 QUICK_RUNS = [run for run in RUNS if run[0] in (CASES[0], *GROUP_CASES[:2])]
+
+
+@pytest.mark.parametrize(
+    ("case", "mode", "architecture"),
+    mostly_long(RUNS[::3], 0),
+    ids=lambda value: value.spec.name if isinstance(value, Case) else value,
+)
+def test_weights_that_meet_nothing_infinite_are_finite(
+    case: Case, mode: str, architecture: str
+) -> None:
+    loaded = Library(library(case.spec, mode, "checked", architecture))
+    check_nonfinite(loaded, case.spec, case.problems(mode)[0])
 
 
 @pytest.mark.parametrize(
