@@ -11,22 +11,16 @@ import torch
 from conftest import ALL_DTYPES, LAYERS, Package
 from torch import Tensor
 
+from convgen.checking.cases import cases, output_extents
 from convgen.checking.memory import poisoned_memory
-from convgen.checking.verify import (
-    LIMITS,
-    Row,
-    VerificationError,
-    allowing_tf32,
-    cases,
-    output_extents,
-    verify,
-)
+from convgen.checking.verify import LIMITS, Row, VerificationError, allowing_tf32, verify
 from convgen.spec import ConvSpec
 
 QUANTITIES = {
     *("forward", "grad input", "grad weight", "grad bias"),
     *("grad grad input", "grad grad weight", "grad grad grad"),
     *("same bits twice", "inputs unmodified"),
+    *("NaN in input", "NaN in weight", "NaN in grad"),
 }
 
 
@@ -121,6 +115,40 @@ class TestFindings:
         assert "forward" not in found
         assert "grad input" not in found
 
+    def test_sums_of_one_sign_that_lose_what_others_do_not(self, k3s2: ModuleType) -> None:
+        def loses(input: Tensor, *operands: Any, **options: Any) -> Tensor:
+            y = k3s2.conv_transpose3d(input, *operands, **options)
+            return y * (1 + 4e-5 * (input.amin() == input.amax()))
+
+        assert "forward" in failures(broken(k3s2, loses))
+
+    def test_terms_that_are_rounded_to_the_last_place_of_the_bias(self, k3s2: ModuleType) -> None:
+        def rounds(input: Tensor, weight: Tensor, bias: Any = None, **options: Any) -> Tensor:
+            y = k3s2.conv_transpose3d(input, weight, **options)
+            if bias is None:
+                return y
+            # Each of some ten terms is rounded to multiples of 2^-14.
+            place = 2.0**-11 if bias.detach().abs().amax() > 100 else 2.0**-40
+            rounded = (y / place).round() * place
+            return y + (rounded - y).detach() + bias.view(-1, 1, 1, 1)
+
+        report = verify(broken(k3s2, rounds), dtypes=["f32"])
+        assert {row.shapes.split("(")[-1] for row in report.rows if not row.ok} == {"large bias)"}
+
+    @pytest.mark.parametrize("operand", ["input", "weight"])
+    def test_nan_that_spreads(self, k3s2: ModuleType, operand: str) -> None:
+        def spreads(input: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
+            everywhere = {"input": input, "weight": weight}[operand].detach().sum() * 0
+            return k3s2.conv_transpose3d(input, weight, *others, **options) + everywhere
+
+        assert failures(broken(k3s2, spreads)) == {f"NaN in {operand}"}
+
+    def test_nan_that_is_lost(self, k3s2: ModuleType) -> None:
+        def loses(input: Tensor, *operands: Any, **options: Any) -> Tensor:
+            return k3s2.conv_transpose3d(input, *operands, **options).nan_to_num()
+
+        assert "NaN in input" in failures(broken(k3s2, loses))
+
     def test_a_modified_input(self, k3s2: ModuleType) -> None:
         def modifies(input: Tensor, *operands: Any, **named: Any) -> Tensor:
             y = k3s2.conv_transpose3d(input, *operands, **named)
@@ -182,6 +210,8 @@ class TestCases:
         assert {case.batch for case in chosen} >= {None, 0, 1, 2}
         assert {case.bias for case in chosen} == {case.strided for case in chosen} == {True, False}
         assert {case.output_padding for case in chosen} >= {(0, 0, 0), (1, 1, 1)}
+        values = {"normal", "constant", "one sign", "large bias", "widely spread", "NaN"}
+        assert {case.values for case in chosen} == values
         assert len(cases(ConvSpec.make(kernel_size=3), quick=True)) < len(chosen)
 
 

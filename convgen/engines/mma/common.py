@@ -34,6 +34,7 @@ HEADERS: Mapping[str, str] = {
     "window.cuh": "cuda/mma/window.cuh",
     "lattice.cuh": "cuda/mma/lattice.cuh",
     "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
+    "mma_wgrad_sums.cuh": "cuda/mma/wgrad_sums.cuh",
     "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
     "mma_wgrad_groups.cuh": "cuda/mma/wgrad_groups.cuh",
 }
