@@ -114,10 +114,11 @@ __host__ __device__ constexpr bool reads(int axis, int at) {
 // output[n, b, o] = sum over the taps of o's phases of
 //     input[n, b's group, q * step + offset] * weight[b, tap],   o = q * phases + phase
 //
-// plus bias[b], which comes last: terms are not rounded to the last place of a large one. // for fprop and dgrad. Layer has of an axis: kernel; step, the inputs from position to position;
-// phases; first and last, the least and the greatest offset; rows, the positions of a thread (of W,
-// warps of columns); delta, the distance between taps. Of a phase: count; of its taps: tap, the
-// index, and place, in the window.
+// for fprop and dgrad. The bias comes last: no term is rounded to the last place of a large one.
+// Layer has of an axis: kernel; step, the inputs from position to position; phases; first and last,
+// the least and the greatest offset; rows, the positions of a thread (of W, warps of columns);
+// delta, the distance between taps. Of a phase: count; of its taps: tap, the index, and place, in
+// the window.
 template <class Layer, typename Acc, typename T>
 __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
     depthwise_gather_kernel(const DepthwiseShape s, const T* input, const T* weight, const T* bias,
