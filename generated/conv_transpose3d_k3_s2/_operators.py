@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_c5629b47"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_69c43d1d"
 NAMESPACE += VARIANT
 
 

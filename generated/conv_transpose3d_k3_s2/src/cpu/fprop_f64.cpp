@@ -1,8 +1,8 @@
 // fprop of conv_transpose3d_k3_s2, float64.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"buffer_bytes": 32768, "chain_terms": 4096, "scratch_bytes": 524288, "tiles": [[1,
-//   6], [4, 6], [8, 3]], "tiles_of_16": [[1, 6], [4, 3]], "unroll": "full"}
+// Schedule: {"buffer_bytes": 32768, "chain_terms": 96, "scratch_bytes": 524288, "tiles": [[1, 6],
+//   [4, 6], [8, 3]], "tiles_of_16": [[1, 6], [4, 3]], "unroll": "full"}
 //
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
 // as products and sums).
@@ -42,6 +42,8 @@ struct AxisW {
 
 // All taps.
 struct AllTaps {
+  static constexpr int UNROLLED = 27;
+
   template <int M, int VECTORS>
   static CONVGEN_INLINE void accumulate(Vector<double> (&acc)[M][VECTORS], const double* x,
                                         const double* weight, const int64_t* offset, int64_t) {
@@ -89,7 +91,10 @@ struct Problem {
                                    TileList<Tile<1, 6>, Tile<4, 3>>>;
   static constexpr int64_t SCRATCH_BYTES = 524288;
   static constexpr int64_t BUFFER_BYTES = 32768;
-  static constexpr int64_t CHAIN_TERMS = 4096;
+  static constexpr int64_t CHAIN_TERMS = 96;
+
+  // Taps that are unrolled together: all of a phase.
+  static constexpr int64_t taps_together(int64_t taps, int64_t) { return taps; }
 
   // Calls visit with the unrolled taps of a phase.
   template <class Visit>

@@ -1,7 +1,8 @@
 // The gather contractions: fprop and dgrad are the same loop over different axes.
 //
-//   output[n, m, q * PHASES + r] = bias[m] + sum over k, taps j of phase r of
-//                                  weight[m, k, j] * source[n, k, q * SOURCE_STRIDE + offset[j]]
+//   output[n, m, q * PHASES + r] = sum over k, taps j of phase r of
+//                                  weight[m, k, j] * source[n, k, q * SOURCE_STRIDE + offset[j]],
+//                                  plus bias[m]
 //
 // fprop has one phase and a strided source; dgrad has one phase per residue of the output position
 // and reads its source at unit stride. m and k are the channels of one group.
@@ -17,10 +18,14 @@
 //              -> row buffer (L1): one strip per w-phase and channel
 //     store    rows of the output, w-phases interleaved
 //
-// Scratch and row buffer are a thread's own; weights are packed once, behind a barrier. Results do
-// not depend on the blocks or the number of threads: each output is one chain of multiply-adds.
+// Scratch and row buffer are a thread's own; weights are packed once, behind a barrier.
+//
+// Each output is a sum of chains of multiply-adds (chains.h), and the bias comes last. Where a
+// chain ends depends on channels and taps alone, so that results do not depend on blocks, register
+// tiles or the number of threads.
 #pragma once
 
+#include "chains.h"
 #include "runtime.h"
 #include "scratch.h"
 
@@ -30,6 +35,7 @@ namespace {
 template <int M, int VECTORS, class Real>
 CONVGEN_INLINE void multiply_add(Vector<Real> (&acc)[M][VECTORS], const Real* x,
                                  const Real* weight) {
+  keep(x);  // one address for all vectors
   Vector<Real> in[VECTORS];
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS; ++v) in[v] = load(x + v * LANES<Real>);
@@ -43,6 +49,8 @@ CONVGEN_INLINE void multiply_add(Vector<Real> (&acc)[M][VECTORS], const Real* x,
 
 // The taps of a phase in a loop, for the tiles that are not worth unrolled code.
 struct AnyTaps {
+  static constexpr int UNROLLED = 0;
+
   template <int M, int VECTORS, class Real>
   static CONVGEN_INLINE void accumulate(Vector<Real> (&acc)[M][VECTORS], const Real* x,
                                         const Real* weight, const int64_t* offset, int64_t taps) {
@@ -317,8 +325,15 @@ class Gather {
           const int64_t tap =
               (AxisD::TAP[jd].tap * AxisH::TAPS + AxisH::TAP[jh].tap) * AxisW::TAPS +
               AxisW::TAP[jw].tap;
-          for (int64_t m = 0; m < M; ++m)
-            *to++ = m < channels ? to_real(weight[m * pitch_m + k * pitch_k + tap]) : Real(0);
+          const Storage* const from = weight + k * pitch_k + tap;
+          if (channels == M) {
+#pragma GCC unroll 16
+            for (int64_t m = 0; m < M; ++m) to[m] = to_real(from[m * pitch_m]);
+          } else {
+            for (int64_t m = 0; m < M; ++m)
+              to[m] = m < channels ? to_real(from[m * pitch_m]) : Real(0);
+          }
+          to += M;
         });
     });
   }
@@ -344,6 +359,7 @@ class Gather {
                          bias,
                          offsets + phase.first,
                          phase.taps,
+                         chains_of(phase),
                          strip,
                          rows,
                          &later};
@@ -363,6 +379,12 @@ class Gather {
       });
   }
 
+  Chains chains_of(const Phase& phase) const {
+    const int64_t along_w = phase.last_tap[2] - phase.first_tap[2];
+    return Chains::choose(sources, phase.taps, Problem::taps_together(phase.taps, along_w),
+                          Problem::CHAIN_TERMS);
+  }
+
   // What the register tiles of one phase, plane and channel block have in common.
   struct Run {
     const Real* x;
@@ -370,6 +392,7 @@ class Gather {
     const Real* bias;
     const int64_t* offset;
     int64_t taps;
+    Chains chains;
     Real* strip;  // [m][position], buffer_pitch apart
     int64_t rows;
     Prefetch* later;
@@ -392,29 +415,46 @@ class Gather {
 
   template <class Taps, int M, int VECTORS>
   CONVGEN_INLINE void compute_tile(const Run& run, int64_t at) const {
-    // Chains of f32 sums are cut, so that rounding errors stay those of short ones.
-    const int64_t chain = greatest(1, Problem::CHAIN_TERMS / greatest(run.taps, 1));
+    using Sums = ChainSums<Real, M, VECTORS>;
+    const Chains chains = run.chains;
     const Real* x = run.x + at;
     const Real* weight = run.weight;
-    for (int64_t k0 = 0; k0 < sources; k0 += chain) {
-      Vector<Real> acc[M][VECTORS];
+    Vector<Real> acc[M][VECTORS];
+    Sums memory;
+    Real* const sums = memory.at();
+    int64_t k = 0, j = 0, done = 0;
+    for (;;) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) acc[m][v] = (k0 ? Real(0) : run.bias[m]) - Vector<Real>{};
-      const int64_t channels = least(chain, sources - k0);
-      for (int64_t k = 0; k < channels; ++k) {
-        Taps::accumulate(acc, x, weight, run.offset, run.taps);
+        for (int v = 0; v < VECTORS; ++v) acc[m][v] = Vector<Real>{};
+      const int64_t channels = least(chains.channels, sources - k);
+      const int64_t taps = least(chains.taps, run.taps - j);
+      for (int64_t i = 0; i < channels; ++i) {
+        // Of which compilers know nothing: for a chain of few channels it does not pay to find
+        // all taps' addresses beforehand.
+        const int64_t* offset = run.offset + j;
+        if (Taps::UNROLLED > 1) keep(offset);
+        Taps::accumulate(acc, x, weight, offset, taps);
         x += scratch.channel();
-        weight += run.taps * M;
+        weight += taps * M;
       }
-      Real* out = run.strip + at;
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m, out += buffer_pitch)
-#pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v)
-          store(out + v * V, k0 ? load(out + v * V) + acc[m][v] : acc[m][v]);
+      if (++done == chains.count) break;
+      Sums::add(sums, acc, done);
+      j += taps;
+      if (j < run.taps) {
+        x -= scratch.channel();  // the same channel's next taps
+      } else {
+        j = 0;
+        k += channels;
+      }
     }
+    if (done > 1) Sums::complete(acc, sums, done - 1);
+    Real* out = run.strip + at;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m, out += buffer_pitch)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; ++v) store(out + v * V, acc[m][v] + run.bias[m]);
   }
 };
 

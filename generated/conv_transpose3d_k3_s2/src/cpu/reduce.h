@@ -13,37 +13,29 @@
 //                 a0  [ lanes ] [ lanes ] [ lanes ]    += coarse[a][position]
 //                 a1  [ lanes ] [ lanes ] [ lanes ]         * fine[offset[j] + position]
 //                 ..                                      for all positions of the block
-//                -> sums (L2): one vector per a and column
-//     add up     lanes of sums -> partial weights of the task's range of blocks
-//   then, behind a barrier, the partial weights of all ranges are added in order.
+//                -> sums (L2): one vector per a and column, over some blocks: CHAIN_TERMS per lane,
+//                   since in a long chain of terms of one sign every one is rounded to the last
+//                   place of what has grown before
+//     add up     lanes of sums -> totals of the task's range of blocks (in double where there are
+//                several such passes) -> partial weights
+//   then, behind a barrier, the partial weights of all ranges are added in order, in double.
 //
 // The bias gradient, where it is wanted too, sums what the fills have just brought into the caches.
 //
-// Halo positions are multiplied too, by zeros of coarse: an infinite or NaN element of fine may
-// make NaN of more taps than those that meet it.
+// Halo positions are multiplied too, by zeros of coarse: an infinite or NaN element of fine makes
+// NaN of taps that do not meet it. So weights that come out as NaN are summed again, one by one,
+// over the elements that they meet (`meeting_sum`); the first NaN among these ends the sum.
 //
 // How positions are cut into ranges depends on the extents alone, so that results have the same
 // bits for any number of threads.
 #pragma once
 
+#include "bias.h"
+#include "meeting.h"
 #include "runtime.h"
 #include "scratch.h"
 
 namespace {
-
-// The sum of consecutive elements: in lanes, then in double.
-template <class Real, class Storage>
-CONVGEN_NOINLINE double sum_of(const Storage* from, int64_t count) {
-  constexpr int WIDTH = 4 * LANES<Real>;
-  alignas(VECTOR_BYTES) Real lanes[WIDTH] = {};
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH)
-    for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] += to_real(from[i + lane]);
-  double total = 0;
-  for (const Real lane : lanes) total += double(lane);
-  for (; i < count; ++i) total += double(to_real(from[i]));
-  return total;
-}
 
 template <class Problem>
 class Reduce {
@@ -72,7 +64,8 @@ class Reduce {
   int64_t coarse_pitch, fine_pitch;      // scratch of one channel of a block
   int threads;
   bool bias;  // the bias gradient is wanted, too
-  int64_t offsets_at, partial_at, bias_at, threads_at, fine_at, sums_at, thread_bytes, total_bytes;
+  int64_t offsets_at, partial_at, bias_at, threads_at, total_bytes;  // in the workspace
+  int64_t fine_at, sums_at, totals_at, thread_bytes;                 // of a thread
 
  public:
   Reduce(const ConvgenCall& call, bool with_bias)
@@ -99,7 +92,9 @@ class Reduce {
     fine_at = round_up(resident * coarse_part * coarse_pitch * REAL_BYTES, 64);
     sums_at = fine_at + round_up((Problem::FINE_BLOCK * fine_pitch + V) * REAL_BYTES, 64);
     // Lanes are added up in whole groups of V sums.
-    thread_bytes = round_up(sums_at + (coarse_part * COLUMNS + V) * VECTOR_BYTES, 4096);
+    totals_at = sums_at + (coarse_part * COLUMNS + V) * VECTOR_BYTES;
+    const int64_t totals = passes() > 1 ? coarse_part * fine_part * TAPS : 0;
+    thread_bytes = round_up(totals_at + totals * int64_t(sizeof(double)), 4096);
     threads_at = workspace.take(thread_bytes * threads);
     total_bytes = workspace.bytes;
   }
@@ -190,8 +185,12 @@ class Reduce {
     const int64_t per_range = ceil_div(block_count, ranges);
     ranges = greatest(1, ceil_div(block_count, greatest(per_range, 1)));
     resident = Problem::COARSE_BYTES / (coarse_part * coarse_pitch * REAL_BYTES);
+    resident = least(resident, Problem::CHAIN_TERMS / (coarse_pitch / V));
     resident = greatest(1, least(per_range, resident));
   }
+
+  // Over the resident blocks of a range, whose sums leave the lanes once each.
+  int64_t passes() const { return ceil_div(ceil_div(block_count, ranges), resident); }
 
   template <int M, int WIDTH>
   void run_tasks(const ConvgenCall& call) const {
@@ -223,9 +222,11 @@ class Reduce {
         Storage* const weight = static_cast<Storage*>(call.weight);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < weights(); ++i) {
-          Real sum = partial[i];
-          for (int64_t range = 1; range < ranges; ++range) sum += partial[range * weights() + i];
-          from_real(sum, weight[i]);
+          double sum = double(partial[i]);
+          for (int64_t range = 1; range < ranges; ++range)
+            sum += double(partial[range * weights() + i]);
+          if (sum != sum) sum = meeting_sum<Problem>(call, i);
+          from_real(Real(sum), weight[i]);
         }
       }
       if (bias) {
@@ -320,6 +321,7 @@ class Reduce {
     const int64_t b_end = least(task.b0 + fine_part, fine_channels);
     const int64_t fine_volume = fine_extent[0] * fine_extent[1] * fine_extent[2];
     const int64_t steps = ceil_div(COLUMNS, WIDTH) * segments[0] * segments[1] * (segment / V);
+    double* const totals = passes() > 1 ? reinterpret_cast<double*>(own + totals_at) : nullptr;
     partial += task.range * weights();
     for (int64_t first = begin; first < last_block; first += resident) {
       const int64_t last = least(first + resident, last_block);
@@ -347,8 +349,9 @@ class Reduce {
             Problem::unrolled(tile);
           }
         }
-        add_lanes(sums, partial + ((group * coarse_channels + a0) * fine_channels + b) * TAPS,
-                  a_count, b_count * TAPS, first > begin);
+        const int64_t to = ((group * coarse_channels + a0) * fine_channels + b) * TAPS;
+        add_lanes(call, sums, partial, to, totals ? totals + (b - task.b0) * TAPS : nullptr,
+                  a_count, b_count * TAPS, first == begin, last == last_block);
       }
     }
   }
@@ -381,13 +384,35 @@ class Reduce {
     }
   }
 
-  // Adds up the lanes of all sums, in place, and adds them to (or makes them) partial weights.
-  void add_lanes(Vector<Real>* sums, Real* partial, int64_t a_count, int64_t columns,
-                 bool add) const {
-    Real* total = reinterpret_cast<Real*>(sums);
-    for (int64_t i = 0; i < a_count * COLUMNS; i += V) store(total + i, sum_lanes<Real>(sums + i));
-    for (int64_t a = 0; a < a_count; ++a, partial += fine_channels * TAPS, total += COLUMNS)
-      for (int64_t j = 0; j < columns; ++j) partial[j] = add ? partial[j] + total[j] : total[j];
+  // Adds up the lanes of all sums, in place. They are, or with those of a range's other passes in
+  // `totals` they make, partial weights from `to` on.
+  void add_lanes(const ConvgenCall& call, Vector<Real>* sums, Real* partial, int64_t to,
+                 double* totals, int64_t a_count, int64_t columns, bool first_pass,
+                 bool last_pass) const {
+    const Real* sum = reinterpret_cast<Real*>(sums);
+    for (int64_t i = 0; i < a_count * COLUMNS; i += V)
+      store(reinterpret_cast<Real*>(sums) + i, sum_lanes<Real>(sums + i));
+    for (int64_t a = 0; a < a_count; ++a, to += fine_channels * TAPS, sum += COLUMNS) {
+      if (totals) {
+        for (int64_t j = 0; j < columns; ++j)
+          totals[j] = first_pass ? double(sum[j]) : totals[j] + double(sum[j]);
+        if (last_pass)
+          for (int64_t j = 0; j < columns; ++j) partial[to + j] = Real(totals[j]);
+        totals += fine_part * TAPS;
+      } else {
+        for (int64_t j = 0; j < columns; ++j) partial[to + j] = sum[j];
+      }
+      if (last_pass && partial_is_output()) sum_nan_again(call, partial, to, columns);
+    }
+  }
+
+  // Replaces weights that are NaN by the sums over what they meet.
+  void sum_nan_again(const ConvgenCall& call, Real* weight, int64_t first, int64_t count) const {
+    bool any = false;
+    for (int64_t i = first; i < first + count; ++i) any |= weight[i] != weight[i];
+    if (!any) return;
+    for (int64_t i = first; i < first + count; ++i)
+      if (weight[i] != weight[i]) weight[i] = Real(meeting_sum<Problem>(call, i));
   }
 
   // M coarse channels against the columns of a fine block.
@@ -441,48 +466,6 @@ class Reduce {
         for (int j = 0; j < COUNT; ++j) to[m * COLUMNS + j] = acc[m][j];
     }
   };
-};
-
-// bgrad: sums over the batch and all positions of one channel. Pieces of fixed size are summed
-// in lanes, then in double, in order.
-template <class Storage, class Real>
-class BiasGradient {
-  static constexpr int64_t PIECE = 1 << 15;
-  int64_t batch, channels, volume, pieces;
-  int threads;
-
- public:
-  explicit BiasGradient(const ConvgenCall& call)
-      : batch(call.batch),
-        channels(call.coarse_channels),
-        volume(call.coarse_extent[0] * call.coarse_extent[1] * call.coarse_extent[2]),
-        pieces(ceil_div(volume, PIECE)) {
-    threads = thread_count(call.device, double(batch) * double(channels) * double(volume));
-  }
-
-  int64_t workspace_bytes() const { return batch * channels * pieces * int64_t(sizeof(double)); }
-
-  void run(const ConvgenCall& call) const {
-    const Storage* values = static_cast<const Storage*>(call.coarse);
-    Storage* bias = static_cast<Storage*>(call.bias);
-    double* partial = static_cast<double*>(call.workspace);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < batch * channels * pieces; ++i) {
-        const int64_t first = i % pieces * PIECE;
-        partial[i] =
-            sum_of<Real>(values + i / pieces * volume + first, least(PIECE, volume - first));
-      }
-#pragma omp for schedule(static)
-      for (int64_t c = 0; c < channels; ++c) {
-        double total = 0;
-        for (int64_t n = 0; n < batch; ++n)
-          for (int64_t i = 0; i < pieces; ++i) total += partial[(n * channels + c) * pieces + i];
-        from_real(Real(total), bias[c]);
-      }
-    }
-  }
 };
 
 }  // namespace

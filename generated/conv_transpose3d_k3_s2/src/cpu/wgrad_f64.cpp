@@ -1,10 +1,10 @@
 // wgrad of conv_transpose3d_k3_s2, float64.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"coarse_bytes": 393216, "coarse_tile_bytes": 20480, "fine_block": 1, "fine_bytes":
-//   196608, "partial_bytes": 67108864, "range_positions": 2048, "sums_bytes": 262144,
-//   "task_terms": 4194304, "tiles": [[1, 12], [4, 6], [8, 3]], "tiles_of_16": [[1, 12],
-//   [4, 3]], "unroll": "full"}
+// Schedule: {"chain_terms": 320, "coarse_bytes": 393216, "coarse_tile_bytes": 20480, "fine_block":
+//   1, "fine_bytes": 196608, "partial_bytes": 67108864, "range_positions": 2048,
+//   "sums_bytes": 262144, "task_terms": 4194304, "tiles": [[1, 12], [4, 6], [8, 3]],
+//   "tiles_of_16": [[1, 12], [4, 3]], "unroll": "full"}
 //
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
 // as products and sums).
@@ -58,6 +58,7 @@ struct Problem {
   static constexpr int64_t FINE_BYTES = 196608;
   static constexpr int64_t SUMS_BYTES = 262144;
   static constexpr int64_t PARTIAL_BYTES = 67108864;
+  static constexpr int64_t CHAIN_TERMS = 320;
   static constexpr int64_t RANGE_POSITIONS = 2048;
   static constexpr int64_t TASK_TERMS = 4194304;
 

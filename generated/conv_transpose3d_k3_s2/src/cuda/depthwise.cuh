@@ -111,13 +111,14 @@ __host__ __device__ constexpr bool reads(int axis, int at) {
   return any;
 }
 
-// output[n, b, o] = bias[b] + sum over the taps of o's phases of
+// output[n, b, o] = sum over the taps of o's phases of
 //     input[n, b's group, q * step + offset] * weight[b, tap],   o = q * phases + phase
 //
-// for fprop and dgrad. Layer has of an axis: kernel; step, the inputs from position to position;
-// phases; first and last, the least and the greatest offset; rows, the positions of a thread (of W,
-// warps of columns); delta, the distance between taps. Of a phase: count; of its taps: tap, the
-// index, and place, in the window.
+// for fprop and dgrad. The bias comes last: no term is rounded to the last place of a large one.
+// Layer has of an axis: kernel; step, the inputs from position to position; phases; first and last,
+// the least and the greatest offset; rows, the positions of a thread (of W, warps of columns);
+// delta, the distance between taps. Of a phase: count; of its taps: tap, the index, and place, in
+// the window.
 template <class Layer, typename Acc, typename T>
 __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
     depthwise_gather_kernel(const DepthwiseShape s, const T* input, const T* weight, const T* bias,
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
 #pragma unroll
         for (int j = 0; j < ROWS_H * PHASES_H; ++j) {
 #pragma unroll
-          for (int v = 0; v < PHASES_W; ++v) acc[c][i][j][v] = offset;
+          for (int v = 0; v < PHASES_W; ++v) acc[c][i][j][v] = 0;
         }
       }
       // Of most steps all lines lie within the input, and where windows are long, all columns.
@@ -241,6 +242,8 @@ __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
         for (int j = 0; j < ROWS_H * PHASES_H; ++j) {
           const int at_h = (step.h + j / PHASES_H) * PHASES_H + j % PHASES_H;
           if (at_d >= s.output[0] || at_h >= s.output[1]) continue;
+#pragma unroll
+          for (int v = 0; v < PHASES_W; ++v) acc[c][i][j][v] += offset;
           store_outputs<PHASES_W>(of_channel + ((at_d * s.output[1] + at_h) * s.output[2] + at_w),
                                   acc[c][i][j], valid, vector_store);
         }

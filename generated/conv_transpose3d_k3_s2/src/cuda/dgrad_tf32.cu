@@ -321,8 +321,8 @@ constexpr int THREADS = BLOCK_THREADS<CHANNELS, GROUPS_OF_WARPS, rows_of(CHANNEL
 
 template <int CHANNELS>
 __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
-    dgrad_kernel(const GatherShape s, const T* input, const uint32_t* packed, const T* bias,
-                 T* output) {
+    dgrad_kernel(const GatherShape s, const T* input, const uint32_t* packed,
+                 const T* bias, T* output) {
   constexpr int ROWS = rows_of(CHANNELS), BLOCKS_N = CHANNELS / MMA_COLUMNS;
   constexpr int CREWS = BLOCK_CREWS<CHANNELS, GROUPS_OF_WARPS, ROWS * VARIANTS>;
   uint32_t* const shared = dynamic_shared<uint32_t>();

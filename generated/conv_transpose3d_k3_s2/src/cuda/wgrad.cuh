@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "meeting.cuh"
 #include "transpose.cuh"
 
 namespace convgen {
@@ -362,10 +363,13 @@ __device__ __forceinline__ void multiply_add_positions(Acc (&acc)[CHANNELS],
 
 constexpr int REDUCE_LANES = 32, REDUCE_ROWS = 8;
 
+// Instead of a Meeting, where sums are of single elements: a NaN is one of these.
+struct NoMeeting {};
+
 // to[e] = sum over splits of partial[split][e], in an order fixed by the number of splits.
-template <typename T, typename Acc>
+template <typename T, typename Acc, typename Met>
 __global__ void __launch_bounds__(REDUCE_LANES * REDUCE_ROWS)
-    reduce_kernel(T* to, const Acc* partial, int64_t elements, int splits) {
+    reduce_kernel(T* to, const Acc* partial, int64_t elements, int splits, const Met met) {
   __shared__ Acc rows[REDUCE_ROWS][REDUCE_LANES];
   const int lane = threadIdx.x % REDUCE_LANES, row = threadIdx.x / REDUCE_LANES;
   const int64_t element = int64_t{blockIdx.x} * REDUCE_LANES + lane;
@@ -381,16 +385,19 @@ __global__ void __launch_bounds__(REDUCE_LANES * REDUCE_ROWS)
   if (row == 0 && element < elements) {
 #pragma unroll
     for (int i = 1; i < REDUCE_ROWS; ++i) sum += rows[i][lane];
+    if constexpr (!std::is_same_v<Met, NoMeeting>) {
+      if (sum != sum) sum = meeting_sum<Acc>(met, element);
+    }
     narrow(to[element], sum);
   }
 }
 
-template <typename T, typename Acc>
-int reduce_splits(T* to, const Acc* partial, int64_t elements, int splits, int device,
-                  void* stream) {
-  return launch<reduce_kernel<T, Acc>>(dim3(ceil_div(elements, REDUCE_LANES)),
-                                       dim3(REDUCE_LANES * REDUCE_ROWS), 0, device, stream, to,
-                                       partial, elements, splits);
+template <typename T, typename Acc, typename Met>
+int reduce_splits(T* to, const Acc* partial, int64_t elements, int splits, const Met& met,
+                  int device, void* stream) {
+  return launch<reduce_kernel<T, Acc, Met>>(dim3(ceil_div(elements, REDUCE_LANES)),
+                                            dim3(REDUCE_LANES * REDUCE_ROWS), 0, device, stream,
+                                            to, partial, elements, splits, met);
 }
 
 constexpr int BIAS_THREADS = 256;
@@ -476,7 +483,8 @@ int bias_gradient(const ConvgenCall& call) {
                                         partial, tensor, channels, static_cast<int>(parts), volume);
   if (error) return error;
   return reduce_splits(static_cast<T*>(call.bias), static_cast<const Acc*>(partial),
-                       call.coarse_channels, static_cast<int>(splits), device, call.stream);
+                       call.coarse_channels, static_cast<int>(splits), NoMeeting(), device,
+                       call.stream);
 }
 
 }  // namespace convgen

@@ -45,6 +45,10 @@ constexpr int POSITIONS = 4;  // neighbouring positions of W per step
 // those of WINDOW_USED.
 constexpr int WINDOW = 9, WINDOW_PITCH = 1;
 constexpr uint64_t WINDOW_USED = 0x1ff;
+// By axis: kernel, stride, padding and dilation; extents are a call's.
+constexpr MeetingAxis MEETING[3] = {{0, 0, KERNEL_D, STRIDE_D, PADDING_D, DILATION_D},
+                                    {0, 0, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H},
+                                    {0, 0, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W}};
 
 // Every tap of this thread at POSITIONS positions.
 template <int CHANNELS>
@@ -217,7 +221,7 @@ int run(const ConvgenCall& call, const WgradShape& s) {
   }
   const int64_t elements = call.coarse_channels * int64_t{s.fine_channels} * TAPS;
   return reduce_splits(static_cast<T*>(call.weight), static_cast<const Acc*>(partial), elements,
-                       s.splits, device, call.stream);
+                       s.splits, meeting_of<T>(call, GROUPS, MEETING), device, call.stream);
 }
 
 }  // namespace

@@ -26,6 +26,7 @@
 // result is the same to the bit in every run.
 
 #include "mma_wgrad.cuh"
+#include "mma_wgrad_sums.cuh"
 
 namespace {
 
@@ -45,6 +46,10 @@ using Raw = Product::Raw;
 // Channel counts fixed at generation time; 0 where they are run-time values.
 [[maybe_unused]] constexpr int COARSE_CHANNELS = 0;
 [[maybe_unused]] constexpr int FINE_CHANNELS = 0;
+// By axis: kernel, stride, padding and dilation; extents are a call's.
+constexpr MeetingAxis MEETING[3] = {{0, 0, KERNEL_D, STRIDE_D, PADDING_D, DILATION_D},
+                                    {0, 0, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H},
+                                    {0, 0, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W}};
 
 constexpr int TAPS_H = 3, TAPS_W = 3;  // taps of one warp
 constexpr int TAP_BLOCKS_H = 1, TAP_BLOCKS_W = 1;
@@ -406,12 +411,11 @@ int run(const ConvgenCall& call, const Plan& p) {
   const dim3 grid(s.blocks * s.units * p.fragments), block(WARP * SUM_ROWS);
   T* const weight = static_cast<T*>(call.weight);
   const float4* const sums = partial;
+  const Meeting<T> met = meeting_of<T>(call, GROUPS, MEETING);
   if (slices == 0) {
-    return launch<SUM>(grid, block, 0, device, call.stream, s, KERNEL_D, KERNEL_H, KERNEL_W, weight,
-                       sums, slices);
+    return launch<SUM>(grid, block, 0, device, call.stream, s, met, weight, sums, slices);
   }
-  return launch<SUM, true>(grid, block, 0, device, call.stream, s, KERNEL_D, KERNEL_H, KERNEL_W,
-                           weight, sums, slices);
+  return launch<SUM, true>(grid, block, 0, device, call.stream, s, met, weight, sums, slices);
 }
 
 }  // namespace
