@@ -106,6 +106,16 @@ def main(args: Sequence[str] | None = None, prog_name: str = "convgen") -> int:
         # click breaks some messages into lines.
         click.echo(f"{command}: {' '.join(error.format_message().split())}", err=True)
         return error.exit_code
+    except OSError as error:
+        # A path that is too long, a full disk, a folder without permission: the machine's failure.
+        named = "" if error.filename is None else f": {error.filename}"
+        click.echo(f"{prog_name}: {error.strerror or error}{named}", err=True)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # What is left would fail again when Python flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _status(error: Exception) -> int | None:
