@@ -136,8 +136,9 @@ def mostly_long(cases: Sequence[Any], *quick: int) -> list[Any]:
 
 def one_size(schedule: Any) -> Any:
     """A schedule with the last alone of the sizes of its kernel that are compiled."""
-    sizes = [name for name in ("tiles", "group_tiles", "channels") if hasattr(schedule, name)]
-    return dataclasses.replace(schedule, **{name: getattr(schedule, name)[-1:] for name in sizes})
+    sizes = ("tiles", "group_tiles", "channels", "halo_lines", "tap_lines", "lines")
+    last = {name: getattr(schedule, name)[-1:] for name in sizes if hasattr(schedule, name)}
+    return dataclasses.replace(schedule, **last)
 
 
 def engine_sources(

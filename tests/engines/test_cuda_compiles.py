@@ -16,15 +16,16 @@ from pathlib import Path
 
 import plans
 import pytest
-from interpreted import engine_sources, one_size
+from interpreted import engine_sources, mostly_long, one_size
 
 from convgen.building import toolchain
 from convgen.building.toolchain import CUDA_FLAGS, CudaCompiler, KernelResources, ToolchainError
+from convgen.codegen.render import headers, render_unit
 from convgen.engines import tuned
 from convgen.engines.gather.schedule import GatherSchedule
 from convgen.engines.mma.fit import GatherTiles
 from convgen.engines.mma.wgrad import WgradSchedule as ProductSchedule
-from convgen.engines.registry import AnyPlan
+from convgen.engines.registry import AnyFamily, AnyPlan, families, unit_of
 from convgen.spec import CONTRACTIONS, ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
 
@@ -135,13 +136,26 @@ def compile_unit(
     folder: Path, plan: AnyPlan, compiled: dict[str, list[str]] | None = None
 ) -> list[KernelResources]:
     """What the kernels of one unit take, its gathers or wgrad; fails for errors and warnings."""
-    name = f"{plan.contraction}_{plan.kind}"
+    compiled = compiled or targets(plan.family.name)
+    kernels = compile_source(folder, f"{plan.contraction}_{plan.kind}", compiled)
+    main = [
+        k.architecture
+        for k in kernels
+        if f"{plan.contraction}_kernel" in k.kernel and "depthwise" not in k.kernel
+    ]
+    architectures = [f"sm_{real}" for reals in compiled.values() for real in reals]
+    assert sorted(main) == sorted(architectures * kernels_of(plan)), kernels
+    return kernels
+
+
+def compile_source(
+    folder: Path, name: str, compiled: dict[str, list[str]]
+) -> list[KernelResources]:
+    """What the kernels of one source take; fails for errors and warnings."""
     command = [compiler().path, "-ccbin", compiler().host, *CUDA_FLAGS]
-    architectures = []
-    for virtual, reals in (compiled or targets(plan.family.name)).items():
+    for virtual, reals in compiled.items():
         code = ",".join(f"sm_{real}" for real in reals)
         command += ["-gencode", f"arch=compute_{virtual},code=[{code}]"]
-        architectures += [f"sm_{real}" for real in reals]
     # Without the host's part: g++ sees it when the sources are compiled for the interpreter.
     command += ["-fatbin", f"{name}.cu", "-o", f"{name}.fatbin"]
     environment = toolchain.build_environment()
@@ -152,12 +166,7 @@ def compile_unit(
     # ptxas says so where products by wgmma wait for each other.
     assert "Potential Performance Loss" not in log, log
     kernels = toolchain.ptxas_resources(log)
-    main = [
-        k.architecture
-        for k in kernels
-        if f"{plan.contraction}_kernel" in k.kernel and "depthwise" not in k.kernel
-    ]
-    assert sorted(main) == sorted(architectures * kernels_of(plan)), log
+    assert kernels, log
     return kernels
 
 
@@ -175,6 +184,37 @@ def test_one_size_of_each_kernel_compiles_without_spills_or_warnings(
         for kernel in compile_unit(tmp_path, plan, {architecture: [architecture]}):
             assert not kernel.spills, kernel
             assert kernel.registers <= REGISTERS, kernel
+
+
+FURTHER = [
+    (family, contraction, kind)
+    for kind in MODES
+    for contraction in CONTRACTIONS
+    for family in [each for each in families("cuda", contraction, kind) if not each.host][1:]
+]
+"""Beside the first family of a mode: they run on Hopper alone."""
+
+
+@pytest.mark.parametrize("small", mostly_long([True, False], 0))
+@pytest.mark.parametrize(
+    ("family", "contraction", "kind"), FURTHER, ids=lambda value: getattr(value, "name", value)
+)
+def test_further_families_compile_without_spills_or_warnings(
+    family: AnyFamily, contraction: str, kind: str, small: bool, tmp_path: Path
+) -> None:
+    layer = spec(CONV, 3, 1, 1)
+    unit = unit_of(family, layer.geometry, contraction, kind)
+    assert family.accepts(unit.problem) == ""
+    plan = unit.default()
+    if small:
+        plan = unit.with_schedule(one_size(plan.schedule))
+    files = headers(unit) | {f"src/cuda/{unit.name}.cu": render_unit(layer, unit, plan)}
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    for kernel in compile_source(tmp_path / "src" / "cuda", unit.name, {"90a": ["90a"]}):
+        assert not kernel.spills, kernel
+        assert kernel.registers <= REGISTERS, kernel
 
 
 @pytest.mark.long

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(PACK_THREADS)
     add_wgrad_kernel(const WgradTiling t, const float* __restrict__ partials,
                      const WeightOutput out, int taps_of_block) {
   using Taps = TapLines<Conv>;
-  constexpr int CHANNELS = ROW / 2, TAPS = Conv::KERNEL_D * Conv::KERNEL_H * Conv::KERNEL_W;
+  constexpr int CHANNELS = ROW / 2, TAPS = Conv::TAPS;
   constexpr int64_t PARTIALS = WgradStage<Conv, 8, ROW>::PARTIALS;
   constexpr int TAP_GROUPS = Conv::KERNEL_D * Taps::GROUPS;
   __shared__ float tile[CHANNELS * (ADD_TAPS + 1)];
