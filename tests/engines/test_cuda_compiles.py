@@ -171,7 +171,7 @@ def compile_source(
 
 
 def spills(kernel: KernelResources) -> bool:
-    """Whether a kernel spills; adding up partial sums may keep a pointer for when it meets a NaN."""
+    """Whether a kernel spills; adding up sums may keep a pointer for when it meets a NaN."""
     adds = "::reduce_kernel<" in kernel.kernel and kernel.spill_store_bytes <= 8
     return kernel.spills and not adds
 
