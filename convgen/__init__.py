@@ -27,7 +27,7 @@ _EXPORTS = {
     "SpecError": "convgen.spec",
     "ToolchainError": "convgen.building.toolchain",
     "specialize": "convgen.specialize",
-    "verify": "convgen.verify",
+    "verify": "convgen.checking.verify",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

@@ -8,6 +8,8 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import convgen
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "convgen"
 
@@ -67,6 +69,10 @@ def test_imports_point_one_way() -> None:
         if part_of(name) != part_of(other) and floor[part_of(other)] >= floor[part_of(name)]
     }
     assert not upward
+
+
+def test_public_names_are_there() -> None:
+    assert all(getattr(convgen, name) is not None for name in convgen.__all__)
 
 
 def test_no_modules_import_each_other() -> None:
