@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_69c43d1d"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_0b190353"
 NAMESPACE += VARIANT
 
 

@@ -366,9 +366,12 @@ constexpr int REDUCE_LANES = 32, REDUCE_ROWS = 8;
 // Instead of a Meeting, where sums are of single elements: a NaN is one of these.
 struct NoMeeting {};
 
+// To the compiler, which otherwise saves registers for more blocks, and spills what a NaN needs.
+constexpr int REDUCE_BLOCKS = 4;
+
 // to[e] = sum over splits of partial[split][e], in an order fixed by the number of splits.
 template <typename T, typename Acc, typename Met>
-__global__ void __launch_bounds__(REDUCE_LANES * REDUCE_ROWS)
+__global__ void __launch_bounds__(REDUCE_LANES * REDUCE_ROWS, REDUCE_BLOCKS)
     reduce_kernel(T* to, const Acc* partial, int64_t elements, int splits, const Met met) {
   __shared__ Acc rows[REDUCE_ROWS][REDUCE_LANES];
   const int lane = threadIdx.x % REDUCE_LANES, row = threadIdx.x / REDUCE_LANES;
