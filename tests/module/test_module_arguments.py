@@ -202,6 +202,16 @@ class TestLayer:
             with pytest.raises((ValueError, RuntimeError), match=r"stride must be \(3,\)"):
                 call(x) if call is not torch.func.functional_call else call(layer, {}, (x,))
 
+    def test_lists_changed_in_place_change_no_attribute(self, package: Package) -> None:
+        layer = package("conv2d", **LAYERS["conv2d"]).Conv2d(4, 6)
+        x = torch.randn(1, 4, 5, 6)
+        for name in ("kernel_size", "stride", "dilation"):
+            values = list(getattr(layer, name))
+            setattr(layer, name, values)
+            values[0] += 1
+            assert getattr(layer, name) == (values[0] - 1, *values[1:])
+            layer(x)
+
     def test_state_of_torchs_own_layer_is_looked_at(self, package: Package) -> None:
         module = package("conv1d", **LAYERS["conv1d"])
         x = torch.randn(1, 4, 9)
@@ -280,7 +290,13 @@ def test_functions_take_the_fourth_argument_for_the_stride(k3s2: ModuleType) -> 
         k3s2.conv_transpose3d(x, w, b, 1)
 
 
-@pytest.mark.parametrize("output_padding", [0.5, (0.5, 0, 0), (0, 1.0, 0), "1", None, (None,) * 3])
+@pytest.mark.parametrize(
+    "output_padding",
+    [
+        *(0.5, (0.5, 0, 0), (0, 1.0, 0), "1", None, (None,) * 3),
+        *(True, (True, 0, 0), [False, 0, 0], b"\0\1\0", range(3), {0}),
+    ],
+)
 def test_output_padding_is_of_ints(k3s2: ModuleType, output_padding: Any) -> None:
     x, w = torch.randn(1, 3, 2, 2, 2), torch.randn(3, 2, 3, 3, 3)
     with pytest.raises(TypeError):

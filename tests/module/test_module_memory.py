@@ -219,14 +219,19 @@ class Overriding(Tensor):
     def detach(self) -> Any:
         return Overriding(self.as_subclass(Tensor).detach(), self.note)
 
-    def is_contiguous(self) -> Any:
-        raise AssertionError("a kernel called a subclass's method")
-
-    def data_ptr(self) -> int:
-        raise AssertionError("a kernel called a subclass's method")
-
     def __getitem__(self, index: Any) -> Any:
         return Overriding(self.as_subclass(Tensor)[index], f"{self.note}[]")
+
+
+def never_called(self: Tensor, *_: Any, **__: Any) -> Any:
+    raise AssertionError("a subclass's method was called")
+
+
+for name in (
+    *("contiguous", "data_ptr", "dim", "expand", "is_contiguous", "is_floating_point", "is_neg"),
+    *("narrow", "stride", "to", "transpose", "unsqueeze", "untyped_storage", "view"),
+):
+    setattr(Overriding, name, never_called)
 
 
 class TestSubclasses:
@@ -250,6 +255,39 @@ class TestSubclasses:
                     for ours, theirs in pairs:
                         assert type(ours) is Overriding
                         assert torch.equal(ours.as_subclass(Tensor), theirs)
+
+    @pytest.mark.parametrize("raw", [False, True], ids=["function", "operator"])
+    def test_may_be_gradients_of_every_operator(self, k3s2: ModuleType, raw: bool) -> None:
+        for call, inputs in calls(k3s2, raw).values():
+            results: list[list[Tensor]] = []
+            for wrap in (Tensor.contiguous, Overriding):
+                given = [
+                    value.clone().requires_grad_() if isinstance(value, Tensor) else value
+                    for value in inputs
+                ]
+                operands = [value for value in given if isinstance(value, Tensor)]
+                outputs = call(*given)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                grads = [wrap(torch.ones_like(each)) for each in outputs]
+                firsts = torch.autograd.grad(outputs, operands, grads, create_graph=True)
+                seconds = torch.autograd.grad(
+                    [each for each in firsts if each.grad_fn],
+                    operands,
+                    [wrap(torch.ones_like(each)) for each in firsts if each.grad_fn],
+                    allow_unused=True,
+                )
+                found = [each for each in (*firsts, *seconds) if each is not None]
+                results.append([each.as_subclass(Tensor) for each in found])
+            assert all(map(torch.equal, *results))
+
+    def test_are_compiled(self, k3s2: ModuleType) -> None:
+        class Named(Tensor):
+            """torch.compile reads methods, and takes none that raises always."""
+
+        compiled = torch.compile(k3s2.conv_transpose3d)
+        y = compiled(X.as_subclass(Named), W, B)
+        assert type(y) is Named
+        assert torch.equal(y.as_subclass(Tensor), k3s2.conv_transpose3d(X, W, B))
 
     @pytest.mark.parametrize("mode", ["zeros", "circular"])
     def test_pass_through_layers_and_their_gradients(self, package: Package, mode: str) -> None:
