@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._integration import by_others, count_as_torch
+from ._integration import as_own, by_others, count_as_torch
 from ._operators import dgrad, dgrad_op, dgrad_plain, is_plain
 from ._runtime import BACKENDS, NAME, check_memory
 
@@ -93,6 +93,7 @@ def _convolve(
         result = by_others(conv_transpose3d, input, weight, bias, output_padding)
         if result is not None:
             return result
+        input, weight, bias = as_own((input, weight, bias))
     if input.dim() != 5:
         if input.dim() == 4:
             batch = input.unsqueeze(0)
@@ -166,6 +167,8 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
     """What the layer calls; an instance with an attribute that is not `SPEC`'s has `_refuse`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in SPEC and isinstance(value, list):
+            value = tuple(value)  # as torch has it, and nobody changes it in place
         super().__setattr__(name, value)
         if name in _ALLOWED:
             self._compare()
@@ -262,12 +265,14 @@ def _check_output_padding(output_padding: int | Sequence[int]) -> Sequence[int]:
     """One value per dimension, each smaller than stride or dilation."""
     if type(output_padding) is tuple and output_padding == OUTPUT_PADDING:
         return OUTPUT_PADDING
-    given = output_padding if isinstance(output_padding, Sequence) else [output_padding]
+    given = output_padding if isinstance(output_padding, tuple | list) else [output_padding]
     try:
+        if given and isinstance(given[0], bool):  # the one that torch looks at
+            raise TypeError
         values = list(map(index, given))
     except TypeError:
         raise TypeError(
-            f"conv_transpose3d(): output_padding must be an int or 3, not {output_padding!r}"
+            f"conv_transpose3d(): output_padding must be an int or a tuple of 3, not {output_padding!r}"
         ) from None
     if len(values) == 1:
         values *= 3

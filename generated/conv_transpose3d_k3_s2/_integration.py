@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C import _is_tracing
 from torch._decomp import decomposition_table, meta_table
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils.flop_counter import register_flop_formula
 
@@ -48,6 +49,28 @@ def by_others(
     if _is_tracing():
         return by_torch(*operands, output_padding)
     return None
+
+
+_OWN = {Tensor, Parameter, type(None), list, tuple, torch.Size}
+
+
+def as_own(inputs: Sequence[Any]) -> Sequence[Any]:
+    """Inputs, with what subclasses of Tensor compute as torch does being torch's own tensors.
+
+    Memory and gradients are the same. Such a subclass may override any method that is called here;
+    its `__torch_function__` gives results its class. One with a `__torch_dispatch__` stays.
+    """
+    if _OWN.issuperset(map(type, inputs)) or is_dynamo_compiling():
+        return inputs
+    with torch._C.DisableTorchFunctionSubclass():
+        return [
+            Tensor.as_subclass(each, Tensor)
+            if isinstance(each, Tensor)
+            and type(each) not in _OWN
+            and type(each).__torch_dispatch__ is Tensor.__torch_dispatch__
+            else each
+            for each in inputs
+        ]
 
 
 def by_torch(

@@ -43,7 +43,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.library import Library, register_fake, register_vmap
 from torch.nn import Parameter
 
-from ._integration import register, register_shardings
+from ._integration import as_own, register, register_shardings
 from ._kernels import (
     arranged,
     bgrad_kernel,
@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_0b190353"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_a3d21e2c"
 NAMESPACE += VARIANT
 
 
@@ -105,7 +105,7 @@ class Fprop(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         fine, weight = ctx.saved_tensors
-        grad = arranged(grad)  # one copy for all that read it
+        grad = arranged(*as_own((grad,)))  # one copy for all that read it
         needs_fine, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
             dgrad(grad, weight, None, ctx.extents) if needs_fine else None,
@@ -144,7 +144,7 @@ class Dgrad(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coarse, weight = ctx.saved_tensors
-        grad = arranged(grad)  # one copy for all that read it
+        grad = arranged(*as_own((grad,)))  # one copy for all that read it
         needs_coarse, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if needs_weight and needs_bias:
             grad_coarse = fprop(grad, weight, None, ctx.extents) if needs_coarse else None
@@ -196,6 +196,7 @@ class Bgrad(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = as_own((grad,))
         return grad.view(-1, 1, 1, 1).expand(ctx.shape), None
 
 
@@ -393,6 +394,7 @@ def _define(
 
     def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
         register_shardings(_namespace)
+        inputs = tuple(as_own(inputs))
         recorded = torch.is_grad_enabled() and _any_requires_grad(*inputs)
         if not recorded and not any(map(_has_tangent, inputs)):
             return below_autograd(operator, kernel, keyset, *inputs)

@@ -93,7 +93,8 @@ def is_freed(tensor: Tensor) -> bool:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False  # its memory is that of the tensors that it wraps
     try:
-        return not tensor.untyped_storage().nbytes() and tensor.numel() > 0
+        with torch._C.DisableTorchFunctionSubclass():  # and by none of a subclass's own methods
+            return not Tensor.untyped_storage(tensor).nbytes() and Tensor.numel(tensor) > 0
     except (NotImplementedError, RuntimeError):  # it has no storage: torch.func's, sparse
         return False
 
