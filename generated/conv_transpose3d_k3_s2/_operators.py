@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_a3d21e2c"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_8bbf6fdf"
 NAMESPACE += VARIANT
 
 

@@ -88,9 +88,6 @@ class Gather(Family[GatherSizes]):
             return "a halo needs stride 1 and several taps"
         return ""
 
-    def serves(self, problem: Problem, call: Call) -> bool:
-        return True
-
     def predict(self, plan: Plan[GatherSizes], call: Call, gpu: Gpu) -> Prediction:
         problem = plan.problem
         clocks = min(

@@ -3,8 +3,8 @@
 //   convgen generate --kernel 3 --stride 2
 // Schedule: {"halo_lines": [], "tap_lines": [32, 16, 8]}
 //
-// An implicit GEMM on Hopper's tensor cores, channels side by side (kernel.cuh). As a gather,
-// o = i * STRIDE + t * DILATION - PADDING:
+// An implicit GEMM on Hopper's tensor cores, channels side by side: implicit_gemm/kernel.cuh.
+// As a gather, o = i * STRIDE + t * DILATION - PADDING:
 //
 //   coarse[n, a, i] = bias[a] + sum over b, t of fine[n, b, o] * weight[a, b / groups, t]
 
@@ -28,6 +28,7 @@ struct Conv {
 
 Operands operands_of(const ConvgenCall& call) {
   Operands o = {};
+  o.call = &call;
   o.input = call.fine, o.weight = call.weight, o.bias = call.bias;
   o.output = call.coarse, o.workspace = call.workspace;
   o.device = static_cast<int>(call.device), o.stream = call.stream, o.batch = call.batch;

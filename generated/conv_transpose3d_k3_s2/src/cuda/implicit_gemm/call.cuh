@@ -9,6 +9,7 @@ namespace convgen {
 
 // A call, in the contraction's own words.
 struct Operands {
+  const ConvgenCall* call;
   const void *input, *weight, *bias;
   void *output, *workspace;
   int device;

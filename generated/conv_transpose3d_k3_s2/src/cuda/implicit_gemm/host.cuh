@@ -47,9 +47,17 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const int multiple = Conv::GROUPS > 1 ? STEP_K : VECTOR;
     padded_ = round_up(input_channels_, multiple);
     const bool as_it_lies = call.input_channels_last && padded_ == input_channels_;
-    best_.clocks = 1e30;
-    (consider<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
-    (consider<TapSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
+    // Some hundred ways are considered: once for each shape.
+    thread_local ShapeCache<Plan> plans;
+    bool known;
+    Plan& plan = plans.find(*call.call, call.call->channels_last, known);
+    if (!known) {
+      best_.clocks = 1e30;
+      (consider<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
+      (consider<TapSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
+      plan = best_;
+    }
+    best_ = plan;
     packs_input_ = !as_it_lies;
     padded_outputs_ = static_cast<int>(round_up(output_channels_, VECTOR));
     // TF32 is rounded, and read K-major: taps, then a row of input channels for each output.
@@ -70,7 +78,6 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
                device, threads) == cudaSuccess &&
            threads == GEMM_THREADS;
   }
-  const Plan& plan() const { return best_; }
 
   int64_t weight_bytes() const {
     const int64_t flag = best_.tiling.fold == 2 ? FLAG_BYTES : 0;
