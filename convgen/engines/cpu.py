@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise, product
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
 from convgen.engines.cost import Gpu, Prediction
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.problem import Call, Problem
+from convgen.spec.documents import Length, OneOf, Range
 from convgen.spec.dtypes import DTYPES
 from convgen.spec.geometry import Geometry
 from convgen.spec.taps import Phase, Tap, dgrad_phases, gather_taps
@@ -39,22 +40,31 @@ MAX_INNER_TAPS = 32
 CORE_GHZ, CORES, MEMORY_BYTES_PER_S = 3.0, 2, 3.5e10
 """Of the processor that predictions are for; only their order counts."""
 
-Tiles = tuple[tuple[int, int], ...]
+Tiles = Annotated[
+    tuple[tuple[Annotated[int, Range(1, 16)], Annotated[int, Range(1, 32)]], ...], Length(1, 8)
+]
+Bytes = Annotated[int, Range(4 << 10, 4 << 20)]
+"""Of what a cache is to hold."""
+
+Unroll = Annotated[str, OneOf(("full", "inner", "none"))]
+
+TUNED = ("tiles", "scratch_bytes", "buffer_bytes", "coarse_tile_bytes")
+"""Fields of which a schedule may have other values than the default."""
 
 
 @dataclass(frozen=True)
 class GatherSchedule:
     """How fprop and dgrad are cut up."""
 
-    unroll: str
+    unroll: Unroll
     """``full``: every tap of every phase; ``inner``: those along w; ``none``: a loop over taps."""
     tiles: Tiles
     """Register tiles, (output channels, vectors of positions), where there are 32 registers."""
     tiles_of_16: Tiles
     """The same where there are 16."""
-    scratch_bytes: int = 512 << 10
+    scratch_bytes: Bytes = 512 << 10
     """Source block of a task: half of L2, beside packed weights."""
-    buffer_bytes: int = 32 << 10
+    buffer_bytes: Bytes = 32 << 10
     """Row buffer: about L1, so that interleaving reads what was just written."""
     chain_terms: int = 96
     """Products per chain of additions, at most: what a sum of one sign loses grows with its length.
@@ -65,7 +75,7 @@ class GatherSchedule:
 class ReduceSchedule:
     """How wgrad is cut up."""
 
-    unroll: str
+    unroll: Unroll
     """``full``: all columns (taps) are listed; ``none``: a loop over them."""
     tiles: Tiles
     """Register tiles, (coarse channels, columns), where there are 32 registers."""
@@ -74,7 +84,7 @@ class ReduceSchedule:
     fine_block: int
     """Fine channels whose columns are computed together: several for 1x1x1 kernels, whose only
     column would leave a register tile with too few sums."""
-    coarse_tile_bytes: int = 20 << 10
+    coarse_tile_bytes: Bytes = 20 << 10
     """Coarse positions of a register tile: most of L1, kept there while the columns change."""
     coarse_bytes: int = 384 << 10
     """Coarse blocks of a task: a third of L2, beside fine blocks and sums."""
@@ -257,11 +267,12 @@ def _refusal(
             needed = height * width + (width if height > 1 else 0)
             if needed > registers:
                 return f"a tile of {height} x {width} sums takes {needed} of {registers} registers"
-        if list(tiles) != sorted(tiles):
+        heights = [height for height, _ in tiles]
+        if heights != sorted(set(heights)):
             return "tiles are listed by rising number of channels"
-    if schedule.unroll not in ("full", default.unroll):
-        return f"so many taps are unrolled as {default.unroll!r}"
-    return ""
+    untuned = (field.name for field in fields(schedule) if field.name not in TUNED)
+    wrong = (name for name in untuned if getattr(schedule, name) != getattr(default, name))
+    return next((f"{name} is {getattr(default, name)!r}" for name in wrong), "")
 
 
 def _prediction(

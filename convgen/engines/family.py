@@ -6,13 +6,13 @@ reasons why some cannot be, what they cost, and what its template is given.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from convgen.engines.cost import Gpu, Prediction
 from convgen.engines.problem import Call, Problem
+from convgen.spec import documents
 from convgen.spec.geometry import Geometry
 
 Schedule = TypeVar("Schedule")
@@ -121,17 +121,6 @@ class Family(Protocol[Schedule]):
         """A schedule from its fields, as JSON has them: lists are tuples.
 
         Raises:
-            TypeError: if they are not the fields of its schedules.
+            DocumentError: if they are not the fields of its schedules, of their types and ranges.
         """
-        kind = self.schedule_type
-        assert dataclasses.is_dataclass(kind)
-
-        def tuples(value: Any) -> Any:
-            return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-        known = dataclasses.fields(kind)
-        names = {field.name for field in known}
-        needed = {field.name for field in known if field.default is dataclasses.MISSING}
-        if not needed <= set(fields) <= names:
-            raise TypeError(f"{kind.__name__} has the fields {sorted(names)}, not {sorted(fields)}")
-        return kind(**{name: tuples(value) for name, value in fields.items()})
+        return documents.record(dict(fields), self.schedule_type, "")

@@ -7,22 +7,25 @@ default in the XDG data folder, and comes before those that ship with the packag
 A winner holds for one specification, contraction, dtype or math mode, and device. It also says for
 how large a call it was found. Generated kernels serve calls of any size: of several sizes, the one
 that took longest counts, unless the caller names a size.
+
+What a table says becomes C++. So an entry is used only if its fields have their types and ranges
+and the family finds its schedule legal; what is not used is warned of.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from convgen.engines.registry import units
-from convgen.spec import ConvSpec
+from convgen.engines.registry import AnyPlan, Unit, units
+from convgen.spec import CONTRACTIONS, ConvSpec, documents
+from convgen.spec.documents import DocumentError, Length, OneOf, Range
 
 VARIABLE = "CONVGEN_TUNED"
 VERSION = 1
@@ -31,6 +34,13 @@ ALIKE = {"f16tc": "bf16tc", "bf16tc": "f16tc"}
 """Modes whose kernels take equally long: one has the other's winners where it has none."""
 
 _SHIPPED = Path(__file__).parents[1] / "tables"
+
+
+Word = Annotated[str, Length(1, 200)]
+Channels = Annotated[int, Range(1, 1 << 30)]
+Milliseconds = Annotated[float, Range(0, 1e12)]
+
+_SHOWN_WARNINGS = 5
 
 
 class TunedError(RuntimeError):
@@ -45,24 +55,24 @@ class TunedWarning(UserWarning):
 class Winner:
     """The fastest schedule of one contraction of a specification on one device."""
 
-    spec: str
+    spec: Word
     """Canonical name, channels included where they are fixed."""
-    contraction: str
-    kind: str
+    contraction: Annotated[str, OneOf(CONTRACTIONS)]
+    kind: Word
     """Dtype or math mode."""
-    device: str
+    device: Annotated[str, Length(0, 200)]
     """Name of the GPU or processor."""
-    architecture: str
+    architecture: Annotated[str, Length(0, 20)]
     """Of the GPU, as ``90a``; empty for a processor."""
-    size: int
+    size: Annotated[int, Range(0, 64)]
     """Class of the call's extents: see :func:`size_class`."""
-    channels: tuple[int, int]
+    channels: tuple[Channels, Channels]
     """Of the call, coarse and fine."""
     schedule: Mapping[str, Any]
-    ms: float
-    default_ms: float
+    ms: Milliseconds
+    default_ms: Milliseconds
     """What the default took in the same run."""
-    convgen: str
+    convgen: Word
     """Version that measured it."""
 
     @property
@@ -79,21 +89,40 @@ class Winner:
         )
 
 
+@dataclass(frozen=True)
+class Table:
+    """What a file holds."""
+
+    winners: tuple[tuple[Winner, str], ...]
+    """Each with the name of its entry, for messages."""
+    others: tuple[Any, ...]
+    """Entries that are no winners, as they are there."""
+    warnings: tuple[str, ...]
+
+
 def size_class(batch: int, extents: Iterable[int]) -> int:
     """Class of a call's extents: the binary logarithm of its coarse positions, rounded."""
     return round(math.log2(max(1, batch * math.prod(extents))))
 
 
 def user_table() -> Path | None:
-    """Where the user's table lies; None if tables are switched off."""
+    """Where the user's table lies; None if tables are switched off.
+
+    Raises:
+        TunedError: where that is below a home or a working folder that does not exist.
+    """
     given = os.environ.get(VARIABLE, "")
     if given == "0":
         return None
-    if given:
-        return Path(given).expanduser().absolute()
     data = os.environ.get("XDG_DATA_HOME", "")
-    # The XDG specification has relative paths ignored.
-    folder = Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share"
+    try:
+        if given:
+            return Path(given).expanduser().absolute()
+        # The XDG specification has relative paths ignored.
+        folder = Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share"
+    except (RuntimeError, OSError) as error:
+        what = f"{VARIABLE}={documents.plain(given)} is nowhere" if given else "there is no home"
+        raise TunedError(f"{what} ({error}): set {VARIABLE} to a file (0 for none)") from error
     return folder / "convgen" / "tuned.json"
 
 
@@ -117,7 +146,7 @@ def schedules(
         TunedError: if a table cannot be read.
     """
     found: dict[tuple[str, str], Any] = {}
-    winners = [w for w in _all() if w.spec == spec.name]
+    winners = [(winner, where) for winner, where in _all() if winner.spec == spec.name]
     if not winners:
         return found
     architectures = tuple(architectures)
@@ -125,37 +154,24 @@ def schedules(
     for unit in units(backend, spec.geometry, dtypes):
         contraction, kind = unit.key
         here = [
-            w
-            for w in winners
-            if w.contraction == contraction
+            (winner, where)
+            for winner, where in winners
+            if winner.contraction == contraction
             and (
-                w.architecture.rstrip("af") in wanted
+                winner.architecture.rstrip("af") in wanted
                 if backend == "cuda"
-                else not w.architecture and w.device == device
+                else not winner.architecture and winner.device == device
             )
         ]
-        matching = [w for w in here if w.kind == kind]
         alike = ALIKE.get(unit.problem.kind, "") + unit.family.suffix
-        matching = matching or [w for w in here if w.kind == alike]
-        if not matching:
+        legal = _legal(unit, [entry for entry in here if entry[0].kind == kind])
+        legal = legal or _legal(unit, [entry for entry in here if entry[0].kind == alike])
+        if not legal:
             continue
         if size is None:
-            winner = max(matching, key=lambda w: w.ms)
+            winner, plan = max(legal, key=lambda each: each[0].ms)
         else:
-            winner = min(matching, key=lambda w: abs(w.size - size))
-        try:
-            plan = unit.with_schedule(unit.family.read_schedule(winner.schedule))
-            refusal = unit.family.refusal(plan)
-        except (TypeError, KeyError, ValueError) as error:
-            refusal = str(error)
-        if refusal:
-            warnings.warn(
-                f"the tuned schedule of {contraction} {kind} of {spec.name} is not used: "
-                f"{refusal}; run convgen tune again",
-                TunedWarning,
-                stacklevel=2,
-            )
-            continue
+            winner, plan = min(legal, key=lambda each: abs(each[0].size - size))
         # What spills on an architecture that it was not measured on is not for a module for it.
         others = [a for a in architectures if a.partition("+")[0] != winner.architecture]
         if not unit.family.refusal(plan, others):
@@ -163,17 +179,52 @@ def schedules(
     return found
 
 
-def _all() -> list[Winner]:
-    """Winners of all tables; the user's replace the package's."""
+def _legal(unit: Unit, entries: Iterable[tuple[Winner, str]]) -> list[tuple[Winner, AnyPlan]]:
+    """The winners whose schedules a unit can have; of the same key the last one."""
+    legal = {}
+    for winner, where in entries:
+        try:
+            plan = unit.with_schedule(unit.family.read_schedule(winner.schedule))
+            refusal = unit.family.refusal(plan)
+        except DocumentError as error:
+            refusal = str(error)
+        if refusal:
+            warnings.warn(
+                f"{where}: the tuned schedule is not used: {refusal}; run convgen tune again",
+                TunedWarning,
+                stacklevel=3,
+            )
+        else:
+            legal[winner.key] = (winner, plan)
+    return list(legal.values())
+
+
+def _all() -> list[tuple[Winner, str]]:
+    """Winners of all tables, each with its name for messages; the user's come last."""
     path = user_table()
     if path is None:
         return []
-    tables = [*sorted(_SHIPPED.glob("*.json")), path]
-    return list({winner.key: winner for table in tables for winner in read(table)}.values())
+    return [entry for table in [*sorted(_SHIPPED.glob("*.json")), path] for entry in _of(table)]
+
+
+def _of(path: Path) -> tuple[tuple[Winner, str], ...]:
+    table = read_table(path)
+    for message in table.warnings:
+        warnings.warn(message, TunedWarning, stacklevel=4)
+    return table.winners
 
 
 def read(path: Path) -> list[Winner]:
-    """The winners in a table; none if there is no such file.
+    """The winners in a table; none if there is no such file. Warns of entries that are none.
+
+    Raises:
+        TunedError: if it cannot be read.
+    """
+    return [winner for winner, _ in _of(path)]
+
+
+def read_table(path: Path) -> Table:
+    """All that is in a table; nothing if there is no such file.
 
     Raises:
         TunedError: if it cannot be read.
@@ -181,33 +232,45 @@ def read(path: Path) -> list[Winner]:
     try:
         status = path.stat()
     except FileNotFoundError:
-        return []
+        return Table((), (), ())
     except OSError as error:
-        raise TunedError(_unreadable(path, error)) from error
+        raise TunedError(_unreadable(path, error.strerror or str(error))) from error
     return _read(path, status.st_mtime_ns, status.st_size)
 
 
 @cache
-def _read(path: Path, changed_ns: int, size_bytes: int) -> list[Winner]:
-    """:func:`read`, once for each state of the file."""
+def _read(path: Path, changed_ns: int, size_bytes: int) -> Table:
+    """:func:`read_table`, once for each state of the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["version"] != VERSION:
-            raise ValueError(f"version {data['version']}, not {VERSION}")
-        return [_winner(entry) for entry in data["winners"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TunedError(_unreadable(path, error)) from error
+        data = documents.read(path)
+    except FileNotFoundError:
+        return Table((), (), ())
+    except DocumentError as error:
+        raise TunedError(_unreadable(path, str(error))) from error
+    version = data.get("version") if isinstance(data, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise TunedError(_unreadable(path, f"it has no version {VERSION}"))
+    if not isinstance(data.get("winners"), list):
+        raise TunedError(_unreadable(path, "it has no list of winners"))
+    winners, others, messages = [], [], []
+    for number, entry in enumerate(data["winners"]):
+        where = f"{path}, winners[{number}]"
+        try:
+            winner = documents.record(entry, Winner, "")
+        except DocumentError as error:
+            others.append(entry)
+            messages.append(f"{where} is not used: {error}")
+            continue
+        what = f"{winner.contraction} {winner.kind} of {winner.spec}"
+        winners.append((winner, f"{where} ({documents.plain(what)})"))
+    if len(messages) > _SHOWN_WARNINGS:
+        more = f"{path}: {len(messages) - _SHOWN_WARNINGS} more entries are not used"
+        messages = [*messages[:_SHOWN_WARNINGS], more]
+    return Table(tuple(winners), tuple(others), tuple(messages))
 
 
-def _winner(entry: Mapping[str, Any]) -> Winner:
-    names = [field.name for field in fields(Winner)]
-    values = {name: entry[name] for name in names}
-    coarse, fine = entry["channels"]
-    return Winner(**{**values, "channels": (int(coarse), int(fine))})
-
-
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(path: Path, why: str) -> str:
     return (
-        f"the table of tuned schedules {path} cannot be read ({error}): delete it, or set "
+        f"the table of tuned schedules {path} cannot be read ({why}): delete it, or set "
         f"{VARIABLE} to another file (0 for none)"
     )

@@ -52,10 +52,6 @@ class Length:
     most: int
 
 
-Word = Annotated[str, Length(1, 200)]
-Positive = Annotated[float, Range(0, math.inf)]
-
-
 def read(path: Path) -> Any:
     """The content of a JSON file. Numbers that no field can have come as infinities or NaN.
 
@@ -173,10 +169,15 @@ def record(value: Any, kind: type[Record], where: str) -> Record:
 def shown(value: object) -> str:
     """A value for a message: printable, on one line, and not long."""
     try:
-        text = ascii(value) if isinstance(value, str) else repr(value)
+        text = repr(value)
     except (RecursionError, ValueError):  # nested deeply; an int of thousands of digits
         text = f"<{type(value).__name__}>"
-    text = "".join(c if c.isprintable() else "?" for c in text[:200])
+    return plain(text)
+
+
+def plain(text: str) -> str:
+    """A text for a message: printable, on one line, and not long."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return text if len(text) <= 80 else f"{text[:60]}..."
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from convgen.building.disk import write_atomically
-from convgen.engines.tuned import VARIABLE, VERSION, TunedError, Winner, read
+from convgen.engines.tuned import VARIABLE, VERSION, TunedError, Winner, read_table
 
 
 def store(winners: Iterable[Winner], path: Path) -> int:
@@ -24,11 +25,12 @@ def store(winners: Iterable[Winner], path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
-            table = {winner.key: winner for winner in [*read(path), *winners]}
+            held = read_table(path)
+            table = {winner.key: winner for winner in [*(w for w, _ in held.winners), *winners]}
             rows = sorted(table.values(), key=lambda w: tuple(map(str, w.key)))
-            text = json.dumps(
-                {"version": VERSION, "winners": [asdict(winner) for winner in rows]}, indent=1
-            )
+            # What this version cannot use is not its to delete.
+            entries = [*map(asdict, rows), *held.others]
+            text = json.dumps({"version": VERSION, "winners": entries}, indent=1)
             write_atomically(path, text + "\n")
             return len(table)
     except OSError as error:
@@ -39,6 +41,11 @@ def store(winners: Iterable[Winner], path: Path) -> int:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
+    # Opening a FIFO for writing alone would wait for whoever reads it.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    lock = os.open(path.with_name(path.name + ".lock"), flags, 0o644)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)

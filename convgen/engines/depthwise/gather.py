@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from convgen.engines.cost import Gpu, Prediction
 from convgen.engines.depthwise.common import (
@@ -21,6 +21,7 @@ from convgen.engines.depthwise.common import (
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.gather.axes import Axis
 from convgen.engines.problem import Call, Problem
+from convgen.spec.documents import Range
 from convgen.spec.dtypes import DTYPES
 from convgen.spec.geometry import Geometry, Triple
 
@@ -32,11 +33,14 @@ UNROLL_LIMIT = 1500
 MOST_PHASES = 64
 
 
+Count = Annotated[int, Range(1, REGISTERS)]
+
+
 @dataclass(frozen=True)
 class GatherRows:
     """Positions of a thread along D and H, and its warps of columns."""
 
-    rows: Triple
+    rows: tuple[Count, Count, Count]
 
 
 class DepthwiseGather(Family[GatherRows]):

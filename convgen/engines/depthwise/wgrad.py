@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from convgen.engines.cost import Gpu, Prediction
 from convgen.engines.depthwise.common import (
@@ -20,8 +20,8 @@ from convgen.engines.depthwise.common import (
 )
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.problem import Call, Problem
+from convgen.spec.documents import Range
 from convgen.spec.dtypes import DTYPES
-from convgen.spec.geometry import Triple
 
 # Sums of a thread, in 32-bit registers; taps beyond go to other blocks.
 REGISTERS = 64
@@ -29,13 +29,16 @@ REGISTERS = 64
 ROWS = 4
 
 
+Count = Annotated[int, Range(1, REGISTERS)]
+
+
 @dataclass(frozen=True)
 class WgradTaps:
     """Taps of a thread (D, H, W), its positions along H, and its warps of columns."""
 
-    taps: Triple
-    rows: int
-    blocks_w: int
+    taps: tuple[Count, Count, Count]
+    rows: Count
+    blocks_w: Count
 
 
 class DepthwiseWgrad(Family[WgradTaps]):

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from convgen.engines.gather.axes import Axis
+from convgen.engines.gather.axes import AXES, Axis
 from convgen.engines.problem import Problem
+from convgen.spec.documents import Length, OneOf, Range
 
 STYLES = ("taps", "slab", "plane", "line", "none")
 """Ways of unrolling: see :class:`GatherSchedule`."""
+
+# Output phases along X that one thread or warp computes; more would leave no register rows.
+MAX_VARIANTS = 8
+# X taps unrolled in one line; longer kernels loop over their taps.
+LINE_LIMIT = 32
+
+SCATTERED = "scattered"
+
+Style = Annotated[str, OneOf(STYLES)]
+RowAxis = Annotated[str, OneOf((*AXES, SCATTERED))]
+Variants = Annotated[int, Range(1, MAX_VARIANTS)]
 
 
 @dataclass(frozen=True)
@@ -24,11 +37,11 @@ class GatherSchedule:
     ``channels`` lists the compiled output-channel blocks.
     """
 
-    unroll: str
-    row_axis: str
-    rows: int
-    variants: int
-    channels: tuple[int, ...]
+    unroll: Style
+    row_axis: RowAxis
+    rows: Annotated[int, Range(1, 8)]
+    variants: Variants
+    channels: Annotated[tuple[Annotated[int, Range(1, 64)], ...], Length(1, 8)]
 
     @property
     def window_r(self) -> bool:
@@ -47,10 +60,16 @@ class GatherSchedule:
         return self.rows
 
 
-# Output phases along X that one thread or warp computes; more would leave no register rows.
-MAX_VARIANTS = 8
-# X taps unrolled in one line; longer kernels loop over their taps.
-LINE_LIMIT = 32
+def row_axis_of(problem: Problem) -> str:
+    """Along which axis register rows lie."""
+    r, _, _ = problem.arranged
+    return SCATTERED if max(problem.geometry.kernel[:2]) == 1 else r.name
+
+
+def variants_of(problem: Problem) -> int:
+    """Phases along X that one thread or warp computes."""
+    _, _, x = problem.arranged
+    return min(len(x.phases), MAX_VARIANTS)
 
 
 def loops_over_taps(x: Axis) -> bool:
@@ -58,9 +77,14 @@ def loops_over_taps(x: Axis) -> bool:
     return len(x.phases) > MAX_VARIANTS or max(x.counts) > LINE_LIMIT
 
 
-def style_refusal(problem: Problem, style: str) -> str:
-    """Why no family unrolls a gather in a style; empty if one may."""
+def gather_refusal(problem: Problem, schedule: GatherSchedule) -> str:
+    """Why no family has a gather with such fields, but for sizes; empty if one may."""
+    style = schedule.unroll
     _, _, x = problem.arranged
+    if schedule.row_axis != row_axis_of(problem):
+        return f"register rows lie along {row_axis_of(problem)!r}"
+    if schedule.variants != variants_of(problem):
+        return f"a thread computes {variants_of(problem)} phases along W"
     if style == "none":
         if not loops_over_taps(x):
             return "a loop over the taps along W is for those that cannot be unrolled"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from convgen.engines.cost import Gpu, Prediction, memory_ms
 from convgen.engines.family import Candidate, Family, Plan
@@ -26,11 +26,14 @@ from convgen.engines.implicit_gemm.common import (
     context_of,
 )
 from convgen.engines.problem import Call, Problem
+from convgen.spec.documents import Length, Range
 
 HALO_LINES = (32, 24, 16)
 TAP_LINES = (32, 16, 8)
 CONSUMERS = 2
 MAX_SPLITS = 32
+
+Lines = Annotated[int, Range(1, max(HALO_LINES))]
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class GatherSizes:
     expected to take the least time.
     """
 
-    halo_lines: tuple[int, ...]
-    tap_lines: tuple[int, ...]
+    halo_lines: Annotated[tuple[Lines, ...], Length(0, 8)]
+    tap_lines: Annotated[tuple[Lines, ...], Length(1, 8)]
 
 
 class Gather(Family[GatherSizes]):
@@ -80,6 +83,8 @@ class Gather(Family[GatherSizes]):
 
     def refusal(self, plan: Plan[GatherSizes], architectures: Iterable[str] = ()) -> str:
         halo, tap = plan.schedule.halo_lines, plan.schedule.tap_lines
+        if len(set(tap)) < len(tap) or len(set(halo)) < len(halo):
+            return "the same size is compiled once"
         if not tap or not set(tap) <= set(TAP_LINES):
             return f"tap_lines are one or more of {', '.join(map(str, TAP_LINES))}"
         if not set(halo) <= {8, *HALO_LINES}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from convgen.engines.cost import Gpu, Prediction, memory_ms
 from convgen.engines.family import Candidate, Family, Plan
@@ -20,6 +20,7 @@ from convgen.engines.implicit_gemm.common import (
     context_of,
 )
 from convgen.engines.problem import Call, Problem
+from convgen.spec.documents import Length, Range
 
 LINES = (24, 16, 8)
 CONSUMERS = 3
@@ -32,7 +33,7 @@ WIDE, NARROW = 64, 32
 class WgradSizes:
     """The sizes of tiles that are compiled, in groups of eight positions."""
 
-    lines: tuple[int, ...]
+    lines: Annotated[tuple[Annotated[int, Range(1, max(LINES))], ...], Length(1, 8)]
 
 
 class Wgrad(Family[WgradSizes]):
@@ -65,8 +66,9 @@ class Wgrad(Family[WgradSizes]):
         return [Candidate(WgradSizes(each), "") for each in sizes]
 
     def refusal(self, plan: Plan[WgradSizes], architectures: Iterable[str] = ()) -> str:
-        if not plan.schedule.lines or not set(plan.schedule.lines) <= set(LINES):
-            return f"lines are one or more of {', '.join(map(str, LINES))}"
+        lines = plan.schedule.lines
+        if not lines or not set(lines) <= set(LINES) or len(set(lines)) < len(lines):
+            return f"lines are one or more of {', '.join(map(str, LINES))}, each once"
         return ""
 
     def predict(self, plan: Plan[WgradSizes], call: Call, gpu: Gpu) -> Prediction:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from convgen.engines.gather.axes import Axis
-from convgen.engines.gather.schedule import GatherSchedule, style_refusal
+from convgen.engines.gather.schedule import GatherSchedule, RowAxis, Style, Variants, gather_refusal
 from convgen.engines.gather.unroll import window_words
 from convgen.engines.problem import Problem
+from convgen.spec.documents import Length, Range
 
 # 16 x 8 products that a warp keeps in registers, four each: 80 registers, beside which the
 # fragments of a column and what tells a warp its place stay under the 168 that blocks of 12 warps
@@ -101,11 +103,13 @@ class GatherTiles:
     them, two words at a time.
     """
 
-    unroll: str
-    row_axis: str
-    variants: int
-    tiles: tuple[tuple[int, int], ...]
-    groups: int = 2
+    unroll: Style
+    row_axis: RowAxis
+    variants: Variants
+    tiles: Annotated[
+        tuple[tuple[Annotated[int, Range(1, 8)], Annotated[int, Range(8, 64)]], ...], Length(1, 8)
+    ]
+    groups: Annotated[int, Range(*GROUPS)] = GROUPS[0]
     granules: bool = False
     pairs: bool = False
 
@@ -184,6 +188,8 @@ def first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], str
     sizes = {channels for _, channels in schedule.tiles}
     if not sizes or len(sizes) < len(schedule.tiles):
         return "tiles are told apart by their channels: each has a number of its own"
+    if any(channels % 8 for channels in sizes):
+        return "products have 8 channels: tiles have multiples of these"
     return next(filter(None, map(refusal, schedule.gathers)), "")
 
 
@@ -275,7 +281,7 @@ def misfit(
     r, y, x = problem.arranged
     style, rows = gather.unroll, gather.rows
     blocks = max(gather.channels) // 8
-    if refusal := style_refusal(problem, style):
+    if refusal := gather_refusal(problem, gather):
         return refusal
     products = products_of(gather)
     if products > most_products:

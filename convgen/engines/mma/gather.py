@@ -15,7 +15,13 @@ from typing import Any
 from convgen.engines.cost import H200, OVERRULES, Gpu, Prediction, typical_calls
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.gather.cost import NARROW_ELEMENTS, Warp, gather_prediction
-from convgen.engines.gather.schedule import MAX_VARIANTS, STYLES, GatherSchedule, loops_over_taps
+from convgen.engines.gather.schedule import (
+    STYLES,
+    GatherSchedule,
+    loops_over_taps,
+    row_axis_of,
+    variants_of,
+)
 from convgen.engines.gather.unroll import gather_context, paired_lines
 from convgen.engines.mma.common import HEADERS, NAME, accepts, packed_call, packed_prediction
 from convgen.engines.mma.fit import (
@@ -116,10 +122,10 @@ def gather_tiles(problem: Problem) -> GatherTiles:
 
 def _ruled_schedule(problem: Problem) -> GatherTiles:
     """As many rows and channels as fit, and the largest pass that they allow."""
-    r, _, x = problem.arranged
+    _, _, x = problem.arranged
     flushed = problem.kind == "tf32x3"
     per_group = problem.output_channels
-    variants = min(len(x.phases), MAX_VARIANTS)
+    variants = variants_of(problem)
     rows = (2 if flushed else 3) if variants == 1 else 2 if variants == 2 and not flushed else 1
 
     def channel_blocks(products: int) -> tuple[int, ...]:
@@ -132,8 +138,7 @@ def _ruled_schedule(problem: Problem) -> GatherTiles:
         choices = range(1, min(most, needed) + 1)
         return (min(choices, key=lambda b: (_block_cost(b, needed), -b)),)
 
-    scattered = max(problem.geometry.kernel[:2]) == 1
-    row_axis = "scattered" if scattered else r.name
+    row_axis = row_axis_of(problem)
 
     def schedule(style: str, products: int) -> GatherTiles:
         tiles = tuple((rows, 8 * blocks) for blocks in channel_blocks(products))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 from convgen.engines.cost import Gpu, Prediction, memory_ms
 from convgen.engines.family import Candidate, Family, Plan
@@ -21,6 +21,7 @@ from convgen.engines.mma.wgrad_cost import (
 )
 from convgen.engines.mma.wgrad_layout import (
     COLUMNS,
+    MAX_TAPS,
     QUAD,
     ROWS,
     elements_of,
@@ -31,6 +32,7 @@ from convgen.engines.mma.wgrad_layout import (
     tile_of,
 )
 from convgen.engines.problem import Call, Problem
+from convgen.spec.documents import Length, Range
 from convgen.spec.dtypes import MODES
 from convgen.spec.geometry import Geometry
 
@@ -45,6 +47,8 @@ UNKNOWN_M_TILES = (1, 2, 3)
 MAX_M_TILES, MAX_N_TILES = 4, 8
 # What groups of warps take longer, as measured, where few warps stage strided lines word by word.
 STAGING_BOUND = 2.5
+
+Taps = Annotated[int, Range(0, MAX_TAPS)]
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,26 @@ class WgradSchedule:
     group, they run the others too.
     """
 
-    taps_h: int
-    taps_w: int
-    tiles: tuple[tuple[int, int], ...]
-    flush: int
-    group_taps: tuple[int, int] = (0, 0)
-    group_tiles: tuple[tuple[int, int], ...] = ()
+    taps_h: Taps
+    taps_w: Taps
+    tiles: Annotated[
+        tuple[
+            tuple[Annotated[int, Range(1, MAX_M_TILES)], Annotated[int, Range(1, MAX_N_TILES)]], ...
+        ],
+        Length(1, 8),
+    ]
+    flush: Annotated[int, Range(0, FLUSH)]
+    group_taps: tuple[Taps, Taps] = (0, 0)
+    group_tiles: Annotated[
+        tuple[
+            tuple[
+                Annotated[int, Range(1, MAX_GROUP_TILES)],
+                Annotated[int, Range(1, MAX_GROUP_BLOCKS)],
+            ],
+            ...,
+        ],
+        Length(0, 8),
+    ] = ()
 
 
 def _group_schedule(problem: Problem) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
@@ -180,6 +198,8 @@ def wgrad_refusal(problem: Problem, schedule: WgradSchedule) -> str:
     if schedule.flush != _flush(problem.kind):
         flush = _flush(problem.kind)
         return f"sums of {problem.kind} leave the tensor cores after {flush} chunks (0: at the end)"
+    if any(len(set(each)) < len(each) for each in (schedule.tiles, schedule.group_tiles)):
+        return "the same tile is compiled once"
     for m, n in schedule.tiles:
         if not (1 <= m <= MAX_M_TILES and 1 <= n <= MAX_N_TILES):
             return f"tiles have at most {MAX_M_TILES} x {MAX_N_TILES} products, not {m} x {n}"

@@ -42,6 +42,14 @@ def channel_choices(default: tuple[int, ...], problem: Problem) -> list[tuple[in
     return sorted({default} | {(c,) for c in (1, 2, 4, 8, 16) if c <= 2 * most})
 
 
+def channels_refusal(channels: tuple[int, ...], problem: Problem) -> str:
+    """Why these are no channels per thread to compile; empty if they are."""
+    most = 2 * CHANNELS_PER_THREAD // problem.accumulator_registers
+    if len(set(channels)) < len(channels):
+        return "the same number of channels is compiled once"
+    return f"a thread has at most {most} channels" if max(channels) > most else ""
+
+
 def best_block(blocks: tuple[int, ...], channels: int) -> int:
     """The compiled channels per thread that a call takes: those that pad least, then the most."""
     return min(blocks, key=lambda c: (-(-channels // c) * c, -c))

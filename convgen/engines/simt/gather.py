@@ -11,11 +11,12 @@ from convgen.engines.cost import Gpu, Prediction
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.gather.cost import Warp, gather_prediction
 from convgen.engines.gather.schedule import (
-    MAX_VARIANTS,
     STYLES,
     GatherSchedule,
+    gather_refusal,
     loops_over_taps,
-    style_refusal,
+    row_axis_of,
+    variants_of,
 )
 from convgen.engines.gather.unroll import gather_context
 from convgen.engines.problem import Call, Problem
@@ -26,6 +27,7 @@ from convgen.engines.simt.common import (
     best_block,
     channel_blocks,
     channel_choices,
+    channels_refusal,
     types_of,
 )
 from convgen.spec.dtypes import DTYPES
@@ -33,8 +35,8 @@ from convgen.spec.dtypes import DTYPES
 # Accumulators per thread, in 32-bit registers: with the column and the weights beside them a
 # thread stays under the 168 registers that blocks of 384 threads leave it.
 ACCUMULATOR_REGISTERS = 64
-# Register rows beyond this only lengthen the loads; fewer share each weight among too few.
-MAX_ROWS = 8
+# More register rows only lengthen the loads; fewer share each weight among too few.
+ROWS = (1, 2, 4, 8)
 # Multiply-adds of a fully unrolled input channel, over all phases. 5000 are 80 KiB of machine code:
 # beyond, the instruction cache (128 KiB) and nvcc's patience end.
 UNROLL_LIMIT = 5000
@@ -50,7 +52,11 @@ def _refusal(problem: Problem, schedule: GatherSchedule) -> str:
     width = problem.accumulator_registers
     r, y, x = problem.arranged
     style, rows = schedule.unroll, schedule.rows
-    if refusal := style_refusal(problem, style):
+    if refusal := gather_refusal(problem, schedule):
+        return refusal
+    if rows not in ROWS:
+        return f"a thread has {', '.join(map(str, ROWS))} register rows"
+    if refusal := channels_refusal(schedule.channels, problem):
         return refusal
     sums = rows * schedule.variants * max(schedule.channels)
     least = schedule.variants * max(schedule.channels)
@@ -78,15 +84,14 @@ def _refusal(problem: Problem, schedule: GatherSchedule) -> str:
 def _default(problem: Problem) -> GatherSchedule:
     """The largest pass that fits."""
     width = problem.accumulator_registers
-    r, _, x = problem.arranged
+    _, _, x = problem.arranged
     budget = ACCUMULATOR_REGISTERS // width
-    variants = min(len(x.phases), MAX_VARIANTS)
+    variants = variants_of(problem)
     most = CHANNELS_PER_THREAD // width
-    rows = max(1, min(MAX_ROWS, budget // (most * variants)))
+    rows = max(1, min(max(ROWS), budget // (most * variants)))
     rows = 1 << (rows.bit_length() - 1)
     channels = channel_blocks(problem.output_channels, problem.geometry.groups, most)
-    scattered = max(problem.geometry.kernel[:2]) == 1
-    row_axis = "scattered" if scattered else r.name
+    row_axis = row_axis_of(problem)
     if loops_over_taps(x):
         return GatherSchedule("none", row_axis, rows, variants, channels)
     for style in ("taps", "plane"):
@@ -115,7 +120,7 @@ class SimtGather(Family[GatherSchedule]):
         schedules = [
             replace(default, unroll=style, rows=rows, channels=channels)
             for style, rows, channels in product(
-                STYLES, (1, 2, 4, 8), channel_choices(default.channels, problem)
+                STYLES, ROWS, channel_choices(default.channels, problem)
             )
         ]
         return [

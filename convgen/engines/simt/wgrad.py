@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 from convgen.engines.cost import Gpu, Prediction, memory_ms
 from convgen.engines.family import Candidate, Family, Plan
@@ -17,8 +17,10 @@ from convgen.engines.simt.common import (
     best_block,
     channel_blocks,
     channel_choices,
+    channels_refusal,
     types_of,
 )
+from convgen.spec.documents import Length, Range
 from convgen.spec.dtypes import DTYPES
 from convgen.spec.geometry import Geometry
 
@@ -29,6 +31,8 @@ POSITIONS = 4
 MAX_WINDOW = 64
 MAX_WINDOW_LOADS = 28
 
+Taps = Annotated[int, Range(1, WGRAD_REGISTERS)]
+
 
 @dataclass(frozen=True)
 class WgradSchedule:
@@ -37,10 +41,10 @@ class WgradSchedule:
     ``positions`` neighbouring coarse positions along W are unrolled.
     """
 
-    taps_h: int
-    taps_w: int
-    positions: int
-    channels: tuple[int, ...]
+    taps_h: Taps
+    taps_w: Taps
+    positions: Annotated[int, Range(1, POSITIONS)]
+    channels: Annotated[tuple[Annotated[int, Range(1, WGRAD_REGISTERS)], ...], Length(1, 8)]
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ def _refusal(problem: Problem, schedule: WgradSchedule) -> str:
     _, kh, kw = problem.geometry.kernel
     if not (1 <= schedule.taps_h <= kh and 1 <= schedule.taps_w <= kw):
         return f"the kernel has {kh} x {kw} taps"
+    if refusal := channels_refusal(schedule.channels, problem):
+        return refusal
     sums = (
         schedule.taps_h * schedule.taps_w * max(schedule.channels) * problem.accumulator_registers
     )
