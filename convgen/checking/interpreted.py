@@ -8,7 +8,6 @@ lets a package's CUDA kernels serve the CPU's tensors: its ``_runtime.py`` then 
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import warnings
@@ -18,9 +17,11 @@ from typing import Any
 
 from convgen.building import folders
 from convgen.building.build import Progress
+from convgen.building.errors import BuildError
 from convgen.checking.interpret import MODES, package_library
 from convgen.engines.abi import CALL, RESULTS, TENSORS
-from convgen.spec import ConvSpec, Geometry
+from convgen.spec import ConvSpec, Geometry, SpecError, documents
+from convgen.spec.documents import DocumentError
 from convgen.spec.dtypes import DTYPES
 from convgen.spec.dtypes import MODES as MATH_MODES
 
@@ -95,7 +96,11 @@ def open_package(folder: Path) -> Any:
         InterpretedWarning,
         stacklevel=2,
     )
-    spec = ConvSpec.from_dict(json.loads((folder / "spec.json").read_text())["spec"])
+    try:
+        described = documents.read(folder / "spec.json")
+        spec = ConvSpec.from_dict(described["spec"])
+    except (OSError, DocumentError, SpecError, KeyError, TypeError) as error:
+        raise BuildError(f"{folder / 'spec.json'} cannot be read: {error}") from error
     return InterpretedLibrary(package_library(folder, mode), spec.geometry)
 
 

@@ -7,19 +7,19 @@ nothing else is ever touched.
 from __future__ import annotations
 
 import importlib.machinery
-import json
 import keyword
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from convgen import __version__
 from convgen.building import folders, written
-from convgen.spec import ConvSpec
+from convgen.spec import ConvSpec, SpecError, documents
+from convgen.spec.documents import DocumentError, Length
 from convgen.spec.taps import dgrad_phases
 
 METADATA = "spec.json"
@@ -31,6 +31,37 @@ class CatalogError(ValueError):
 
 class _NotGenerated(CatalogError):
     """What lies at a path is nothing of convgen's."""
+
+
+Word = Annotated[str, Length(1, 200)]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    contraction: Word
+    dtype: Word
+    engine: Word
+    schedule: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Backend:
+    dtypes: Annotated[tuple[Word, ...], Length(0, 100)]
+    math_modes: Annotated[tuple[Word, ...], Length(0, 100)]
+    kernels: Annotated[tuple[_Kernel, ...], Length(0, 1000)]
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What is read of a ``spec.json``."""
+
+    convgen: Word
+    command: Annotated[str, Length(1, 2000)]
+    spec: dict[str, Any]
+    backends: dict[str, Any]
+
+
+_DESCRIBED = {field.name for field in fields(_Description)}
 
 
 @dataclass(frozen=True)
@@ -89,30 +120,39 @@ def load(path: Path) -> Generated:
     Raises:
         CatalogError: if there is no generated module at ``path``.
     """
-    version: object = __version__
     try:
-        data = json.loads((path / METADATA).read_text())
-        if not isinstance(data, dict) or "convgen" not in data:
-            raise _NotGenerated(f"{path} is not a generated module")
-        version = data["convgen"]
-        backends = data["backends"]
-        return Generated(
-            path=path,
-            spec=ConvSpec.from_dict(data["spec"]),
-            version=str(version),
-            command=str(data["command"]),
-            dtypes={backend: tuple(backends[backend]["dtypes"]) for backend in backends},
-            kernels={backend: backends[backend]["kernels"] for backend in backends},
-        )
-    except _NotGenerated:
-        raise
+        data = documents.read(path / METADATA)
     except FileNotFoundError:
         raise _NotGenerated(f"{path} is not a generated module") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DocumentError as error:
+        raise CatalogError(f"{path / METADATA} cannot be read: {error}") from error
+    if not isinstance(data, dict) or "convgen" not in data:
+        raise _NotGenerated(f"{path} is not a generated module")
+    try:
+        described = documents.record(
+            {key: value for key, value in data.items() if key in _DESCRIBED}, _Description, ""
+        )
+        backends = {
+            backend: documents.record(held, _Backend, f"backends.{backend}")
+            for backend, held in described.backends.items()
+        }
+        return Generated(
+            path=path,
+            spec=ConvSpec.from_dict(described.spec),
+            version=described.convgen,
+            command=described.command,
+            dtypes={backend: held.dtypes for backend, held in backends.items()},
+            kernels={
+                backend: [dict(asdict(kernel)) for kernel in held.kernels]
+                for backend, held in backends.items()
+            },
+        )
+    except (DocumentError, SpecError) as error:
+        version = documents.plain(str(data["convgen"]))
         if version != __version__:
             raise CatalogError(
                 f"{path} was written by convgen {version}, and this is {__version__}, which cannot "
-                f"read its {METADATA} ({error!r}): generate it anew"
+                f"read its {METADATA} ({error}): generate it anew"
             ) from error
         raise CatalogError(f"{path / METADATA} cannot be read: {error}") from error
 

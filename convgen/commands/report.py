@@ -21,6 +21,7 @@ import click
 from convgen.building import disk
 from convgen.commands import catalog
 from convgen.commands.catalog import Generated
+from convgen.spec.documents import plain
 
 if TYPE_CHECKING:
     from convgen.building.doctor import Finding
@@ -359,7 +360,8 @@ def _plus(term: str, constant: int) -> str:
 
 
 def _schedule(kernel: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in kernel["schedule"].items())
+    fields = kernel["schedule"].items()
+    return ", ".join(f"{plain(name)} {plain(str(value))}" for name, value in fields)
 
 
 def _print_table(

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from convgen.spec import ConvSpec, SpecError
+from convgen.spec import ConvSpec, SpecError, documents
+from convgen.spec.documents import DocumentError, Length, Range
 
 _FOLDER = Path(__file__).parents[1] / "suites"
+
+
+_MOST_ELEMENTS = 1 << 48
+"""Of a tensor: beyond all memory, though not beyond what sizes in bytes can be."""
+
+Extent = Annotated[int, Range(0, _MOST_ELEMENTS)]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What an entry of a suite says beside the specification."""
+
+    name: Annotated[str, Length(1, 200)]
+    input: Annotated[tuple[Extent, ...], Length(2, 8)]
+    out_channels: Extent
+    bias: bool = False
+
+
+_OF_LAYER = {field.name for field in fields(_Entry)}
 
 
 class SuiteError(ValueError):
@@ -33,20 +52,21 @@ class Layer:
     bias: bool
 
     def __post_init__(self) -> None:
+        name, given = documents.plain(self.name), documents.shown(list(self.input_shape))
         if len(self.input_shape) != self.spec.ndim + 2:
             raise SuiteError(
-                f"layer {self.name}: {self.spec.op} takes a batched input of {self.spec.ndim + 2} "
-                f"dimensions, not {list(self.input_shape)}"
-            )
-        if any(extent < 1 for extent in self.output_shape):
-            raise SuiteError(
-                f"layer {self.name}: an input of {list(self.input_shape)} gives no output, "
-                f"{list(self.output_shape)}"
+                f"layer {name}: {self.spec.op} takes a batched input of {self.spec.ndim + 2} "
+                f"dimensions, not {given}"
             )
         try:
             self.fixed()
         except SpecError as error:
-            raise SuiteError(f"layer {self.name}: {error}") from error
+            raise SuiteError(f"layer {name}: {error}") from error
+        output = documents.shown(list(self.output_shape))
+        if any(extent < 1 for extent in self.output_shape):
+            raise SuiteError(f"layer {name}: an input of {given} gives no output, {output}")
+        if max(map(math.prod, (self.input_shape, self.output_shape))) > _MOST_ELEMENTS:
+            raise SuiteError(f"layer {name}: {given} -> {output} is beyond all memory")
 
     @property
     def in_channels(self) -> int:
@@ -165,24 +185,37 @@ def read_suite(name: str) -> list[Layer]:
     Raises:
         SuiteError: if there is no such suite or file, or a layer in it is wrong.
     """
+    return _read_suite(name, ())
+
+
+def _read_suite(name: str, within: tuple[Path, ...]) -> list[Layer]:
+    """:func:`read_suite` of what other suites (``within``) are "of"."""
     if name.endswith(".json"):
         path = Path(name)
     elif name in suites():
         path = _FOLDER / f"{name}.json"
     else:
-        raise SuiteError(f"no suite {name!r}: choose {', '.join(suites())}, or give a .json file")
+        shown = documents.shown(name)
+        raise SuiteError(f"no suite {shown}: choose {', '.join(suites())}, or give a .json file")
+    shown = documents.plain(str(path))
+    if path in within:
+        raise SuiteError(f'{shown} names itself, or a suite "of" it, in "of"')
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SuiteError(f"{path} cannot be read: {error}") from error
+        data = documents.read(path)
+    except (FileNotFoundError, DocumentError) as error:
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else error
+        raise SuiteError(f"{shown} cannot be read: {why}") from error
     entries = data.get("layers") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise SuiteError(f'{path} is no suite: it needs {{"layers": [...]}}')
-    parent = {layer.name: layer for layer in read_suite(data["of"])} if "of" in data else {}
-    layers = [_layer(path, entry, parent) for entry in entries]
+        raise SuiteError(f'{shown} is no suite: it needs {{"layers": [...]}}')
+    of = data.get("of", "")
+    if not isinstance(of, str):
+        raise SuiteError(f'{shown}: "of" is the name of a suite, not {documents.shown(of)}')
+    parent = {layer.name: layer for layer in _read_suite(of, (*within, path))} if of else {}
+    layers = [_layer(shown, n, entry, parent) for n, entry in enumerate(entries)]
     names = [layer.name for layer in layers]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
-        raise SuiteError(f"{path} has several layers named {', '.join(repeated)}")
+        raise SuiteError(f"{shown} has several layers named {', '.join(repeated)}")
     return layers
 
 
@@ -197,30 +230,32 @@ def select(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
         found = {layer.name: layer for layer in layers if fnmatchcase(layer.name, pattern)}
         if not found:
             known = ", ".join(layer.name for layer in layers)
-            raise SuiteError(f"no layer {pattern!r}: there are {known}")
+            raise SuiteError(f"no layer {documents.shown(pattern)}: there are {known}")
         chosen |= {name: layer for name, layer in found.items() if name not in chosen}
     return list(chosen.values())
 
 
-def _layer(path: Path, entry: object, parent: Mapping[str, Layer]) -> Layer:
+def _layer(suite: str, number: int, entry: object, parent: Mapping[str, Layer]) -> Layer:
     if isinstance(entry, str):
         if entry not in parent:
-            raise SuiteError(f'{path}: no layer {entry!r} in the suite that "of" names')
+            shown = documents.shown(entry)
+            raise SuiteError(f'{suite}: no layer {shown} in the suite that "of" names')
         return parent[entry]
     if not isinstance(entry, dict):
-        raise SuiteError(f"{path}: a layer is an object or a name, not {entry!r}")
-    fields: dict[str, Any] = dict(entry)
-    name = str(fields.pop("name", "?"))
+        raise SuiteError(f"{suite}: a layer is an object or a name, not {documents.shown(entry)}")
+    name = entry.get("name")
+    where = f"{suite}, layers[{number}]"
+    if isinstance(name, str):
+        where = f"{suite}, layer {documents.plain(name)}"
     try:
-        shape = tuple(int(extent) for extent in fields.pop("input"))
-        out_channels = int(fields.pop("out_channels"))
-        bias = bool(fields.pop("bias", False))
-        if reserved := {"in_channels"} & set(fields):
-            raise SuiteError(f"{path}, layer {name}: {reserved.pop()} follows from the input")
-        return Layer(name, ConvSpec.from_dict(fields), shape, out_channels, bias)
-    except KeyError as error:
-        raise SuiteError(f"{path}, layer {name}: {error.args[0]} is missing") from error
+        specific = {key: value for key, value in entry.items() if key not in _OF_LAYER}
+        own = documents.record(
+            {key: value for key, value in entry.items() if key in _OF_LAYER}, _Entry, ""
+        )
+        if "in_channels" in specific:
+            raise DocumentError("in_channels follows from the input")
+        return Layer(own.name, ConvSpec.from_dict(specific), own.input, own.out_channels, own.bias)
     except SuiteError as error:
-        raise SuiteError(f"{path}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise SuiteError(f"{path}, layer {name}: {error}") from error
+        raise SuiteError(f"{suite}: {error}") from error
+    except ValueError as error:
+        raise SuiteError(f"{where}: {error}") from error

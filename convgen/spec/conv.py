@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from convgen.spec import documents
+from convgen.spec.documents import DocumentError
 from convgen.spec.geometry import Geometry, Triple
 
 OPERATORS = (
@@ -141,9 +143,9 @@ class ConvSpec:
             if value is None:
                 continue
             if value < 1:
-                raise SpecError(f"{name}={value}: must be at least 1")
+                raise SpecError(f"{name}={documents.shown(value)}: must be at least 1")
             if value > _MAX_CHANNELS:
-                raise SpecError(f"{name}={value}: must not exceed {_MAX_CHANNELS}")
+                raise SpecError(f"{name}={documents.shown(value)}: must not exceed {_MAX_CHANNELS}")
             if value % self.groups:
                 raise SpecError(
                     f"{name}={value} is not divisible by groups={self.groups}: "
@@ -301,9 +303,12 @@ class ConvSpec:
         Raises:
             SpecError: for unknown or missing fields, or values that :meth:`make` refuses.
         """
+        if not isinstance(data, Mapping):
+            raise SpecError(f"a specification is an object, not {documents.shown(data)}")
         known = {field.name for field in fields(ConvSpec)}
         if unknown := sorted(set(data) - known):
-            raise SpecError(f"unknown fields in a specification: {', '.join(unknown)}")
+            names = documents.plain(", ".join(unknown))
+            raise SpecError(f"unknown fields in a specification: {names}")
         if missing := sorted({"op", "kernel_size"} - set(data)):
             raise SpecError(f"a specification needs the fields {', '.join(missing)}")
         return ConvSpec.make(**data)
@@ -315,17 +320,15 @@ class ConvSpec:
     def from_json(text: str) -> ConvSpec:
         """Inverse of :meth:`to_json`; raises SpecError for text that is no specification."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            return ConvSpec.from_dict(documents.parse(text))
+        except DocumentError as error:
             raise SpecError(f"not a JSON specification: {error}") from error
-        if not isinstance(data, dict):
-            raise SpecError("a JSON specification is an object")
-        return ConvSpec.from_dict(data)
 
 
 def _ndim(op: str) -> int:
     if op not in OPERATORS:
-        raise SpecError(f"op={op!r} is not known: choose one of {', '.join(OPERATORS)}")
+        known = ", ".join(OPERATORS)
+        raise SpecError(f"op={documents.shown(op)} is not known: choose one of {known}")
     match = re.search(r"([123])d$", op)
     assert match is not None
     return int(match[1])
@@ -338,7 +341,7 @@ def _integer(name: str, value: object) -> int:
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise SpecError(f"{name}={value!r} must be an int") from None
+        raise SpecError(f"{name}={documents.shown(value)} must be an int") from None
 
 
 def _tuple(name: str, value: int | Iterable[int], ndim: int) -> tuple[int, ...]:
@@ -352,7 +355,8 @@ def _tuple(name: str, value: int | Iterable[int], ndim: int) -> tuple[int, ...]:
         values *= ndim
     if len(values) != ndim:
         allowed = "one int" if ndim == 1 else f"one int or {ndim}"
-        raise SpecError(f"{name}={','.join(map(str, values))!r}: give {allowed}")
+        given = ",".join(map(documents.shown, values[:9]))
+        raise SpecError(f"{name}={given!r}: give {allowed}")
     return values
 
 
@@ -361,9 +365,11 @@ def _padding(op: str, value: int | Iterable[int] | str, ndim: int) -> tuple[int,
         return _tuple("padding", value, ndim)
     ints = "an int" if ndim == 1 else f"an int or {ndim} ints"
     if op.startswith("conv_transpose"):
-        raise SpecError(f"padding={value!r}: {op} takes {ints}")
+        raise SpecError(f"padding={documents.shown(value)}: {op} takes {ints}")
     if value not in ("same", "valid"):
-        raise SpecError(f"padding={value!r} is not known: give {ints}, 'same' or 'valid'")
+        raise SpecError(
+            f"padding={documents.shown(value)} is not known: give {ints}, 'same' or 'valid'"
+        )
     return "same" if value == "same" else (0,) * ndim
 
 
@@ -375,7 +381,8 @@ def _in_range(name: str, values: tuple[int, ...], least: int) -> None:
 
 
 def _show(values: tuple[int, ...]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else ",".join(map(str, values))
+    shown = values[:1] if len(set(values)) == 1 else values[:9]
+    return ",".join(map(documents.shown, shown))
 
 
 def _compact(values: tuple[int, ...]) -> str:

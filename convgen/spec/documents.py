@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import reprlib
 import stat
 import typing
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ MOST_BYTES = 16 << 20
 """Of a document: a hundred times what the largest table has."""
 
 _MOST_DIGITS = 30
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 4, 60, 60
 
 
 class DocumentError(ValueError):
@@ -128,13 +132,13 @@ def conform(value: Any, hint: Any, where: str) -> Any:
         if type(value) not in (int, float) or not math.isfinite(value):
             raise _unfit(value, "a finite number", where)
         return float(value)
-    kinds = {int: "an int", str: "a string", bool: "true or false"}
+    kinds = {int: "an int", str: "a printable string", bool: "true or false"}
     if hint not in kinds:
         assert origin in (Mapping, dict) or hint is dict, f"{where}: {hint}"
         if not isinstance(value, dict):
             raise _unfit(value, "an object", where)
         return value
-    if type(value) is not hint:
+    if type(value) is not hint or (hint is str and not value.isprintable()):
         raise _unfit(value, kinds[hint], where)
     return value
 
@@ -158,9 +162,11 @@ def record(value: Any, kind: type[Record], where: str) -> Record:
         for field in known
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
-    if not needed <= set(value) <= names:
-        wrong = shown(sorted(map(str, value)))
-        raise DocumentError(f"{where or kind.__name__} has the fields {sorted(names)}, not {wrong}")
+    what = where or "it"
+    if unknown := sorted(value.keys() - names):
+        raise DocumentError(f"{what} has no field {plain(', '.join(unknown))}")
+    if missing := sorted(needed - value.keys()):
+        raise DocumentError(f"{what} lacks {', '.join(missing)}")
     hints = _hints(kind)
     prefix = f"{where}." if where else ""
     return kind(**{name: conform(value[name], hints[name], prefix + name) for name in value})
@@ -169,10 +175,9 @@ def record(value: Any, kind: type[Record], where: str) -> Record:
 def shown(value: object) -> str:
     """A value for a message: printable, on one line, and not long."""
     try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested deeply; an int of thousands of digits
-        text = f"<{type(value).__name__}>"
-    return plain(text)
+        return plain(_SHORT.repr(value))
+    except ValueError:  # an int of thousands of digits
+        return f"<{type(value).__name__}>"
 
 
 def plain(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,21 @@ def test_a_file_may_pick_layers_of_a_suite_and_add_its_own(tmp_path: Path) -> No
         ({"layers": [{**LAYER, "input": [2, 4, 2]}]}, "gives no output"),
         ({"layers": [{**LAYER, "kernel": 3}]}, "unknown fields in a specification: kernel"),
         ({"layers": [{**LAYER, "in_channels": 4}]}, "follows from the input"),
-        ({"layers": [{k: v for k, v in LAYER.items() if k != "input"}]}, "input is missing"),
+        ({"layers": [{k: v for k, v in LAYER.items() if k != "input"}]}, "it lacks input"),
+        ({"layers": [{**LAYER, "bias": 1}]}, "layer a: bias must be true or false"),
+        ({"layers": [{**LAYER, "name": 3}]}, r"layers\[0\]: name must be a string"),
+        ({"layers": [{**LAYER, "input": [2.0, 4, 9]}]}, r"input\[0\] must be an int"),
+        ({"layers": [{**LAYER, "input": [2, True, 9]}]}, r"input\[1\] must be an int"),
+        ({"layers": [{**LAYER, "input": "abc"}]}, "input must be a list"),
+        ({"layers": [{**LAYER, "input": [10**9] * 3}]}, "beyond all memory|must not exceed"),
+        ({"layers": [{**LAYER, "input": [1, 4, 10**400]}]}, r"input\[2\] must be an int, not inf"),
+        ({"layers": [{**LAYER, "out_channels": float("nan")}]}, "out_channels must be an int"),
+        ({"layers": [{**LAYER, "kernel_size": {"a": 1}}]}, "kernel_size='a' must be an int"),
+        ({"layers": [{**LAYER, "kernel_size": [[[3]]]}]}, "must be an int"),
+        ({"layers": [{**LAYER, "kernel_size": [1] * 100_000}]}, "give one int"),
+        ({"layers": [{**LAYER, "stride": float("inf")}]}, "stride=inf must be an int"),
+        ({"of": 3, "layers": [LAYER]}, '"of" is the name of a suite'),
+        ({"of": ["kernelbench"], "layers": [LAYER]}, '"of" is the name of a suite'),
     ],
 )
 def test_a_wrong_suite_is_refused_with_the_reason(
@@ -134,7 +149,32 @@ def test_a_wrong_suite_is_refused_with_the_reason(
 ) -> None:
     path = tmp_path / "suite.json"
     path.write_text(json.dumps(suite))
-    with pytest.raises(SuiteError, match=message):
+    with pytest.raises(SuiteError, match=message) as raised:
+        read_suite(str(path))
+    assert len(str(raised.value)) < 500
+    assert str(raised.value).isprintable()
+
+
+def test_suites_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text('{"of": "b.json", "layers": [1]}')
+    Path("b.json").write_text('{"of": "a.json", "layers": [1]}')
+    with pytest.raises(SuiteError, match=r'a\.json names itself, or a suite "of" it'):
+        read_suite("a.json")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "deep", "NaN of a field"])
+def test_what_is_no_document_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "suite.json"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("[" * 100_000 if kind == "deep" else '{"layers": NaN}')
+    with pytest.raises(SuiteError, match=r"cannot be read|is no suite"):
         read_suite(str(path))
 
 

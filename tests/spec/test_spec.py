@@ -250,7 +250,7 @@ def test_specifications_are_immutable() -> None:
     ("text", "message"),
     [
         ("{", "not a JSON specification"),
-        ("[]", "a JSON specification is an object"),
+        ("[]", "a specification is an object"),
         ("{}", "needs the fields kernel_size, op"),
         ('{"op": "conv1d", "kernel_size": 3, "strides": 2}', "unknown fields"),
         ('{"op": "conv1d", "kernel_size": "3"}', "kernel_size='3' must be an int"),
