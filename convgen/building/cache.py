@@ -30,6 +30,7 @@ from typing import Any
 
 from convgen.building import disk, locks
 from convgen.building.errors import BuildError
+from convgen.spec import documents
 
 MARKER = "entry.json"
 KEY_DIGITS = 64
@@ -73,10 +74,16 @@ def cache_path() -> Path:
     Touches no file.
 
     Raises:
-        BuildError: where neither is set and there is no home folder.
+        BuildError: where neither is set and there is no home folder, or that of ``~user``.
     """
     if given := os.environ.get("CONVGEN_CACHE_DIR"):
-        return Path(given).expanduser().absolute()
+        try:
+            return Path(given).expanduser().absolute()
+        except (RuntimeError, OSError) as error:  # ~nobody; a working folder that was deleted
+            shown = documents.plain(given)
+            raise BuildError(
+                f"CONVGEN_CACHE_DIR={shown} is nowhere ({error}): {_ADVICE}"
+            ) from error
     # The XDG specification has relative paths ignored.
     if (xdg := os.environ.get("XDG_CACHE_HOME")) and os.path.isabs(xdg):
         return Path(xdg) / "convgen"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -139,6 +140,55 @@ def write_atomically(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary_name)
         raise
+
+
+def write_anywhere(path: Path, text: str) -> None:
+    """Writes a file, or the one that a link leads to, atomically; a pipe or device as it is."""
+    real = Path(os.path.realpath(path))
+    if _is_special(real):
+        with open(_open_special(real), "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+    else:
+        write_atomically(real, text)
+
+
+def check_writable(path: Path, parents: bool = False) -> None:
+    """Tries whether :func:`write_anywhere` can write a file, and leaves no trace.
+
+    With ``parents`` folders that are missing will be made.
+
+    Raises:
+        OSError: if not.
+    """
+    real = Path(os.path.realpath(path))
+    if _is_special(real):
+        os.close(_open_special(real))
+        return
+    if real.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = real.parent
+    while parents and not os.path.lexists(folder):
+        folder = folder.parent
+    # Asking beforehand does not help root, nor on a file system that is mounted read-only.
+    descriptor, name = tempfile.mkstemp(prefix=f".{real.name}.", dir=folder)
+    os.close(descriptor)
+    os.unlink(name)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether something lies there that is neither a file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _open_special(path: Path) -> int:
+    """Opens a pipe or device; a FIFO that nobody reads is an error, not a wait."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def sha256(path: Path) -> str:

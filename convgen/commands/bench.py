@@ -14,29 +14,14 @@ from convgen.commands import options
 @options.layers
 @click.option("--bias", is_flag=True, help="Give the one layer a bias.")
 @options.setting
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="S",
-    help="Time for all layers, without compiling.  [default: about 10 s a layer]",
-)
+@options.seconds("Time for all layers, without compiling.  [default: about 10 s a layer]")
 @click.option(
     "--overhead", is_flag=True, help="Measure instead what a forward call costs the host."
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write all figures as JSON, after every layer.",
-)
-@click.option(
-    "--plot",
-    "plot_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE.png",
-    help="Draw a roofline and the speed-ups.",
+@options.seed
+@options.output("--json", "json_file", help_text="Write all figures as JSON, after every layer.")
+@options.output(
+    "--plot", "plot_file", metavar="FILE.png", help_text="Draw a roofline and the speed-ups."
 )
 def command(
     suite: str | None,
@@ -72,7 +57,7 @@ def command(
 
     chosen = options.chosen_layers(suite, patterns, kernel, shape, out_channels, bias, constants)
     if plot_file:
-        plots.matplotlib_figure()  # Rather now than after the work.
+        plots.check(plot_file)  # Rather now than after the work.
     # These import torch, which takes a second or two.
     from convgen.measuring import bench
     from convgen.measuring.overhead import overheads
@@ -80,7 +65,7 @@ def command(
     where = bench.device_for(device)
     if where is None:
         raise click.UsageError("--device cuda: there is no GPU that torch can use.")
-    with report.plain_warnings(), report.Progress() as progress:
+    with report.Progress() as progress:
         modules = bench.compile_layers(chosen, where, dtype, fixed_channels, progress)
     if overhead:
         host = overheads(chosen, modules, device=where, dtype=dtype, tf32=tf32)

@@ -188,7 +188,7 @@ def find(names: Iterable[str], folder: Path, refused: list[str] | None = None) -
             path = Path(name)
         if not path.is_dir():
             there = ", ".join(module.name for module in scan(folder)) or "no modules"
-            raise CatalogError(f"no module {name!r} in {folder}: it holds {there}")
+            raise CatalogError(f"no module {documents.shown(name)} in {folder}: it holds {there}")
         modules.append(load(path))
     return modules or scan(folder, refused)
 

@@ -79,7 +79,7 @@ def command(
     if archs and backend == "cpu":
         raise click.UsageError("--arch is for --backend cuda or auto.")
     target = catalog.destination(out, spec.name if name is None else name, spec)
-    with report.plain_warnings(), report.Progress() as progress:
+    with report.Progress() as progress:
         package = build(
             spec,
             dtypes=dtypes,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from convgen.engines.backends import BACKENDS
-from convgen.spec import OPERATORS, ConvSpec
+from convgen.spec import OPERATORS, ConvSpec, documents
 from convgen.spec.dtypes import DTYPES, parse_dtype
 
 if TYPE_CHECKING:
@@ -35,6 +35,14 @@ modules_folder = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Where the generated modules lie.",
 )
+seed = click.option(
+    "--seed",
+    type=click.IntRange(0, (1 << 63) - 1),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Of the inputs.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -50,10 +58,44 @@ def extents(*words: str) -> Callable[[str | int], tuple[int, ...] | str]:
         except ValueError:
             allowed = "".join(f", nor {word!r}" for word in words)
             raise click.BadParameter(
-                f"{text!r} is neither an int nor ints as in 3,5,7{allowed}."
+                f"{documents.shown(text)} is neither an int nor ints as in 3,5,7{allowed}."
             ) from None
 
     return parse
+
+
+def seconds(help_text: str) -> Callable[[Command], Command]:
+    """The option that limits the time of a measurement."""
+    return click.option(
+        "--seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        callback=finite,
+        metavar="S",
+        help=help_text,
+    )
+
+
+def output(*names: str, metavar: str = "FILE", help_text: str) -> Callable[[Command], Command]:
+    """An option that names a file to write, which is tried before any work is done."""
+
+    def check(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+        from convgen.building import disk
+
+        if value is not None:
+            try:
+                disk.check_writable(value)
+            except OSError as error:
+                shown = documents.plain(str(value))
+                raise click.BadParameter(f"cannot write {shown}: {error.strerror}.") from error
+        return value
+
+    return click.option(
+        *names,
+        type=click.Path(dir_okay=False, path_type=Path),
+        callback=check,
+        metavar=metavar,
+        help=help_text,
+    )
 
 
 def split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -65,7 +107,7 @@ def split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tup
 def finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
     """Refuses infinities and what is no number, which click takes for numbers."""
     if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no number of days.")
+        raise click.BadParameter(f"{value} is not finite.")
     return value
 
 

@@ -11,7 +11,6 @@ import json as json_format
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +40,8 @@ def json(value: object) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a value as JSON into a file, whole or not at all."""
-    disk.write_atomically(path, json_format.dumps(value, indent=2) + "\n")
+    """Writes a value as JSON into a file, whole or not at all; a pipe or device gets the text."""
+    disk.write_anywhere(path, json_format.dumps(value, indent=2) + "\n")
 
 
 def written(module: Generated, compiled: bool, seconds: float) -> None:
@@ -446,16 +445,4 @@ def waiting(what: str) -> Iterator[None]:
     from rich.console import Console
 
     with Console(stderr=True).status(what):
-        yield
-
-
-@contextlib.contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Warnings are a line on stderr, without the place in convgen's source."""
-
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        click.echo(f"Warning: {message}", err=True)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
         yield

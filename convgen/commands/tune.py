@@ -29,13 +29,8 @@ from convgen.spec import CONTRACTIONS
     metavar="N",
     help="Schedules to compile for each contraction: the default, the table's, the model's best.",
 )
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="S",
-    help="Time for all, without compiling.  [default: about 4 s a contraction]",
-)
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+@options.seconds("Time for all, without compiling.  [default: about 4 s a contraction]")
+@options.seed
 @click.option(
     "--table",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -45,13 +40,7 @@ from convgen.spec import CONTRACTIONS
 @click.option(
     "--dry-run", is_flag=True, help="Only list the candidates, with their predicted times."
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write all candidates and their times as JSON.",
-)
+@options.output("--json", "json_file", help_text="Write all candidates and their times as JSON.")
 def command(
     suite: str | None,
     patterns: tuple[str, ...],
@@ -86,6 +75,7 @@ def command(
     from convgen.building import gpus
     from convgen.commands import report
     from convgen.engines import tuned
+    from convgen.tuning import tables
 
     chosen = options.chosen_layers(suite, patterns, kernel, shape, out_channels, False, constants)
     path = table or tuned.user_table()
@@ -93,9 +83,11 @@ def command(
         raise click.UsageError("CONVGEN_TUNED=0 switches tables off: give --table.")
     if path is not None:
         tuned.read(path)  # Rather now than after the work.
+    if path is not None and not dry_run:
+        tables.check_writable(path)
     # These import torch, which takes a second or two.
     from convgen.measuring import bench
-    from convgen.tuning import choice, jobs, tables, tune
+    from convgen.tuning import choice, jobs, tune
 
     where = bench.device_for(device)
     if where is None and not dry_run:
@@ -115,7 +107,7 @@ def command(
     if dry_run or where is None:
         report.candidates(outcomes)
         raise click.exceptions.Exit(0)
-    with report.plain_warnings(), report.Progress() as progress:
+    with report.Progress() as progress:
         tune.compile_candidates(outcomes, backend, progress=progress)
     with report.Progress() as progress:
 

@@ -28,7 +28,7 @@ from convgen.spec.dtypes import DTYPES
 @click.option(
     "--all", "show_all", is_flag=True, help="Print every case, not the worst of each kind."
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the inputs.")
+@options.seed
 @click.option(
     "--interpret",
     is_flag=True,

@@ -271,6 +271,6 @@ def _read(path: Path, changed_ns: int, size_bytes: int) -> Table:
 
 def _unreadable(path: Path, why: str) -> str:
     return (
-        f"the table of tuned schedules {path} cannot be read ({why}): delete it, or set "
+        f"the table of tuned schedules {path} cannot be read ({why}): move it away, or set "
         f"{VARIABLE} to another file (0 for none)"
     )

@@ -27,7 +27,18 @@ def matplotlib_figure() -> Any:
     try:
         return importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
-        raise PlotError("--plot needs matplotlib: pip install 'convgen[bench]'") from error
+        raise PlotError("--plot needs matplotlib: pip install matplotlib") from error
+
+
+def check(path: Path) -> None:
+    """Whether :func:`plot` can draw into such a file.
+
+    Raises:
+        PlotError: without matplotlib, or for a format that it lacks.
+    """
+    known = matplotlib_figure()().canvas.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise PlotError(f"{path}: no format {path.suffix}; there are {', '.join(sorted(known))}")
 
 
 def plot(report: Report, path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from convgen.building.disk import write_atomically
+from convgen.building import disk
 from convgen.engines.tuned import VARIABLE, VERSION, TunedError, Winner, read_table
 
 
@@ -31,12 +31,28 @@ def store(winners: Iterable[Winner], path: Path) -> int:
             # What this version cannot use is not its to delete.
             entries = [*map(asdict, rows), *held.others]
             text = json.dumps({"version": VERSION, "winners": entries}, indent=1)
-            write_atomically(path, text + "\n")
+            disk.write_anywhere(path, text + "\n")
             return len(table)
     except OSError as error:
-        raise TunedError(
-            f"cannot write the table {path}: {error.strerror}; set {VARIABLE} to another file"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """Tries whether a table can be written, and leaves no trace.
+
+    Raises:
+        TunedError: if not.
+    """
+    try:
+        disk.check_writable(path, parents=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> TunedError:
+    return TunedError(
+        f"cannot write the table {path}: {error.strerror}; set {VARIABLE} to another file"
+    )
 
 
 @contextlib.contextmanager

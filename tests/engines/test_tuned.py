@@ -180,7 +180,7 @@ class TestFaults:
         table.write_text(text, errors="surrogateescape")
         for use in (found, lambda: tables.store([winner()], table)):
             with pytest.raises(
-                TunedError, match=r"tuned\.json cannot be read .* delete it, or set"
+                TunedError, match=r"tuned\.json cannot be read .* move it away, or set"
             ):
                 use()
         assert table.read_text(errors="surrogateescape") == text

@@ -150,7 +150,7 @@ def test_what_is_no_regular_file_is_named_at_once(path: Path) -> None:
             path.rmdir()
             with open(path, "w") as file:
                 file.truncate(1 << 40)
-        with pytest.raises(TunedError, match=r"cannot be read \([iI].*\): delete it, or"):
+        with pytest.raises(TunedError, match=r"cannot be read \([iI].*\): move it away, or"):
             found()
 
 
