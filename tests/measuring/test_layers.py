@@ -129,7 +129,7 @@ def test_a_file_may_pick_layers_of_a_suite_and_add_its_own(tmp_path: Path) -> No
         ({"layers": [{**LAYER, "in_channels": 4}]}, "follows from the input"),
         ({"layers": [{k: v for k, v in LAYER.items() if k != "input"}]}, "it lacks input"),
         ({"layers": [{**LAYER, "bias": 1}]}, "layer a: bias must be true or false"),
-        ({"layers": [{**LAYER, "name": 3}]}, r"layers\[0\]: name must be a string"),
+        ({"layers": [{**LAYER, "name": 3}]}, r"layers\[0\]: name must be a printable string"),
         ({"layers": [{**LAYER, "input": [2.0, 4, 9]}]}, r"input\[0\] must be an int"),
         ({"layers": [{**LAYER, "input": [2, True, 9]}]}, r"input\[1\] must be an int"),
         ({"layers": [{**LAYER, "input": "abc"}]}, "input must be a list"),
