@@ -5,13 +5,16 @@ Torch is imported only with the module itself, so that ``convgen generate`` answ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from convgen.building import gpus, toolchain
-from convgen.building.build import Library, Progress, build
+from convgen.building.build import BuildWarning, Library, Progress, build
+from convgen.building.errors import BuildError
+from convgen.building.folders import describe
 from convgen.building.folders import export as export
 from convgen.building.folders import load as load
 from convgen.building.processor import processor_name
@@ -134,6 +137,35 @@ def generate(
     files = render(spec, BACKENDS if auto else chosen, given, schedules, on_unit)
     libraries = [_library(backend, files, commands[backend][0]) for backend in chosen]
     return build(spec.name, files, libraries, progress=progress)
+
+
+def supplement(package: Path, backend: str, dtype: str) -> ModuleType:
+    """A module with the kernels that a package lacks for a backend and dtype, of its specification.
+
+    For generated packages, which call it when they are first asked for such kernels. It warns
+    before it compiles, since that takes seconds.
+
+    Raises:
+        SpecError, ToolchainError, BuildError, TunedError: as :func:`generate` does.
+    """
+    described = describe(package)
+    if described is None:
+        raise BuildError(f"{package} has no spec.json of convgen's, which says what to compile")
+    spec = ConvSpec.from_dict(described["spec"])
+    warned = False
+
+    def warn(done: int, total: int, what: str) -> None:
+        nonlocal warned
+        if total and not warned:  # 0 while it renders
+            warnings.warn(
+                f"{package.name} lacks {dtype} kernels for {backend}, and is asked for them: "
+                "compiling them for the cache, once for this machine",
+                BuildWarning,
+                stacklevel=2,
+            )
+            warned = True
+
+    return load(generate(spec, dtypes=(dtype,), backends=(backend,), progress=warn))
 
 
 def render(

@@ -35,7 +35,7 @@ _SHOWN_ERRORS = 3
 
 
 class BuildWarning(UserWarning):
-    """A library was built, but a kernel in it will be slow: ptxas reports spilled registers."""
+    """What a user should know of a build: a kernel in it is slow, or it was not called for."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convgen import __version__
-from convgen.codegen.render import command_line, render_template
+from convgen.codegen.render import call, command_line, render_template
 from convgen.engines import tensor_cores
 from convgen.engines.implicit_gemm import common as implicit_gemm
 from convgen.engines.registry import AnyPlan
@@ -23,7 +23,10 @@ from convgen.spec.dtypes import DTYPES, MODES
 
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
-PYTHON = ("__init__.py", "_operators.py", "_integration.py", "_kernels.py", "_runtime.py")
+PYTHON = (
+    *("__init__.py", "_operators.py", "_integration.py"),
+    *("_kernels.py", "_supplement.py", "_runtime.py"),
+)
 """The modules of a package, each with a template of its own."""
 
 _DIGEST = "@DIGEST@"
@@ -45,6 +48,7 @@ def render_package(
         "version": __version__,
         "spec": spec,
         "command": _lines(command_line(spec)),
+        "call": _lines(call(spec)),
         "namespace": f"convgen_{spec.name}_{_DIGEST}",
         "backends": {name: kernels["dtypes"] for name, kernels in description["backends"].items()},
         "dtypes": DTYPES,

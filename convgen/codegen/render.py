@@ -142,3 +142,24 @@ def command_line(spec: ConvSpec) -> str:
     if spec.out_channels is not None:
         words.append(f"--out-channels {spec.out_channels}")
     return " ".join(words)
+
+
+def call(spec: ConvSpec) -> str:
+    """The call of ``convgen.specialize`` for a specification, open for more arguments."""
+    arguments = [repr(spec.op)]
+    for field, default in (
+        ("kernel_size", None),
+        ("stride", 1),
+        ("padding", 0),
+        ("output_padding", 0),
+        ("dilation", 1),
+        ("groups", 1),
+        ("in_channels", None),
+        ("out_channels", None),
+    ):
+        value = getattr(spec, field)
+        if isinstance(value, tuple) and len(set(value)) == 1:
+            value = value[0]
+        if value != default:
+            arguments.append(f"{field}={value!r}")
+    return f"convgen.specialize({', '.join(arguments)}"

@@ -203,15 +203,6 @@ class TestAutocast:
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, expected)
 
-    def test_says_which_dtype_to_generate(self, package: Package) -> None:
-        module = package("conv_transpose3d", kernel_size=3, stride=2)
-        x, w, _ = self.operands("cpu")
-        with (
-            torch.autocast("cpu", torch.bfloat16),
-            pytest.raises(RuntimeError, match=r"not for torch.bfloat16: run `convgen generate"),
-        ):
-            module.conv_transpose3d(x, w)
-
 
 @pytest.mark.gpu
 class TestStreams:
