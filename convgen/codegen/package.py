@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convgen import __version__
-from convgen.codegen.render import call, command_line, render_template
+from convgen.codegen.render import command_line, python_call, render_template
 from convgen.engines import tensor_cores
 from convgen.engines.implicit_gemm import common as implicit_gemm
 from convgen.engines.registry import AnyPlan
@@ -48,7 +48,7 @@ def render_package(
         "version": __version__,
         "spec": spec,
         "command": _lines(command_line(spec)),
-        "call": _lines(call(spec)),
+        "call": _lines(python_call(spec)),
         "namespace": f"convgen_{spec.name}_{_DIGEST}",
         "backends": {name: kernels["dtypes"] for name, kernels in description["backends"].items()},
         "dtypes": DTYPES,

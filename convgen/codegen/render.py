@@ -144,7 +144,7 @@ def command_line(spec: ConvSpec) -> str:
     return " ".join(words)
 
 
-def call(spec: ConvSpec) -> str:
+def python_call(spec: ConvSpec) -> str:
     """The call of ``convgen.specialize`` for a specification, open for more arguments."""
     arguments = [repr(spec.op)]
     for field, default in (
