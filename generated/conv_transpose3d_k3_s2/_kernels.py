@@ -19,12 +19,12 @@ from ._runtime import (
     INTERPRETED,
     NAME,
     Launch,
-    check_generated,
     contiguous,
     fp32_precision,
     prepare,
     transpose,
 )
+from ._supplement import check_generated, kernels_elsewhere
 
 KERNEL_SIZE = (3, 3, 3)
 CHANNELS_LAST = torch.channels_last_3d
@@ -213,6 +213,8 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
         layout = _layout(fine, weight, (FINE, WEIGHT, COARSE))
     key = _key("fprop", fine, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
+        if other := _elsewhere(fine, weight):
+            return other.fprop_kernel(fine, weight, bias, size)  # type: ignore[no-any-return]
         shape = fprop_shape(fine, weight, bias, size)
         plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape, layout=layout)
     shape, launch = plan
@@ -234,6 +236,8 @@ def dgrad_kernel(
         layout = _layout(coarse, weight, (COARSE, WEIGHT, FINE))
     key = _key("dgrad", coarse, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
+        if other := _elsewhere(coarse, weight):
+            return other.dgrad_kernel(coarse, weight, bias, size)  # type: ignore[no-any-return]
         shape = dgrad_shape(coarse, weight, bias, size)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape, layout=layout)
     shape, launch = plan
@@ -253,6 +257,8 @@ def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
         layout = _layout(coarse, fine, (COARSE, FINE, WEIGHT))
     key = _key("wgrad", coarse, fine, layout=layout)
     if (plan := _plans.get(key)) is None:
+        if other := _elsewhere(coarse, fine):
+            return other.wgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
     shape, launch = plan
@@ -275,6 +281,8 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
             grad = grad.contiguous()
     key = _key("bgrad", grad, grad, layout=layout)
     if (plan := _plans.get(key)) is None:
+        if other := _elsewhere(grad, grad):
+            return other.bgrad_kernel(grad)  # type: ignore[no-any-return]
         shape = bgrad_shape(grad)
         plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape, layout=layout)
     shape, launch = plan
@@ -293,6 +301,8 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
         return _as_last(weight), bias
     key = _key("wbgrad", coarse, fine)
     if (plan := _plans.get(key)) is None:
+        if other := _elsewhere(coarse, fine):
+            return other.wbgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=0)
     shape, launch = plan
@@ -302,6 +312,13 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
         return weight.zero_(), bgrad_kernel(fine)
     launch.run(arranged(coarse), arranged(fine), weight, bias)
     return weight, bias
+
+
+def _elsewhere(first: Tensor, second: Tensor) -> Any:
+    """The kernels of another package for tensors that this one has none for; else None."""
+    if first.dtype != second.dtype or first.device != second.device:
+        return None  # a mistake, of which the shapes' checks speak
+    return kernels_elsewhere(first.device, first.dtype)
 
 
 def _key(

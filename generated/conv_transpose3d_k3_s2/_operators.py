@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_8bbf6fdf"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_48626c90"
 NAMESPACE += VARIANT
 
 

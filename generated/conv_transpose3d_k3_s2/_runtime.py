@@ -65,21 +65,6 @@ _TOO_LARGE = -1  # CONVGEN_TOO_LARGE
 _libraries: dict[str, ctypes.CDLL] = {}
 
 
-def check_generated(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises RuntimeError where the package has no kernels for a device type and dtype."""
-    dtypes = BACKENDS.get(device.type)
-    if dtypes is None:
-        raise RuntimeError(
-            f"{NAME} is generated for {' and '.join(BACKENDS)}, not for {device.type}: "
-            f"run `{COMMAND} --backend auto` on a machine that has it"
-        )
-    if dtype not in dtypes:
-        raise RuntimeError(
-            f"{NAME} has {device.type} kernels for {', '.join(map(str, dtypes))}, not for {dtype}: "
-            f"run `{COMMAND} --dtype f32,f64,f16,bf16`, or with those of them that you need"
-        )
-
-
 LEAST_ADDRESS = 1 << 40
 """Below it, an address is hardly one of a tensor with memory: see :func:`is_freed`."""
 
@@ -202,7 +187,6 @@ class Launch:
 
 def transpose(source: Tensor, result: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """Copies (batch, rows, columns) to (batch, columns, rows), as both lie in memory, on CUDA."""
-    check_generated(source.device, source.dtype)
     library = _libraries.get(source.device.type) or _load(source.device.type)
     function = library[f"convgen_transpose_{BACKENDS[source.device.type][source.dtype]}"]
     function.argtypes = [ctypes.c_char_p]
@@ -232,9 +216,8 @@ def prepare(
     channels fill an eighth of their products, which are 8 channels wide on both sides.
 
     Raises:
-        RuntimeError: where there is no such kernel, or its library cannot be loaded.
+        RuntimeError: where the library of the device cannot be loaded.
     """
-    check_generated(device, dtype)
     library = _libraries.get(device.type) or _load(device.type)
     gpu = device.index if device.type == "cuda" else None
     numbers = _NUMBERS.pack(
@@ -333,13 +316,8 @@ def _load(backend: str) -> ctypes.CDLL:
             continue
         _libraries[backend] = library
         return library
-    if not refused:
-        raise RuntimeError(
-            f"{FOLDERS[0] / file} is missing: {NAME} was not compiled for {backend} here; "
-            f"run `{COMMAND} --backend auto`"
-        )
     raise RuntimeError(
-        f"{'; '.join(refused)}: it was compiled for another kind of machine, or is damaged; "
+        f"{'; '.join(refused) or file}: it was compiled for another kind of machine, or is damaged; "
         f"run `{COMMAND} --backend auto`"
     )
 
