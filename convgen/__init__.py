@@ -1,6 +1,7 @@
 """convgen: kernels for (transposed) convolutions, specialized, compiled and handed back as modules.
 
-``convgen.specialize(...)`` generates or finds a module, ``convgen.verify(module)`` checks one.
+``convgen.specialize(...)`` generates or finds a module, ``convgen.load(folder)`` imports one that
+was generated, and ``convgen.verify(module)`` checks one.
 Importing this package imports neither torch nor a compiler.
 """
 
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from convgen.building.errors import BuildError as BuildError
+    from convgen.building.folders import load as load
     from convgen.building.toolchain import ToolchainError as ToolchainError
     from convgen.checking.verify import verify as verify
     from convgen.spec import ConvSpec as ConvSpec
@@ -26,6 +28,7 @@ _EXPORTS = {
     "ConvSpec": "convgen.spec",
     "SpecError": "convgen.spec",
     "ToolchainError": "convgen.building.toolchain",
+    "load": "convgen.building.folders",
     "specialize": "convgen.specialize",
     "verify": "convgen.checking.verify",
 }

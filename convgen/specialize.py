@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convgen.building import gpus, toolchain
+from convgen.building import gpus, requests, toolchain
 from convgen.building.build import BuildWarning, Library, Progress, build
 from convgen.building.errors import BuildError
 from convgen.building.folders import describe
@@ -87,7 +87,25 @@ def specialize(
     if module := _modules.get(arguments):
         return module
     package = generate(spec, dtypes=chosen_dtypes, backends=wanted, archs=chosen_archs)
-    return _modules.setdefault(arguments, load(package))
+    name = requests.module_name(
+        spec.name, _request(spec, dtypes=chosen_dtypes, backends=wanted, archs=chosen_archs)
+    )
+    return _modules.setdefault(arguments, load(package, name))
+
+
+def _request(spec: ConvSpec, **options: object) -> dict[str, Any]:
+    """What :func:`generate` was asked for, ready for JSON: what differs from its defaults."""
+    plain = ConvSpec.make(spec.op, kernel_size=spec.kernel_size).to_dict()
+    layer = {key: value for key, value in spec.to_dict().items() if value != plain[key]}
+    given = {key: value for key, value in options.items() if value not in (None, "auto")}
+    return {"op": spec.op, "kernel_size": list(spec.kernel_size)} | layer | given
+
+
+def generate_request(request: Mapping[str, Any]) -> Path:
+    """The package of a request that a module's name holds, as :func:`generate` returns it."""
+    options = {key: request[key] for key in ("dtypes", "backends", "archs") if key in request}
+    layer = {key: value for key, value in request.items() if key not in options}
+    return generate(ConvSpec.from_dict(layer), **options)
 
 
 def generate(

@@ -79,23 +79,27 @@ def export(package: Path, out: Path, name: str | None = None) -> Path:
     return target
 
 
-def load(package: Path) -> ModuleType:
+def load(package: str | os.PathLike[str], alias: str | None = None) -> ModuleType:
     """Imports a package folder; the same module object each time, until the folder changes.
 
-    A package of the cache is imported as ``convgen.cached.<key>.<name>``, any other under its
-    name with a digest of its path and files. Safe to call from several threads.
+    This registers its operators with torch, which archives of torch.export and AOTInductor need
+    before they are loaded.
+
+    A package of the cache is imported as ``convgen.cached.<key>.<name>``, or ``<alias>`` in the
+    place of both, unless that is another package's already; any other under its name with a digest
+    of its path and files. Safe to call from several threads.
 
     Raises:
         BuildError: if the folder is no package of convgen.
     """
-    package = package.absolute()
+    package = Path(package).absolute()
     if not is_package(package):
         raise BuildError(f"{package} is no package of convgen: it has no spec.json of convgen's")
     with _importing:
         # Interpreted or not (see convgen.checking.interpreted) are two modules.
         interpret = os.environ.get("CONVGEN_INTERPRET", "")
         if package.parent.parent == cache.cache_path() and interpret in ("", "0"):
-            return _import_cached(package)
+            return _import_alias(package, alias) if alias else _import_cached(package)
         return _import_file(package, interpret)
 
 
@@ -136,6 +140,14 @@ def describe(folder: Path) -> dict[str, Any] | None:
 def is_package(folder: Path) -> bool:
     """Whether a folder was written by convgen."""
     return describe(folder) is not None
+
+
+def _import_alias(package: Path, alias: str) -> ModuleType:
+    home = importlib.import_module("convgen.cached")
+    home.packages.setdefault(alias, package)
+    if home.packages[alias] != package:  # CONVGEN_CACHE_DIR, a table or a compiler has changed
+        return _import_cached(package)
+    return importlib.import_module(f"{home.__name__}.{alias}")
 
 
 def _import_cached(package: Path) -> ModuleType:
