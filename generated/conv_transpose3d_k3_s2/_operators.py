@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_48626c90"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_71e36fab"
 NAMESPACE += VARIANT
 
 

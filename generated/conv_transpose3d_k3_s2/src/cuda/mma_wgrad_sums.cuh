@@ -47,9 +47,9 @@ __device__ __forceinline__ int64_t weight_of_sum(const ProductShape& s,
 // is 16 coarse x 8 fine channels at one tap, or 16 fine x 8 coarse ones if FINE_ROWS, in the order
 // [fine tile][tap h][tap w][coarse tile]. Adds them in an order fixed by their number and writes
 // weight[coarse][fine][tap].
-// Five blocks of a multiprocessor leave 48 registers; ptxas would spill for a sixth.
+// Four blocks of a multiprocessor leave 64 registers; ptxas would spill for a fifth.
 template <bool FINE_ROWS, int COARSE_TILES, int FINE_TILES, int TAPS_H, int TAPS_W, typename T>
-__global__ void __launch_bounds__(WARP* SUM_ROWS, 5)
+__global__ void __launch_bounds__(WARP* SUM_ROWS, 4)
     sum_products_kernel(const ProductShape s, const Meeting<T> met, T* weight,
                         const float4* partial, int slices) {
   __shared__ float4 rows[SUM_ROWS][WARP];
