@@ -25,8 +25,6 @@ from convgen.spec.documents import plain
 if TYPE_CHECKING:
     from convgen.building.doctor import Finding
     from convgen.checking.verify import Row
-    from convgen.measuring.bench import Report
-    from convgen.measuring.overhead import HostReport
     from convgen.measuring.timing import Spread
     from convgen.tuning.jobs import Candidate, Outcome
 
@@ -53,7 +51,7 @@ def written(module: Generated, compiled: bool, seconds: float) -> None:
 def modules(found: Iterable[Generated]) -> None:
     """The table of ``convgen list``."""
     rows = [(module.name, _dtypes(module.dtypes, module.built), module.command) for module in found]
-    _print_table(("module", "built for", "command"), rows)
+    print_table(("module", "built for", "command"), rows)
 
 
 def notices(found: Iterable[Generated], refused: Iterable[str] = ()) -> None:
@@ -67,7 +65,7 @@ def details(module: Generated) -> None:
     spec = module.spec
     click.echo(f"{module.path}\n")
     channels = (spec.in_channels or "any", spec.out_channels or "any")
-    _print_table(
+    print_table(
         ("specification", ""),
         [
             ("operator", spec.op),
@@ -84,7 +82,7 @@ def details(module: Generated) -> None:
             ("regenerate", module.command),
         ],
     )
-    _print_table(
+    print_table(
         ("phases of dgrad", "fine position", "is the sum over the coarse grid of"),
         [
             (f"{len(axis_phases)} of {axis}" if index == 0 else "", outputs, taps)
@@ -92,7 +90,7 @@ def details(module: Generated) -> None:
             for index, (outputs, taps) in enumerate(_phases(axis_phases))
         ],
     )
-    _print_table(
+    print_table(
         ("backend", "contraction", "dtype", "engine", "schedule"),
         [
             (backend, kernel["contraction"], kernel["dtype"], kernel["engine"], _schedule(kernel))
@@ -100,7 +98,7 @@ def details(module: Generated) -> None:
             for kernel in kernels
         ],
     )
-    _print_table(("file", ">bytes"), [(path, f"{size:,}") for path, size in module.files.items()])
+    print_table(("file", ">bytes"), [(path, f"{size:,}") for path, size in module.files.items()])
 
 
 def findings(found: Iterable[Finding]) -> None:
@@ -108,9 +106,9 @@ def findings(found: Iterable[Finding]) -> None:
     rows = [(finding.what, finding.found or "missing", finding.advice) for finding in found]
     bad = [index for index, row in enumerate(rows) if row[2]]
     if bad:
-        _print_table(("what", "found", "what to do"), rows, bad)
+        print_table(("what", "found", "what to do"), rows, bad)
     else:
-        _print_table(("what", "found"), [row[:2] for row in rows])
+        print_table(("what", "found"), [row[:2] for row in rows])
 
 
 def verification(module: Generated, rows: Sequence[Row], show_all: bool) -> None:
@@ -138,87 +136,7 @@ def verification(module: Generated, rows: Sequence[Row], show_all: bool) -> None
     cases = "shapes" if show_all else ">cases"
     columns = ("", "quantity", cases, ">error", ">worst element", ">limit", "")
     click.echo(f"{module.name}: {len(rows)} comparisons with float64")
-    _print_table(columns, table, failed)
-
-
-def benchmark(result: Report) -> None:
-    """The header and the table of ``convgen bench``, notes and geometric means below."""
-    click.echo(_machine(result.machine, result.settings))
-    ceilings = result.ceilings
-    click.echo(
-        f"ceilings: {1e-9 * ceilings.flops_per_s:,.0f} GFLOP/s in {ceilings.mode}, "
-        f"{1e-9 * ceilings.bytes_per_s:,.0f} GB/s copied"
-    )
-    for when, clocks in zip(("before", "after"), result.clocks, strict=False):
-        if clocks:
-            click.echo(f"under load {when}: {_clocks(clocks)}")
-    click.echo()
-    columns = [
-        *("layer", "", ">convgen ms", ">torch ms", ">best ms", "of torch with"),
-        *(">x torch", ">x best", ">floor ms", ">reached", ">error"),
-    ]
-    table = [
-        (
-            row.layer if row.direction == "forward" else "",
-            row.direction,
-            _times(row.ours) if row.ours else "WRONG",
-            _times(row.default),
-            _times(row.best),
-            row.best_of_torch or "",
-            _number(row.over_default, ".2f"),
-            _number(row.over_best, ".2f"),
-            f"{row.floor_ms:.3f}",
-            _number(row.reached, ".0%"),
-            f"{row.error:.1e}",
-        )
-        for row in result.rows
-    ]
-    if table:
-        wrong = [index for index, row in enumerate(result.rows) if row.ours is None]
-        _print_table(columns, table, wrong)
-        for name, direction in (("forward", "forward"), ("backward", "backward"), ("both", None)):
-            over = [result.geometric_mean(direction, what) for what in ("best", "default")]
-            click.echo(
-                f"geometric mean, {name}: {_number(over[0], '.2f')} x torch's best, "
-                f"{_number(over[1], '.2f')} x its default"
-            )
-    # A note about both directions is said once.
-    notes = dict.fromkeys((row.layer, note) for row in result.rows for note in row.notes)
-    for layer, note in notes:
-        click.echo(f"{layer}: {note}")
-    _failures(result.failures)
-
-
-def progress_of(result: Report, layer: str) -> str:
-    """One line about a layer that was just timed."""
-    if layer in result.failures:
-        return f"{layer}: {result.failures[layer].splitlines()[0]}"
-    parts = [
-        f"{row.direction} {_times(row.ours) if row.ours else 'WRONG'} ms "
-        f"({_number(row.over_best, '.2f')} x torch's best)"
-        for row in result.rows
-        if row.layer == layer
-    ]
-    return f"{layer}: {', '.join(parts)}"
-
-
-def host_times(result: HostReport) -> None:
-    """The table of ``convgen bench --overhead``."""
-    click.echo(f"{_machine(result.machine, {})}\n")
-    columns = ("layer", "input", ">convgen us", ">torch us", ">difference us")
-    table = [
-        (
-            row.layer,
-            "x".join(map(str, row.input_shape)),
-            f"{1e3 * row.ours.median_ms:.2f} ± {5e2 * row.ours.iqr_ms:.2f}",
-            f"{1e3 * row.torch.median_ms:.2f} ± {5e2 * row.torch.iqr_ms:.2f}",
-            f"{row.extra_us:+.2f}",
-        )
-        for row in result.rows
-    ]
-    if table:
-        _print_table(columns, table)
-    _failures(result.failures)
+    print_table(columns, table, failed)
 
 
 def candidates(outcomes: Sequence[Outcome]) -> None:
@@ -226,7 +144,7 @@ def candidates(outcomes: Sequence[Outcome]) -> None:
     table = [
         (
             outcome.job.name if index == 0 else "",
-            _number(candidate.predicted.ms, ".3f"),
+            number(candidate.predicted.ms, ".3f"),
             candidate.predicted.bound,
             "default" if candidate.is_default else "",
             _fields(outcome, candidate),
@@ -234,7 +152,7 @@ def candidates(outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes
         for index, candidate in enumerate(outcome.candidates)
     ]
-    _print_table(("", ">predicted ms", "bound by", "", "schedule"), table)
+    print_table(("", ">predicted ms", "bound by", "", "schedule"), table)
     for outcome in outcomes:
         click.echo(f"{outcome.job.name}: {outcome.considered} legal schedules")
 
@@ -254,15 +172,15 @@ def tuning(outcomes: Sequence[Outcome]) -> None:
             (
                 outcome.job.name,
                 f"{len(outcome.candidates)} of {outcome.considered}",
-                _times(outcome.default.spread),
-                "NONE" if best is None else _times(best.spread),
-                _number(outcome.gain, ".2f"),
-                "" if best is None else _number(best.predicted.ms, ".3f"),
+                times(outcome.default.spread),
+                "NONE" if best is None else times(best.spread),
+                number(outcome.gain, ".2f"),
+                "" if best is None else number(best.predicted.ms, ".3f"),
                 "" if best is None else f"{best.error:.1e}",
                 "" if best is None else "default" if best.is_default else _fields(outcome, best),
             )
         )
-    _print_table(columns, table, failed)
+    print_table(columns, table, failed)
     for outcome in outcomes:
         for candidate in outcome.candidates:
             if candidate.note:
@@ -275,7 +193,7 @@ def progress_of_tuning(outcome: Outcome) -> str:
     if outcome.best is None:
         return f"{outcome.job.name}: no schedule was right"
     gain = "" if outcome.gain is None else f", {outcome.gain:.2f} x the default"
-    return f"{outcome.job.name}: {_times(outcome.best.spread)} ms{gain}"
+    return f"{outcome.job.name}: {times(outcome.best.spread)} ms{gain}"
 
 
 def _fields(outcome: Outcome, candidate: Candidate) -> str:
@@ -293,33 +211,13 @@ def _short(value: object) -> str:
     return str(value)
 
 
-def _failures(failures: dict[str, str]) -> None:
-    """The first line of each reason, and the last: of a compiler's, that is where its log lies."""
-    for layer, reason in failures.items():
-        first, *others = reason.splitlines()
-        click.echo(f"{layer}: {'; '.join([first, *others[-1:]])}")
-
-
-def _machine(machine: dict[str, Any], settings: dict[str, Any]) -> str:
-    names = ("driver", "CUDA", "cuDNN", "torch", "convgen")
-    versions = [f"{name} {machine[name.lower()]}" for name in names if machine.get(name.lower())]
-    started = [settings["started"]] if "started" in settings else []
-    return ", ".join([machine["name"], *versions, *started])
-
-
-def _clocks(clocks: dict[str, str]) -> str:
-    return (
-        f"SM {clocks['sm_mhz']} of {clocks['most_sm_mhz']} MHz, memory {clocks['memory_mhz']} MHz, "
-        f"{clocks['power_w']} of {clocks['power_limit_w']} W, {clocks['temperature_c']} °C"
-    )
-
-
-def _times(times: Spread | None) -> str:
+def times(spread: Spread | None) -> str:
     """Median, and half the distance between the quartiles, in ms."""
-    return "" if times is None else f"{times.median_ms:.3f} ± {times.iqr_ms / 2:.3f}"
+    return "" if spread is None else f"{spread.median_ms:.3f} ± {spread.iqr_ms / 2:.3f}"
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A number in a format, or a dash."""
     return "-" if value is None else format(value, form)
 
 
@@ -363,7 +261,7 @@ def _schedule(kernel: dict[str, Any]) -> str:
     return ", ".join(f"{plain(name)} {plain(str(value))}" for name, value in fields)
 
 
-def _print_table(
+def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], red: Sequence[int] = ()
 ) -> None:
     """A table, followed by an empty line; a title that starts with ``>`` aligns to the right."""

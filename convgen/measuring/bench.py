@@ -4,7 +4,8 @@ Every layer is run through the public module call, with all that it includes: pa
 allocation of outputs, the autograd graph. One run is a forward pass and then the gradients of
 input, weight and bias, each timed by itself from cold caches (:mod:`convgen.measuring.timing`), on
 inputs that rotate among several sets, with outputs that lie in memory full of NaN. Runs of convgen
-and of every configuration of torch alternate, so that clocks and temperature are the same for all.
+in each layout asked for, and of every configuration of torch, alternate, so that clocks and
+temperature are the same for all. In channels_last, the weights are channels_last too.
 The last timed run of each is compared with float64 (:mod:`convgen.measuring.reference`); a wrong
 result has no time.
 """
@@ -27,10 +28,11 @@ import torch
 from convgen.building.build import Progress, processors
 from convgen.building.errors import BuildError
 from convgen.measuring import machine
-from convgen.measuring.layers import Layer
+from convgen.measuring.layers import LAYOUTS, Layer
 from convgen.measuring.machine import Ceilings
+from convgen.measuring.reference import Errors
 from convgen.measuring.timing import Spread, clock_for
-from convgen.measuring.trial import DIRECTIONS, OURS, Outcome, Trial, first_line
+from convgen.measuring.trial import DIRECTIONS, OURS, Outcome, Trial, contender_name, first_line
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES
 from convgen.specialize import generate, load
@@ -42,9 +44,16 @@ _LAYER_S = 10.0
 """Where no time is given, rounds of a layer end after so long."""
 
 
+OVER = ("default", "same", "any")
+"""What speed-ups are over: torch as it comes in the row's layout, its best there, its best."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """One direction of one layer. Times are None where the result was wrong or did not come."""
+    """One direction of one layer in one layout.
+
+    Times are None where the result was wrong or did not come.
+    """
 
     layer: str
     operator: str
@@ -52,9 +61,11 @@ class Row:
     input_shape: tuple[int, ...]
     out_channels: int
     direction: str
+    layout: str
+    """Of input, output and gradients, and of the weight: a word of ``LAYOUTS``."""
     ours: Spread | None
     torch: dict[str, Spread]
-    """By configuration: ``default``, and what else was tried."""
+    """By configuration, whatever its layout: names that ``contender_name`` makes."""
     error: float
     """Of convgen's result against float64, by relative norm."""
     torch_errors: dict[str, float]
@@ -66,28 +77,44 @@ class Row:
 
     @property
     def default(self) -> Spread | None:
-        """Torch's time as it comes."""
-        return self.torch.get("default")
+        """Torch's time in this layout, as it comes."""
+        return self.torch.get(contender_name(self.layout))
 
     @property
-    def best_of_torch(self) -> str | None:
-        """The fastest configuration of torch."""
-        return min(self.torch, key=lambda how: self.torch[how].median_ms, default=None)
+    def same_by(self) -> str | None:
+        """The fastest configuration of torch in this layout."""
+        return self._fastest(
+            contender_name(self.layout, benchmark=benchmark) for benchmark in (False, True)
+        )
 
     @property
-    def best(self) -> Spread | None:
-        how = self.best_of_torch
-        return None if how is None else self.torch[how]
+    def any_by(self) -> str | None:
+        """The fastest configuration of torch in any layout."""
+        return self._fastest(self.torch)
 
     @property
-    def over_default(self) -> float | None:
-        """How many times as fast as torch's default; None unless both have times."""
-        return _ratio(self.default, self.ours)
+    def best_same(self) -> Spread | None:
+        """Torch's best time in this layout."""
+        return None if self.same_by is None else self.torch[self.same_by]
 
     @property
-    def over_best(self) -> float | None:
-        """How many times as fast as torch's best; None unless both have times."""
-        return _ratio(self.best, self.ours)
+    def best_any(self) -> Spread | None:
+        """Torch's best time in any layout."""
+        return None if self.any_by is None else self.torch[self.any_by]
+
+    def over(self, what: str) -> float | None:
+        """How many times as fast as torch's ``"default"`` or its best, ``"same"`` or ``"any"``.
+
+        None unless both have times.
+        """
+        theirs = {"default": self.default, "same": self.best_same, "any": self.best_any}[what]
+        if theirs is None or self.ours is None:
+            return None
+        return theirs.median_ms / self.ours.median_ms
+
+    def _fastest(self, names: Iterable[str]) -> str | None:
+        timed = [name for name in names if name in self.torch]
+        return min(timed, key=lambda name: self.torch[name].median_ms, default=None)
 
     @property
     def reached(self) -> float | None:
@@ -100,7 +127,6 @@ class Row:
         def times(value: Spread | None) -> dict[str, Any] | None:
             return None if value is None else vars(value)
 
-        derived = ("best_of_torch", "over_default", "over_best", "reached")
         return {
             **vars(self),
             "input_shape": list(self.input_shape),
@@ -112,7 +138,10 @@ class Row:
                 for how, value in self.torch_errors.items()
             },
             "notes": list(self.notes),
-            **{name: getattr(self, name) for name in derived},
+            "same_by": self.same_by,
+            "any_by": self.any_by,
+            **{f"over_{what}": self.over(what) for what in OVER},
+            "reached": self.reached,
         }
 
 
@@ -139,13 +168,19 @@ class Report:
         """All layers ran, and convgen's results were right."""
         return not self.failures and all(row.ours is not None for row in self.rows)
 
-    def geometric_mean(self, direction: str | None, over: str) -> float | None:
-        """Of the speed-ups over ``"default"`` or ``"best"``; None if there are none."""
+    @property
+    def layouts(self) -> list[str]:
+        """Those that there are rows of."""
+        return list(dict.fromkeys(row.layout for row in self.rows))
+
+    def geometric_mean(self, layout: str, direction: str | None, over: str) -> float | None:
+        """Of the speed-ups in a layout over a word of :data:`OVER`; None if there are none."""
         ratios = [
             ratio
             for row in self.rows
-            if direction in (None, row.direction)
-            and (ratio := row.over_default if over == "default" else row.over_best) is not None
+            if row.layout == layout
+            and direction in (None, row.direction)
+            and (ratio := row.over(over)) is not None
         ]
         return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
@@ -159,8 +194,13 @@ class Report:
             "rows": [row.to_dict() for row in self.rows],
             "failures": self.failures,
             "geometric_means": {
-                name: {over: self.geometric_mean(which, over) for over in ("default", "best")}
-                for name, which in (("all", None), *((name, name) for name in DIRECTIONS))
+                layout: {
+                    which or "all": {
+                        over: self.geometric_mean(layout, which, over) for over in OVER
+                    }
+                    for which in (None, *DIRECTIONS)
+                }
+                for layout in self.layouts
             },
         }
 
@@ -220,6 +260,8 @@ def bench(
     device: torch.device,
     dtype: str = "f32",
     tf32: bool = True,
+    layouts: Sequence[str] = LAYOUTS[:1],
+    gradients: str = "all",
     seconds: float | None = None,
     seed: int = 0,
     on_layer: Callable[[Report, str], None] | None = None,
@@ -232,6 +274,9 @@ def bench(
         device: where.
         dtype: of inputs and weights, a key of ``convgen.spec.dtypes.DTYPES``.
         tf32: whether fp32 convolutions may round to TF32, torch's and convgen's alike.
+        layouts: words of ``LAYOUTS`` to run convgen in. Torch's best in any layout is found in any
+            case; a layer of one dimension is run in the one layout that it has.
+        gradients: what the backward pass is of, a key of ``GRADIENTS``.
         seconds: for all layers together; fewer runs where it does not suffice, and layers whose
             turn does not come are failures. By default about 10 s a layer.
         seed: of the inputs.
@@ -245,6 +290,8 @@ def bench(
         settings={
             "dtype": dtype,
             "tf32": tf32,
+            "layouts": list(layouts),
+            "gradients": gradients,
             "seconds": seconds,
             "seed": seed,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -262,11 +309,14 @@ def bench(
             report.failures[layer.name] = "not run: the seconds were used up"
         else:
             try:
+                of_layer = [word for word in layouts if word in layer.layouts]
+                of_layer = of_layer or list(layer.layouts)
                 # The trial has no name, so that its tensors are gone with it.
-                outcome = Trial(layer, module, clock, device, dtype, tf32, seed + index).run(
-                    now + _ROUNDS_SHARE * left
-                )
-                report.rows += _rows(layer, dtype, outcome, report.ceilings, device.type == "cpu")
+                outcome = Trial(
+                    layer, module, clock, device, dtype, tf32, seed + index, of_layer, gradients
+                ).run(now + _ROUNDS_SHARE * left)
+                for layout in of_layer:
+                    report.rows += _rows(layer, layout, outcome, report)
             except RuntimeError as error:
                 report.failures[layer.name] = first_line(error)
         if on_layer:
@@ -292,39 +342,41 @@ def _usable(device: torch.device) -> bool:
     return True
 
 
-def _rows(
-    layer: Layer, dtype: str, outcome: Outcome, ceilings: Ceilings, warm_caches: bool
-) -> list[Row]:
+def _rows(layer: Layer, layout: str, outcome: Outcome, report: Report) -> list[Row]:
     """Both directions of a layer: what was wrong loses its time, what is suspicious gets a note."""
     rows = []
+    dtype, gradients = report.settings["dtype"], report.settings["gradients"]
     suspicion = "an error of the measurement"
-    if warm_caches:
+    if report.machine["device"] == "cpu":
         suspicion += ", or operands that were in the caches"
+    ours = contender_name(layout, ours=True)
+    # Of convgen in another layout, other rows tell.
+    names = [name for name in outcome.errors if name == ours or not name.startswith(OURS)]
     for direction in DIRECTIONS:
-        errors = {how: error.of(direction) for how, error in outcome.errors.items()}
+        errors = {name: outcome.errors[name].of(direction) for name in names}
         times = {
-            how: outcome.times[how][direction]
-            for how, error in errors.items()
+            name: outcome.times[name][direction]
+            for name, error in errors.items()
             if error <= outcome.limit
         }
         notes = list(outcome.notes)
         notes += [
-            f"{how} is wrong: error {error:.1e}"
-            for how, error in errors.items()
-            if how not in times
+            f"{name} is wrong: error {error:.1e}"
+            for name, error in errors.items()
+            if name not in times
         ]
-        difference = outcome.difference.of(direction)
+        difference = outcome.differences.get(layout, Errors()).of(direction)
         # Both may be off by the limit.
-        if OURS in times and difference > 2 * outcome.limit:
-            del times[OURS]
-            notes.append(f"convgen is wrong: it differs from torch by {difference:.1e}")
-        flops = layer.flops(direction)
-        traffic_bytes = layer.traffic_bytes(direction, DTYPES[dtype].size_bytes)
-        floor_ms = ceilings.floor_ms(flops, traffic_bytes)
-        fast = [how for how, time_ in times.items() if time_.median_ms < floor_ms]
-        if OURS in fast:
-            notes.append(f"convgen is below the floor: {suspicion}")
-        if others := [how for how in fast if how != OURS]:
+        if ours in times and difference > 2 * outcome.limit:
+            del times[ours]
+            notes.append(f"{ours} is wrong: it differs from torch by {difference:.1e}")
+        flops = layer.flops(direction, gradients)
+        traffic_bytes = layer.traffic_bytes(direction, DTYPES[dtype].size_bytes, gradients)
+        floor_ms = report.ceilings.floor_ms(flops, traffic_bytes)
+        fast = [name for name, time_ in times.items() if time_.median_ms < floor_ms]
+        if ours in fast:
+            notes.append(f"{ours} is below the floor: {suspicion}")
+        if others := [name for name in fast if name != ours]:
             notes.append(
                 f"torch ({', '.join(others)}) is below the floor: {suspicion}, "
                 "or an algorithm with fewer multiplications"
@@ -336,9 +388,10 @@ def _rows(
                 input_shape=layer.input_shape,
                 out_channels=layer.out_channels,
                 direction=direction,
-                ours=times.pop(OURS, None),
+                layout=layout,
+                ours=times.pop(ours, None),
                 torch=times,
-                error=errors.pop(OURS),
+                error=errors.pop(ours),
                 torch_errors=errors,
                 limit=outcome.limit,
                 flops=flops,
@@ -348,7 +401,3 @@ def _rows(
             )
         )
     return rows
-
-
-def _ratio(theirs: Spread | None, ours: Spread | None) -> float | None:
-    return None if theirs is None or ours is None else theirs.median_ms / ours.median_ms

@@ -31,6 +31,16 @@ class _Entry:
     bias: bool = False
 
 
+GRADIENTS = {
+    "all": ("grad_input", "grad_weight", "grad_bias"),
+    "input": ("grad_input",),
+    "weight": ("grad_weight", "grad_bias"),
+}
+"""What a backward pass may be of: the gradients that it computes, where the layer has them."""
+
+LAYOUTS = ("contiguous", "channels_last")
+"""Torch's memory formats for activations; in one dimension there is only the first."""
+
 _OF_LAYER = {field.name for field in fields(_Entry)}
 
 
@@ -87,6 +97,11 @@ class Layer:
         return (first, second // self.spec.groups, *self.spec.kernel_size)
 
     @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts of :data:`LAYOUTS` that the layer may be run in."""
+        return LAYOUTS if self.spec.ndim > 1 else LAYOUTS[:1]
+
+    @property
     def multiplications(self) -> int:
         """Products of an input element and a weight that the layer needs, borders counted exactly.
 
@@ -114,11 +129,12 @@ class Layer:
         channels = coarse[1] * (fine[1] // self.spec.groups)
         return coarse[0] * channels * math.prod(pairs)
 
-    def flops(self, direction: str) -> int:
-        """Operations of ``"forward"`` or ``"backward"`` (gradients of input and weight)."""
-        return 2 * self.multiplications * (1 if direction == "forward" else 2)
+    def flops(self, direction: str, gradients: str = "all") -> int:
+        """Operations of ``"forward"``, or of ``"backward"`` for some :data:`GRADIENTS`."""
+        contractions = 2 if direction == "backward" and gradients == "all" else 1
+        return 2 * self.multiplications * contractions
 
-    def traffic_bytes(self, direction: str, element_bytes: int) -> int:
+    def traffic_bytes(self, direction: str, element_bytes: int, gradients: str = "all") -> int:
         """Fewest bytes of memory traffic: each operand read once, each result written once."""
         weight = math.prod(self.weight_shape)
         bias = self.out_channels * self.bias
@@ -130,9 +146,14 @@ class Layer:
             inputs_read = self._reached(self.input_shape, element_bytes)
         if direction == "forward":
             return element_bytes * (inputs_read + weight + bias + outputs)
-        # Reads grad_output, input and weight; writes the gradients of input, weight and bias.
-        read = (outputs if self.bias else outputs_read) + inputs_read + weight
-        return element_bytes * (read + inputs + weight + bias)
+        names = GRADIENTS[gradients]
+        # The gradient of the bias is a sum over all of grad_output.
+        elements = outputs if self.bias and "grad_bias" in names else outputs_read
+        if "grad_input" in names:
+            elements += weight + inputs  # reads the one, writes the gradient of the other
+        if "grad_weight" in names:
+            elements += inputs_read + weight + bias
+        return element_bytes * elements
 
     def _reached(self, fine_shape: Sequence[int], element_bytes: int) -> int:
         """Elements of the fine tensor that taps reach: not all where a stride skips some."""

@@ -79,7 +79,10 @@ def _roofline(axes: Any, report: Report, rows: list[Row]) -> None:
     labels: set[str] = set()
     for row, intensity in zip(rows, intensities, strict=True):
         marker = _MARKERS[row.direction]
-        for who, times, color in (("convgen", row.ours, _OURS), ("torch's best", row.best, _BEST)):
+        for who, times, color in (
+            ("convgen", row.ours, _OURS),
+            ("torch's best", row.best_any, _BEST),
+        ):
             if times is None:
                 continue
             label = f"{who}, {row.direction}"
@@ -93,7 +96,7 @@ def _roofline(axes: Any, report: Report, rows: list[Row]) -> None:
                 label=None if label in labels else label,
             )
             labels.add(label)
-            if who == "convgen" and row.direction == "forward":
+            if who == "convgen" and row.direction == "forward" and row.layout == rows[0].layout:
                 axes.annotate(
                     row.layer,
                     (intensity, rate),
@@ -116,15 +119,19 @@ def _speedups(axes: Any, rows: list[Row]) -> None:
     """Bars: times of torch's best and default over convgen's."""
     positions = range(len(rows))
     for offset, color, what, ratios in (
-        (-0.2, _BEST, "over torch's best", [row.over_best for row in rows]),
-        (0.2, _DEFAULT, "over torch's default", [row.over_default for row in rows]),
+        (-0.2, _BEST, "over torch's best in the layout", [row.over("same") for row in rows]),
+        (0.2, _DEFAULT, "over torch's default", [row.over("default") for row in rows]),
     ):
         lengths = [math.nan if ratio is None else ratio for ratio in ratios]
         bars = axes.barh([at + offset for at in positions], lengths, 0.4, color=color, label=what)
         texts = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         axes.bar_label(bars, texts, padding=2, fontsize=7)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(positions, [f"{row.layer} {row.direction}" for row in rows], fontsize=8)
+    labels = [
+        f"{row.layer} {row.direction}" + ", channels_last" * (row.layout == "channels_last")
+        for row in rows
+    ]
+    axes.set_yticks(positions, labels, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="times as fast", title="Speed-up")
     axes.margins(x=0.15)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -27,11 +28,14 @@ _ELEMENTS_PER_SIDE = 8
 
 @dataclass(frozen=True)
 class Errors:
-    """``||out - ref|| / ||ref||`` of each result over its samples; infinite where one is NaN."""
+    """``||out - ref|| / ||ref||`` of each result over its samples; infinite where one is NaN.
 
-    output: float
-    grad_input: float
-    grad_weight: float
+    0 for results that were not asked for.
+    """
+
+    output: float = 0.0
+    grad_input: float = 0.0
+    grad_weight: float = 0.0
     grad_bias: float = 0.0
 
     def of(self, direction: str) -> float:
@@ -87,19 +91,15 @@ class Reference:
         self._grad_weight = _wgrad(g, coarse, fine, *self._at_weight)
         self._grad_bias = None if bias is None else dy.sum((0, 2, 3, 4), dtype=torch.float64)
 
-    def errors(self, results: tuple[Tensor, ...]) -> Errors:
-        """Errors of (output, grad_input, grad_weight[, grad_bias]), shaped as torch's."""
-        names = ("output", "grad_input", "grad_weight")
-        output, grad_input, grad_weight = (
-            self.error_of(name, result) for name, result in zip(names, results[:3], strict=True)
-        )
-        bias = 0.0
-        if self._grad_bias is not None:
-            bias = _error(results[3], self._grad_bias)
-        return Errors(output, grad_input, grad_weight, bias)
+    def errors(self, results: Mapping[str, Tensor]) -> Errors:
+        """Errors of results by the names of :class:`Errors`, shaped as torch's."""
+        return Errors(**{name: self.error_of(name, result) for name, result in results.items()})
 
     def error_of(self, name: str, result: Tensor) -> float:
-        """Error of ``"output"``, ``"grad_input"`` or ``"grad_weight"``, shaped as torch's."""
+        """Error of one result, under its name in :class:`Errors`, shaped as torch's."""
+        if name == "grad_bias":
+            assert self._grad_bias is not None
+            return _error(result, self._grad_bias)
         result = _lifted(result)
         if name == "grad_weight":
             error = _error(_weight_at(result, *self._at_weight), self._grad_weight)
@@ -143,21 +143,21 @@ class Reference:
         return self._random.sample(range(count), min(count, most))
 
 
-def agreement(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> list[float]:
+def agreement(results: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Errors:
     """Relative norm of the difference of whole results; infinite where one is NaN.
 
     Not a check against float64, but one that sees every element.
     """
-    differences = []
-    for result, other in zip(results, others, strict=True):
+    differences = {}
+    for name, result in results.items():
         sums = torch.zeros(2, dtype=torch.float64, device=result.device)
-        for a, b in zip(_pieces(result), _pieces(other), strict=True):
+        for a, b in zip(_pieces(result), _pieces(others[name]), strict=True):
             sums += torch.stack(
                 [(a.double() - b.double()).square().sum(), b.double().square().sum()]
             )
         off, norm = sums.sqrt().tolist()
-        differences.append(_ratio(off, norm))
-    return differences
+        differences[name] = _ratio(off, norm)
+    return Errors(**differences)
 
 
 def _lifted(tensor: Tensor) -> Tensor:

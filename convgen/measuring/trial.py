@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convgen.checking.memory import poison, poisoned_memory
 from convgen.measuring import machine
-from convgen.measuring.layers import Layer
+from convgen.measuring.layers import GRADIENTS, LAYOUTS, Layer
 from convgen.measuring.reference import Errors, Reference, agreement
 from convgen.measuring.timing import Clock, Spread, spread
 from convgen.spec.dtypes import DTYPES
@@ -27,7 +27,7 @@ from convgen.spec.dtypes import DTYPES
 DIRECTIONS = ("forward", "backward")
 
 OURS = "convgen"
-"""Names convgen's contender; the others are configurations of torch, ``default`` one of them."""
+"""Begins the names of convgen's contenders, as :func:`contender_name` makes them."""
 
 LIMITS = {"f64": 1e-10, "f32": 1e-4, "f32 (TF32)": 1e-3, "f16": 5e-3, "bf16": 2e-2}
 """Largest relative norm of an error of a result that counts as right, torch's or convgen's. Wide:
@@ -46,22 +46,48 @@ _MEMORY_SHARE = 0.25
 """Of the free memory, for inputs in one layout."""
 
 
+def contender_name(layout: str, *, ours: bool = False, benchmark: bool = False) -> str:
+    """``"convgen channels_last"``, or torch's configuration: ``"default"``, ``"benchmark"``, ..."""
+    parts = ["channels_last"] * (layout == "channels_last") + ["benchmark"] * benchmark
+    return " ".join([OURS, *parts] if ours else parts or ["default"])
+
+
+def memory_format(layout: str, ndim: int) -> torch.memory_format:
+    """Torch's name for a layout of tensors with so many spatial dimensions."""
+    if layout == "contiguous":
+        return torch.contiguous_format
+    return torch.channels_last if ndim == 2 else torch.channels_last_3d
+
+
 class Contender:
-    """A module and the inputs in its layout, run and timed in a thread of its own."""
+    """A module and the inputs in its layout, run and timed in a thread of its own.
+
+    ``sets`` are inputs and gradients of the output, ``gradients`` a key of
+    :data:`convgen.measuring.layers.GRADIENTS`: what the backward pass is asked for.
+    """
 
     def __init__(
         self,
-        how: str,
+        name: str,
         module: torch.nn.Module,
         sets: list[tuple[Tensor, Tensor]],
         clock: Clock,
+        gradients: str,
         tf32: bool,
-        benchmark: bool,
+        layout: str,
+        benchmark: bool = False,
     ) -> None:
-        self.how = how
+        self.name = name
+        self.layout = layout
         self.times: dict[str, list[float]] = {direction: [] for direction in DIRECTIONS}
         self._module = module
-        self._wrt = tuple(module.parameters())
+        self._gradients = GRADIENTS[gradients]
+        self._wrt = {}
+        for of, parameter in module.named_parameters():
+            # What nobody asks for is not computed where it needs no gradient.
+            parameter.requires_grad_(f"grad_{of}" in self._gradients)
+            if parameter.requires_grad:
+                self._wrt[f"grad_{of}"] = parameter
         self._sets = sets
         self._clock = clock
         self._switches = {"tf32": tf32, "benchmark": benchmark}
@@ -79,10 +105,11 @@ class Contender:
         if self._thread:
             self._thread.shutdown()
 
-    def run(self, count: int, keep: bool = True) -> tuple[Tensor, ...]:
+    def run(self, count: int, keep: bool = True) -> dict[str, Tensor]:
         """Runs and times; the results of the last run, which is on the first set of inputs.
 
-        ``keep`` says whether the times count.
+        They have the names of :class:`convgen.measuring.reference.Errors`. ``keep`` says whether
+        the times count.
         """
         if self._thread is None:
             return self._run(count, keep)
@@ -99,12 +126,12 @@ class Contender:
     def runs(self) -> int:
         return len(self.times["forward"])
 
-    def _run(self, count: int, keep: bool) -> tuple[Tensor, ...]:
+    def _run(self, count: int, keep: bool) -> dict[str, Tensor]:
         x, grad = self._sets[0]
         if x.is_cuda:
             torch.cuda.set_device(x.device)
         intervals = []
-        results: tuple[Tensor, ...] = ()
+        results: dict[str, Tensor] = {}
         start = time.monotonic()
         with (
             machine.settings(**self._switches),
@@ -113,17 +140,20 @@ class Contender:
             for index in reversed(range(count)):
                 del results
                 x, grad = self._sets[index % len(self._sets)]
-                wrt = (x, *self._wrt)
+                wrt: dict[str, Tensor] = dict(self._wrt)
+                if "grad_input" in self._gradients:
+                    wrt = {"grad_input": x} | wrt
                 poison([grad.shape], x.dtype, x.device)
                 output, forward = self._clock.time(
                     partial(self._module, x), self._cover_ms["forward"]
                 )
-                poison([tensor.shape for tensor in wrt], x.dtype, x.device)
+                poison([tensor.shape for tensor in wrt.values()], x.dtype, x.device)
                 grads, backward = self._clock.time(
-                    partial(torch.autograd.grad, output, wrt, grad), self._cover_ms["backward"]
+                    partial(torch.autograd.grad, output, tuple(wrt.values()), grad),
+                    self._cover_ms["backward"],
                 )
                 intervals.append((forward, backward))
-                results = (output.detach(), *grads)
+                results = {"output": output.detach(), **dict(zip(wrt, grads, strict=True))}
                 del output, grads
             self._clock.wait()
         self._run_s = (time.monotonic() - start) / count
@@ -138,19 +168,23 @@ class Contender:
 class Outcome:
     """What a trial found: times and errors by contender, times by direction too.
 
-    ``difference`` is that of convgen's whole results from torch's default, where those are right.
+    ``differences`` are those of convgen's whole results, by layout, from torch's default, where
+    those are right.
     """
 
     times: dict[str, dict[str, Spread]]
     errors: dict[str, Errors]
-    difference: Errors
+    differences: dict[str, Errors]
     limit: float
     """What counts as right."""
     notes: tuple[str, ...]
 
 
 class Trial:
-    """One layer on one device: operands, contenders, rounds, checks."""
+    """One layer on one device: operands, contenders, rounds, checks.
+
+    ``layouts`` are those that convgen is run in; torch is run in every layout that there is.
+    """
 
     def __init__(
         self,
@@ -161,6 +195,8 @@ class Trial:
         dtype: str,
         tf32: bool,
         seed: int,
+        layouts: Sequence[str] = LAYOUTS[:1],
+        gradients: str = "all",
     ) -> None:
         self._layer = layer
         self._clock = clock
@@ -185,15 +221,17 @@ class Trial:
         self._state = {"weight": draw(layer.weight_shape, scale)}
         if layer.bias:
             self._state["bias"] = draw((layer.out_channels,))
-        self._sets = [
-            (draw(layer.input_shape).requires_grad_(), draw(layer.output_shape))
-            for _ in range(self._set_count())
+        self._layouts = layouts
+        self._gradients = gradients
+        drawn = [
+            (draw(layer.input_shape), draw(layer.output_shape)) for _ in range(self._set_count())
         ]
-        x, grad = self._sets[0]
+        self._sets = {layout: self._laid(drawn, layout) for layout in layer.layouts}
+        x, grad = drawn[0]
         self._reference = Reference(
             spec, x, self._state["weight"], self._state.get("bias"), grad, seed
         )
-        self._ours = Contender(OURS, self._module(module), self._sets, clock, tf32, False)
+        self._ours = [self._contender(module, layout, ours=True) for layout in layouts]
 
     def run(self, deadline: float) -> Outcome:
         """Runs in rounds until there are enough runs or the time (of time.monotonic) has come.
@@ -202,10 +240,11 @@ class Trial:
             RuntimeError: if convgen's module cannot run; torch.OutOfMemoryError among others.
         """
         with contextlib.ExitStack() as stack:
-            stack.callback(self._ours.close)
-            poisoned = self._start(self._ours)
-            torchs = {contender.how: contender for contender in self._torchs(stack)}
-            hopeful = [self._ours, *_hopeful(list(torchs.values()))]
+            for ours in self._ours:
+                stack.callback(ours.close)
+            poisoned = {ours.name: self._start(ours) for ours in self._ours}
+            torchs = list(self._torchs(stack))
+            hopeful = [*self._ours, *_hopeful(torchs, self._layouts)]
             while True:
                 for contender in hopeful:
                     if contender.runs < _TARGET_RUNS:
@@ -215,7 +254,7 @@ class Trial:
                 if fewest >= enough:
                     break
                 hopeful.reverse()
-            return self._judge({OURS: self._ours, **torchs}, poisoned)
+            return self._judge(torchs, poisoned)
 
     def _start(self, ours: Contender) -> Errors:
         """First runs of convgen's, one of them with all memory poisoned, workspaces too."""
@@ -229,70 +268,89 @@ class Trial:
 
     def _torchs(self, stack: contextlib.ExitStack) -> Iterator[Contender]:
         """Torch in every configuration that it runs in, warm."""
-        layouts = {"": (self._module(torch.nn), self._sets)}
-        if self._layer.spec.ndim > 1:
-            layouts["channels_last"] = self._channels_last()
         modes = (False, True) if self._device.type == "cuda" else (False,)
-        for benchmark, (layout, (module, sets)) in itertools.product(modes, layouts.items()):
-            how = " ".join(filter(None, (layout, "benchmark" * benchmark))) or "default"
-            contender = Contender(how, module, sets, self._clock, self._tf32, benchmark)
+        for benchmark, layout in itertools.product(modes, self._layer.layouts):
+            contender = self._contender(torch.nn, layout, benchmark=benchmark)
             stack.callback(contender.close)
             try:
                 contender.run(1, keep=False)
                 contender.run(2)
             except RuntimeError as error:
-                self._notes.append(f"torch {how}: {first_line(error)}")
+                self._notes.append(f"torch {contender.name}: {first_line(error)}")
             else:
                 yield contender
 
-    def _judge(self, contenders: dict[str, Contender], poisoned: Errors) -> Outcome:
+    def _judge(self, torchs: Sequence[Contender], poisoned: Mapping[str, Errors]) -> Outcome:
         """One more timed run of everyone, whose results are compared with float64."""
         errors: dict[str, Errors] = {}
-        difference = Errors(0.0, 0.0, 0.0, 0.0)
-        theirs: tuple[Tensor, ...] = ()
+        differences: dict[str, Errors] = {}
+        elsewhere: dict[str, set[str]] = {}
+        theirs: dict[str, Tensor] = {}
         # Torch's default first: its results are held until convgen's are compared with them.
-        for how in sorted(contenders, key=lambda how: how != "default"):
-            results = contenders[how].run(1)
-            errors[how] = self._reference.errors(results)
-            if how == "default" and errors[how].worst <= self._limit:
+        contenders = sorted([*self._ours, *torchs], key=lambda each: each.name != "default")
+        for contender in contenders:
+            name, results = contender.name, contender.run(1)
+            errors[name] = self._reference.errors(results)
+            form = memory_format(contender.layout, self._layer.spec.ndim)
+            elsewhere[name] = {
+                of
+                for of in ("output", "grad_input")
+                if of in results and not results[of].is_contiguous(memory_format=form)
+            }
+            if name == "default" and errors[name].worst <= self._limit:
                 theirs = results
-            elif how == OURS:
-                errors[how] = errors[how].or_worse(poisoned)
+            elif name in poisoned:
+                errors[name] = errors[name].or_worse(poisoned[name])
                 if theirs:
-                    difference = Errors(*agreement(results, theirs))
-                theirs = ()
+                    differences[contender.layout] = agreement(results, theirs)
             del results
+        for ours in self._ours:
+            usual = elsewhere.get(contender_name(ours.layout), set())
+            if odd := sorted(elsewhere[ours.name] - usual):
+                self._notes.append(f"{ours.name}: {', '.join(odd)} not {ours.layout} as torch's")
         return Outcome(
             times={
-                how: {direction: contender.spread(direction) for direction in DIRECTIONS}
-                for how, contender in contenders.items()
+                contender.name: {direction: contender.spread(direction) for direction in DIRECTIONS}
+                for contender in contenders
             },
             errors=errors,
-            difference=difference,
+            differences=differences,
             limit=self._limit,
             notes=tuple(self._notes),
         )
 
-    def _module(self, source: ModuleType) -> torch.nn.Module:
-        """The layer as a module of ``source``, torch.nn or a generated package."""
-        dtype = self._state["weight"].dtype
-        module = make_module(self._layer, source, self._device, dtype)
+    def _contender(
+        self, source: ModuleType, layout: str, ours: bool = False, benchmark: bool = False
+    ) -> Contender:
+        """A module of ``source``, torch.nn or a generated package, in a layout."""
+        module: Any = make_module(self._layer, source, self._device, self._state["weight"].dtype)
         module.load_state_dict(self._state)
-        return module
+        if layout != "contiguous":  # as users have it: the weights are channels_last too
+            module = module.to(memory_format=memory_format(layout, self._layer.spec.ndim))
+        return Contender(
+            contender_name(layout, ours=ours, benchmark=benchmark),
+            module,
+            self._sets[layout],
+            self._clock,
+            self._gradients,
+            self._tf32,
+            layout,
+            benchmark,
+        )
 
-    def _channels_last(self) -> tuple[torch.nn.Module, list[tuple[Tensor, Tensor]]]:
-        """Torch's module and the sets of inputs, all channels last."""
-        two = self._layer.spec.ndim == 2
-        layout = torch.channels_last if two else torch.channels_last_3d
-        module: Any = self._module(torch.nn)
-        sets = [
+    def _laid(
+        self, drawn: Sequence[tuple[Tensor, Tensor]], layout: str
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Sets of inputs and gradients of the output in a layout."""
+        form = memory_format(layout, self._layer.spec.ndim)
+        asked = "grad_input" in GRADIENTS[self._gradients]
+        return [
             (
-                x.detach().contiguous(memory_format=layout).requires_grad_(),
-                grad.contiguous(memory_format=layout),
+                x.contiguous(memory_format=form).detach().requires_grad_(asked),
+                grad.contiguous(memory_format=form),
             )
-            for x, grad in self._sets
+            for x, grad in drawn
         ]
-        return module.to(memory_format=layout), sets
 
     def _set_count(self) -> int:
         """How many sets of inputs rotate: more than the caches hold, within the memory."""
@@ -303,18 +361,28 @@ class Trial:
         return max(1, min(wanted, fitting))
 
 
-def _hopeful(torchs: list[Contender]) -> list[Contender]:
-    """Torch's default, and the configurations that may turn out the fastest in a direction."""
-    best = {
-        direction: min((c.spread(direction).median_ms for c in torchs), default=0.0)
-        for direction in DIRECTIONS
-    }
+def _hopeful(torchs: Sequence[Contender], layouts: Sequence[str]) -> list[Contender]:
+    """Torch's defaults in ``layouts``, and what may be the fastest there or of all, in a direction.
+
+    The other configurations keep the times of their first runs.
+    """
+
+    def median_ms(contender: Contender, direction: str) -> float:
+        return contender.spread(direction).median_ms
+
+    def rivals(contender: Contender) -> Iterator[list[Contender]]:
+        yield list(torchs)
+        if contender.layout in layouts:
+            yield [other for other in torchs if other.layout == contender.layout]
+
     return [
         contender
         for contender in torchs
-        if contender.how == "default"
+        if (contender.layout in layouts and contender.name == contender_name(contender.layout))
         or any(
-            contender.spread(direction).median_ms <= _HOPELESS * best[direction]
+            median_ms(contender, direction)
+            <= _HOPELESS * min(median_ms(other, direction) for other in others)
+            for others in rivals(contender)
             for direction in DIRECTIONS
         )
     ]

@@ -14,9 +14,10 @@ import torch
 
 from convgen import cli
 from convgen.checking.memory import poison
+from convgen.commands.bench_report import benchmark
 from convgen.measuring import bench, machine, trial
 from convgen.measuring.bench import Report, Row
-from convgen.measuring.layers import Layer
+from convgen.measuring.layers import LAYOUTS, Layer
 from convgen.measuring.machine import Ceilings
 from convgen.measuring.overhead import overheads
 from convgen.measuring.plots import plot
@@ -25,6 +26,7 @@ from convgen.spec import ConvSpec
 
 CPU = torch.device("cpu")
 HIGH = Ceilings(1e18, 1e18, "f32")
+LAST = torch.channels_last
 LAYER = Layer("small", ConvSpec("conv_transpose2d", 3, 2, 1), (2, 4, 7, 9), 6, bias=True)
 
 
@@ -62,9 +64,76 @@ def test_times_both_directions_beside_every_configuration_of_torch() -> None:
         assert row.ours is not None
         assert row.ours.runs >= 3
         assert 0 < row.ours.low_ms <= row.ours.median_ms <= row.ours.high_ms
+        assert row.layout == "contiguous"
         assert set(row.torch) == {"default", "channels_last"}
         assert row.error < 1e-5
         assert not row.notes
+
+
+@pytest.mark.usefixtures("quick")
+def test_layouts_have_rows_of_their_own_with_inputs_and_weights_in_them() -> None:
+    seen = []
+
+    class Watched(Right):
+        def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+            seen.append([t.is_contiguous(memory_format=LAST) for t in (input, self.weight)])
+            return super().forward(input)
+
+    report = run(Watched, layouts=("contiguous", "channels_last"))
+    assert report.ok
+    assert [(row.layout, row.direction) for row in report.rows] == [
+        *(("contiguous", "forward"), ("contiguous", "backward")),
+        *(("channels_last", "forward"), ("channels_last", "backward")),
+    ]
+    assert [False, False] in seen
+    assert [True, True] in seen
+    assert not any(row.notes for row in report.rows)
+    means = report.to_dict()["geometric_means"]
+    assert set(means) == {"contiguous", "channels_last"}
+    assert set(means["channels_last"]["forward"]) == {"default", "same", "any"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_results_that_do_not_lie_as_those_of_torch_are_noted() -> None:
+    class Elsewhere(Right):
+        def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+            return super().forward(input).contiguous()
+
+    row, _ = run(Elsewhere, layouts=("channels_last",)).rows
+    assert row.ours is not None
+    assert "convgen channels_last: output not channels_last as torch's" in row.notes
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_dimension_has_one_layout() -> None:
+    layer = Layer("one", ConvSpec("conv1d", 3), (2, 4, 9), 6, bias=False)
+
+    class One(torch.nn.Conv1d):
+        def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
+            super().__init__(in_channels, out_channels, 3, **options)
+
+    source = cast(ModuleType, SimpleNamespace(Conv1d=One))
+    for layouts in (("channels_last",), ("contiguous", "channels_last")):
+        report = bench.bench([layer], {"one": source}, device=CPU, layouts=layouts)
+        assert [row.layout for row in report.rows] == ["contiguous", "contiguous"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("gradients", ["input", "weight"])
+def test_backward_may_be_of_some_gradients_alone(gradients: str) -> None:
+    asked = set()
+
+    class Watched(Right):
+        def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+            tensors = {"input": input, "weight": self.weight, "bias": self.bias}
+            asked.update(name for name, tensor in tensors.items() if tensor.requires_grad)
+            return super().forward(input)
+
+    _, backward = run(Watched, gradients=gradients).rows
+    assert asked == ({"input"} if gradients == "input" else {"weight", "bias"})
+    assert backward.ours is not None
+    assert backward.flops == LAYER.flops("forward")
+    assert backward.traffic_bytes == LAYER.traffic_bytes("backward", 4, gradients)
 
 
 @pytest.mark.usefixtures("quick")
@@ -75,7 +144,7 @@ def test_a_wrong_output_has_no_time() -> None:
 
     forward, backward = run(Wrong).rows
     assert forward.ours is None
-    assert forward.over_best is None
+    assert forward.over("same") is None
     assert any("convgen is wrong" in note for note in forward.notes)
     assert backward.ours is None  # its gradients are off by as much
 
@@ -183,12 +252,14 @@ def test_the_seconds_bound_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def row(**changes: Any) -> Row:
     times = {"default": Spread(8.0, 7.0, 9.0, 5), "benchmark": Spread(4.0, 4.0, 4.0, 5)}
+    times |= {"channels_last": Spread(3.0, 3.0, 3.0, 5)}
     fields: dict[str, Any] = {
         "layer": "a",
         "operator": "conv1d_k3",
         "input_shape": (2, 4, 9),
         "out_channels": 4,
         "direction": "forward",
+        "layout": "contiguous",
         "ours": Spread(2.0, 1.5, 2.5, 5),
         "torch": times,
         "error": 1e-6,
@@ -203,18 +274,40 @@ def row(**changes: Any) -> Row:
 
 def report_of(*rows: Row) -> Report:
     facts = {"name": "CPU", "torch": "2", "convgen": "0", "device": "cpu"}
-    return Report(facts, [{}, {}], {"dtype": "f32"}, Ceilings(1e12, 1e11, "f32"), list(rows))
+    settings = {"dtype": "f32", "gradients": "all", "layouts": ["contiguous"]}
+    return Report(facts, [{}, {}], settings, Ceilings(1e12, 1e11, "f32"), list(rows))
 
 
 def test_speedups_are_over_torch_as_it_comes_and_at_its_best() -> None:
     figures = row()
-    assert figures.best_of_torch == "benchmark"
-    assert (figures.over_default, figures.over_best, figures.reached) == (4.0, 2.0, 0.5)
+    assert (figures.same_by, figures.any_by) == ("benchmark", "channels_last")
+    assert [figures.over(what) for what in bench.OVER] == [4.0, 2.0, 1.5]
+    assert figures.reached == 0.5
+    last = row(layout="channels_last")
+    assert (last.same_by, last.any_by) == ("channels_last", "channels_last")
+    assert [last.over(what) for what in bench.OVER] == [1.5, 1.5, 1.5]
     faster = row(direction="backward", ours=Spread(0.5, 0.5, 0.5, 1))
-    report = report_of(figures, faster, row(layer="b", ours=None))
-    assert report.geometric_mean("forward", "best") == pytest.approx(2.0)
-    assert report.geometric_mean(None, "best") == pytest.approx(4.0)
-    assert report.geometric_mean(None, "default") == pytest.approx(8.0)
+    report = report_of(figures, faster, last, row(layer="b", ours=None))
+    assert report.geometric_mean("contiguous", "forward", "same") == pytest.approx(2.0)
+    assert report.geometric_mean("contiguous", None, "same") == pytest.approx(4.0)
+    assert report.geometric_mean("contiguous", None, "default") == pytest.approx(8.0)
+    assert report.geometric_mean("channels_last", None, "any") == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_table_fits_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    name = "hunyuan-vae-up12345"
+    wide = Spread(1234.5, 1200.0, 1240.0, 5)
+    benchmark(report_of(*(row(layer=name, layout=to, ours=wide) for to in LAYOUTS)))
+    printed = capsys.readouterr().out
+    assert all(len(line) <= width for line in printed.splitlines())
+    for needed in (name, "1234 ±2%", "x same", "geometric mean", "channels_last:"):
+        assert needed in printed
+    assert ("in --json alone" in printed) == (width < 200)
+    assert ("any by" in printed.partition("in --json")[0]) == (width == 200)
 
 
 def test_a_right_torch_configuration_is_chosen_over_a_faster_wrong_one() -> None:
@@ -224,9 +317,9 @@ def test_a_right_torch_configuration_is_chosen_over_a_faster_wrong_one() -> None
         how: dict.fromkeys(trial.DIRECTIONS, Spread(ms, ms, ms, 5))
         for how, ms in (("convgen", 2.0), ("default", 4.0), ("benchmark", 1.0))
     }
-    outcome = trial.Outcome(times, errors, trial.Errors(0, 0, 0), 1e-4, ())
-    forward, backward = bench._rows(LAYER, "f32", outcome, HIGH, warm_caches=False)
-    assert (forward.best_of_torch, backward.best_of_torch) == ("default", "benchmark")
+    outcome = trial.Outcome(times, errors, {}, 1e-4, ())
+    forward, backward = bench._rows(LAYER, "contiguous", outcome, report_of())
+    assert (forward.same_by, backward.same_by) == ("default", "benchmark")
     assert forward.notes == ("benchmark is wrong: error 1.0e+00",)
 
 
@@ -277,10 +370,11 @@ def test_one_generated_layer_end_to_end_on_the_command_line(
     json_file, plot_file = tmp_path / "out.json", tmp_path / "out.png"
     layer = ["--op", "conv1d", "--kernel", "3", "--shape", "2,8,100", "--out-channels", "4"]
     files = ["--json", str(json_file), "--plot", str(plot_file)]
-    assert cli.main(["bench", *layer, "--bias", "--device", "cpu", *files]) == 0
+    both = ["--layout", "both"]
+    assert cli.main(["bench", *layer, *both, "--bias", "--device", "cpu", *files]) == 0
     printed = capsys.readouterr().out
     assert "conv1d_k3" in printed
-    assert "geometric mean, both" in printed
+    assert "geometric mean" in printed
     data = json.loads(json_file.read_text())
     assert [entry["direction"] for entry in data["rows"]] == ["forward", "backward"]
     assert all(entry["error"] < 1e-5 and entry["ours"]["runs"] >= 3 for entry in data["rows"])
