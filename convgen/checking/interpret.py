@@ -36,6 +36,7 @@ _RUNTIME = (
     "copies.cpp",
     "interpreter.cpp",
     "pipeline.cpp",
+    "registers.cpp",
     "shared_arrays.cpp",
     "tensor_core.cpp",
     "tma.cpp",

@@ -288,6 +288,19 @@ BUGS: Mapping[str, Bug] = {
         "        if (!PLANTED) mbarrier_wait(&shared.staged_empty[consumer], staged_phase);\n",
         r"race on shared memory: it writes|beyond the 4 arrivals",
     ),
+    "registers that are never free": (
+        "kernel",
+        "      release_registers<PRODUCER_REGISTERS>();\n",
+        "      if (PLANTED) release_registers<PRODUCER_REGISTERS + 8>();\n"
+        "      if (!PLANTED) release_registers<PRODUCER_REGISTERS>();\n",
+        r"deadlock: .* at claim_registers<224> with 168 registers for each, while \d+ are free",
+    ),
+    "another kernel's results before it has ended": (
+        "kernel",
+        "    await_earlier_kernel();\n",
+        "    if (!PLANTED) await_earlier_kernel();\n",
+        r"before await_earlier_kernel\(\): the launch before writes it",
+    ),
     "a box beyond the weights": (
         "host",
         "w.extent[1] = packed_weight_rows();",

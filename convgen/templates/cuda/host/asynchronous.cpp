@@ -247,6 +247,7 @@ void perform_copy(const Fiber& fiber, const AsyncCopy& copy) {
 void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier) {
   checker->land_copy(issuer, copy, barrier);
 }
+void await(const Fiber& fiber) { checker->await(fiber); }
 void fence(const Fiber& fiber) { checker->fence(fiber); }
 void require_fence(const Fiber& fiber, const void* at, size_t bytes, const Site& site) {
   checker->require_fence(fiber, at, bytes, site);

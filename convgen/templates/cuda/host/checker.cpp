@@ -19,6 +19,7 @@ std::vector<GlobalRange>& global_ranges() {
 }
 
 thread_local uint64_t Checker::block_ = 0;
+thread_local uint64_t Checker::newest_launch_ = 0;
 __thread Checker* checker;
 
 namespace {
@@ -34,7 +35,9 @@ Checker::Checker(Worker& worker)
       worker_(worker),
       threads_(worker.fibers.size()),
       warps_((worker.fibers.size() + 31) / 32),
-      fences_(worker.fibers.size()) {
+      fences_(worker.fibers.size()),
+      earlier_launch_(newest_launch_) {
+  newest_launch_ = first_block_;
   size_t granules = 0, vectors = 0;
   auto add = [&](char* low, size_t bytes, const std::string& name) {
     shared_.push_back({low, bytes, granules, vectors, name});
@@ -61,6 +64,7 @@ Checker::Checker(Worker& worker)
 
 void Checker::start_block() {
   ++block_;
+  awaits_.clear();
   clocks.start_block();
   used_readers_ = 0;
   shared_[0].low = reinterpret_cast<char*>(worker_.dynamic);
@@ -88,8 +92,9 @@ void Checker::access(const Fiber& fiber, const void* address, size_t bytes, bool
                      const void* code, bool flag) {
   char* low = static_cast<char*>(const_cast<void*>(address));
   if (fiber.stack_low <= low && low < fiber.stack_low + Stacks::SIZE) return;
-  for (const SharedRange& range : shared_) {
+  for (SharedRange& range : shared_) {
     if (range.low <= low && low < range.low + range.bytes) {
+      if (!range.is_used) use(fiber, range, code);
       if (low + bytes > range.low + range.bytes) {
         return beyond(fiber, range, low, bytes, write, code);
       }
@@ -109,6 +114,24 @@ void Checker::access(const Fiber& fiber, const void* address, size_t bytes, bool
       dynamic <= low && low < dynamic + shared_[0].bytes + SHARED_MARGIN_BYTES;
   if (global_ranges().empty() && !near_shared) return;
   unknown(fiber, low, bytes, write, code);
+}
+
+// Static shared memory counts, too. A launch of more than 48 KiB opts in to all dynamic memory that
+// there is beside none (see launch() in device.cuh).
+void Checker::use(const Fiber& fiber, SharedRange& range, const void* code) {
+  constexpr size_t WITHOUT_OPT_IN = 48 * 1024;
+  range.is_used = true;
+  if (&range == &shared_[0]) return;
+  static_bytes_ += range.bytes;
+  const size_t dynamic = shared_[0].bytes;
+  if (static_bytes_ + dynamic <= WITHOUT_OPT_IN) return;
+  report(fiber,
+         "uses " + range.name + ", which makes " + std::to_string(static_bytes_) +
+             " bytes of static shared memory beside " + std::to_string(dynamic) +
+             " of dynamic: " +
+             (dynamic > WITHOUT_OPT_IN ? "a launch of more than 48 KiB has none"
+                                       : "more than the 48 KiB that a launch has"),
+         code);
 }
 
 void Checker::aligned(const void* address, size_t alignment, bool write, const void* code) {
@@ -213,11 +236,19 @@ void Checker::access_global(const Fiber& fiber, GlobalRange& range, char* low, s
     return bytes_text(bytes) + " at offset " + std::to_string(start) + " of " + range.name;
   };
   if (write && range.read_only) report(fiber, "writes an input: " + where(), code);
+  const bool is_early = worker_.run.launch.early && !has_awaited(t);
   for (size_t g = start / GRANULE; g * GRANULE < end; ++g) {
     GlobalShadow& s = range.shadow[g];
     // A range may start at an odd byte only if its elements have one byte: none do.
     if (!write && !s.written) {
       report(fiber, "reads global memory that nobody wrote: " + where(), code);
+    }
+    if (is_early && (is_earlier(s.write_block) || (write && is_earlier(s.read_block)))) {
+      report(fiber,
+             std::string(write ? "writes " : "reads ") + where() +
+                 " before await_earlier_kernel(): the launch before " +
+                 (is_earlier(s.write_block) ? "writes" : "reads") + " it",
+             code);
     }
     auto conflict = [&](uint64_t block, uint16_t other, uint32_t clock) {
       if (block < first_block_ || other == NOBODY) return false;
@@ -249,6 +280,18 @@ void Checker::access_global(const Fiber& fiber, GlobalRange& range, char* low, s
       s.read_clock = clocks.now(t);
     }
   }
+}
+
+void Checker::await(const Fiber& fiber) {
+  const uint16_t t = static_cast<uint16_t>(fiber.rank);
+  if (!has_awaited(t)) awaits_.push_back({t, clocks.now(t)});
+}
+
+// One thread waits for all that know of it.
+bool Checker::has_awaited(uint16_t t) const {
+  return std::any_of(awaits_.begin(), awaits_.end(), [&](const std::pair<uint16_t, uint32_t>& a) {
+    return clocks.before(a.first, a.second, t);
+  });
 }
 
 uint3 Checker::index_of(uint64_t block) const {

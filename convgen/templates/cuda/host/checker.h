@@ -47,6 +47,7 @@ struct SharedRange {
   size_t first;         // granule
   size_t first_vector;  // counted from the multiple of 16 bytes at or before `low`
   std::string name;
+  bool is_used = false;  // a static array, by this launch
 };
 
 // What is known of one granule of global memory. Threads of different blocks are never ordered.
@@ -95,12 +96,16 @@ class Checker {
   void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier);
   void init_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site);
   void use_barrier(const Fiber& fiber, uint64_t* barrier, const Site& site);
+  void await(const Fiber& fiber);
   void fence(const Fiber& fiber) { ++fences_[static_cast<size_t>(fiber.rank)]; }
   void require_fence(const Fiber& fiber, const void* address, size_t bytes, const Site& site);
   void issue_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
                    bool unwritten, const Site& site);
   void perform_reads(const std::vector<Fiber*>& readers, const std::vector<const char*>& vectors,
                      const Site& site);
+
+  // New tensors: what the launch before did to them is not known.
+  static void forget_launches() { newest_launch_ = 0; }
 
   Clocks clocks;
 
@@ -118,6 +123,7 @@ class Checker {
   }
 
   const SharedRange* find_shared(const char* low, size_t bytes) const;
+  void use(const Fiber& fiber, SharedRange& range, const void* code);
   size_t vector_index(const SharedRange& range, const char* at) const;
   size_t agent(const Fiber& fiber) const;  // the participant of Clocks that its warp's products are
 
@@ -135,6 +141,8 @@ class Checker {
   void access_global(const Fiber& fiber, GlobalRange& range, char* low, size_t bytes, bool write,
                      bool flag, const void* code);
   uint3 index_of(uint64_t block) const;
+  bool has_awaited(uint16_t t) const;  // await_earlier_kernel(), or knows of one who has
+  bool is_earlier(uint64_t block) const { return block >= earlier_launch_ && block < first_block_; }
 
   // ---- Reports ----
 
@@ -159,10 +167,14 @@ class Checker {
   std::vector<VectorShadow> vectors_;
   std::vector<uint32_t> warp_reads_;  // for each vector and warp: its clock when it read it last
   bool has_async_reads_ = false;      // in this block
+  size_t static_bytes_ = 0;           // of shared arrays that the launch has used
   char *host_stack_low_ = nullptr, *host_stack_high_ = nullptr;
   const std::string* site_ = nullptr;   // of what is done for a thread
+  std::vector<std::pair<uint16_t, uint32_t>> awaits_;  // threads of this block, and when
   static thread_local uint64_t block_;  // counts blocks over all launches
+  static thread_local uint64_t newest_launch_;  // its first block
   const uint64_t first_block_ = block_ + 1;
+  const uint64_t earlier_launch_;  // the first block of the launch before; 0: of anything before
 };
 
 extern __thread Checker* checker;

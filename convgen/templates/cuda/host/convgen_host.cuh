@@ -260,7 +260,7 @@ inline void copy_granule(void* to, const void* from, int bytes, const void* begi
 
 inline void raise_flag(int* flag, CONVGEN_SITE) { host::raise_flag(flag, {file, line}); }
 
-inline void await_earlier_kernel() {}
+inline void await_earlier_kernel() { host::await_earlier_kernel(); }
 inline void let_next_kernel_begin() {}
 
 template <typename T>
@@ -299,10 +299,16 @@ inline cudaError_t device_limits(int device, DeviceLimits& limits) {
   return cudaSuccess;
 }
 
+namespace host {
+// Of a kernel whose launch bound was asked for; else 0.
+template <auto KERNEL>
+inline int known_bound = 0;
+}  // namespace host
+
 // BOUND is KERNEL's launch bound as this compiler sees it, the only one there is here.
 template <auto KERNEL, int BOUND>
 inline cudaError_t launch_bound(int, int& threads) {
-  threads = BOUND;
+  threads = host::known_bound<KERNEL> = BOUND;
   return cudaSuccess;
 }
 
@@ -327,6 +333,8 @@ cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int, void*, const Ar
                          grid,
                          block,
                          shared_bytes,
+                         EARLY,
+                         host::known_bound<KERNEL>,
                          [](const void* self) { (*static_cast<const Body*>(self))(); },
                          &body};
   return host::run(launch);

@@ -24,6 +24,7 @@ extern "C" __attribute__((visibility("default"))) void convgen_interpret_registe
 
 extern "C" __attribute__((visibility("default"))) void convgen_interpret_forget() {
   convgen::host::global_ranges().clear();
+  convgen::host::Checker::forget_launches();
 }
 
 #define CONVGEN_ACCESS(kind, size, write)                                            \

@@ -92,6 +92,10 @@ dim3 block_extent() { return worker->run.launch.block; }
 dim3 grid_extent() { return worker->run.launch.grid; }
 unsigned lane_index() { return static_cast<unsigned>(worker->running->rank) % LANES; }
 void* dynamic_shared() { return worker->dynamic; }
+void await_earlier_kernel() {
+  worker->running->has_awaited = true;
+  check::await(*worker->running);
+}
 
 const char* where() {
   static thread_local std::string answer;
@@ -158,8 +162,10 @@ void Worker::run_block() {
   mbarriers.clear();
   bulk_copies.clear();
   groups.assign((fibers.size() + 127) / 128, {});
+  start_registers();
   for (Fiber& fiber : fibers) {
     fiber.stack_pointer = fresh_stack(fiber.stack_top, &Worker::enter);
+    fiber.has_awaited = false;
     fiber.state = State::ready;
     fiber.committed = 0;
     fiber.copies.clear();
@@ -184,6 +190,13 @@ void Worker::run_block() {
 }
 
 void Worker::end_block() {
+  const auto waited = [](const Fiber& fiber) { return fiber.has_awaited; };
+  if (run.launch.early && std::none_of(fibers.begin(), fibers.end(), waited)) {
+    // Kernels behind it know that it has ended, and take it that those before it have.
+    return fault(fibers.front(), "the block ended without await_earlier_kernel()");
+  }
+  end_registers();
+  if (run.failed) return;
   if (!bulk_copies.empty()) {
     const BulkCopy& bulk = bulk_copies.front();
     return fault(*bulk.issuer, "the block ended before its copy (" + text(bulk.site) + ") landed");
@@ -316,7 +329,7 @@ void Worker::deadlock() {
     } else if (fiber.state == State::in_warp) {
       what += std::string(op_name(fiber.op)) + " with mask " + hex(fiber.mask);
     } else {
-      what += describe_wait(fiber);
+      what += fiber.state == State::at_registers ? describe_claim(fiber) : describe_wait(fiber);
     }
     what += " (" + text(fiber.site) + ")";
     for (size_t j = i; j < fibers.size(); ++j) told[j] = told[j] || alike(fibers[j]);
@@ -373,6 +386,9 @@ cudaError_t run(const Launch& launch) {
     return cudaErrorInvalidConfiguration;
   }
   if (launch.shared_bytes < 0 || launch.shared_bytes > shared_limit_bytes()) {
+    return cudaErrorInvalidValue;
+  }
+  if (launch.bound > 0 && block.x * block.y * block.z > static_cast<unsigned>(launch.bound)) {
     return cudaErrorInvalidValue;
   }
   Run run(launch, kernel_name(launch.kernel), uint64_t{grid.x} * grid.y * grid.z);

@@ -22,6 +22,7 @@ __attribute__((const)) dim3 block_extent();
 __attribute__((const)) dim3 grid_extent();
 __attribute__((const)) unsigned lane_index();
 __attribute__((const)) void* dynamic_shared();
+void await_earlier_kernel();
 
 // A place in the source.
 struct Site {
@@ -55,6 +56,8 @@ struct Launch {
   const char* kernel;  // a signature that ends in "KERNEL = <name>]" or "; ..." (see launch())
   dim3 grid, block;
   int shared_bytes;
+  bool early;  // it may begin before the kernel before it has ended
+  int bound;   // threads of a block that the kernel is compiled for, or 0: those of this launch
   void (*body)(const void* arguments);  // one thread
   const void* arguments;
 };

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int NAMED_BARRIERS = 16;
 constexpr int64_t MOST_BYTES = (1 << 20) - 1;  // that a phase of an mbarrier can count
+constexpr int MOST_ARRIVALS = (1 << 20) - 1;
 
 Mbarrier& find(uint64_t* address, const char* what, Site site) {
   auto found = worker->mbarriers.find(address);
@@ -75,10 +76,10 @@ void named_barrier(int id, int threads, bool wait, Site site) {
 
 void mbarrier_init(uint64_t* address, int arrivals, Site site) {
   Fiber& fiber = *worker->running;
-  if (arrivals <= 0 || reinterpret_cast<uintptr_t>(address) % 8 != 0) {
+  if (arrivals <= 0 || arrivals > MOST_ARRIVALS || reinterpret_cast<uintptr_t>(address) % 8 != 0) {
     worker->fault(fiber, "mbarrier_init (" + text(site) + ") for " + std::to_string(arrivals) +
                              " arrivals at " + shared_place(address) +
-                             ": at least one, at a multiple of 8 bytes");
+                             ": 1 to 1048575, at a multiple of 8 bytes");
   }
   check::init_barrier(fiber, address, site);
   worker->mbarriers[address] = {arrivals, arrivals, 0, 0, &fiber, false};

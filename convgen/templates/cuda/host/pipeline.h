@@ -15,6 +15,7 @@ void mbarrier_wait(uint64_t* barrier, int parity, Site site);
 void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, Site site);
 void mbarrier_fence();
 void bulk_fence();
+void trade_registers(int count, bool claims, Site site);
 
 }  // namespace host
 
@@ -51,15 +52,20 @@ inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, 
 inline void mbarrier_fence() { host::mbarrier_fence(); }
 inline void bulk_fence() { host::bulk_fence(); }
 
-// Registers are not counted.
 template <int COUNT>
-inline void release_registers() {
+inline void release_registers(CONVGEN_SITE) {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes");
+#if defined(CONVGEN_HOST_SM_90A)
+  host::trade_registers(COUNT, false, {file, line});
+#endif
 }
 
 template <int COUNT>
-inline void claim_registers() {
+inline void claim_registers(CONVGEN_SITE) {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes");
+#if defined(CONVGEN_HOST_SM_90A)
+  host::trade_registers(COUNT, true, {file, line});
+#endif
 }
 
 #undef CONVGEN_SITE

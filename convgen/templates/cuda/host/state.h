@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -17,9 +18,20 @@
 namespace convgen {
 namespace host {
 
-enum class State : uint8_t { ready, at_barrier, at_named, at_mbarrier, in_warp, done };
+enum class State : uint8_t { ready, at_barrier, at_named, at_mbarrier, at_registers, in_warp, done };
 
-enum class WarpOp : uint8_t { barrier, shuffle, ballot, multiply, issue, group_multiply, matrices };
+enum class WarpOp : uint8_t {
+  barrier,
+  shuffle,
+  ballot,
+  // By all lanes of a warp, and the same by each:
+  multiply,
+  issue,
+  group_multiply,
+  matrices,
+  claim,
+  release,
+};
 
 // A copy that has been issued and not yet performed.
 struct AsyncCopy {
@@ -55,6 +67,7 @@ struct Fiber {
   State state;
   Site site;        // where it waits
   void* waits_for;  // a NamedBarrier, or the address of an mbarrier (with its parity in `mask`)
+  bool has_awaited;  // the kernel before, in a launch that may begin early
   // The warp collective in which it waits; `value` then receives its result.
   WarpOp op;
   unsigned mask;
@@ -100,6 +113,26 @@ struct GroupIssues {
   uint64_t count[4];
 };
 
+// The setmaxnregs of a group of four warps: what a thread then has, and whether they claim that.
+struct GroupTrades {
+  std::vector<std::pair<int, bool>> trades;
+  size_t count[4];  // of each warp
+};
+
+struct Claim {
+  size_t warp;
+  int count;
+};
+
+// Registers of a block, each number that of a thread.
+struct Registers {
+  int started;  // at the block's beginning
+  int free;     // released by a warp, and claimed by none
+  std::vector<int> of_warp;
+  std::vector<GroupTrades> groups;
+  std::deque<Claim> claims;  // that wait
+};
+
 // What the host threads of one launch share.
 struct Run {
   const Launch& launch;
@@ -143,6 +176,7 @@ class Worker {
   std::map<uint64_t*, Mbarrier> mbarriers;
   std::deque<BulkCopy> bulk_copies;
   std::vector<GroupIssues> groups;
+  Registers registers;
 
  private:
   static void enter();  // what a fiber executes
@@ -192,6 +226,13 @@ void multiply_warp(const std::vector<Fiber*>& lanes);
 void issue_by_warp(const std::vector<Fiber*>& lanes);
 void multiply_by_warp(const std::vector<Fiber*>& lanes);
 void store_matrices_by_warp(const std::vector<Fiber*>& lanes);
+
+// Registers that warps trade (see registers.cpp): at a block's beginning, by the lanes of a warp, what
+// a waiting claim says, at a block's end.
+void start_registers();
+void trade_by_warp(const std::vector<Fiber*>& lanes);
+std::string describe_claim(const Fiber& fiber);
+void end_registers();
 
 // Boxes of tensors (see tma.cpp): one that lands; what a thread has to have waited for at its end.
 void fill_box(const Box& box);
@@ -244,6 +285,8 @@ void land_copy(const Fiber& issuer, const AsyncCopy& copy, const void* barrier);
 // An access that the interpreter makes for a thread.
 void access(const Fiber& fiber, const void* at, size_t bytes, bool write, const Site& site);
 void raise_flag(const Fiber& fiber, const int* flag, const Site& site);
+// await_earlier_kernel().
+void await(const Fiber& fiber);
 // bulk_fence(); and what the asynchronous proxy reads, behind the fences of those who wrote it.
 void fence(const Fiber& fiber);
 void require_fence(const Fiber& fiber, const void* at, size_t bytes, const Site& site);
@@ -270,6 +313,7 @@ inline void perform_copy(const Fiber&, const AsyncCopy&) {}
 inline void land_copy(const Fiber&, const AsyncCopy&, const void*) {}
 inline void access(const Fiber&, const void*, size_t, bool, const Site&) {}
 inline void raise_flag(const Fiber&, const int*, const Site&) {}
+inline void await(const Fiber&) {}
 inline void fence(const Fiber&) {}
 inline void require_fence(const Fiber&, const void*, size_t, const Site&) {}
 inline void issue_reads(const std::vector<Fiber*>&, const std::vector<const char*>&, bool,

@@ -27,6 +27,10 @@ const char* op_name(WarpOp op) {
       return "wgmma_wait";
     case WarpOp::matrices:
       return "store_matrices";
+    case WarpOp::claim:
+      return "claim_registers";
+    case WarpOp::release:
+      return "release_registers";
     default:
       return "a warp vote";
   }
@@ -89,6 +93,7 @@ void Worker::finish_collective(std::vector<Fiber*>& lanes) {
     if (any.op == WarpOp::issue) issue_by_warp(lanes);
     if (any.op == WarpOp::group_multiply) multiply_by_warp(lanes);
     if (any.op == WarpOp::matrices) store_matrices_by_warp(lanes);
+    if (any.op >= WarpOp::claim) trade_by_warp(lanes);
   }
   uint64_t values[LANES];
   unsigned present = 0, votes = 0;
