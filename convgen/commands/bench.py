@@ -84,6 +84,7 @@ def command(
     where = bench.device_for(device)
     if where is None:
         raise click.UsageError("--device cuda: there is no GPU that torch can use.")
+    chosen = options.on_device(chosen, where.type, patterns)
     with report.Progress() as progress:
         modules = bench.compile_layers(chosen, where, dtype, fixed_channels, progress)
     if overhead:

@@ -190,7 +190,7 @@ def layers(command: Command) -> Command:
         click.option(
             "--suite",
             metavar="NAME|FILE.json",
-            help="Layers to run: kernelbench3d, kernelbench, models, or a file of layers.",
+            help="Layers: kernelbench3d, kernelbench, models, networks, or a file of layers.",
         ),
         click.option(
             "--layers",
@@ -261,6 +261,18 @@ def chosen_layers(
         raise click.UsageError("One layer needs --shape and --out-channels.")
     spec = ConvSpec.make(kernel_size=kernel, **constants)
     return [Layer(spec.name, spec, shape, out_channels, bias)]
+
+
+def on_device(layers: list[Layer], backend: str, patterns: tuple[str, ...]) -> list[Layer]:
+    """The chosen layers as a backend runs them: a CPU those of a suite that are marked for it."""
+    from convgen.measuring.layers import for_cpu
+
+    if backend != "cpu":
+        return layers
+    fitting = for_cpu(layers, named=bool(patterns))
+    if others := len(layers) - len(fitting):
+        click.echo(f"{others} layers are left to GPUs; --layers names them all the same.", err=True)
+    return fitting
 
 
 def _decorated(command: Command, *decorators: Callable[[Any], Any]) -> Command:

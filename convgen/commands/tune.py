@@ -94,7 +94,7 @@ def command(
         raise click.UsageError("--device cuda: there is no GPU that torch can use.")
     backend = device or (where.type if where else "cuda")
     work = jobs.jobs(
-        chosen,
+        options.on_device(chosen, backend, patterns),
         backend,
         dtype,
         tf32,

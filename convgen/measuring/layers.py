@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +29,7 @@ class _Entry:
     input: Annotated[tuple[Extent, ...], Length(2, 8)]
     out_channels: Extent
     bias: bool = False
+    cpu: Annotated[tuple[Extent, ...], Length(2, 8)] | None = None
 
 
 GRADIENTS = {
@@ -52,7 +53,8 @@ class SuiteError(ValueError):
 class Layer:
     """A convolution layer and the input that it is given.
 
-    ``spec`` leaves the channels open; ``input_shape`` is (N, C_in, spatial extents...).
+    ``spec`` leaves the channels open; ``input_shape`` is (N, C_in, spatial extents...), and
+    ``cpu_shape`` the smaller input with which the layer runs in seconds on two cores, if any.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Layer:
     input_shape: tuple[int, ...]
     out_channels: int
     bias: bool
+    cpu_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         name, given = documents.plain(self.name), documents.shown(list(self.input_shape))
@@ -170,6 +173,20 @@ class Layer:
             elements *= extent if dense or phases == s else extent // s * phases
         return elements
 
+    def on_cpu(self) -> Layer:
+        """The layer with its input for a CPU, or as it is where it has none.
+
+        Raises:
+            SuiteError: if that is no input of it.
+        """
+        if self.cpu_shape is None:
+            return self
+        if self.cpu_shape[1] != self.in_channels:
+            given = documents.shown(list(self.cpu_shape))
+            name = documents.plain(self.name)
+            raise SuiteError(f"layer {name}: cpu={given} has not {self.in_channels} channels")
+        return replace(self, input_shape=self.cpu_shape)
+
     def fixed(self) -> ConvSpec:
         """The specification with the layer's channels.
 
@@ -200,8 +217,8 @@ def read_suite(name: str) -> list[Layer]:
     A file holds ``{"layers": [...]}``; each layer is an object with ``name``, ``op``, ``input``
     (N, C_in, extents...), ``out_channels``, ``kernel_size`` and, where they differ from torch's
     defaults, ``stride``, ``padding``, ``output_padding``, ``dilation``, ``groups`` and ``bias``
-    (false by default). With ``"of": "SUITE"`` beside it, a layer may also be the name of one of
-    that suite.
+    (false by default), and ``cpu``, an input with which it runs in seconds on two cores. With
+    ``"of": "SUITE"`` beside it, a layer may also be the name of one of that suite.
 
     Raises:
         SuiteError: if there is no such suite or file, or a layer in it is wrong.
@@ -256,6 +273,15 @@ def select(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
     return list(chosen.values())
 
 
+def for_cpu(layers: Sequence[Layer], named: bool = False) -> list[Layer]:
+    """Layers as a CPU runs them: with their inputs for it, and where some have one, only those.
+
+    ``named`` says that somebody chose them by their names: then all.
+    """
+    everything = named or all(layer.cpu_shape is None for layer in layers)
+    return [layer.on_cpu() for layer in layers if everything or layer.cpu_shape is not None]
+
+
 def _layer(suite: str, number: int, entry: object, parent: Mapping[str, Layer]) -> Layer:
     if isinstance(entry, str):
         if entry not in parent:
@@ -275,7 +301,10 @@ def _layer(suite: str, number: int, entry: object, parent: Mapping[str, Layer]) 
         )
         if "in_channels" in specific:
             raise DocumentError("in_channels follows from the input")
-        return Layer(own.name, ConvSpec.from_dict(specific), own.input, own.out_channels, own.bias)
+        spec = ConvSpec.from_dict(specific)
+        layer = Layer(own.name, spec, own.input, own.out_channels, own.bias, own.cpu)
+        layer.on_cpu()  # An input that is none is better found here.
+        return layer
     except SuiteError as error:
         raise SuiteError(f"{suite}: {error}") from error
     except ValueError as error:

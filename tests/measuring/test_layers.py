@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convgen.measuring.layers import Layer, SuiteError, read_suite, select, suites
+import convgen
+from convgen.measuring.layers import Layer, SuiteError, for_cpu, read_suite, select, suites
 from convgen.spec import ConvSpec
 
 LAYER = {"name": "a", "op": "conv1d", "kernel_size": 3, "input": [2, 4, 9], "out_channels": 4}
@@ -81,6 +83,34 @@ def test_suites_of_the_package_have_the_shapes_that_torch_gives(name: str) -> No
         assert run(layer, input, weight).shape == layer.output_shape, layer.name
 
 
+@pytest.mark.parametrize("name", ["models", "networks"])
+def test_layers_for_a_cpu_take_seconds_there(name: str) -> None:
+    layers = read_suite(name)
+    marked = for_cpu(layers)
+    assert 30 <= len(marked) < len(layers)
+    for layer in marked:
+        assert layer.flops("forward") <= 4e9, layer.name  # two cores do 1e11 to 1e12 a second
+        assert layer.traffic_bytes("forward", 4) <= 1 << 28, layer.name
+    (gpu,), (named,) = (select(each, ["nnunet-*1"])[:1] for each in (layers, marked))
+    assert for_cpu([gpu], named=True) == [named]
+
+
+def test_layers_that_are_named_run_on_a_cpu_though_they_are_not_for_it() -> None:
+    layers = select(read_suite("networks"), ["nnunet-dec1", "nnunet-enc1"])
+    assert [layer.name for layer in for_cpu(layers)] == ["nnunet-enc1"]
+    assert [layer.name for layer in for_cpu(layers, named=True)] == ["nnunet-dec1", "nnunet-enc1"]
+    everything = read_suite("kernelbench3d")
+    assert for_cpu(everything) == everything
+
+
+def test_every_layer_of_networks_has_one_source() -> None:
+    suite = json.loads((Path(convgen.__file__).parent / "suites/networks.json").read_text())
+    for layer in suite["layers"]:
+        of = [pattern for pattern in suite["sources"] if fnmatchcase(layer["name"], pattern)]
+        assert len(of) == 1, layer["name"]
+    assert all(source.startswith("https://") for source in suite["sources"].values())
+
+
 def test_kernelbench_holds_all_its_convolutions() -> None:
     problems = {layer.name.partition("-")[0] for layer in read_suite("kernelbench")}
     assert problems == {str(number) for number in range(54, 88)}
@@ -125,6 +155,8 @@ def test_a_file_may_pick_layers_of_a_suite_and_add_its_own(tmp_path: Path) -> No
         ({"layers": [{**LAYER, "groups": 3}]}, "not divisible by groups=3"),
         ({"layers": [{**LAYER, "input": [4, 9]}]}, "batched input of 3 dimensions"),
         ({"layers": [{**LAYER, "input": [2, 4, 2]}]}, "gives no output"),
+        ({"layers": [{**LAYER, "cpu": [2, 5, 9]}]}, "layer a: cpu=.* has not 4 channels"),
+        ({"layers": [{**LAYER, "cpu": [2, 4, 2]}]}, "layer a: an input of .* gives no output"),
         ({"layers": [{**LAYER, "kernel": 3}]}, "unknown fields in a specification: kernel"),
         ({"layers": [{**LAYER, "in_channels": 4}]}, "follows from the input"),
         ({"layers": [{k: v for k, v in LAYER.items() if k != "input"}]}, "it lacks input"),
