@@ -5,8 +5,8 @@ Written by convgen 0.1.0; regenerate with
 
 `ConvTranspose3d` takes the place of torch.nn.ConvTranspose3d, and `conv_transpose3d` that of
 torch.nn.functional.conv_transpose3d. `SPEC` is what is constant;
-batch, channels and extents are free. Gradients of any order, torch.compile, torch.export and autocast
-work as with torch's own.
+batch, channels and extents are free. Gradients of any order, torch.compile, torch.export
+and autocast work as with torch's own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from ._integration import as_own, by_others, count_as_torch
 from ._operators import dgrad, dgrad_op, dgrad_plain, is_plain
@@ -102,7 +103,7 @@ def _convolve(
             "Expected 4D (unbatched) or 5D (batched) input to conv_transpose3d, "
             f"but got input of size: {list(input.shape)}"
         )
-    if torch._C._is_any_autocast_enabled():
+    if _is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
     if output_padding is not OUTPUT_PADDING:
         output_padding = _check_output_padding(output_padding)
@@ -272,7 +273,8 @@ def _check_output_padding(output_padding: int | Sequence[int]) -> Sequence[int]:
         values = list(map(index, given))
     except TypeError:
         raise TypeError(
-            f"conv_transpose3d(): output_padding must be an int or a tuple of 3, not {output_padding!r}"
+            "conv_transpose3d(): output_padding must be an int or a tuple of 3, "
+            f"not {output_padding!r}"
         ) from None
     if len(values) == 1:
         values *= 3

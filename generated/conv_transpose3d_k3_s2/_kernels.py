@@ -15,20 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._layouts import (
+    COARSE,
+    FINE,
+    WEIGHT,
+    arranged,
+    as_first,
+    as_last,
+    layout_of,
+    lies_last,
+    new_result,
+)
 from ._runtime import (
     INTERPRETED,
     NAME,
     Launch,
-    contiguous,
     fp32_precision,
+    new_tensor,
     prepare,
-    transpose,
 )
 from ._supplement import check_generated, kernels_elsewhere
 
 KERNEL_SIZE = (3, 3, 3)
-CHANNELS_LAST = torch.channels_last_3d
-COARSE, FINE, WEIGHT = 1, 2, 4  # ConvgenOperand: tensors whose channels lie side by side
 
 
 # Shapes of the results. Operands that do not fit raise what torch's own convolutions raise.
@@ -147,127 +155,92 @@ def _by(extents: Sequence[int]) -> str:
     return f"({' x '.join(map(str, extents))})"
 
 
-# Memory formats, as torch's convolutions have them: results have their channels side by side where
-# an operand has.
-
-
-def lies_last(tensor: Tensor) -> bool:
-    """Whether a tensor that is not contiguous has its channels side by side."""
-    return tensor.is_contiguous(memory_format=CHANNELS_LAST) and not tensor.is_contiguous()
-
-
-def new_result(shape: Sequence[int], first: Tensor, second: Tensor) -> Tensor:
-    """Memory for the result of two operands."""
-    if lies_last(first) or lies_last(second):
-        return first.new_empty_strided(size=shape, stride=_last_strides(shape))
-    return first.new_empty(size=shape)
-
-
-def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a tensor whose channels lie side by side."""
-    _, channels, depth, height, width = shape
-    line = width * channels
-    return (depth * height * line, 1, height * line, line, channels)
-
-
-def _layout(first: Tensor, second: Tensor, bits: tuple[int, int, int]) -> int:
-    """Which tensors have their channels side by side; `bits` are those of operands and result."""
-    layout = (bits[0] if lies_last(first) else 0) | (bits[1] if lies_last(second) else 0)
-    return layout | (bits[2] if layout else 0)
-
-
-def arranged(tensor: Tensor) -> Tensor:
-    """A tensor that is contiguous or has its channels side by side: a copy where it does not."""
-    return tensor if tensor.is_contiguous() or lies_last(tensor) else contiguous(tensor)
-
-
-def _as_first(tensor: Tensor) -> Tensor:
-    """A contiguous tensor, for kernels that take such ones alone."""
-    # A copy by torch takes three to six times as long.
-    if tensor.device.type == "cuda" and lies_last(tensor):
-        positions = prod(tensor.shape[2:])
-        result = tensor.new_empty(size=tensor.shape)
-        return transpose(tensor, result, tensor.shape[0], positions, tensor.shape[1])
-    return tensor.contiguous()
-
-
-def _as_last(result: Tensor) -> Tensor:
-    """The result of such a kernel, as torch's would lie."""
-    if result.device.type == "cuda" and result.numel():
-        last = result.new_empty_strided(size=result.shape, stride=_last_strides(result.shape))
-        positions = prod(result.shape[2:])
-        return transpose(result, last, result.shape[0], result.shape[1], positions)
-    return result.contiguous(memory_format=CHANNELS_LAST)
-
-
 # Kernels, for the CPU and CUDA alike. What follows from shapes, dtypes and devices is checked and
-# computed once for each combination of them, and remembered.
+# computed once for each combination of them, and remembered: the shape of the result, its strides
+# for `new_tensor`, and its kernel, if its sums have terms.
 
-_Plan = tuple[tuple[int, ...], Launch | None]  # shape of the result; no launch for an empty sum
+_Plan = tuple[tuple[int, ...], tuple[int, ...], Launch | None]
 _plans: dict[tuple[Any, ...], _Plan] = {}
 
 
 def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
-    layout = 0
-    if not (fine.is_contiguous() and weight.is_contiguous()):
-        layout = _layout(fine, weight, (FINE, WEIGHT, COARSE))
+    lie_first = fine.is_contiguous() and weight.is_contiguous()
+    if not lie_first and fine.is_cpu and not INTERPRETED:
+        # The CPU's kernels take contiguous tensors alone.
+        result = fprop_kernel(fine.contiguous(), weight.contiguous(), bias, size)
+        return as_last(result) if lies_last(fine) or lies_last(weight) else result
+    layout = 0 if lie_first else layout_of(fine, weight, (FINE, WEIGHT, COARSE))
     key = _key("fprop", fine, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
         if other := _elsewhere(fine, weight):
             return other.fprop_kernel(fine, weight, bias, size)  # type: ignore[no-any-return]
         shape = fprop_shape(fine, weight, bias, size)
         plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape, layout=layout)
-    shape, launch = plan
+    shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
-        return _as_last(fprop_kernel(_as_first(fine), _as_first(weight), bias, size))
-    coarse = new_result(shape, fine, weight) if layout else fine.new_empty(size=shape)
+        return as_last(fprop_kernel(as_first(fine), as_first(weight), bias, size))
+    coarse = new_result(shape, fine, weight) if layout else new_tensor(fine, shape, strides)
     if launch is None:
         return _bias_alone(coarse, bias)
-    bias = None if bias is None else bias.contiguous()
-    launch.run(coarse, arranged(fine), arranged(weight), bias)
+    if not lie_first:
+        fine, weight = arranged(fine), arranged(weight)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    launch.run(coarse, fine, weight, bias)
     return coarse
 
 
 def dgrad_kernel(
     coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> Tensor:
-    layout = 0
-    if not (coarse.is_contiguous() and weight.is_contiguous()):
-        layout = _layout(coarse, weight, (COARSE, WEIGHT, FINE))
+    lie_first = coarse.is_contiguous() and weight.is_contiguous()
+    if not lie_first and coarse.is_cpu and not INTERPRETED:
+        # The CPU's kernels take contiguous tensors alone.
+        result = dgrad_kernel(coarse.contiguous(), weight.contiguous(), bias, size)
+        return as_last(result) if lies_last(coarse) or lies_last(weight) else result
+    layout = 0 if lie_first else layout_of(coarse, weight, (COARSE, WEIGHT, FINE))
     key = _key("dgrad", coarse, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
         if other := _elsewhere(coarse, weight):
             return other.dgrad_kernel(coarse, weight, bias, size)  # type: ignore[no-any-return]
         shape = dgrad_shape(coarse, weight, bias, size)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape, layout=layout)
-    shape, launch = plan
+    shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
-        return _as_last(dgrad_kernel(_as_first(coarse), _as_first(weight), bias, size))
-    fine = new_result(shape, coarse, weight) if layout else coarse.new_empty(size=shape)
+        return as_last(dgrad_kernel(as_first(coarse), as_first(weight), bias, size))
+    fine = new_result(shape, coarse, weight) if layout else new_tensor(coarse, shape, strides)
     if launch is None:
         return _bias_alone(fine, bias)
-    bias = None if bias is None else bias.contiguous()
-    launch.run(arranged(coarse), fine, arranged(weight), bias)
+    if not lie_first:
+        coarse, weight = arranged(coarse), arranged(weight)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    launch.run(coarse, fine, weight, bias)
     return fine
 
 
 def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
-    layout = 0
-    if not (coarse.is_contiguous() and fine.is_contiguous()):
-        layout = _layout(coarse, fine, (COARSE, FINE, WEIGHT))
-    key = _key("wgrad", coarse, fine, layout=layout)
+    lie_first = coarse.is_contiguous() and fine.is_contiguous()
+    if not lie_first and coarse.is_cpu and not INTERPRETED:
+        # The CPU's kernels take contiguous tensors alone.
+        result = wgrad_kernel(coarse.contiguous(), fine.contiguous())
+        return as_last(result) if lies_last(coarse) or lies_last(fine) else result
+    layout = 0 if lie_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
+    key = _key("wgrad", coarse, fine, None, (), layout)
     if (plan := _plans.get(key)) is None:
         if other := _elsewhere(coarse, fine):
             return other.wgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
         plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
-    shape, launch = plan
+    shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
-        return _as_last(wgrad_kernel(_as_first(coarse), _as_first(fine)))
-    weight = new_result(shape, coarse, fine) if layout else coarse.new_empty(size=shape)
+        return as_last(wgrad_kernel(as_first(coarse), as_first(fine)))
+    weight = new_result(shape, coarse, fine) if layout else new_tensor(coarse, shape, strides)
     if launch is None:
         return weight.zero_()
-    launch.run(arranged(coarse), arranged(fine), weight, None)
+    if not lie_first:
+        coarse, fine = arranged(coarse), arranged(fine)
+    launch.run(coarse, fine, weight, None)
     return weight
 
 
@@ -279,14 +252,14 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
             layout = COARSE
         else:
             grad = grad.contiguous()
-    key = _key("bgrad", grad, grad, layout=layout)
+    key = _key("bgrad", grad, grad, None, (), layout)
     if (plan := _plans.get(key)) is None:
         if other := _elsewhere(grad, grad):
             return other.bgrad_kernel(grad)  # type: ignore[no-any-return]
         shape = bgrad_shape(grad)
         plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape, layout=layout)
-    shape, launch = plan
-    bias = grad.new_empty(size=shape)
+    shape, strides, launch = plan
+    bias = new_tensor(grad, shape, strides)
     if launch is None:
         return bias.zero_()
     launch.run(grad, None, None, bias)
@@ -294,23 +267,24 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
 
 
 def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-    if coarse.device.type != "cpu" or INTERPRETED:
+    if not coarse.is_cpu or INTERPRETED:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
-    if lies_last(coarse) or lies_last(fine):
+    if not (coarse.is_contiguous() and fine.is_contiguous()):
+        last = lies_last(coarse) or lies_last(fine)
         weight, bias = wbgrad_kernel(coarse.contiguous(), fine.contiguous())
-        return _as_last(weight), bias
+        return as_last(weight) if last else weight, bias
     key = _key("wbgrad", coarse, fine)
     if (plan := _plans.get(key)) is None:
         if other := _elsewhere(coarse, fine):
             return other.wbgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
-        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=0)
-    shape, launch = plan
-    weight = coarse.new_empty(size=shape)
-    bias = coarse.new_empty(size=(fine.shape[1],))
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+    shape, strides, launch = plan
+    weight = new_tensor(coarse, shape, strides)
+    bias = new_tensor(coarse, (fine.shape[1],), strides[-1:])
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
-    launch.run(arranged(coarse), arranged(fine), weight, bias)
+    launch.run(coarse, fine, weight, bias)
     return weight, bias
 
 
@@ -354,7 +328,7 @@ def _remember(
     *,
     coarse: Sequence[int],
     fine: Sequence[int],
-    layout: int,
+    layout: int = 0,
 ) -> _Plan:
     for extents in (coarse, fine):
         if prod(extents) >= 1 << 63:  # not in a C struct either
@@ -364,7 +338,9 @@ def _remember(
         launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1], layout)
     if len(_plans) >= 4096:  # extents that never repeat must not fill the memory
         _plans.clear()
-    plan = _plans[key] = (shape, launch)
+    on_cpu = launch is not None and launch.gpu is None
+    strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape))) if on_cpu else ()
+    plan = _plans[key] = (shape, strides, launch)
     return plan
 
 

@@ -35,6 +35,7 @@ from torch._C import (
     _is_torch_function_mode_enabled,
     _is_tracing,
     _len_torch_dispatch_stack,
+    is_grad_enabled,
 )
 from torch._C._autograd import _profiler_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -45,19 +46,18 @@ from torch.nn import Parameter
 
 from ._integration import as_own, register, register_shardings
 from ._kernels import (
-    arranged,
     bgrad_kernel,
     bgrad_shape,
     dgrad_kernel,
     dgrad_shape,
     fprop_kernel,
     fprop_shape,
-    new_result,
     wbgrad_kernel,
     wbgrad_shape,
     wgrad_kernel,
     wgrad_shape,
 )
+from ._layouts import arranged, new_result
 from ._runtime import (
     FOLDERS,
     LEAST_ADDRESS,
@@ -66,17 +66,11 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_71e36fab"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_0f8be55f"
 NAMESPACE += VARIANT
 
 
 # Derivatives. Tensors are kept for the backward pass only where it needs them.
-
-
-def keep_for_tangents(ctx: Any, *tensors: Tensor) -> None:
-    """Lets ``jvp``, which runs right after the forward, have the operands."""
-    if forward_ad._current_level >= 0:
-        ctx.save_for_forward(*tensors)
 
 
 class Fprop(Function):
@@ -93,7 +87,8 @@ class Fprop(Function):
         ctx.save_for_backward(fine if needs_weight else None, weight if needs_fine else None)
         ctx.extents = fine.shape[2:]
         ctx.size = size
-        keep_for_tangents(ctx, fine, weight)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(fine, weight)  # for `jvp`, which runs right after the forward
         return forward(fprop_op, fprop_kernel, keyset, fine, weight, bias, size)
 
     @staticmethod
@@ -105,7 +100,8 @@ class Fprop(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         fine, weight = ctx.saved_tensors
-        grad = arranged(*as_own((grad,)))  # one copy for all that read it
+        if type(grad) is not Tensor or not grad.is_contiguous():
+            grad = arranged(*as_own((grad,)))  # one copy for all that read it
         needs_fine, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
             dgrad(grad, weight, None, ctx.extents) if needs_fine else None,
@@ -130,7 +126,8 @@ class Dgrad(Function):
         ctx.save_for_backward(coarse if needs_weight else None, weight if needs_coarse else None)
         ctx.extents = coarse.shape[2:]
         ctx.size = size
-        keep_for_tangents(ctx, coarse, weight)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(coarse, weight)  # for `jvp`, which runs right after the forward
         return forward(dgrad_op, dgrad_kernel, keyset, coarse, weight, bias, size)
 
     @staticmethod
@@ -144,7 +141,8 @@ class Dgrad(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coarse, weight = ctx.saved_tensors
-        grad = arranged(*as_own((grad,)))  # one copy for all that read it
+        if type(grad) is not Tensor or not grad.is_contiguous():
+            grad = arranged(*as_own((grad,)))  # one copy for all that read it
         needs_coarse, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if needs_weight and needs_bias:
             grad_coarse = fprop(grad, weight, None, ctx.extents) if needs_coarse else None
@@ -164,7 +162,8 @@ class Wgrad(Function):
         needs_coarse, needs_fine = ctx.needs_input_grad[:2]
         ctx.save_for_backward(coarse if needs_fine else None, fine if needs_coarse else None)
         ctx.extents = coarse.shape[2:], fine.shape[2:]
-        keep_for_tangents(ctx, coarse, fine)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(coarse, fine)  # for `jvp`, which runs right after the forward
         return forward(wgrad_op, wgrad_kernel, keyset, coarse, fine)
 
     @staticmethod
@@ -208,7 +207,8 @@ class Wbgrad(Function):
         needs_coarse, needs_fine = ctx.needs_input_grad[:2]
         ctx.save_for_backward(coarse if needs_fine else None, fine if needs_coarse else None)
         ctx.extents = coarse.shape[2:], fine.shape[2:]
-        keep_for_tangents(ctx, coarse, fine)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(coarse, fine)  # for `jvp`, which runs right after the forward
         return forward(wbgrad_op, wbgrad_kernel, keyset, coarse, fine)
 
     @staticmethod
@@ -241,6 +241,8 @@ _PLAIN = {
     )
 }
 """Tensors with nothing going on: not traced, batched, fake or functional, and no mode active."""
+
+_OTHERS = {type(None), tuple, torch.Size}
 
 
 def below_autograd(
@@ -276,7 +278,7 @@ def in_memory(inputs: Sequence[Any]) -> Sequence[Any]:
     """
     for value in inputs:
         kind = type(value)
-        if kind in _TENSORS:
+        if kind is Tensor or kind is Parameter:
             if value.data_ptr() < LEAST_ADDRESS:
                 check_memory(value)
         elif kind is not list and kind not in _OTHERS and isinstance(value, Tensor):
@@ -288,10 +290,6 @@ def in_memory(inputs: Sequence[Any]) -> Sequence[Any]:
                     ]
                 )
     return inputs
-
-
-_TENSORS = {Tensor, Parameter}
-_OTHERS = {type(None), tuple, torch.Size}
 
 
 def is_plain(inputs: tuple[Any, ...]) -> bool:
@@ -312,14 +310,15 @@ def is_plain(inputs: tuple[Any, ...]) -> bool:
         return False
     try:
         for value in inputs:
-            if type(value) in _TENSORS:
+            kind = type(value)
+            if kind is Tensor or kind is Parameter:
                 # -x and zeros are computed when needed; what was freed is for the kernel to refuse.
                 if value.is_neg() or (
                     (address := value.data_ptr()) < LEAST_ADDRESS
                     and (not address or is_freed(value))
                 ):
                     return False
-            elif type(value) not in _OTHERS:
+            elif kind not in _OTHERS:
                 return False
     except RuntimeError:  # what torch.func wraps has no memory of its own
         return False
@@ -393,9 +392,15 @@ def _define(
         return new_result(result, inputs[0], inputs[1])
 
     def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
+        if (
+            keyset.raw_repr() in _PLAIN
+            and forward_ad._current_level < 0
+            and not _are_functorch_transforms_active()
+        ):
+            return call_plain(*in_memory(inputs))
         register_shardings(_namespace)
         inputs = tuple(as_own(inputs))
-        recorded = torch.is_grad_enabled() and _any_requires_grad(*inputs)
+        recorded = is_grad_enabled() and _any_requires_grad(*inputs)
         if not recorded and not any(map(_has_tangent, inputs)):
             return below_autograd(operator, kernel, keyset, *inputs)
         if _are_functorch_transforms_active():
@@ -405,7 +410,7 @@ def _define(
         return apply(*inputs, keyset)
 
     def call_plain(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and _any_requires_grad(*inputs):
+        if is_grad_enabled() and _any_requires_grad(*inputs):
             return apply(*inputs, None)
         return kernel(*inputs)
 

@@ -421,5 +421,5 @@ class TestEmptyTensors:
     def test_with_more_elements_than_a_tensor_can_have_are_refused(self, package: Package) -> None:
         module = package("conv_transpose1d", **LAYERS["conv_transpose1d"])
         x, w = torch.ones(1, 1, 1).expand(1, 1, 1 << 62), torch.ones(1, 1, 4)
-        with pytest.raises(RuntimeError, match="more elements"):
+        with pytest.raises(RuntimeError, match=r"more elements|overflowed"):
             module.conv_transpose1d(x, w)
