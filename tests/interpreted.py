@@ -101,6 +101,7 @@ def compile_sources(mode: str, sources: Mapping[str, str], architecture: str = "
         "mma.cuh": (TEMPLATES / "cuda" / "mma" / "mma.cuh").read_text(),
         "pipeline.cuh": (TEMPLATES / "cuda" / "pipeline.cuh").read_text(),
         "sm90.cuh": (TEMPLATES / "cuda" / "implicit_gemm" / "sm90.cuh").read_text(),
+        "maps.cuh": (TEMPLATES / "cuda" / "implicit_gemm" / "maps.cuh").read_text(),
     }
     return interpret.library("test", {**headers, **sources}, mode, architecture=architecture)
 

@@ -29,6 +29,7 @@ HEADERS: Mapping[str, str] = {
             "tiles.cuh",
             "epilogue.cuh",
             "kernel.cuh",
+            "maps.cuh",
             "pack.cuh",
             "call.cuh",
             "host.cuh",

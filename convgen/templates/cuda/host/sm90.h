@@ -31,6 +31,7 @@ namespace host {
 
 cudaError_t encode_tensor_map(TensorMap& map, int element_bytes, void* address,
                               const TensorView& view);
+cudaError_t replace_address(TensorMap& map, void* address);
 void tma_load(void* to, const TensorMap& map, uint64_t* barrier, std::initializer_list<int> at,
               Site site);
 void tma_store(const TensorMap& map, const void* from, std::initializer_list<int> at, Site site);
@@ -48,6 +49,10 @@ template <typename T>
 inline cudaError_t encode_tensor_map(TensorMap& map, void* address, const TensorView& view) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4, "elements of 16 bits, and floats");
   return host::encode_tensor_map(map, sizeof(T), address, view);
+}
+
+inline cudaError_t replace_address(TensorMap& map, void* address) {
+  return host::replace_address(map, address);
 }
 
 inline uint32_t shared_address(const void* at, CONVGEN_SITE) {

@@ -180,6 +180,14 @@ cudaError_t encode_tensor_map(TensorMap& map, int element_bytes, void* address,
   return cudaSuccess;
 }
 
+cudaError_t replace_address(TensorMap& map, void* address) {
+  if (map.element_bytes == 0 || reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    return cudaErrorInvalidValue;
+  }
+  map.address = static_cast<char*>(address);
+  return cudaSuccess;
+}
+
 void tma_load(void* to, const TensorMap& map, uint64_t* barrier, std::initializer_list<int> at,
               Site site) {
   Fiber& fiber = *worker->running;

@@ -168,6 +168,7 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
       return CONVGEN_TOO_LARGE;
     } else {
       using Stage = WgradStage<Conv, SIZE, ROW>;
+      const int device = static_cast<int>(call_.device);
       const bool merged = samples_are_planes();
       const int64_t coarse_channels = padded(call_.coarse_channels);
       const int64_t fine_channels = padded(call_.fine_channels);
@@ -181,19 +182,19 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
         v.swizzle = ROW, v.box[0] = Stage::CHANNELS, v.box[1] = t_.step_w, v.box[2] = t_.step_h;
         if (Conv::LINEAR && t_.step_w > 256) return CONVGEN_TOO_LARGE;
         v.box[3] = v.box[4] = 1;
-        T* const first =
-            const_cast<T*>(coarse) + (w + h * call_.coarse_extent[2]) * coarse_channels;
-        if (const int error = encode_tensor_map<T>(coarse_maps.of[i], first, v)) return error;
+        const T* const first = coarse + (w + h * call_.coarse_extent[2]) * coarse_channels;
+        if (const int error = make_tensor_map<T>(coarse_maps.of[i], first, v, device)) {
+          return error;
+        }
       }
       TensorMap fine_map;
       TensorView v = positions_view<T>(fine_channels, call_.fine_extent, call_.batch, merged);
       v.swizzle = ROW, v.box[0] = Stage::CHANNELS;
       v.box[1] = Stage::Halo::LOAD_W, v.box[2] = Stage::Halo::BOX_H, v.box[3] = v.box[4] = 1;
-      if (const int error = encode_tensor_map<T>(fine_map, const_cast<T*>(fine), v)) return error;
+      if (const int error = make_tensor_map<T>(fine_map, fine, v, device)) return error;
 
       const int shared_bytes =
           static_cast<int>(sizeof(WgradStorage)) + ATOM_BYTES + t_.stages * Stage::BYTES;
-      const int device = static_cast<int>(call_.device);
       if (const int error = launch<wgrad_kernel<T, SIZE, ROW, Conv>, true>(
               dim3(t_.ctas), dim3(WGRAD_THREADS), shared_bytes, device, call_.stream, coarse_maps,
               fine_map, t_, partials)) {
