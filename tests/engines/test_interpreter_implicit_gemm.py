@@ -70,7 +70,7 @@ def laid(tensor: Tensor, last: bool) -> Tensor:
 
 
 def solve(loaded: Library, given: Problem, layout: tuple[str, ...]) -> dict[str, Tensor]:
-    """Calls the contraction with some tensors' channels side by side, as which they are returned."""
+    """Calls the contraction with some tensors' channels side by side, and returns those."""
     symbol, result = f"{given.symbol}_implicit_gemm", RESULT[given.contraction]
     stored = {name: laid(tensor, name in layout) for name, tensor in given.operands.items()}
     stored[result] = torch.full_like(stored[result], torch.nan)

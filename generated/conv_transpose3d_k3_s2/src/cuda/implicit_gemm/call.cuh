@@ -3,6 +3,7 @@
 #define CONVGEN_IMPLICIT_GEMM_CALL_CUH
 
 #include "../common.cuh"
+#include "maps.cuh"
 #include "pack.cuh"
 
 namespace convgen {

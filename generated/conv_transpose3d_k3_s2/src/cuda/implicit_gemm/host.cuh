@@ -443,7 +443,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       slab.box[1] = t.extent_w * Conv::STRIDE_W, slab.box[2] = t.extent_h * Conv::STRIDE_H;
       slab.box[3] = t.extent_d * Conv::STRIDE_D, slab.box[4] = t.extent_n;
     }
-    if (const int error = encode_tensor_map<T>(slab_map, const_cast<T*>(input), slab)) return error;
+    if (const int error = make_tensor_map<T>(slab_map, input, slab, call_.device)) return error;
 
     TensorView w = {};
     // As packed; else weight[coarse][tap][fine of the group] as it lies.
@@ -456,7 +456,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     w.box[0] = MN ? BLOCK_M : BLOCK_K, w.box[2] = 1;
     w.box[1] = MN ? BLOCK_K : BLOCK_M * (3 - t.position_groups);
     w.step[0] = w.step[1] = w.step[2] = 1;
-    if (const int error = encode_tensor_map<T>(weight_map, const_cast<T*>(weight), w)) return error;
+    if (const int error = make_tensor_map<T>(weight_map, weight, w, call_.device)) return error;
     if (out.epilogue != Epilogue::TMA) return CONVGEN_OK;
 
     TensorView o =
@@ -469,7 +469,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       o.box[1 + i] = extents[i] < left ? extents[i] : left;
       left /= o.box[1 + i];
     }
-    return encode_tensor_map<T>(output_map, out.address, o);
+    return make_tensor_map<T>(output_map, out.address, o, call_.device);
   }
 
   Operands call_;

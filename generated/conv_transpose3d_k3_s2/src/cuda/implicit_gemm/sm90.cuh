@@ -27,27 +27,35 @@ struct TensorView {
   int swizzle;       // bytes of a row whose 16-byte vectors are permuted: 128, 64, or 0 for none
 };
 
+// A function of the driver, found at its first use: nothing is linked with the driver.
+template <typename Function>
+cudaError_t driver_function(const char* name, Function*& known, Function*& function) {
+  function = __atomic_load_n(&known, __ATOMIC_RELAXED);
+  if (function != nullptr) return cudaSuccess;
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess) return error;
+  if (found == nullptr) return cudaErrorNotSupported;
+  // Threads may find it at the same time; they find the same.
+  function = reinterpret_cast<Function*>(found);
+  __atomic_store_n(&known, function, __ATOMIC_RELAXED);
+  return cudaSuccess;
+}
+
 // Fills `map` for a tensor of `T`s at `address`, a multiple of 16.
 template <typename T>
 cudaError_t encode_tensor_map(TensorMap& map, void* address, const TensorView& view) {
-  using Encode =
-      CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                   const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                   CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static Encode encode = nullptr;
-  if (encode == nullptr) {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
-                                                               12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t error =
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
-#endif
-    if (error != cudaSuccess) return error;
-    if (found == nullptr) return cudaErrorNotSupported;
-    encode = reinterpret_cast<Encode>(found);
+  using Encode = decltype(cuTensorMapEncodeTiled);
+  static Encode* known = nullptr;
+  Encode* encode;
+  if (const cudaError_t error = driver_function("cuTensorMapEncodeTiled", known, encode)) {
+    return error;
   }
   constexpr bool WIDE = sizeof(T) == 4;
   const CUresult result =
@@ -59,6 +67,17 @@ cudaError_t encode_tensor_map(TensorMap& map, void* address, const TensorView& v
                                   : CU_TENSOR_MAP_SWIZZLE_NONE,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Moves a map to another tensor of the same shape, at `address`, a multiple of 16.
+inline cudaError_t replace_address(TensorMap& map, void* address) {
+  using Replace = decltype(cuTensorMapReplaceAddress);
+  static Replace* known = nullptr;
+  Replace* replace;
+  if (const cudaError_t error = driver_function("cuTensorMapReplaceAddress", known, replace)) {
+    return error;
+  }
+  return replace(&map, address) == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 // ---- Copies of boxes --------------------------------------------------------------------------
