@@ -21,8 +21,8 @@ _WIDEST = 100
 """Columns of a table that does not go to a terminal."""
 
 _DISPENSABLE = (
-    *("any by", ">torch ms", ">x torch", ">floor ms", ">any ms", ">error", ">reached"),
-    ">x any",
+    *("any by", ">torch ms", ">x torch", ">floor ms", ">any ms", ">error", ">of peak"),
+    *(">reached", ">x any"),
 )
 """Columns of the benchmark's table, in the order in which a narrow terminal goes without them."""
 
@@ -80,6 +80,7 @@ def _cells(row: Row) -> dict[str, str]:
         ">x any": number(row.over("any"), ".2f"),
         ">floor ms": _short(row.floor_ms),
         ">reached": number(row.reached, ".0%"),
+        ">of peak": number(row.of_peak, ".0%"),
         ">error": f"{row.error:.1e}",
         "any by": row.any_by or "",
     }
@@ -144,10 +145,14 @@ def _failures(failures: dict[str, str]) -> None:
 
 
 def _machine(machine: dict[str, Any], settings: dict[str, Any]) -> str:
-    names = ("driver", "CUDA", "cuDNN", "torch", "convgen")
+    """A line on the device, and one on versions and the start."""
+    device = [machine["name"]]
+    if "threads" in machine:
+        device += [*machine["instructions"], f"{machine['threads']} threads"]
+    names = ("driver", "CUDA", "cuDNN", "oneDNN", "torch", "convgen")
     versions = [f"{name} {machine[name.lower()]}" for name in names if machine.get(name.lower())]
     started = [settings["started"]] if "started" in settings else []
-    return ", ".join([machine["name"], *versions, *started])
+    return "\n".join([", ".join(device), ", ".join([*versions, *started])])
 
 
 def _clocks(clocks: dict[str, str]) -> str:

@@ -73,6 +73,8 @@ class Row:
     flops: int
     traffic_bytes: int
     floor_ms: float
+    peak_ms: float
+    """The operations alone, at the ceiling's rate; the floor where memory does not bound it."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -121,6 +123,11 @@ class Row:
         """The floor over the time: 1 would be the roofline."""
         return None if self.ours is None else self.floor_ms / self.ours.median_ms
 
+    @property
+    def of_peak(self) -> float | None:
+        """Operations per second, as a part of the ceiling's."""
+        return None if self.ours is None else self.peak_ms / self.ours.median_ms
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, with what follows from the fields."""
 
@@ -142,6 +149,7 @@ class Row:
             "any_by": self.any_by,
             **{f"over_{what}": self.over(what) for what in OVER},
             "reached": self.reached,
+            "of_peak": self.of_peak,
         }
 
 
@@ -397,6 +405,7 @@ def _rows(layer: Layer, layout: str, outcome: Outcome, report: Report) -> list[R
                 flops=flops,
                 traffic_bytes=traffic_bytes,
                 floor_ms=floor_ms,
+                peak_ms=report.ceilings.peak_ms(flops),
                 notes=tuple(notes),
             )
         )

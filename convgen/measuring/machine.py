@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 from convgen import __version__
-from convgen.building.processor import processor_name
+from convgen.building.processor import processor_name, vector_instructions
+from convgen.measuring.peak import fma_peak
 from convgen.measuring.timing import Clock, clock_for
 from convgen.spec.dtypes import DTYPES
 
-_MATRIX = {"cuda": 8192, "cpu": 2048}
+_MATRIX = {"cuda": 8192, "cpu": 1024}
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 _CEILING_RUNS = {"cuda": 12, "cpu": 4}
 
@@ -38,16 +40,20 @@ _CLOCKS = {
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best rates measured at the start: of a large matrix product and of a large copy."""
+    """The best rates measured at the start: of arithmetic and of a large copy."""
 
     flops_per_s: float
     bytes_per_s: float
     mode: str
-    """What the product ran in, such as ``"f32 (TF32)"``."""
+    """What the arithmetic was: a large matrix product in ``"f32 (TF32)"``, or ``"f32 FMA"``."""
+
+    def peak_ms(self, flops: int) -> float:
+        """The least time for so many operations."""
+        return 1e3 * flops / self.flops_per_s
 
     def floor_ms(self, flops: int, traffic_bytes: int) -> float:
         """The least time for so many operations and bytes."""
-        return 1e3 * max(flops / self.flops_per_s, traffic_bytes / self.bytes_per_s)
+        return max(self.peak_ms(flops), 1e3 * traffic_bytes / self.bytes_per_s)
 
 
 @contextlib.contextmanager
@@ -68,7 +74,8 @@ def ceilings(device: torch.device, dtype: str, tf32: bool) -> Ceilings:
 
     Best of a few runs, so that a floor made of them is one. Where fp32 may not be rounded to
     TF32, the ceiling is the faster of the fp32 units and of three TF32 products in place of one,
-    which give an accuracy close to fp32's.
+    which give an accuracy close to fp32's. On a CPU it is what its vector units multiply and add,
+    in fp32 for the half types, or a product in these where that is faster.
     """
     clock = clock_for(device)
     on_gpu = device.type == "cuda"
@@ -79,9 +86,11 @@ def ceilings(device: torch.device, dtype: str, tf32: bool) -> Ceilings:
                 "f32": _rate(clock, device, dtype, False),
                 "f32 (3 x TF32)": rates["f32 (TF32)"] / 3,
             }
-    elif dtype == "f16" and not on_gpu:
-        # Torch multiplies f16 on the CPU far below what f32 reaches after a conversion.
-        rates = {"f32, for f16": _rate(clock, device, "f32", False)}
+    elif not on_gpu:
+        of = "f64" if dtype == "f64" else "f32"
+        rates = {f"{of} FMA" + f", for {dtype}" * (of != dtype): fma_peak(of)}
+        if dtype == "bf16":  # f16's product would only take a second, far below that of f32
+            rates[dtype] = _rate(clock, device, dtype, False)
     else:
         rates = {dtype: _rate(clock, device, dtype, False)}
     mode = max(rates, key=lambda name: rates[name])
@@ -89,7 +98,10 @@ def ceilings(device: torch.device, dtype: str, tf32: bool) -> Ceilings:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Names and versions of what runs: GPU or CPU, driver, torch, CUDA, cuDNN, convgen."""
+    """Names and versions of what runs: GPU or CPU, driver, torch, CUDA, cuDNN, convgen.
+
+    Of a CPU its vector instructions, the threads that torch and convgen run on, and oneDNN.
+    """
     facts: dict[str, Any] = {
         "convgen": __version__,
         "torch": torch.__version__,
@@ -97,7 +109,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device.type,
     }
     if device.type == "cpu":
-        return facts | {"name": _processor(), "threads": torch.get_num_threads()}
+        return facts | {
+            "name": _processor(),
+            "instructions": list(vector_instructions()),
+            "threads": torch.get_num_threads(),
+            "onednn": _onednn(),
+        }
     properties = gpu(device)
     cudnn: Any = torch.backends.cudnn
     return {
@@ -187,6 +204,12 @@ def _dotted(version: int | None) -> str | None:
     if version is None:
         return None
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def _onednn() -> str | None:
+    """The version of oneDNN in torch, which tells it among much else."""
+    found = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
+    return found[1] if found else None
 
 
 def _processor() -> str:

@@ -268,6 +268,7 @@ def row(**changes: Any) -> Row:
         "flops": 10**9,
         "traffic_bytes": 10**6,
         "floor_ms": 1.0,
+        "peak_ms": 0.5,
     }
     return Row(**fields | changes)
 
@@ -282,7 +283,7 @@ def test_speedups_are_over_torch_as_it_comes_and_at_its_best() -> None:
     figures = row()
     assert (figures.same_by, figures.any_by) == ("benchmark", "channels_last")
     assert [figures.over(what) for what in bench.OVER] == [4.0, 2.0, 1.5]
-    assert figures.reached == 0.5
+    assert (figures.reached, figures.of_peak) == (0.5, 0.25)
     last = row(layout="channels_last")
     assert (last.same_by, last.any_by) == ("channels_last", "channels_last")
     assert [last.over(what) for what in bench.OVER] == [1.5, 1.5, 1.5]
@@ -340,6 +341,24 @@ def test_settings_are_restored() -> None:
             torch.backends.cuda.matmul.allow_tf32,
             cudnn.benchmark,
         ) == before
+
+
+def test_the_ceiling_of_a_cpu_is_what_its_vector_units_do(session_cache: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        found = machine.ceilings(CPU, "f32", tf32=False)
+        halves = machine.ceilings(CPU, "f16", tf32=False)
+    assert (found.mode, halves.mode) == ("f32 FMA", "f32 FMA, for f16")
+    # Beyond 16 lanes, two units and 10 GHz there is nothing.
+    assert 1e8 < found.flops_per_s < torch.get_num_threads() * 6.4e11
+    assert found.peak_ms(10**9) == pytest.approx(1e12 / found.flops_per_s)
+
+
+def test_a_cpu_is_described_with_what_its_figures_depend_on() -> None:
+    facts = machine.describe(CPU)
+    assert facts["threads"] == torch.get_num_threads()
+    assert not facts["onednn"] or facts["onednn"] in torch.__config__.show()
+    assert set(facts["instructions"]) <= set(Path("/proc/cpuinfo").read_text().split())
 
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
