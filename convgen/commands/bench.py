@@ -32,6 +32,7 @@ from convgen.commands import options
 @click.option(
     "--overhead", is_flag=True, help="Measure instead what a forward call costs the host."
 )
+@click.option("--memory", is_flag=True, help="Print, too, what a step allocates on a GPU at most.")
 @options.seed
 @options.output("--json", "json_file", help_text="Write all figures as JSON, after every layer.")
 @options.output(
@@ -52,6 +53,7 @@ def command(
     gradients: str,
     seconds: float | None,
     overhead: bool,
+    memory: bool,
     seed: int,
     json_file: Path | None,
     plot_file: Path | None,
@@ -84,6 +86,8 @@ def command(
     where = bench.device_for(device)
     if where is None:
         raise click.UsageError("--device cuda: there is no GPU that torch can use.")
+    if memory and where.type != "cuda":
+        raise click.UsageError("--memory is for GPUs: torch does not count a CPU's.")
     chosen = options.on_device(chosen, where.type, patterns)
     with report.Progress() as progress:
         modules = bench.compile_layers(chosen, where, dtype, fixed_channels, progress)
@@ -113,6 +117,8 @@ def command(
             on_layer=finished,
         )
     bench_report.benchmark(result)
+    if memory:
+        bench_report.step_memory(result)
     if json_file:
         report.write_json(json_file, result.to_dict())
     if plot_file:

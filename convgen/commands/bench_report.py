@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convgen.commands.report import number, print_table, times
+from convgen.measuring.layers import contender_name
 
 if TYPE_CHECKING:
     from convgen.measuring.bench import Report, Row
@@ -102,6 +103,18 @@ def _fitting(
         columns.remove(column)
         hidden.append(column.removeprefix(">"))
     return columns, [[row[column] for column in columns] for row in cells], set(hidden)
+
+
+def step_memory(result: Report) -> None:
+    """The table of ``convgen bench --memory``: of torch, as it comes in the layout."""
+    table = []
+    for row in result.rows:
+        theirs = row.torch_bytes.get(contender_name(row.layout))
+        if row.direction == "forward" and row.ours_bytes is not None and theirs:
+            sizes = (f"{1e-6 * size:,.1f}" for size in (row.ours_bytes, theirs))
+            table.append((row.layer, row.layout, *sizes, f"{row.ours_bytes / theirs:.2f}"))
+    click.echo("\nallocated at most by a pass forward and backward, results included:")
+    print_table(("layer", "layout", ">convgen MB", ">torch MB", ">of torch's"), table)
 
 
 def progress_of(result: Report, layer: str) -> str:

@@ -269,9 +269,9 @@ def on_device(layers: list[Layer], backend: str, patterns: tuple[str, ...]) -> l
 
     if backend != "cpu":
         return layers
-    fitting = for_cpu(layers, named=bool(patterns))
+    fitting = for_cpu(layers, named=patterns)
     if others := len(layers) - len(fitting):
-        click.echo(f"{others} layers are left to GPUs; --layers names them all the same.", err=True)
+        click.echo(f"{others} layers are left to GPUs, unless --layers names them.", err=True)
     return fitting
 
 

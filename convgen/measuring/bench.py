@@ -28,11 +28,11 @@ import torch
 from convgen.building.build import Progress, processors
 from convgen.building.errors import BuildError
 from convgen.measuring import machine
-from convgen.measuring.layers import LAYOUTS, Layer
+from convgen.measuring.layers import LAYOUTS, OURS, Layer, contender_name
 from convgen.measuring.machine import Ceilings
 from convgen.measuring.reference import Errors
 from convgen.measuring.timing import Spread, clock_for
-from convgen.measuring.trial import DIRECTIONS, OURS, Outcome, Trial, contender_name, first_line
+from convgen.measuring.trial import DIRECTIONS, Outcome, Trial, first_line
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES
 from convgen.specialize import generate, load
@@ -76,6 +76,10 @@ class Row:
     peak_ms: float
     """The operations alone, at the ceiling's rate; the floor where memory does not bound it."""
     notes: tuple[str, ...] = ()
+    ours_bytes: int | None = None
+    """What both directions together allocate at most, results included; None on the CPU."""
+    torch_bytes: dict[str, int] = field(default_factory=dict)
+    """The same of torch, by configuration."""
 
     @property
     def default(self) -> Spread | None:
@@ -407,6 +411,12 @@ def _rows(layer: Layer, layout: str, outcome: Outcome, report: Report) -> list[R
                 floor_ms=floor_ms,
                 peak_ms=report.ceilings.peak_ms(flops),
                 notes=tuple(notes),
+                ours_bytes=outcome.step_bytes.get(ours),
+                torch_bytes={
+                    name: size
+                    for name, size in outcome.step_bytes.items()
+                    if not name.startswith(OURS)
+                },
             )
         )
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,6 +41,9 @@ GRADIENTS = {
 
 LAYOUTS = ("contiguous", "channels_last")
 """Torch's memory formats for activations; in one dimension there is only the first."""
+
+OURS = "convgen"
+"""Begins the names of convgen's contenders, as :func:`contender_name` makes them."""
 
 _OF_LAYER = {field.name for field in fields(_Entry)}
 
@@ -206,6 +209,12 @@ class Layer:
         return f"{self.name}: {self.spec.name} {shape} -> {self.out_channels}"
 
 
+def contender_name(layout: str, *, ours: bool = False, benchmark: bool = False) -> str:
+    """``"convgen channels_last"``, or torch's configuration: ``"default"``, ``"benchmark"``, ..."""
+    parts = ["channels_last"] * (layout == "channels_last") + ["benchmark"] * benchmark
+    return " ".join([OURS, *parts] if ours else parts or ["default"])
+
+
 def suites() -> list[str]:
     """Names of the suites in the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
@@ -273,13 +282,17 @@ def select(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
     return list(chosen.values())
 
 
-def for_cpu(layers: Sequence[Layer], named: bool = False) -> list[Layer]:
+def for_cpu(layers: Sequence[Layer], named: Collection[str] = ()) -> list[Layer]:
     """Layers as a CPU runs them: with their inputs for it, and where some have one, only those.
 
-    ``named`` says that somebody chose them by their names: then all.
+    Layers without one whose very names are ``named`` stay as they are.
     """
-    everything = named or all(layer.cpu_shape is None for layer in layers)
-    return [layer.on_cpu() for layer in layers if everything or layer.cpu_shape is not None]
+    unmarked = all(layer.cpu_shape is None for layer in layers)
+    return [
+        layer.on_cpu()
+        for layer in layers
+        if unmarked or layer.cpu_shape is not None or layer.name in named
+    ]
 
 
 def _layer(suite: str, number: int, entry: object, parent: Mapping[str, Layer]) -> Layer:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -19,15 +19,12 @@ from torch import Tensor
 
 from convgen.checking.memory import poison, poisoned_memory
 from convgen.measuring import machine
-from convgen.measuring.layers import GRADIENTS, LAYOUTS, Layer
+from convgen.measuring.layers import GRADIENTS, LAYOUTS, Layer, contender_name
 from convgen.measuring.reference import Errors, Reference, agreement
 from convgen.measuring.timing import Clock, Spread, spread
 from convgen.spec.dtypes import DTYPES
 
 DIRECTIONS = ("forward", "backward")
-
-OURS = "convgen"
-"""Begins the names of convgen's contenders, as :func:`contender_name` makes them."""
 
 LIMITS = {"f64": 1e-10, "f32": 1e-4, "f32 (TF32)": 1e-3, "f16": 5e-3, "bf16": 2e-2}
 """Largest relative norm of an error of a result that counts as right, torch's or convgen's. Wide:
@@ -44,12 +41,6 @@ _HOPELESS = 1.5
 _MOST_SETS = 8
 _MEMORY_SHARE = 0.25
 """Of the free memory, for inputs in one layout."""
-
-
-def contender_name(layout: str, *, ours: bool = False, benchmark: bool = False) -> str:
-    """``"convgen channels_last"``, or torch's configuration: ``"default"``, ``"benchmark"``, ..."""
-    parts = ["channels_last"] * (layout == "channels_last") + ["benchmark"] * benchmark
-    return " ".join([OURS, *parts] if ours else parts or ["default"])
 
 
 def memory_format(layout: str, ndim: int) -> torch.memory_format:
@@ -122,6 +113,15 @@ class Contender:
     def spread(self, direction: str) -> Spread:
         return spread(self.times[direction])
 
+    def step_bytes(self) -> int:
+        """What one forward and backward pass allocates on a GPU at most, results included."""
+        device = self._sets[0][0].device
+        self.run(1, keep=False)  # memory that stays allocated belongs to no pass
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.run(1, keep=False)
+        return torch.cuda.max_memory_allocated(device) - before
+
     @property
     def runs(self) -> int:
         return len(self.times["forward"])
@@ -178,6 +178,8 @@ class Outcome:
     limit: float
     """What counts as right."""
     notes: tuple[str, ...]
+    step_bytes: dict[str, int] = field(default_factory=dict)
+    """By contender, what a pass forward and backward allocates at most; empty on the CPU."""
 
 
 class Trial:
@@ -317,6 +319,11 @@ class Trial:
             differences=differences,
             limit=self._limit,
             notes=tuple(self._notes),
+            step_bytes={
+                contender.name: contender.step_bytes()
+                for contender in contenders
+                if self._device.type == "cuda"
+            },
         )
 
     def _contender(

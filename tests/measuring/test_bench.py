@@ -14,7 +14,7 @@ import torch
 
 from convgen import cli
 from convgen.checking.memory import poison
-from convgen.commands.bench_report import benchmark
+from convgen.commands.bench_report import benchmark, step_memory
 from convgen.measuring import bench, machine, trial
 from convgen.measuring.bench import Report, Row
 from convgen.measuring.layers import LAYOUTS, Layer
@@ -311,6 +311,25 @@ def test_the_table_fits_the_terminal(
     assert ("any by" in printed.partition("in --json")[0]) == (width == 200)
 
 
+def test_memory_is_told_beside_that_of_torch_in_the_same_layout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = {"default": 2_000_000, "channels_last": 4_000_000}
+    forward, backward = (
+        row(direction=direction, layout="channels_last", ours_bytes=3_000_000, torch_bytes=sizes)
+        for direction in trial.DIRECTIONS
+    )
+    step_memory(report_of(forward, backward))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("a "))
+    assert line.split() == ["a", "channels_last", "3.0", "4.0", "0.75"]
+
+
+def test_memory_of_a_cpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ["--kernel", "3", "--shape", "1,1,4,4,4", "--out-channels", "1"]
+    assert cli.main(["bench", *layer, "--device", "cpu", "--memory"]) == 2
+    assert "--memory is for GPUs" in capsys.readouterr().err
+
+
 def test_a_right_torch_configuration_is_chosen_over_a_faster_wrong_one() -> None:
     errors = {"convgen": trial.Errors(0, 0, 0), "default": trial.Errors(0, 0, 0)}
     errors["benchmark"] = trial.Errors(1.0, 0, 0)
@@ -445,6 +464,9 @@ def test_contenders_on_a_gpu_have_threads_and_plans_of_their_own() -> None:
             "channels_last",
             "channels_last benchmark",
         }
+        assert figures.ours_bytes is not None
+        # Output and the gradient of the input are of this size each, at least.
+        assert min(figures.ours_bytes, *figures.torch_bytes.values()) >= 4 * 8 * 32 * 64 * 64
     assert report.clocks[0].keys() == report.clocks[1].keys()
 
 

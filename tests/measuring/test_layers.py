@@ -91,14 +91,15 @@ def test_layers_for_a_cpu_take_seconds_there(name: str) -> None:
     for layer in marked:
         assert layer.flops("forward") <= 4e9, layer.name  # two cores do 1e11 to 1e12 a second
         assert layer.traffic_bytes("forward", 4) <= 1 << 28, layer.name
-    (gpu,), (named,) = (select(each, ["nnunet-*1"])[:1] for each in (layers, marked))
-    assert for_cpu([gpu], named=True) == [named]
+        assert layer.input_shape == layer.cpu_shape
 
 
 def test_layers_that_are_named_run_on_a_cpu_though_they_are_not_for_it() -> None:
     layers = select(read_suite("networks"), ["nnunet-dec1", "nnunet-enc1"])
     assert [layer.name for layer in for_cpu(layers)] == ["nnunet-enc1"]
-    assert [layer.name for layer in for_cpu(layers, named=True)] == ["nnunet-dec1", "nnunet-enc1"]
+    assert for_cpu(layers, named=["nnunet-*"]) == for_cpu(layers)
+    assert for_cpu(layers, named=["nnunet-dec1"]) == [layers[0], layers[1].on_cpu()]
+    assert for_cpu(layers[:1]) == layers[:1]
     everything = read_suite("kernelbench3d")
     assert for_cpu(everything) == everything
 
