@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from convgen.building.folders import load as load
     from convgen.building.toolchain import ToolchainError as ToolchainError
     from convgen.checking.verify import verify as verify
+    from convgen.models.report import SwapReport as SwapReport
+    from convgen.models.swap import swap as swap
+    from convgen.models.swap import unswap as unswap
     from convgen.spec import ConvSpec as ConvSpec
     from convgen.spec import SpecError as SpecError
     from convgen.specialize import specialize as specialize
@@ -27,9 +30,12 @@ _EXPORTS = {
     "BuildError": "convgen.building.errors",
     "ConvSpec": "convgen.spec",
     "SpecError": "convgen.spec",
+    "SwapReport": "convgen.models.report",
     "ToolchainError": "convgen.building.toolchain",
     "load": "convgen.building.folders",
     "specialize": "convgen.specialize",
+    "swap": "convgen.models.swap",
+    "unswap": "convgen.models.swap",
     "verify": "convgen.checking.verify",
 }
 

@@ -88,12 +88,12 @@ def specialize(
         return module
     package = generate(spec, dtypes=chosen_dtypes, backends=wanted, archs=chosen_archs)
     name = requests.module_name(
-        spec.name, _request(spec, dtypes=chosen_dtypes, backends=wanted, archs=chosen_archs)
+        spec.name, request_of(spec, dtypes=chosen_dtypes, backends=wanted, archs=chosen_archs)
     )
     return _modules.setdefault(arguments, load(package, name))
 
 
-def _request(spec: ConvSpec, **options: object) -> dict[str, Any]:
+def request_of(spec: ConvSpec, **options: object) -> dict[str, Any]:
     """What :func:`generate` was asked for, ready for JSON: what differs from its defaults."""
     plain = ConvSpec.make(spec.op, kernel_size=spec.kernel_size).to_dict()
     layer = {key: value for key, value in spec.to_dict().items() if value != plain[key]}
@@ -115,6 +115,7 @@ def generate(
     backends: str | Iterable[str] | None = None,
     archs: Iterable[str] | None = None,
     progress: Progress | None = None,
+    jobs: int | None = None,
 ) -> Path:
     """The package folder of a specification in the cache, compiled unless it is there.
 
@@ -127,6 +128,8 @@ def generate(
         dtypes, backends, archs: as for :func:`specialize`.
         progress: ``progress(done, total, what)``, called while compiling and, of long kernels,
             while rendering (``total`` is 0 then).
+        jobs: compilers that run side by side; by default ``CONVGEN_JOBS``, or one for each
+            processor.
 
     Raises:
         SpecError, ToolchainError, BuildError: as :func:`specialize` does.
@@ -154,7 +157,7 @@ def generate(
 
     files = render(spec, BACKENDS if auto else chosen, given, schedules, on_unit)
     libraries = [_library(backend, files, commands[backend][0]) for backend in chosen]
-    return build(spec.name, files, libraries, progress=progress)
+    return build(spec.name, files, libraries, progress=progress, jobs=jobs)
 
 
 def supplement(package: Path, backend: str, dtype: str) -> ModuleType:

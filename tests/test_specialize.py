@@ -87,9 +87,7 @@ def request(spec: ConvSpec = SPEC, **arguments: Any) -> Request:
     """What :func:`generate` would have built."""
     calls = []
 
-    def capture(
-        name: str, files: dict[str, str], libraries: list[Library], progress: object
-    ) -> None:
+    def capture(name: str, files: dict[str, str], libraries: list[Library], **_: object) -> None:
         calls.append(Request(name, files, libraries))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -59,6 +59,7 @@ def build(
     libraries: Sequence[Library],
     *,
     progress: Progress | None = None,
+    jobs: int | None = None,
 ) -> Path:
     """The package folder ``<cache>/<key>/<name>``, built unless the cache has it.
 
@@ -68,6 +69,8 @@ def build(
         libraries: what to compile from them.
         progress: called as steps finish, and with ``what`` starting with "waiting" while another
             process builds the same package; not called on a cache hit.
+        jobs: compilers that run side by side; by default ``CONVGEN_JOBS``, or one for each
+            processor.
 
     Raises:
         BuildError: if a compiler fails (with its command, its message beside the source lines,
@@ -96,7 +99,7 @@ def build(
         ):
             if published := cache.lookup(key, name):
                 return published
-            published = _build(key, name, files, libraries, report, lock)
+            published = _build(key, name, files, libraries, report, lock, jobs)
         with contextlib.suppress(OSError, BuildError):  # the package is there in any case
             cleaning.make_room()
         return published
@@ -238,6 +241,7 @@ def _build(
     libraries: Sequence[Library],
     report: Progress,
     lock: int,
+    jobs: int | None,
 ) -> Path:
     """Builds under the key's lock, in a folder that is gone afterwards whatever happens."""
     steps = _steps(libraries)
@@ -254,7 +258,7 @@ def _build(
                 (package / link).symlink_to(target)
             scratch.mkdir()
             report(0, steps, f"building {name}")
-            status, log = _run_ninja(package, scratch, report, lock)
+            status, log = _run_ninja(package, scratch, report, lock, jobs)
             if status:
                 raise BuildError(_failure(key, name, package, status, log))
             shutil.rmtree(scratch)
@@ -285,9 +289,12 @@ def _workplace(folder: Path) -> Iterator[Path]:
         yield place
 
 
-def _run_ninja(package: Path, scratch: Path, report: Progress, lock: int) -> tuple[int, str]:
+def _run_ninja(
+    package: Path, scratch: Path, report: Progress, lock: int, jobs: int | None
+) -> tuple[int, str]:
     """Runs ninja in a package folder; its exit status and output."""
-    command = [find_ninja(), "-j", os.environ.get("CONVGEN_JOBS") or str(processors())]
+    side_by_side = str(jobs or os.environ.get("CONVGEN_JOBS") or processors())
+    command = [find_ninja(), "-j", side_by_side]
     environment = build_environment() | {
         "NINJA_STATUS": "[%f/%t] ",
         # Compilers put their own temporary files where they vanish with the rest.

@@ -10,7 +10,6 @@ import contextlib
 import json as json_format
 import math
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convgen.building import disk
+from convgen.building.progress import Bar
 from convgen.commands import catalog
 from convgen.commands.catalog import Generated
 from convgen.spec.documents import plain
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from convgen.checking.verify import Row
     from convgen.measuring.timing import Spread
     from convgen.tuning.jobs import Candidate, Outcome
+
+Progress = Bar
+"""Of commands: lines where stderr is no terminal."""
 
 _SHOWN_PHASES, _SHOWN_TAPS = 8, 16
 """Per dimension and phase; beyond it, their number is printed."""
@@ -287,50 +290,6 @@ def print_table(
     for index, row in enumerate(rows):
         table.add_row(*map(Text, row), style="red" if index in red else None)
     Console(highlight=False).print(table, "")
-
-
-class Progress:
-    """A progress bar on a terminal, plain lines elsewhere; nothing where nothing is compiled."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        """Steps in all; 0 until the first report."""
-        self._start = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        self.total = total
-        if not sys.stderr.isatty():
-            click.echo(f"[{done}/{total}] {what}" if total else what, err=True)
-            return
-        if self._bar is None:
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.SpinnerColumn(),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("{task.description}"),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(what)
-            self._bar.start()
-        self._bar.update(self._task, completed=done, total=total or None, description=what)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Whole networks: which of their convolutions convgen computes, and what that brings."""
