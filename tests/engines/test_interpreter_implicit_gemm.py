@@ -26,6 +26,7 @@ from torch import Tensor
 
 from convgen.codegen.render import headers, render_unit
 from convgen.engines import abi
+from convgen.engines.implicit_gemm.common import UNPROVEN
 from convgen.engines.implicit_gemm.gather import GATHER, GatherSizes
 from convgen.engines.implicit_gemm.wgrad import WGRAD, WgradSizes
 from convgen.engines.registry import unit_of
@@ -44,6 +45,7 @@ def settings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # Two persistent thread blocks, with several tiles each.
         patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "2")
+        patch.setenv("CONVGEN_UNPROVEN", ",".join(UNPROVEN))
         yield
 
 
@@ -110,6 +112,14 @@ CASES: list[Case] = [
     (CONV3D, "dgrad", "tf32", ((1, (20, 40), (3, 6, 9)), (2, (72, 36), (2, 3, 5)))),
     # Blocks of 64 and of 32 channels; last tiles that end with the lines.
     (CONV3D, "wgrad", "bf16tc", ((2, (40, 24), (2, 9, 11)), (1, (72, 100), (1, 8, 17)))),
+    # Rows of positions: of a sample and more of them, fewer than a tile has, a padded weight; and
+    # too few for a row's bytes.
+    (
+        spec("conv2d", 1),
+        "fprop",
+        "bf16tc",
+        ((3, (72, 40), (8, 13)), (3, (17, 130), (4, 4)), (1, (32, 24), (3, 5))),
+    ),
 ]
 MORE_CASES: list[Case] = [
     (CONV3D, "fprop", "tf32", ((2, (40, 24), (5, 6, 9)), (1, (100, 130), (2, 3, 5)))),
@@ -117,7 +127,9 @@ MORE_CASES: list[Case] = [
     (CONV2D, "fprop", "f16tc", ((2, (64, 72), (19, 13)), (1, (17, 9), (5, 33)))),
     (spec("conv2d", 3, 2, 1), "fprop", "bf16tc", ((3, (64, 72), (19, 13)),)),
     (spec("conv2d", 3, 2, 1, dilation=2), "fprop", "tf32", ((2, (64, 24), (19, 13)),)),
-    (spec("conv2d", 1), "dgrad", "f16tc", ((3, (64, 72), (19, 13)),)),
+    (spec("conv2d", 1), "dgrad", "f16tc", ((3, (64, 72), (19, 13)), (2, (100, 72), (16, 20)))),
+    (spec("conv3d", 1, groups=2), "fprop", "f16tc", ((2, (64, 96), (3, 8, 11)),)),
+    (spec("conv3d", 1, groups=2), "dgrad", "bf16tc", ((2, (40, 160), (3, 8, 11)),)),
     (spec("conv2d", 3, 1, 1, groups=2), "fprop", "tf32", ((2, (64, 40), (9, 13)),)),
     (
         spec("conv2d", (3, 2), 1, 1, dilation=(1, 2), groups=2),
@@ -143,6 +155,7 @@ def name_of(case: object) -> str:
 
 # Compiled sooner than all sizes.
 ONE_SIZE = GatherSizes((16,), (16,))
+ONE_SIZE_OF_TAPS = GatherSizes((), (16,))
 ONE_SIZE_OF_WGRAD = WgradSizes((8,))
 
 
@@ -159,7 +172,8 @@ def check(case: Case, schedule: object = None) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_layout_agrees_with_float64(case: Case) -> None:
-    check(case, ONE_SIZE_OF_WGRAD if case[1] == "wgrad" else ONE_SIZE)
+    sizes = ONE_SIZE_OF_TAPS if case[0].kernel_size == (1, 1) else ONE_SIZE
+    check(case, ONE_SIZE_OF_WGRAD if case[1] == "wgrad" else sizes)
 
 
 @pytest.mark.long
@@ -179,6 +193,24 @@ def test_a_nan_stays_in_its_windows(layout: tuple[str, ...]) -> None:
     solve(library(of, contraction, mode, ONE_SIZE), given, layout)
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[:, :, 1:4, 2:5, 3:6] = reached[:, :, :2, :2, :2] = True
+    result = given.result.double()
+    assert not result[reached].isfinite().any()
+    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+
+
+def test_a_kernel_of_one_tap_reads_contiguous_tensors_as_they_lie() -> None:
+    """Without a workspace; and what is not finite stays at its position."""
+    of, contraction, mode, _ = CASES[-1]
+    given = problem(of, contraction, mode, (8, 13), batch=2, channels=(72, 40))
+    loaded = library(of, contraction, mode, ONE_SIZE_OF_TAPS)
+    numbers = bytes(abi.POINTERS.size) + abi.NUMBERS.pack(0, *given.numbers, 0)
+    assert loaded.workspace_bytes(f"{given.symbol}_implicit_gemm", numbers) == 0
+    clean = given.reference.clone()
+    given.operands["fine"][1, 7, 0, 2, 3] = torch.nan
+    given.operands["fine"][0, 71, 0, 7, 12] = torch.inf
+    solve(loaded, given, ())
+    reached = torch.zeros(clean.shape, dtype=torch.bool)
+    reached[1, :, 0, 2, 3] = reached[0, :, 0, 7, 12] = True
     result = given.result.double()
     assert not result[reached].isfinite().any()
     assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2

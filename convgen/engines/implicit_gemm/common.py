@@ -7,6 +7,7 @@ same arithmetic for the sizes alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,24 @@ BLOCK_M = 64
 MAX_STEP = 8
 """Of TMA, from one element that it loads to the next."""
 
+UNPROVEN = ("pointwise",)
+"""Ways of computing that no GPU has timed yet, and which calls therefore do not take:
+
+- ``pointwise``: kernels of one tap read contiguous 16-bit inputs as they lie, without a pack.
+"""
+
+
+def proven() -> frozenset[str]:
+    """Ways that packages may take, of :data:`UNPROVEN`: none, or those that an environment variable
+    names, to time them.
+
+    ``CONVGEN_UNPROVEN=pointwise,...``, with a ``CONVGEN_CACHE_DIR`` of its own: what packages were
+    asked for does not tell them apart. What has been timed is deleted there and in the templates.
+    """
+    asked = os.environ.get("CONVGEN_UNPROVEN", "").split(",")
+    return frozenset(name for name in UNPROVEN if name in asked)
+
+
 LEVEL2_BYTES_PER_CLOCK = 36.0
 TILE_CLOCKS = 5000.0
 LAUNCH_CLOCKS = 3500.0
@@ -94,4 +113,8 @@ def gather_padding(problem: Problem) -> Triple:
 
 def context_of(problem: Problem) -> dict[str, Any]:
     """What both templates are given."""
-    return {"element": ELEMENTS[problem.kind], "gather_padding": gather_padding(problem)}
+    return {
+        "element": ELEMENTS[problem.kind],
+        "gather_padding": gather_padding(problem),
+        "proven": proven(),
+    }

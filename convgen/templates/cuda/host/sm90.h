@@ -123,8 +123,7 @@ template <typename T, Major A = Major::K, Major B = Major::K, int SUMS>
 inline void wgmma(float (&d)[SUMS], Operand a, Operand b, int accumulates, CONVGEN_SITE) {
   static_assert(SUMS == 16 || SUMS == 32 || SUMS == 48 || SUMS == 64 || SUMS == 96 || SUMS == 128,
                 "columns that exist here");
-  static_assert(A == Major::MN || B == Major::K, "a combination that a kernel here has");
-  static_assert(A == Major::K || sizeof(T) == 2, "all that TF32 has");
+  static_assert((A == Major::K && B == Major::K) || sizeof(T) == 2, "all that TF32 has");
   constexpr host::Product KIND = sizeof(T) == 4 ? host::Product::tf32
                                  : is_half<T>   ? host::Product::f16
                                                 : host::Product::bf16;

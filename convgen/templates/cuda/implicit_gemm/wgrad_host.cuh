@@ -151,13 +151,8 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
   }
 
   int pack(const T* from, T* to, int64_t channels, const int64_t (&e)[3], bool last) const {
-    PackShape s;
-    s.positions = e[0] * e[1] * e[2];
-    s.batch = static_cast<int>(call_.batch), s.groups = Conv::GROUPS;
-    s.channels = static_cast<int>(channels / Conv::GROUPS);
-    s.padded = static_cast<int>(padded(channels) / Conv::GROUPS);
-    s.stride_n = channels * s.positions;
-    s.stride_c = last ? 1 : s.positions, s.stride_p = last ? channels : 1;
+    const PackShape s =
+        pack_shape(call_.batch, channels, e, Conv::GROUPS, padded(channels) / Conv::GROUPS, last);
     return pack_input(from, to, s, last, static_cast<int>(call_.device), call_.stream,
                       limits_.multiprocessors);
   }
