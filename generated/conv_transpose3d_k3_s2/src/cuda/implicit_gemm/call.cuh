@@ -28,13 +28,16 @@ constexpr double CLOCKS_PER_MS = 1.72e6;
 
 constexpr int64_t FLAG_BYTES = 1024;  // behind packed weights: see Plan::unfolded
 
+// See tiles.cuh.
+enum class SlabKind { HALO, TAP, CHANNELS };
+
 // How one call is computed.
 struct Plan {
   Tiling tiling;
   // Of a folded tiling: planes meet taps that they do not read, with weights of zero, which spreads
   // infinities and NaNs. Where there are any, this tiling does it again.
   Tiling unfolded;
-  bool halo;
+  SlabKind slab;
   int lines;
   double clocks;
 };
@@ -43,6 +46,37 @@ inline int ceil_log2(int64_t x) {
   int log2 = 0;
   while ((int64_t{1} << log2) < x) ++log2;
   return log2;
+}
+
+// The tile of `positions`, a power of two, of powers of two along W, H, D and N, that covers an
+// output with the least waste. `step` is the stride of what it reads; W has 2^least_w positions or
+// more.
+inline Tiling power_of_two_tiling(const int64_t (&extent)[3], int64_t batch, int positions,
+                                  const int (&step)[3], int least_w) {
+  const int log2_positions = ceil_log2(positions);
+  Tiling best = {};
+  int64_t fewest = INT64_MAX;
+  for (int w = least_w; w <= log2_positions; ++w) {
+    for (int h = 0; w + h <= log2_positions; ++h) {
+      for (int d = 0; w + h + d <= log2_positions; ++d) {
+        const int n = log2_positions - w - h - d;
+        // Boxes have up to 256 elements along a dimension, skipped ones included.
+        if ((step[2] << w) > 256 || (step[1] << h) > 256 || (step[0] << d) > 256) continue;
+        const int64_t tiles = ceil_div(extent[2], 1 << w) * ceil_div(extent[1], 1 << h) *
+                              ceil_div(extent[0], 1 << d) * ceil_div(batch, 1 << n);
+        // Of equals the one with the longest lines, up to a vector's length.
+        if (tiles < fewest || (tiles == fewest && best.log2_w < 3)) {
+          fewest = tiles;
+          best.log2_w = w, best.log2_h = h, best.log2_d = d;
+          best.extent_w = 1 << w, best.extent_h = 1 << h, best.extent_d = 1 << d;
+          best.extent_n = 1 << n;
+        }
+      }
+    }
+  }
+  best.tiles_w = ceil_div(extent[2], best.extent_w);
+  best.tiles_h = ceil_div(extent[1], best.extent_h);
+  return best;
 }
 
 // Channels, then W, H, D, N of a tensor whose channels lie side by side; N as D where `merged`.
@@ -60,6 +94,43 @@ TensorView positions_view(int64_t channels, const int64_t (&extent)[3], int64_t 
   }
   v.swizzle = ROW_BYTES;
   return v;
+}
+
+// The same of a contiguous tensor of one line: positions, then channels, N.
+template <typename T>
+TensorView channels_view(int64_t positions, int64_t channels, int64_t batch) {
+  TensorView v = {};
+  v.rank = 3;
+  const uint64_t extents[3] = {uint64_t(positions), uint64_t(channels), uint64_t(batch)};
+  uint64_t stride = sizeof(T);
+  for (int i = 0; i < 3; ++i) {
+    v.extent[i] = extents[i], v.stride_bytes[i] = stride, v.step[i] = 1;
+    stride *= extents[i];
+  }
+  v.swizzle = ROW_BYTES;
+  return v;
+}
+
+// How a tensor's channels are packed, those of a group to `padded` ones.
+inline PackShape pack_shape(int64_t batch, int64_t channels, const int64_t (&extent)[3], int groups,
+                            int64_t padded, bool last) {
+  PackShape s;
+  s.positions = extent[0] * extent[1] * extent[2];
+  s.batch = static_cast<int>(batch), s.groups = groups;
+  s.channels = static_cast<int>(channels / groups), s.padded = static_cast<int>(padded);
+  s.stride_n = channels * s.positions;
+  s.stride_c = last ? 1 : s.positions, s.stride_p = last ? channels : 1;
+  return s;
+}
+
+// The elements of `size` bytes that one access may have, up to `widest`, at any whole number of
+// them behind `base` in lines of `extent`.
+inline int access_elements(const void* base, int64_t extent, int size, int widest) {
+  while (widest > 1 &&
+         (extent % widest != 0 || reinterpret_cast<uintptr_t>(base) % (widest * size) != 0)) {
+    widest /= 2;
+  }
+  return widest;
 }
 
 // Packs a tensor's channels side by side; with `last` they lie so already, but not as they should.

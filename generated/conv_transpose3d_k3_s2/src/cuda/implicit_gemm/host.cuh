@@ -33,10 +33,17 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       DENSE && TAPS > 1 && 2 * SLAB_STAGE_BYTES<HaloSlab<Conv, LINES>> <= 160 * 1024 &&
       HaloSlab<Conv, LINES>::BOX_H <= 256 && (Conv::LINEAR || HaloSlab<Conv, LINES>::LOADS == 1);
 
+  // Without neighbours, all positions are those of one line.
+  static constexpr bool POINTWISE =
+      TAPS == 1 && DENSE && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 && Conv::PADDING_W == 0;
+  static constexpr bool HAS_CHANNELS = POINTWISE && Conv::READS_CHANNELS && sizeof(T) == 2;
+  template <typename Slab>
+  static constexpr SlabKind KIND = Slab::HALO                 ? SlabKind::HALO
+                                   : Slab::MAJOR == Major::MN ? SlabKind::CHANNELS
+                                                              : SlabKind::TAP;
+
   ImplicitGemm(const Operands& call, const DeviceLimits& limits) : call_(call), limits_(limits) {
-    if (TAPS == 1 && DENSE && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 &&
-        Conv::PADDING_W == 0) {
-      // Without neighbours, all positions are those of one line.
+    if (POINTWISE) {
       for (int64_t (*e)[3] : {&call_.input_extent, &call_.output_extent}) {
         (*e)[2] *= (*e)[0] * (*e)[1], (*e)[0] = (*e)[1] = 1;
       }
@@ -47,6 +54,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const int multiple = Conv::GROUPS > 1 ? STEP_K : VECTOR;
     padded_ = round_up(input_channels_, multiple);
     const bool as_it_lies = call.input_channels_last && padded_ == input_channels_;
+    const bool by_channels = !call.input_channels_last && reads_channels();
     // Some hundred ways are considered: once for each shape.
     thread_local ShapeCache<Plan> plans;
     bool known;
@@ -54,14 +62,21 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if (!known) {
       best_.clocks = 1e30;
       (consider<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
-      (consider<TapSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
+      if (by_channels) {
+        if constexpr (HAS_CHANNELS) {
+          (consider<ChannelSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
+        }
+      } else {
+        (consider<TapSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
+      }
       plan = best_;
     }
     best_ = plan;
-    packs_input_ = !as_it_lies;
+    packs_input_ = !as_it_lies && !by_channels;
     padded_outputs_ = static_cast<int>(round_up(output_channels_, VECTOR));
     // TF32 is rounded, and read K-major: taps, then a row of input channels for each output.
-    packs_weight_ = best_.tiling.fold == 2 || sizeof(T) == 4 || !call.weight_channels_last ||
+    const bool weight_lies = call.weight_channels_last || TAPS == 1;
+    packs_weight_ = best_.tiling.fold == 2 || sizeof(T) == 4 || !weight_lies ||
                     padded_ != input_channels_ || (MN && padded_outputs_ != output_channels_);
     const bool reversed = COARSE_INPUT && !packs_weight_;
     for (Tiling* t : {&best_.tiling, &best_.unfolded}) {
@@ -154,6 +169,13 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     return best_.tiling.fold == 2 ? BLOCK_M : padded_outputs_;
   }
 
+  // Whether a contiguous input is multiplied as it lies: rows of positions that begin at multiples
+  // of 16 bytes. Of a group's last product no channel may be the next group's.
+  bool reads_channels() const {
+    return HAS_CHANNELS && call_.input_extent[2] % VECTOR == 0 &&
+           (Conv::GROUPS == 1 || input_channels_ % STEP_K == 0);
+  }
+
   // ---- Choice -----------------------------------------------------------------------------------
 
   // Planes are samples where there is one plane of each and no tap reaches another.
@@ -167,7 +189,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if constexpr (Slab::HALO) {
       if constexpr (HAS_HALO<LINES>) consider_tiles<Slab, LINES>(halo_tiling<LINES>(), as_it_lies);
     } else {
-      consider_tiles<Slab, LINES>(tap_tiling<LINES>(), as_it_lies);
+      constexpr int LEAST_W = Slab::MAJOR == Major::MN ? 6 : 1;  // whole rows of 64 positions
+      consider_tiles<Slab, LINES>(tap_tiling<LINES>(LEAST_W), as_it_lies);
     }
   }
 
@@ -184,39 +207,14 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     return t;
   }
 
-  // Powers of two whose product is the tile, such that tiles cover the output with the least waste.
   template <int LINES>
-  Tiling tap_tiling() const {
+  Tiling tap_tiling(int least_w) const {
+    static_assert((LINES & (LINES - 1)) == 0, "a tile of taps is a power of two");
     const int64_t* e = call_.output_extent;
     const bool merged = samples_are_planes();
-    const int64_t depth = merged ? call_.batch : e[0], batch = merged ? 1 : call_.batch;
-    static_assert((LINES & (LINES - 1)) == 0, "a tile of taps is a power of two");
-    const int log2_positions = ceil_log2(8 * LINES);
-    Tiling best = {};
-    int64_t fewest = INT64_MAX;
-    for (int w = 1; w <= log2_positions; ++w) {
-      for (int h = 0; w + h <= log2_positions; ++h) {
-        for (int d = 0; w + h + d <= log2_positions; ++d) {
-          const int n = log2_positions - w - h - d;
-          // Boxes have up to 256 elements along a dimension, skipped ones included.
-          if ((Conv::STRIDE_W << w) > 256 || (Conv::STRIDE_H << h) > 256 ||
-              (Conv::STRIDE_D << d) > 256) {
-            continue;
-          }
-          const int64_t tiles = ceil_div(e[2], 1 << w) * ceil_div(e[1], 1 << h) *
-                                ceil_div(depth, 1 << d) * ceil_div(batch, 1 << n);
-          // Of equals the one with the longest lines, up to a vector's length.
-          if (tiles < fewest || (tiles == fewest && best.log2_w < 3)) {
-            fewest = tiles;
-            best.log2_w = w, best.log2_h = h, best.log2_d = d;
-            best.extent_w = 1 << w, best.extent_h = 1 << h, best.extent_d = 1 << d;
-            best.extent_n = 1 << n;
-          }
-        }
-      }
-    }
-    best.tiles_w = ceil_div(e[2], best.extent_w), best.tiles_h = ceil_div(e[1], best.extent_h);
-    return best;
+    return power_of_two_tiling({merged ? call_.batch : e[0], e[1], e[2]}, merged ? 1 : call_.batch,
+                               8 * LINES, {Conv::STRIDE_D, Conv::STRIDE_H, Conv::STRIDE_W},
+                               least_w);
   }
 
   template <typename Slab, int LINES>
@@ -268,7 +266,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
                                         (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors);
         }
         if (clocks < best_.clocks && stages<Slab, LINES>(t)) {
-          best_ = {t, t, Slab::HALO, LINES, clocks};
+          best_ = {t, t, KIND<Slab>, LINES, clocks};
           if (t.fold == 2) {
             Tiling& u = best_.unfolded;
             u.fold = 1, u.tiles_d = ceil_div(depth, position_groups);
@@ -319,13 +317,20 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
 
   int multiply(const Tiling& t, const T* input, const T* weight, const Output& out) const {
     int error = CONVGEN_TOO_LARGE;
+    const auto has = [&](SlabKind slab, int lines) {
+      return best_.slab == slab && best_.lines == lines;
+    };
     const bool found =
-        ((best_.halo && best_.lines == HALO_LINES &&
+        ((has(SlabKind::HALO, HALO_LINES) &&
           (error = launch_with<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(t, input, weight, out),
            true)) ||
          ...) ||
-        ((!best_.halo && best_.lines == TAP_LINES &&
+        ((has(SlabKind::TAP, TAP_LINES) &&
           (error = launch_with<TapSlab<Conv, TAP_LINES>, TAP_LINES>(t, input, weight, out),
+           true)) ||
+         ...) ||
+        ((has(SlabKind::CHANNELS, TAP_LINES) &&
+          (error = launch_with<ChannelSlab<Conv, TAP_LINES>, TAP_LINES>(t, input, weight, out),
            true)) ||
          ...);
     return found ? error : CONVGEN_TOO_LARGE;
@@ -360,17 +365,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   }
 
   int pack_input(T* to) const {
-    const int64_t* e = call_.input_extent;
-    const T* const from = static_cast<const T*>(call_.input);
-    PackShape s;
-    s.positions = e[0] * e[1] * e[2];
-    s.batch = static_cast<int>(call_.batch), s.groups = Conv::GROUPS;
-    s.channels = input_channels_, s.padded = padded_;
     const bool last = call_.input_channels_last;
-    s.stride_n = call_.input_channels * s.positions;
-    s.stride_c = last ? 1 : s.positions, s.stride_p = last ? call_.input_channels : 1;
-    return convgen::pack_input(from, to, s, last, call_.device, call_.stream,
-                               limits_.multiprocessors);
+    const PackShape s = pack_shape(call_.batch, call_.input_channels, call_.input_extent,
+                                   Conv::GROUPS, padded_, last);
+    return convgen::pack_input(static_cast<const T*>(call_.input), to, s, last, call_.device,
+                               call_.stream, limits_.multiprocessors);
   }
 
   Output output_of(float* partials) const {
@@ -394,24 +393,17 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     out.epilogue = epilogue_of(best_.tiling);
     out.vector = 1;
     if (out.stride_w == 1) {
-      const int size = out.epilogue == Epilogue::PARTIAL ? 4 : sizeof(T);
-      const int widest = out.epilogue == Epilogue::STAGED ? 8 : 2;
-      const uintptr_t base = out.epilogue == Epilogue::PARTIAL
-                                 ? reinterpret_cast<uintptr_t>(partials)
-                                 : reinterpret_cast<uintptr_t>(out.address);
-      for (int v = widest; v > 1; v /= 2) {
-        if (e[2] % v == 0 && base % (v * size) == 0) {
-          out.vector = v;
-          break;
-        }
-      }
+      const bool partial = out.epilogue == Epilogue::PARTIAL;
+      const void* const base = partial ? partials : out.address;
+      out.vector = access_elements(base, e[2], partial ? 4 : sizeof(T),
+                                   out.epilogue == Epilogue::STAGED ? 8 : 2);
     }
     return out;
   }
 
   template <typename Slab, int LINES>
   int launch_with(const Tiling& t, const T* input, const T* weight, const Output& out) const {
-    if constexpr (Slab::HALO && !HAS_HALO<LINES>) {
+    if constexpr ((Slab::HALO && !HAS_HALO<LINES>) || (Slab::MAJOR == Major::MN && !HAS_CHANNELS)) {
       return CONVGEN_TOO_LARGE;
     } else {
       TensorMap slab_map, weight_map, output_map = {};
@@ -434,9 +426,13 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
              const T* input, const T* weight, const Output& out) const {
     const bool merged = samples_are_planes();
     TensorView slab =
-        positions_view<T>(Conv::GROUPS * padded_, call_.input_extent, call_.batch, merged);
+        Slab::MAJOR == Major::MN
+            ? channels_view<T>(call_.input_extent[2], call_.input_channels, call_.batch)
+            : positions_view<T>(Conv::GROUPS * padded_, call_.input_extent, call_.batch, merged);
     slab.box[0] = BLOCK_K;
-    if constexpr (Slab::HALO) {
+    if constexpr (Slab::MAJOR == Major::MN) {
+      slab.box[0] = Slab::CHUNK_ROWS, slab.box[1] = BLOCK_K, slab.box[2] = 1;
+    } else if constexpr (Slab::HALO) {
       slab.box[1] = Slab::LOAD_W, slab.box[2] = Slab::BOX_H, slab.box[3] = slab.box[4] = 1;
     } else {
       slab.step[1] = Conv::STRIDE_W, slab.step[2] = Conv::STRIDE_H, slab.step[3] = Conv::STRIDE_D;

@@ -14,7 +14,8 @@
 //            halo slab is 8 x LINES positions of one plane with all that its taps reach: a tap is a
 //            number of rows to begin at, because the eight rows of a group are neighbours in W and
 //            the distance of groups is the pitch of the slab's lines. A tap slab is the positions
-//            of one tap, which serves any stride and any shape of tile.
+//            of one tap, which serves any stride and any shape of tile. A channel slab is that of a
+//            contiguous tensor and one tap, turned around: channels x 128 bytes of positions.
 //   weights  64 or 128 output channels x 128 bytes of input channels of one tap
 //
 // Both are rings of buffers with full and empty barriers. CTAs are persistent: the next tile's
@@ -51,6 +52,15 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
             tma_load(to + load * Slab::LOAD_W * ROW_BYTES, map, barrier, channel,
                      first.w - Conv::PADDING_W + load * Slab::LOAD_W, first.h - Conv::PADDING_H, d,
                      first.n);
+          }
+        } else if constexpr (Slab::MAJOR == Major::MN) {
+          const Tile tile = Tile::of<false>(t, index, i, 0);
+#pragma unroll
+          for (int chunk = 0; chunk < Slab::CHUNKS; ++chunk) {
+            // Positions of one line: planes are samples (see ImplicitGemm::samples_are_planes).
+            int n, d, h, w;
+            position_of(t, tile, chunk * Slab::CHUNK_ROWS, n, d, h, w);
+            tma_load(to + chunk * Slab::CHUNK_ROWS * ROW_BYTES, map, barrier, w, channel, d);
           }
         } else {
           const Tile tile = Tile::of<false>(t, index, i, 0);
@@ -131,25 +141,35 @@ __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint
 
 // ---- Consumers ----------------------------------------------------------------------------------
 
+template <typename Slab>
+__device__ __forceinline__ Operand slab_operand(const unsigned char* slab) {
+  if constexpr (Slab::MAJOR == Major::K) {
+    return Operand(slab, Slab::PITCH);
+  } else {
+    return Operand(slab, Slab::PITCH, ROW_BYTES, Slab::CHUNK_ROWS);
+  }
+}
+
 // The products of one tap with `steps` x 32 bytes of K, as one batch.
-template <typename T, Major WEIGHTS, int SUMS>
+template <typename T, Major WEIGHTS, Major POSITIONS, int SUMS>
 __device__ __forceinline__ void multiply(float (&sums)[SUMS], Operand weights, Operand positions,
                                          int steps, int accumulates) {
   constexpr int STEPS = ROW_BYTES / STEP_BYTES;
   // Along a row, or over 16 rows.
   constexpr int NEXT_WEIGHTS = WEIGHTS == Major::K ? STEP_BYTES : 16 * ROW_BYTES;
+  constexpr int NEXT = POSITIONS == Major::K ? STEP_BYTES : 16 * ROW_BYTES;
   if (steps == STEPS) {
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
-      wgmma<T, WEIGHTS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * STEP_BYTES),
-                        k == 0 ? accumulates : 1);
+      wgmma<T, WEIGHTS, POSITIONS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * NEXT),
+                                   k == 0 ? accumulates : 1);
     }
     wgmma_commit();
   } else {
 #pragma unroll 1
     for (int k = 0; k < steps; ++k) {
-      wgmma<T, WEIGHTS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * STEP_BYTES),
-                        accumulates);
+      wgmma<T, WEIGHTS, POSITIONS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * NEXT),
+                                   accumulates);
       accumulates = 1;
     }
     wgmma_commit();
@@ -189,14 +209,14 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
 #pragma unroll 1
       for (int plane = 0; plane < planes.count; ++plane) {
         slab_ring.consumer_wait(slab);
-        const Operand positions(slabs + slab.index * SLAB_STAGE_BYTES<Slab>, Slab::PITCH);
+        const Operand positions = slab_operand<Slab>(slabs + slab.index * SLAB_STAGE_BYTES<Slab>);
 #pragma unroll(Slab::TAPS <= 9 ? Slab::TAPS : 1)
         for (int tap = 0; tap < Slab::TAPS; ++tap) {
           weight_ring.consumer_wait(weight);
           const Operand w(weights + weight.index * weight_bytes + m * BLOCK_M * ROW_BYTES, 8);
           wgmma_begin();
-          multiply<T, Conv::WEIGHTS>(sums, w, positions.moved(Slab::tap_row(tap) * ROW_BYTES),
-                                     steps, accumulates);
+          multiply<T, Conv::WEIGHTS, Slab::MAJOR>(
+              sums, w, positions.moved(Slab::tap_row(tap) * ROW_BYTES), steps, accumulates);
           accumulates = 1;
           wgmma_wait<1>();
           // All but the products just issued have ended: what they read may be overwritten.

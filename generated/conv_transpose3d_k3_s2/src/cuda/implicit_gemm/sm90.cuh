@@ -260,21 +260,24 @@ constexpr bool is_half<half> = true;
 // operands are K-major.
 template <typename T, Major A = Major::K, Major B = Major::K, int SUMS>
 __device__ __forceinline__ void wgmma(float (&d)[SUMS], Operand a, Operand b, int accumulates) {
-  static_assert(A == Major::MN || B == Major::K, "a combination that a kernel here has");
   if constexpr (sizeof(T) == 4) {
-    static_assert(A == Major::K, "all that TF32 has");
+    static_assert(A == Major::K && B == Major::K, "all that TF32 has");
     CONVGEN_WGMMA_N("k8.f32.tf32.tf32", "")
   } else if constexpr (is_half<T>) {
-    if constexpr (B == Major::MN) {
+    if constexpr (A == Major::MN && B == Major::MN) {
       CONVGEN_WGMMA_N("k16.f32.f16.f16", ", 1, 1")
+    } else if constexpr (B == Major::MN) {
+      CONVGEN_WGMMA_N("k16.f32.f16.f16", ", 0, 1")
     } else if constexpr (A == Major::MN) {
       CONVGEN_WGMMA_N("k16.f32.f16.f16", ", 1, 0")
     } else {
       CONVGEN_WGMMA_N("k16.f32.f16.f16", ", 0, 0")
     }
   } else {
-    if constexpr (B == Major::MN) {
+    if constexpr (A == Major::MN && B == Major::MN) {
       CONVGEN_WGMMA_N("k16.f32.bf16.bf16", ", 1, 1")
+    } else if constexpr (B == Major::MN) {
+      CONVGEN_WGMMA_N("k16.f32.bf16.bf16", ", 0, 1")
     } else if constexpr (A == Major::MN) {
       CONVGEN_WGMMA_N("k16.f32.bf16.bf16", ", 1, 0")
     } else {

@@ -72,6 +72,7 @@ struct Output {
 template <typename Conv, int LINES>
 struct HaloSlab {
   static constexpr bool HALO = true;
+  static constexpr Major MAJOR = Major::K;
   static constexpr int TAPS = Conv::KERNEL_H * Conv::KERNEL_W;
   static constexpr int PLANES = Conv::KERNEL_D;
   static constexpr int REACH_W = (Conv::KERNEL_W - 1) * Conv::DILATION_W;
@@ -93,9 +94,18 @@ struct HaloSlab {
 template <typename Conv, int LINES>
 struct TapSlab {
   static constexpr bool HALO = false;
+  static constexpr Major MAJOR = Major::K;
   static constexpr int TAPS = 1, PLANES = 1, LOADS = 1, LOAD_W = 0;
   static constexpr int ROWS = 8 * LINES, PITCH = 8;
   static __device__ __forceinline__ int tap_row(int) { return 0; }
+};
+
+// The positions of a kernel of one tap in a contiguous tensor, as they lie: rows of 64 positions,
+// one for each channel of a K block, in chunks of as many positions.
+template <typename Conv, int LINES>
+struct ChannelSlab : TapSlab<Conv, LINES> {
+  static constexpr Major MAJOR = Major::MN;
+  static constexpr int CHUNKS = LINES / 8, CHUNK_ROWS = 64;
 };
 
 template <typename Slab>
