@@ -1,7 +1,8 @@
 """convgen: kernels for (transposed) convolutions, specialized, compiled and handed back as modules.
 
 ``convgen.specialize(...)`` generates or finds a module, ``convgen.load(folder)`` imports one that
-was generated, and ``convgen.verify(module)`` checks one.
+was generated, and ``convgen.verify(module)`` checks one. ``convgen.export(...)`` and
+``convgen.export_model(...)`` write files that need torch and a compiler alone.
 Importing this package imports neither torch nor a compiler.
 """
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from convgen.building.folders import load as load
     from convgen.building.toolchain import ToolchainError as ToolchainError
     from convgen.checking.verify import verify as verify
+    from convgen.exporting.errors import ExportError as ExportError
+    from convgen.exporting.one_file import export as export
+    from convgen.exporting.one_file import export_model as export_model
     from convgen.models.report import SwapReport as SwapReport
     from convgen.models.swap import swap as swap
     from convgen.models.swap import unswap as unswap
@@ -29,9 +33,12 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "BuildError": "convgen.building.errors",
     "ConvSpec": "convgen.spec",
+    "ExportError": "convgen.exporting.errors",
     "SpecError": "convgen.spec",
     "SwapReport": "convgen.models.report",
     "ToolchainError": "convgen.building.toolchain",
+    "export": "convgen.exporting.one_file",
+    "export_model": "convgen.exporting.one_file",
     "load": "convgen.building.folders",
     "specialize": "convgen.specialize",
     "swap": "convgen.models.swap",

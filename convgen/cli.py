@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import click
 
 from convgen import __version__
-from convgen.commands import bench, clean, doctor, generate, listing, show, tune, verify
+from convgen.commands import bench, clean, doctor, export, generate, listing, show, tune, verify
 from convgen.spec import SpecError, documents
 
 
@@ -81,7 +81,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for module in (generate, verify, bench, tune, listing, show, clean, doctor):
+for module in (generate, export, verify, bench, tune, listing, show, clean, doctor):
     cli.add_command(module.command)
 
 
@@ -192,10 +192,11 @@ def _status(error: Exception) -> int | None:
     from convgen.building.toolchain import ToolchainError
     from convgen.commands.catalog import CatalogError
     from convgen.engines.tuned import TunedError
+    from convgen.exporting.errors import ExportError
     from convgen.measuring.layers import SuiteError
     from convgen.measuring.plots import PlotError
 
-    if isinstance(error, SpecError | CatalogError | SuiteError):
+    if isinstance(error, SpecError | CatalogError | SuiteError | ExportError):
         return 2
     ours = BuildError | ToolchainError | PlotError | TunedError | OSError
     return 1 if isinstance(error, ours) else None

@@ -17,7 +17,7 @@ FLOORS = (
     ("spec",),
     ("engines",),
     ("codegen", "building"),
-    ("specialize",),
+    ("specialize", "exporting"),
     ("checking",),
     ("measuring",),
     ("tuning",),

@@ -75,7 +75,9 @@ def seconds(help_text: str) -> Callable[[Command], Command]:
     )
 
 
-def output(*names: str, metavar: str = "FILE", help_text: str) -> Callable[[Command], Command]:
+def output(
+    *names: str, metavar: str = "FILE", help_text: str, required: bool = False
+) -> Callable[[Command], Command]:
     """An option that names a file to write, which is tried before any work is done."""
 
     def check(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
@@ -93,6 +95,7 @@ def output(*names: str, metavar: str = "FILE", help_text: str) -> Callable[[Comm
         *names,
         type=click.Path(dir_okay=False, path_type=Path),
         callback=check,
+        required=required,
         metavar=metavar,
         help=help_text,
     )

@@ -25,6 +25,7 @@ from convgen.spec.documents import plain
 if TYPE_CHECKING:
     from convgen.building.doctor import Finding
     from convgen.checking.verify import Row
+    from convgen.exporting.one_file import Exported
     from convgen.measuring.timing import Spread
     from convgen.tuning.jobs import Candidate, Outcome
 
@@ -49,6 +50,15 @@ def written(module: Generated, compiled: bool, seconds: float) -> None:
     """Says on stderr what ``generate`` wrote."""
     how = f"compiled in {seconds:.1f} s" if compiled else "found in the cache"
     click.echo(f"{module.path}: {_dtypes(module.dtypes, module.built)}, {how}", err=True)
+
+
+def exported(result: Exported) -> None:
+    """Says on stderr what ``export`` wrote, and what of a model is left to torch."""
+    size = result.path.stat().st_size if result.path.is_file() else 0
+    names = ", ".join(spec.name for spec in result.layers)
+    click.echo(f"{result.path}: {size / 1e3:.0f} kB, {names}", err=True)
+    for line in result.left:
+        click.echo(f"Left to torch: {line}", err=True)
 
 
 def modules(found: Iterable[Generated]) -> None:

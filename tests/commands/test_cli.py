@@ -23,7 +23,7 @@ from convgen.spec import ConvSpec
 SMALL = ("generate", "--op", "conv1d", "--kernel", "3", "--dtype", "f32", "--backend", "cpu")
 """The quickest module to compile: three small translation units."""
 
-COMMANDS = ("generate", "verify", "bench", "tune", "list", "show", "clean", "doctor")
+COMMANDS = ("generate", "export", "verify", "bench", "tune", "list", "show", "clean", "doctor")
 """As the help lists them."""
 
 
@@ -107,7 +107,7 @@ class TestStart:
 
 MISTAKES = [
     ("genrate --kernel 3", "Did you mean 'generate'?"),
-    ("frobnicate", "Commands: generate, verify"),
+    ("frobnicate", "Commands: generate, export, verify"),
     ("--verison", "--version"),
     ("generate --kernal 3", "Did you mean '--kernel'?"),
     ("generate --kernel 3 --strid 2", "--stride"),
