@@ -21,6 +21,9 @@ _OVER = ("default", "same", "any")
 _WIDEST = 100
 """Columns of a table that does not go to a terminal."""
 
+_GAP = 3
+"""Between two columns on a terminal; elsewhere less."""
+
 _DISPENSABLE = (
     *("any by", ">torch ms", ">x torch", ">floor ms", ">any ms", ">error", ">of peak"),
     *(">reached", ">x any"),
@@ -98,7 +101,7 @@ def _fitting(
     }
     hidden = []
     for column in _DISPENSABLE:
-        if sum(widths[name] + 2 for name in columns) - 2 <= width:
+        if sum(widths[name] + _GAP for name in columns) - _GAP <= width:
             break
         columns.remove(column)
         hidden.append(column.removeprefix(">"))

@@ -16,17 +16,19 @@ from convgen.building.build import Library, build
 from convgen.specialize import compile_commands
 
 _SOURCE = Path(__file__).parents[1] / "templates/measuring/fma_peak.cpp"
-_STEPS = 1 << 20
-"""Some 10 ms: no more than a time slice, so that a run may be undisturbed."""
+_STEPS = 1 << 21
+"""A few ms: no more than a time slice, so that a run may be undisturbed."""
 
-_RUNS = 12
+_SECONDS = 1.0
+"""Runs go on for so long: what disturbs a machine mostly ends sooner."""
+
 _TYPES = {"f32": ctypes.c_float, "f64": ctypes.c_double}
 
 
 def fma_peak(dtype: str) -> float:
     """Operations per second of ``"f32"`` or ``"f64"`` on torch's number of threads.
 
-    The best of a few runs. An FMA is two operations.
+    The best of some hundred runs. An FMA is two operations.
 
     Raises:
         BuildError, ToolchainError: as :func:`convgen.building.build.build` does.
@@ -40,8 +42,8 @@ def fma_peak(dtype: str) -> float:
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.POINTER(real)]
     function.restype = ctypes.c_int64
     sink, best = real(), 0.0
-    for _ in range(_RUNS):
-        start = time.perf_counter()
+    end = time.perf_counter() + _SECONDS
+    while (start := time.perf_counter()) < end:
         operations = function(torch.get_num_threads(), _STEPS, ctypes.byref(sink))
         best = max(best, operations / (time.perf_counter() - start))
     return best
