@@ -63,10 +63,13 @@ def benchmark(result: Report) -> None:
         click.echo(f"backward: the gradient of the {gradients.pop()} alone")
     if hidden:
         click.echo(f"in --json alone: {', '.join(sorted(hidden))}")
-    # A note about both directions is said once.
-    notes = dict.fromkeys((row.layer, note) for row in result.rows for note in row.notes)
-    for layer, note in notes:
-        click.echo(f"{layer}: {note}")
+    # A note about both directions, or about many layers, is said once.
+    notes: dict[str, dict[str, None]] = {}
+    for row in result.rows:
+        for note in (*row.notes, *row.suspicions):
+            notes.setdefault(note, {})[row.layer] = None
+    for note, layers in notes.items():
+        click.echo(f"{', '.join(layers)}: {note}")
     _failures(result.failures)
 
 

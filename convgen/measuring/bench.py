@@ -72,9 +72,8 @@ class Row:
     limit: float
     flops: int
     traffic_bytes: int
-    floor_ms: float
-    peak_ms: float
-    """The operations alone, at the ceiling's rate; the floor where memory does not bound it."""
+    ceilings: Ceilings
+    """The report's, which may rise."""
     notes: tuple[str, ...] = ()
     ours_bytes: int | None = None
     """What both directions together allocate at most, results included; None on the CPU."""
@@ -123,6 +122,25 @@ class Row:
         return min(timed, key=lambda name: self.torch[name].median_ms, default=None)
 
     @property
+    def floor_ms(self) -> float:
+        """The least time by the ceilings."""
+        return self.ceilings.floor_ms(self.flops, self.traffic_bytes)
+
+    @property
+    def suspicions(self) -> list[str]:
+        """What is below the floor."""
+        why = "an error of the measurement, or on a CPU operands that were in the caches"
+        notes = []
+        if self.ours is not None and self.ours.median_ms < self.floor_ms:
+            notes.append(f"{contender_name(self.layout, ours=True)} is below the floor: {why}")
+        if fast := [name for name, time_ in self.torch.items() if time_.median_ms < self.floor_ms]:
+            notes.append(
+                f"torch ({', '.join(fast)}) is below the floor: {why}, "
+                "or an algorithm with fewer multiplications"
+            )
+        return notes
+
+    @property
     def reached(self) -> float | None:
         """The floor over the time: 1 would be the roofline."""
         return None if self.ours is None else self.floor_ms / self.ours.median_ms
@@ -130,7 +148,9 @@ class Row:
     @property
     def of_peak(self) -> float | None:
         """Operations per second, as a part of the ceiling's."""
-        return None if self.ours is None else self.peak_ms / self.ours.median_ms
+        return (
+            None if self.ours is None else self.ceilings.peak_ms(self.flops) / self.ours.median_ms
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, with what follows from the fields."""
@@ -138,8 +158,9 @@ class Row:
         def times(value: Spread | None) -> dict[str, Any] | None:
             return None if value is None else vars(value)
 
+        fields = {name: value for name, value in vars(self).items() if name != "ceilings"}
         return {
-            **vars(self),
+            **fields,
             "input_shape": list(self.input_shape),
             "ours": times(self.ours),
             "torch": {how: times(value) for how, value in self.torch.items()},
@@ -148,7 +169,8 @@ class Row:
                 how: value if math.isfinite(value) else None
                 for how, value in self.torch_errors.items()
             },
-            "notes": list(self.notes),
+            "notes": [*self.notes, *self.suspicions],
+            "floor_ms": self.floor_ms,
             "same_by": self.same_by,
             "any_by": self.any_by,
             **{f"over_{what}": self.over(what) for what in OVER},
@@ -338,6 +360,7 @@ def bench(
                 report.failures[lost.name] = f"not run: {layer.name} left the GPU unusable"
             return report
     report.clocks.append(machine.clocks(device))
+    report.ceilings.raise_to(machine.ceilings(device, dtype, tf32))
     return report
 
 
@@ -355,12 +378,10 @@ def _usable(device: torch.device) -> bool:
 
 
 def _rows(layer: Layer, layout: str, outcome: Outcome, report: Report) -> list[Row]:
-    """Both directions of a layer: what was wrong loses its time, what is suspicious gets a note."""
+    """Both directions of a layer: what was wrong loses its time, and gets a note."""
     rows = []
-    dtype, gradients = report.settings["dtype"], report.settings["gradients"]
-    suspicion = "an error of the measurement"
-    if report.machine["device"] == "cpu":
-        suspicion += ", or operands that were in the caches"
+    gradients = report.settings["gradients"]
+    element_bytes = DTYPES[report.settings["dtype"]].size_bytes
     ours = contender_name(layout, ours=True)
     # Of convgen in another layout, other rows tell.
     names = [name for name in outcome.errors if name == ours or not name.startswith(OURS)]
@@ -382,17 +403,6 @@ def _rows(layer: Layer, layout: str, outcome: Outcome, report: Report) -> list[R
         if ours in times and difference > 2 * outcome.limit:
             del times[ours]
             notes.append(f"{ours} is wrong: it differs from torch by {difference:.1e}")
-        flops = layer.flops(direction, gradients)
-        traffic_bytes = layer.traffic_bytes(direction, DTYPES[dtype].size_bytes, gradients)
-        floor_ms = report.ceilings.floor_ms(flops, traffic_bytes)
-        fast = [name for name, time_ in times.items() if time_.median_ms < floor_ms]
-        if ours in fast:
-            notes.append(f"{ours} is below the floor: {suspicion}")
-        if others := [name for name in fast if name != ours]:
-            notes.append(
-                f"torch ({', '.join(others)}) is below the floor: {suspicion}, "
-                "or an algorithm with fewer multiplications"
-            )
         rows.append(
             Row(
                 layer=layer.name,
@@ -406,10 +416,9 @@ def _rows(layer: Layer, layout: str, outcome: Outcome, report: Report) -> list[R
                 error=errors.pop(ours),
                 torch_errors=errors,
                 limit=outcome.limit,
-                flops=flops,
-                traffic_bytes=traffic_bytes,
-                floor_ms=floor_ms,
-                peak_ms=report.ceilings.peak_ms(flops),
+                flops=layer.flops(direction, gradients),
+                traffic_bytes=layer.traffic_bytes(direction, element_bytes, gradients),
+                ceilings=report.ceilings,
                 notes=tuple(notes),
                 ours_bytes=outcome.step_bytes.get(ours),
                 torch_bytes={

@@ -38,14 +38,20 @@ _CLOCKS = {
 """Names here, and nvidia-smi's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ceilings:
-    """The best rates measured at the start: of arithmetic and of a large copy."""
+    """The best rates measured before and after: of arithmetic and of a large copy."""
 
     flops_per_s: float
     bytes_per_s: float
     mode: str
     """What the arithmetic was: a large matrix product in ``"f32 (TF32)"``, or ``"f32 FMA"``."""
+
+    def raise_to(self, other: Ceilings) -> None:
+        """Takes what is higher in another measurement: a machine may have been disturbed."""
+        if other.flops_per_s > self.flops_per_s:
+            self.flops_per_s, self.mode = other.flops_per_s, other.mode
+        self.bytes_per_s = max(self.bytes_per_s, other.bytes_per_s)
 
     def peak_ms(self, flops: int) -> float:
         """The least time for so many operations."""
