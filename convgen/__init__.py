@@ -1,8 +1,10 @@
 """convgen: kernels for (transposed) convolutions, specialized, compiled and handed back as modules.
 
 ``convgen.specialize(...)`` generates or finds a module, ``convgen.load(folder)`` imports one that
-was generated, and ``convgen.verify(module)`` checks one. ``convgen.export(...)`` and
-``convgen.export_model(...)`` write files that need torch and a compiler alone.
+was generated, and ``convgen.verify(module)`` checks one. ``convgen.swap(model, inputs)`` lets
+convgen compute what it computes faster of a network, and ``convgen.scan`` says what that is.
+``convgen.export(...)`` and ``convgen.export_model(...)`` write files that need torch and a compiler
+alone.
 Importing this package imports neither torch nor a compiler.
 """
 
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from convgen.exporting.errors import ExportError as ExportError
     from convgen.exporting.one_file import export as export
     from convgen.exporting.one_file import export_model as export_model
+    from convgen.models.report import ScanReport as ScanReport
     from convgen.models.report import SwapReport as SwapReport
+    from convgen.models.scan import scan as scan
     from convgen.models.swap import swap as swap
     from convgen.models.swap import unswap as unswap
     from convgen.spec import ConvSpec as ConvSpec
@@ -34,12 +38,14 @@ _EXPORTS = {
     "BuildError": "convgen.building.errors",
     "ConvSpec": "convgen.spec",
     "ExportError": "convgen.exporting.errors",
+    "ScanReport": "convgen.models.report",
     "SpecError": "convgen.spec",
     "SwapReport": "convgen.models.report",
     "ToolchainError": "convgen.building.toolchain",
     "export": "convgen.exporting.one_file",
     "export_model": "convgen.exporting.one_file",
     "load": "convgen.building.folders",
+    "scan": "convgen.models.scan",
     "specialize": "convgen.specialize",
     "swap": "convgen.models.swap",
     "unswap": "convgen.models.swap",

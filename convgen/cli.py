@@ -13,7 +13,19 @@ from typing import Any, TextIO
 import click
 
 from convgen import __version__
-from convgen.commands import bench, clean, doctor, export, generate, listing, show, tune, verify
+from convgen.commands import (
+    bench,
+    clean,
+    doctor,
+    export,
+    generate,
+    listing,
+    scan,
+    show,
+    swap,
+    tune,
+    verify,
+)
 from convgen.spec import SpecError, documents
 
 
@@ -81,7 +93,19 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for module in (generate, export, verify, bench, tune, listing, show, clean, doctor):
+for module in (
+    generate,
+    export,
+    verify,
+    scan,
+    swap,
+    bench,
+    tune,
+    listing,
+    show,
+    clean,
+    doctor,
+):
     cli.add_command(module.command)
 
 
@@ -195,8 +219,9 @@ def _status(error: Exception) -> int | None:
     from convgen.exporting.errors import ExportError
     from convgen.measuring.layers import SuiteError
     from convgen.measuring.plots import PlotError
+    from convgen.models.errors import NetworkError
 
-    if isinstance(error, SpecError | CatalogError | SuiteError | ExportError):
+    if isinstance(error, SpecError | CatalogError | SuiteError | ExportError | NetworkError):
         return 2
     ours = BuildError | ToolchainError | PlotError | TunedError | OSError
     return 1 if isinstance(error, ours) else None

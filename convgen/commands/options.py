@@ -183,12 +183,12 @@ def specification(required: bool) -> Callable[[Command], Command]:
         ),
     )
 
-    return lambda command: _decorated(command, *options)
+    return lambda command: decorated(command, *options)
 
 
 def layers(command: Command) -> Command:
     """The options that choose layers: a suite's, or one by its specification and shape."""
-    return _decorated(
+    return decorated(
         command,
         click.option(
             "--suite",
@@ -215,7 +215,7 @@ def layers(command: Command) -> Command:
 
 def setting(command: Command) -> Command:
     """The options that say in which dtype, where and for which channels layers are run."""
-    return _decorated(
+    return decorated(
         command,
         click.option(
             "--dtype",
@@ -278,7 +278,7 @@ def on_device(layers: list[Layer], backend: str, patterns: tuple[str, ...]) -> l
     return fitting
 
 
-def _decorated(command: Command, *decorators: Callable[[Any], Any]) -> Command:
+def decorated(command: Command, *decorators: Callable[[Any], Any]) -> Command:
     """Options in the order in which the help shows them."""
     for decorator in reversed(decorators):
         command = decorator(command)

@@ -51,16 +51,17 @@ class Times:
 
 
 def measure(
-    case: Case, function: Callable[..., Tensor], clock: Clock, seconds: float = SECONDS
+    case: Case, function: Callable[..., Tensor] | None, clock: Clock, seconds: float = SECONDS
 ) -> Times:
-    """Times a case by a package's function and by torch.
+    """Times a case by a package's function, if there is one, and by torch.
 
     Raises:
         RuntimeError: as either does, for want of memory, say.
     """
-    call: tuple[Callable[..., Tensor], ...] = (torch_function(case), function)
-    if case.spec.transposed:
-        call = (call[0], partial(function, output_padding=case.spec.output_padding))
+    calls = [torch_function(case)]
+    if function is not None:
+        padding = {"output_padding": case.spec.output_padding} if case.spec.transposed else {}
+        calls.append(partial(function, **padding))
     with _context(case):
         operands = [
             None if like is None else like.tensor(case.device)
@@ -74,9 +75,9 @@ def measure(
         }
         shape, dtype = case.output_shape, case.dtype
         grad_output = torch.randn(shape, device=case.device).to(dtype) if wrt else None
-        runs = [_Run(each, operands, wrt, grad_output, clock) for each in call]
-        theirs, ours = (run.results() for run in runs)
-        agrees = agreement(ours, theirs).worst <= 2 * limit(case)
+        runs = [_Run(each, operands, wrt, grad_output, clock) for each in calls]
+        theirs, *ours = (run.results() for run in runs)
+        agrees = all(agreement(each, theirs).worst <= 2 * limit(case) for each in ours)
         del theirs, ours
         end = time.monotonic() + seconds
         start = time.monotonic()
@@ -89,8 +90,8 @@ def measure(
                 break
             for run in runs if round_ % 2 else runs[::-1]:
                 run.once()
-    theirs_ms, ours_ms = (run.medians() for run in runs)
-    return Times(theirs_ms, ours_ms, agrees)
+    medians = [run.medians() for run in runs]
+    return Times(medians[0], medians[1] if function else (0.0, 0.0), agrees)
 
 
 def torch_function(case: Case) -> Callable[..., Tensor]:

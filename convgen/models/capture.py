@@ -17,12 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from convgen.models import classes, layers
+from convgen.models.errors import NetworkError
 from convgen.models.layers import Found
 from convgen.spec import ConvSpec
-
-
-class InputError(ValueError):
-    """The network does not take the example inputs; the message is torch's."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ def run(model: nn.Module, found: Sequence[Found], inputs: Any) -> Captured:
     """Runs a network once and describes the calls of its convolutions.
 
     Raises:
-        InputError: if it does not take the inputs.
+        NetworkError: if it does not take the inputs.
     """
     calls: dict[str, dict[Case, int]] = {}
     held = [(each.layer, type(each.layer)) for each in found]
@@ -147,7 +144,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """The network's result for a tensor, a tuple of arguments or a mapping of keywords.
 
     Raises:
-        InputError: if it does not take them.
+        NetworkError: if it does not take them.
     """
     try:
         if isinstance(inputs, Mapping):
@@ -156,7 +153,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         shapes = ", ".join(map(_described, _flat(inputs)))
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the network does not take the inputs {shapes}: {why}") from error
+        raise NetworkError(f"the network does not take the inputs {shapes}: {why}") from error
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
+from convgen.models.errors import NetworkError
 from convgen.spec import OPERATORS, ConvSpec, SpecError
 from convgen.spec.dtypes import DTYPES
 
@@ -53,7 +54,7 @@ def find(model: nn.Module, only: Only | None = None) -> list[Found]:
     A layer is taken if ``only`` takes one of its names.
 
     Raises:
-        ValueError: if a pattern matches no convolution.
+        NetworkError: if a pattern matches no convolution.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -194,5 +195,5 @@ def _chooser(only: Only, known: list[str]) -> Callable[[str, nn.Module], bool]:
     patterns = [only] if isinstance(only, str) else list(only)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise ValueError(f"only={pattern!r} matches no convolution of the network")
+            raise NetworkError(f"only={pattern!r} matches no convolution of the network")
     return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)

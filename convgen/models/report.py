@@ -8,6 +8,9 @@ from typing import Any
 
 Pair = tuple[float, float]
 
+UNMEASURED = "not measured yet"
+"""The reason of what a rule decides until there are times."""
+
 _NAMES = 3
 """Names of layers that a table shows of a row."""
 
@@ -119,49 +122,61 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """Titles, which start with ``>`` where a column aligns to the right, and rows."""
 
 
-def swap_table(rows: Sequence[LayerRow]) -> Table:
-    """What was swapped, and what was not, with the reason."""
+def swap_table(rows: Sequence[LayerRow], narrow: bool = False) -> Table:
+    """What was swapped, and what was not, with reasons; ``narrow`` has cells of several lines."""
+    if narrow:
+        return ("layers", ">torch ms", ">convgen ms", "computed by"), [
+            (
+                f"{row.where}\n{_spec(row)}",
+                _ms(row.torch_ms, "\n"),
+                _ms(row.convgen_ms, "\n", row.predicted),
+                _choice(row),
+            )
+            for row in rows
+        ]
     return ("layers", "specification", ">torch ms", ">convgen ms", "computed by"), [
         (
             row.where,
             _spec(row),
             _ms(row.torch_ms),
-            _ms(row.convgen_ms, row.predicted),
-            row.choice if row.swapped and row.convgen_ms else f"{row.choice} ({row.reason})",
+            _ms(row.convgen_ms, predicted=row.predicted),
+            _choice(row),
         )
         for row in rows
     ]
 
 
-def scan_table(report: ScanReport) -> Table:
-    """Kinds of layers by the time they take, with shares of the network's."""
+def scan_table(report: ScanReport, narrow: bool = False) -> Table:
+    """Kinds of layers by the time they take, with shares of the network's.
+
+    ``narrow`` has cells of several lines, forward above backward.
+    """
     rows = sorted(report.rows, key=lambda row: -sum(row.torch_ms or (0.0, 0.0)))
     flops = sum(row.flops for row in rows)
     whole = sum(report.network_ms)
-    titles = (
-        "layers",
-        "specification",
-        "input",
-        ">calls",
-        ">flops",
-        ">time",
-        ">torch ms",
-        ">convgen ms",
-        ">build s",
-        "choice",
-    )
-    return titles, [
+    if narrow:
+        return ("layers", ">flops\ntime", ">torch\nms", ">convgen\nms", "choice"), [
+            (
+                "\n".join(filter(None, (row.where, _spec(row), _input(row)))),
+                f"{_percent(row.flops, flops)}\n{_time(row, whole)}",
+                _ms(row.torch_ms, "\n"),
+                _ms(row.convgen_ms, "\n", row.predicted),
+                "\n".join(filter(None, (_choice(row), _built(row)))),
+            )
+            for row in rows
+        ]
+    titles = ("layers", "specification", "input", ">flops", ">time", ">torch ms", ">convgen ms")
+    return (*titles, ">build s", "choice"), [
         (
             row.where,
             _spec(row),
-            "x".join(map(str, row.shape)),
-            str(row.calls or ""),
+            _input(row),
             _percent(row.flops, flops),
-            _percent(sum(row.torch_ms), whole) if row.torch_ms else "",
+            _time(row, whole),
             _ms(row.torch_ms),
-            _ms(row.convgen_ms, row.predicted),
+            _ms(row.convgen_ms, predicted=row.predicted),
             "" if row.build_s is None else f"{row.build_s:.1f}",
-            row.choice if row.convgen_ms else f"{row.choice} ({row.reason})",
+            _choice(row),
         )
         for row in rows
     ]
@@ -171,19 +186,21 @@ def summary(report: SwapReport) -> str:
     """One line: how many layers, and what that brings."""
     count = sum(len(row.names) for row in report.rows)
     swapped = len(report.swapped)
-    if isinstance(report, ScanReport):
-        before, after = sum(report.network_ms), report.after_ms
-        timed = [row for row in report.rows if row.swapped and row.convgen_ms]
-        how = "expected" if any(row.predicted for row in timed) else "by the layers' times"
-        gain = f"; a run takes {before:.3g} ms, {after:.3g} ms swapped ({how})" if timed else ""
-        shares = f", a run of the network {before:.3g} ms" if not timed else gain
-        return f"{swapped} of {count} convolutions to swap on {report.device}{shares}"
     timed = [row for row in report.rows if row.swapped and row.torch_ms and row.convgen_ms]
+    if isinstance(report, ScanReport):
+        before = f"{sum(report.network_ms):.3g} ms"
+        if any(row.reason == UNMEASURED for row in report.rows):
+            return f"a run takes {before} on {report.device}; --measure tells what convgen changes"
+        about = "about " * any(row.predicted for row in timed)
+        gain = f", {about}{report.after_ms:.3g} swapped" if timed else ""
+        return f"{swapped} of {count} convolutions to swap: {before} on {report.device}{gain}"
     gain = ""
     if timed:
-        before = sum(sum(row.torch_ms) for row in timed if row.torch_ms)
-        after = sum(sum(row.convgen_ms) for row in timed if row.convgen_ms)
-        gain = f": {after:.3g} ms instead of {before:.3g} for a run of the network"
+        theirs, ours = (
+            sum(sum(pair) for row in timed if (pair := getattr(row, which)))
+            for which in ("torch_ms", "convgen_ms")
+        )
+        gain = f": {ours:.3g} ms of a run instead of {theirs:.3g}"
     return f"{swapped} of {count} convolutions are convgen's on {report.device}{gain}"
 
 
@@ -201,8 +218,27 @@ def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
     ]
 
 
+def _choice(row: LayerRow) -> str:
+    """Who computes it and, where the times do not say why, the reason."""
+    plain = row.swapped and row.convgen_ms is not None and not row.predicted
+    return row.choice if plain else f"{row.choice}: {row.reason}"
+
+
 def _spec(row: LayerRow) -> str:
     return f"{row.spec} {row.channels[0]}->{row.channels[1]} {row.dtype}".rstrip()
+
+
+def _input(row: LayerRow) -> str:
+    shape = "x".join(map(str, row.shape))
+    return f"{row.calls} x [{shape}]" if row.calls > 1 else f"[{shape}]" if shape else ""
+
+
+def _built(row: LayerRow) -> str:
+    return "" if row.build_s is None else f"built in {row.build_s:.0f} s"
+
+
+def _time(row: LayerRow, whole: float) -> str:
+    return _percent(sum(row.torch_ms), whole) if row.torch_ms else ""
 
 
 def _short(name: str) -> str:
@@ -210,12 +246,12 @@ def _short(name: str) -> str:
     return name if len(name) <= 32 else f"...{name[-29:]}"
 
 
-def _ms(times: Pair | None, predicted: bool = False) -> str:
+def _ms(times: Pair | None, between: str = " / ", predicted: bool = False) -> str:
     if times is None:
         return ""
     mark = "~" if predicted else ""
     forward, backward = times
-    return f"{mark}{forward:.3g}" + (f" / {backward:.3g}" if backward else "")
+    return f"{mark}{forward:.3g}" + (f"{between}{mark}{backward:.3g}" if backward else "")
 
 
 def _percent(part: float, whole: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,15 +11,15 @@ from torch import nn
 
 from convgen.building.build import Progress
 from convgen.building.processor import processor_name
-from convgen.measuring.layers import Layer, SuiteError
 from convgen.measuring.timing import Clock, clock_for
 from convgen.measuring.trial import first_line
-from convgen.models import beside, capture, choices, layers, packages
+from convgen.models import beside, capture, choices, layers, packages, predict
 from convgen.models.beside import Times
 from convgen.models.capture import Case
+from convgen.models.errors import NetworkError
 from convgen.models.layers import Found, Only
 from convgen.models.packages import Built, Wanted
-from convgen.models.report import LayerRow, Pair
+from convgen.models.report import UNMEASURED, LayerRow, Pair
 from convgen.spec import ConvSpec, SpecError
 from convgen.spec.dtypes import DTYPES, parse_dtype
 
@@ -68,7 +68,7 @@ class Kind:
         """Operations of one run of the network."""
         total = 0
         for case, count in self.cases.items():
-            layer = layer_of(case)
+            layer = predict.layer_of(case)
             if layer is not None:
                 directions = ("forward", "backward") if case.backward else ("forward",)
                 total += len(self.layers) * count * sum(map(layer.flops, directions))
@@ -139,10 +139,12 @@ def survey(
 ) -> Survey:
     """Decides for every convolution; with ``build``, what is chosen is built, too.
 
+    Without, layers are timed by torch alone, and convgen's times are the model's.
+
     Arguments and errors are those of :func:`convgen.models.swap.swap`.
     """
     if measure and example_inputs is None:
-        raise ValueError("measure=True needs example_inputs to measure with")
+        raise NetworkError("measure=True needs example_inputs to measure with")
     found = layers.find(model, only)
     able = [each for each in found if not each.refusal]
     captured = None
@@ -173,7 +175,7 @@ def survey(
     if build:
         wanted = [kind.wanted for kind in result.kinds if kind.chosen or not kind.reason]
         result.built = packages.build(wanted, progress)
-        _measure(open_kinds, result.built, progress)
+    _measure(open_kinds, result.built, progress)
     return result
 
 
@@ -182,16 +184,6 @@ def name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_properties(device).name)
     return processor_name()
-
-
-def layer_of(case: Case) -> Layer | None:
-    """A case as benchmarks have it; None for an empty batch or output."""
-    try:
-        return Layer(
-            "layer", case.spec, case.input.shape, case.output_shape[1], case.bias is not None
-        )
-    except SuiteError:
-        return None
 
 
 def _kinds(
@@ -264,17 +256,27 @@ def _measure(kinds: list[Kind], built: Mapping[Wanted, Built], progress: Progres
         key = _choice_key(case, kind)
         if key not in measured:
             clock = clocks.setdefault(case.device, clock_for(case.device))
-            function = getattr(built[kind.wanted].package, kind.spec.op)
+            package = built[kind.wanted].package if built else None
+            function = getattr(package, kind.spec.op) if package else None
             try:
                 times = beside.measure(case, function, clock)
             except RuntimeError as error:
                 kind.reason = f"could not be timed: {first_line(error)}"
                 continue
+            if function is None:
+                expected = predict.predicted_ms(case) or (0.0, 0.0)
+                times = replace(times, convgen_ms=expected)
             measured[key] = choices.choice_of(case, kind.spec, times)
         kind.times[case] = measured[key].times
-    choices.store(measured.values())
+    if built:
+        choices.store(measured.values())
     for kind in kinds:
-        kind.decide()
+        kind.predicted = not built
+        if built or all(map(_has_ours, kind.times.values())):
+            kind.decide("" if built else "faster, as predicted")
+        elif not kind.reason:
+            kind.chosen, _ = choices.rule(kind.spec, kind.channels, kind.device)
+            kind.reason = UNMEASURED
 
 
 def _has_ours(times: Times) -> bool:
@@ -282,7 +284,7 @@ def _has_ours(times: Times) -> bool:
 
 
 def _work(case: Case) -> int:
-    layer = layer_of(case)
+    layer = predict.layer_of(case)
     return layer.multiplications if layer else 0
 
 

@@ -57,7 +57,7 @@ def swap(
             are timed; by default a bar on stderr, if that is a terminal.
 
     Raises:
-        ValueError: if ``only`` matches no convolution, the network takes no such inputs, or
+        NetworkError: if ``only`` matches no convolution, the network takes no such inputs, or
             ``measure=True`` lacks example inputs.
         SpecError, ToolchainError, BuildError, TunedError: as :func:`convgen.specialize` does.
     """

@@ -16,8 +16,9 @@ import convgen
 from convgen.measuring.timing import HostClock
 from convgen.models import beside, capture, choices, layers, survey
 from convgen.models.beside import Times
-from convgen.models.capture import Case, InputError, Like
+from convgen.models.capture import Case, Like
 from convgen.models.classes import Swapped
+from convgen.models.errors import NetworkError
 from convgen.spec import ConvSpec
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -85,7 +86,7 @@ class TestCapture:
     @pytest.mark.parametrize("inputs", [torch.randn(1, 5, 9), (1, 2), {"y": torch.randn(1, 3, 9)}])
     def test_inputs_that_do_not_fit_are_one_line(self, inputs: Any) -> None:
         model, _ = made(Waves)
-        with pytest.raises(InputError, match="the network does not take the inputs") as error:
+        with pytest.raises(NetworkError, match="the network does not take the inputs") as error:
             convgen.swap(model, inputs)
         assert "\n" not in str(error.value)
 
