@@ -24,6 +24,12 @@ _MATRIX = {"cuda": 8192, "cpu": 1024}
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 _CEILING_RUNS = {"cuda": 12, "cpu": 4}
 
+_HALF_PRODUCTS = {
+    "f16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
+}
+"""Instructions for products of half types; without them such a product takes torch seconds."""
+
 _PATIENCE_S = 10.0
 """How long nvidia-smi may take."""
 
@@ -95,7 +101,7 @@ def ceilings(device: torch.device, dtype: str, tf32: bool) -> Ceilings:
     elif not on_gpu:
         of = "f64" if dtype == "f64" else "f32"
         rates = {f"{of} FMA" + f", for {dtype}" * (of != dtype): fma_peak(of)}
-        if dtype == "bf16":  # f16's product would only take a second, far below that of f32
+        if _HALF_PRODUCTS.get(dtype, set()) & set(vector_instructions()):
             rates[dtype] = _rate(clock, device, dtype, False)
     else:
         rates = {dtype: _rate(clock, device, dtype, False)}

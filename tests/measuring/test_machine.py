@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from convgen.checking.memory import poison
-from convgen.measuring import machine
+from convgen.measuring import machine, peak
 from convgen.measuring.timing import Spread, clock_for, spread
 
 CPU = torch.device("cpu")
@@ -37,6 +37,7 @@ def test_settings_are_restored() -> None:
 def test_the_ceiling_of_a_cpu_is_what_its_vector_units_do(session_cache: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
+        patch.setattr(peak, "_SECONDS", 0.05)
         found = machine.ceilings(CPU, "f32", tf32=False)
         halves = machine.ceilings(CPU, "f16", tf32=False)
     assert (found.mode, halves.mode) == ("f32 FMA", "f32 FMA, for f16")
