@@ -10,6 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Each stamp says that .venv holds an extra as pyproject.toml and constraints.txt state it now.
 TEST   := $(VENV)/.installed-test
+LONG   := $(VENV)/.installed-long
 DEV    := $(VENV)/.installed-dev
 
 .PHONY: demo test test-long test-all lint clean check-machine
@@ -26,7 +27,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 test: $(TEST)
 	$(PYTEST) -m "not long"
 
-test-long: $(TEST)
+test-long: $(LONG)
 	$(PYTEST) -m long
 
 test-all: test test-long
@@ -42,6 +43,11 @@ clean:
 $(TEST): pyproject.toml constraints.txt | check-machine
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(LONG): pyproject.toml constraints.txt | check-machine
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,networks]"
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | check-machine
