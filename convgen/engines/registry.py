@@ -20,6 +20,7 @@ from convgen.engines.depthwise import wgrad as depthwise_wgrad
 from convgen.engines.family import Family, Plan
 from convgen.engines.implicit_gemm import gather as gemm_gather
 from convgen.engines.implicit_gemm import wgrad as gemm_wgrad
+from convgen.engines.implicit_gemm import wgrad_taps as gemm_wgrad_taps
 from convgen.engines.mma import gather as mma_gather
 from convgen.engines.mma import wgrad as mma_wgrad
 from convgen.engines.problem import Call, Problem
@@ -44,6 +45,7 @@ FAMILIES: tuple[AnyFamily, ...] = (
     mma_wgrad.WGRAD,
     gemm_gather.GATHER,
     gemm_wgrad.WGRAD,
+    gemm_wgrad_taps.WGRAD_TAPS,
 )
 
 

@@ -11,31 +11,23 @@ from functools import cache
 
 import pytest
 import torch
-from interpreted import (
-    INPUT,
-    OPERANDS,
-    OUTPUT,
-    RESULT,
-    Fault,
-    Library,
-    Problem,
-    compile_interpreted,
-    problem,
+from implicit_gemms import (
+    LAST,
+    LAYOUTS,
+    Bug,
+    compile_with_bugs,
+    library,
+    solve,
+    sources,
+    spec,
+    use_all,
 )
-from torch import Tensor
+from interpreted import Fault, Library, problem
 
-from convgen.codegen.render import headers, render_unit
 from convgen.engines import abi
-from convgen.engines.implicit_gemm.common import UNPROVEN
-from convgen.engines.implicit_gemm.gather import GATHER, GatherSizes
-from convgen.engines.implicit_gemm.wgrad import WGRAD, WgradSizes
-from convgen.engines.registry import unit_of
+from convgen.engines.implicit_gemm.gather import GatherSizes
+from convgen.engines.implicit_gemm.wgrad import WgradSizes
 from convgen.spec import ConvSpec
-
-LAST = tuple(abi.CHANNELS_LAST)
-LAYOUTS = ((), LAST, ("fine",), ("coarse", "weight"))
-"""Tensors whose channels lie side by side."""
-
 
 pytestmark = pytest.mark.usefixtures("shared_cache", "settings")
 
@@ -43,57 +35,8 @@ pytestmark = pytest.mark.usefixtures("shared_cache", "settings")
 @pytest.fixture(scope="module")
 def settings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        # Two persistent thread blocks, with several tiles each.
-        patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "2")
-        patch.setenv("CONVGEN_UNPROVEN", ",".join(UNPROVEN))
+        use_all(patch)
         yield
-
-
-def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) -> ConvSpec:
-    return ConvSpec(op, kernel, *rest, **more)  # type: ignore[arg-type]
-
-
-def sources(spec: ConvSpec, contraction: str, mode: str, schedule: object = None) -> dict[str, str]:
-    """By their paths below ``src/cuda``."""
-    unit = unit_of(WGRAD if contraction == "wgrad" else GATHER, spec.geometry, contraction, mode)
-    files = {path.removeprefix("src/cuda/"): text for path, text in headers(unit).items()}
-    plan = unit.with_schedule(schedule) if schedule else unit.default()
-    return files | {f"{contraction}_{mode}.cu": render_unit(spec, unit, plan)}
-
-
-@cache
-def library(spec: ConvSpec, contraction: str, mode: str, schedule: object = None) -> Library:
-    files = sources(spec, contraction, mode, schedule)
-    return Library(compile_interpreted(spec.name, files, "checked", architecture="90a"))
-
-
-def laid(tensor: Tensor, last: bool) -> Tensor:
-    return tensor.movedim(1, -1).contiguous() if last else tensor.contiguous()
-
-
-def solve(loaded: Library, given: Problem, layout: tuple[str, ...]) -> dict[str, Tensor]:
-    """Calls the contraction with some tensors' channels side by side, and returns those."""
-    symbol, result = f"{given.symbol}_implicit_gemm", RESULT[given.contraction]
-    stored = {name: laid(tensor, name in layout) for name, tensor in given.operands.items()}
-    stored[result] = torch.full_like(stored[result], torch.nan)
-    flags = sum(abi.CHANNELS_LAST[name] for name in layout)
-    numbers = abi.NUMBERS.pack(0, *given.numbers, flags)
-    size = loaded.workspace_bytes(symbol, bytes(abi.POINTERS.size) + numbers)
-    scratch = torch.full((size + 255,), 0xFF, dtype=torch.uint8)
-    workspace = (scratch.data_ptr() + 255) & -256 if size else 0
-    for name, tensor in stored.items():
-        contents = OUTPUT if name == result else INPUT
-        loaded.register(tensor.data_ptr(), tensor.nbytes, name, contents)
-    if size:
-        loaded.register(workspace, size, "workspace", OUTPUT)
-    addresses = [stored[name].data_ptr() if name in stored else 0 for name in OPERANDS]
-    try:
-        loaded.call(symbol, abi.POINTERS.pack(*addresses, workspace, 0) + numbers)
-    finally:
-        loaded.forget()
-    out = stored[result]
-    given.result.copy_(out.movedim(-1, 1) if result in layout else out)
-    return stored
 
 
 CONV3D, CONV2D = spec("conv3d", 3, 1, 1), spec("conv2d", 3, 1, 1)
@@ -232,14 +175,11 @@ def test_tf32_is_rounded_to_nearest() -> None:
 
 STILL_READ = "copies into shared memory that products or a TMA store of thread .* still read"
 
-# File, what it says, what it says instead, what is reported. PLANTED is whether this bug is the one
-# that is tried: one library holds them all.
-Bug = tuple[str, str, str, str]
 BUGS: Mapping[str, Bug] = {
     "a wrong pitch": (
         "kernel",
-        "SLAB_STAGE_BYTES<Slab>, Slab::PITCH);",
-        "SLAB_STAGE_BYTES<Slab>, Slab::PITCH + 40 * PLANTED);",
+        "    return Operand(slab, Slab::PITCH);\n",
+        "    return Operand(slab, Slab::PITCH + 40 * PLANTED);\n",
         r"reads shared memory that (nobody wrote|an asynchronous copy)|memory: it reads 16 bytes",
     ),
     "weights released too early": (
@@ -299,8 +239,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "slabs at no multiple of 128 bytes": (
         "kernel",
-        "        dynamic + (sizeof(SharedStorage) +\n",
-        "        dynamic + (16 * PLANTED + sizeof(SharedStorage) +\n",
+        "dynamic + aligned_offset(dynamic, sizeof(SharedStorage));",
+        "dynamic + aligned_offset(dynamic, sizeof(SharedStorage)) + 16 * PLANTED;",
         r"tma_load .* its address is a multiple of 128 bytes",
     ),
     "barriers that TMA does not know of": (
@@ -371,16 +311,9 @@ BUGS_OF_FLOATS: Mapping[str, Bug] = {
 
 @cache
 def buggy(mode: str) -> Library:
-    """CONV3D's fprop with all bugs in it, and ``plant(n)`` to try the n-th; 0 for none."""
+    """CONV3D's fprop."""
     files = sources(CONV3D, "fprop", mode, ONE_SIZE)
-    for number, (file, old, new, _) in enumerate(bugs_of(mode).values(), 1):
-        name = f"implicit_gemm/{file}.cuh"
-        assert files[name].count(old) == 1, old
-        files[name] = files[name].replace(old, new.replace("PLANTED", f"(planted == {number})"))
-    unit = f"fprop_{mode}.cu"
-    files[unit] = "inline int planted = 0;\n" + files[unit]
-    files[unit] += "CONVGEN_EXPORT int plant(int n) { return planted = n, 0; }\n"
-    return Library(compile_interpreted("buggy", files, "checked", architecture="90a"))
+    return compile_with_bugs("buggy", files, f"fprop_{mode}.cu", bugs_of(mode).values())
 
 
 def bugs_of(mode: str) -> Mapping[str, Bug]:

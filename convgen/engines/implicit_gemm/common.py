@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convgen.engines.problem import Problem
-from convgen.spec.geometry import Triple
+from convgen.spec.geometry import Geometry, Triple
 
 NAME = "implicit_gemm"
 SUFFIX = "_implicit_gemm"
@@ -45,6 +45,14 @@ WGRAD_HEADERS: Mapping[str, str] = {
     },
 }
 
+WGRAD_TAPS_HEADERS: Mapping[str, str] = {
+    **HEADERS,
+    **{
+        f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
+        for name in ("wgrad.cuh", "wgrad_taps.cuh", "wgrad_taps_host.cuh")
+    },
+}
+
 LEAST_CHANNELS = 16
 """Of a group, of either tensor: with fewer, products of 64 x 16 elements are mostly padding."""
 
@@ -63,10 +71,12 @@ BLOCK_M = 64
 MAX_STEP = 8
 """Of TMA, from one element that it loads to the next."""
 
-UNPROVEN = ("pointwise",)
+UNPROVEN = ("pointwise", "taps")
 """Ways of computing that no GPU has timed yet, and which calls therefore do not take:
 
 - ``pointwise``: kernels of one tap read contiguous 16-bit inputs as they lie, without a pack.
+- ``taps``: wgrad a tap at a time, of kernels of one tap (both layouts; TF32 contiguous) and of strides
+  (channels_last, 16 bits), instead of ``mma``, for which channels_last tensors are transposed.
 """
 
 
@@ -79,6 +89,16 @@ def proven() -> frozenset[str]:
     """
     asked = os.environ.get("CONVGEN_UNPROVEN", "").split(",")
     return frozenset(name for name in UNPROVEN if name in asked)
+
+
+def is_pointwise(g: Geometry) -> bool:
+    """Whether a kernel has one tap, which meets each position of the other tensor."""
+    return g.taps == 1 and max(g.stride) == 1 and max(g.padding) == 0
+
+
+def by_taps(g: Geometry) -> bool:
+    """Whether wgrad multiplies a tap at a time: neighbours share nothing of what is loaded."""
+    return max(g.stride) > 1 or g.kernel[1] * g.kernel[2] == 1
 
 
 LEVEL2_BYTES_PER_CLOCK = 36.0

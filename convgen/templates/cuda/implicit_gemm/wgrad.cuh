@@ -222,10 +222,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<WGRAD_THREADS>, 1)
   if constexpr (HAS_WGMMA) {
     unsigned char* const dynamic = dynamic_shared<unsigned char>();
     WgradStorage& shared = *reinterpret_cast<WgradStorage*>(dynamic);
-    unsigned char* const stages =
-        dynamic + (sizeof(WgradStorage) +
-                   ((ATOM_BYTES - (shared_address(dynamic) + sizeof(WgradStorage)) % ATOM_BYTES) %
-                    ATOM_BYTES));
+    unsigned char* const stages = dynamic + aligned_offset(dynamic, sizeof(WgradStorage));
     if (threadIdx.x == 0) {
       for (int i = 0; i < t.stages; ++i) {
         mbarrier_init(&shared.full[i], 1);

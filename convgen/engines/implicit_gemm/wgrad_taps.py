@@ -1,0 +1,103 @@
+"""wgrad of strides and of kernels of one tap: ``templates/cuda/implicit_gemm/wgrad_taps.cuh``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from convgen.engines.cost import Gpu, Prediction, memory_ms
+from convgen.engines.family import Candidate, Family, Plan
+from convgen.engines.implicit_gemm.common import (
+    BLOCK_M,
+    CLOCKS_PER_MS,
+    ELEMENTS,
+    LAUNCH_CLOCKS,
+    LEVEL2_BYTES_PER_CLOCK,
+    MAX_STEP,
+    NAME,
+    ROW_BYTES,
+    SUFFIX,
+    TILE_CLOCKS,
+    WGRAD_TAPS_HEADERS,
+    accepts,
+    by_taps,
+    context_of,
+    is_pointwise,
+    proven,
+)
+from convgen.engines.problem import Call, Problem
+from convgen.spec.documents import Length, Range
+
+COLUMNS = (256, 128, 64)
+ROWS = 2 * BLOCK_M
+"""Coarse channels of a thread block."""
+
+
+@dataclass(frozen=True)
+class TapWgradSizes:
+    """The sizes of tiles that are compiled, in fine channels."""
+
+    columns: Annotated[tuple[Annotated[int, Range(1, max(COLUMNS))], ...], Length(1, 8)]
+
+
+class TapWgrad(Family[TapWgradSizes]):
+    """See :class:`convgen.engines.family.Family`."""
+
+    name = NAME
+    backend = "cuda"
+    contractions = ("wgrad",)
+    kinds = tuple(ELEMENTS)
+    schedule_type = TapWgradSizes
+    template = "cuda/implicit_gemm/wgrad_taps.cu.j2"
+    headers = WGRAD_TAPS_HEADERS
+    suffix = SUFFIX
+
+    def accepts(self, problem: Problem) -> str:
+        if reason := accepts(problem):
+            return reason
+        g = problem.geometry
+        if not by_taps(g):
+            return "neighbouring taps share what is loaded"
+        if "taps" not in proven():
+            return "no GPU has timed wgrad a tap at a time"
+        if ELEMENTS[problem.kind] == "float" and not is_pointwise(g):
+            return "TF32 is multiplied K-major: positions side by side, which taps move"
+        if max(g.stride) > MAX_STEP:
+            return f"TMA steps over up to {MAX_STEP} elements, not {max(g.stride)}"
+        return ""
+
+    def default(self, problem: Problem) -> TapWgradSizes:
+        return TapWgradSizes(COLUMNS)
+
+    def candidates(self, problem: Problem) -> list[Candidate[TapWgradSizes]]:
+        sizes = [COLUMNS, *((columns,) for columns in COLUMNS)]
+        return [Candidate(TapWgradSizes(each), "") for each in sizes]
+
+    def refusal(self, plan: Plan[TapWgradSizes], architectures: Iterable[str] = ()) -> str:
+        columns = plan.schedule.columns
+        if not columns or not set(columns) <= set(COLUMNS) or len(set(columns)) < len(columns):
+            return f"columns are one or more of {', '.join(map(str, COLUMNS))}, each once"
+        return ""
+
+    def predict(self, plan: Plan[TapWgradSizes], call: Call, gpu: Gpu) -> Prediction:
+        g = plan.geometry
+        coarse, fine = call.coarse_channels // g.groups, call.fine_channels // g.groups
+        block = ROW_BYTES // plan.problem.element_bytes
+        blocks = -(-call.batch * math.prod(call.coarse_extent) // block)
+        clocks = []
+        for columns in plan.schedule.columns:
+            pairs = g.taps * g.groups * -(-coarse // ROWS) * -(-fine // columns)
+            loads = (ROWS + columns) * ROW_BYTES / LEVEL2_BYTES_PER_CLOCK
+            each = max(4.0 * columns, loads)
+            clocks.append(-(-pairs * blocks // gpu.multiprocessors) * each)
+        ms = (min(clocks) + TILE_CLOCKS + 2 * LAUNCH_CLOCKS) / CLOCKS_PER_MS
+        least = memory_ms(plan.problem, call, gpu)
+        return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
+
+    def context(self, plan: Plan[TapWgradSizes]) -> dict[str, Any]:
+        return context_of(plan.problem)
+
+
+WGRAD_TAPS = TapWgrad()

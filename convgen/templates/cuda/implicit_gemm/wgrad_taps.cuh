@@ -1,0 +1,261 @@
+// Gradient of the weight on Hopper, a tap at a time:
+//
+//   weight[a, b, t] = sum over n, i of
+//                     coarse[n, i, a] * fine[n, i * STRIDE + t * DILATION - PADDING, b]
+//
+// For kernels of one tap, and for strides, where neighbouring taps share little. K are positions,
+// 128 bytes of a row of them (K-major: contiguous tensors, one tap) or 64 rows of channels
+// (MN-major: channels side by side, 16 bits): either operand is read as it lies.
+//
+// A CTA is three warpgroups. Two consumers multiply 64 coarse channels each (the rows of their
+// products) by the same COLUMNS fine channels; of the third, a thread loads, and three warps round
+// what has landed to TF32. Pairs of (tap, coarse block, fine block) x K blocks are dealt evenly
+// over the CTAs, which leave partial sums; another kernel adds these up in order.
+//
+// Positions beyond the output must not meet elements of fine, as in wgrad.cuh: last K blocks end
+// with the output. A kernel of one tap without padding has none to meet: they are beyond fine, too.
+#ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH
+#define CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH
+
+#include "wgrad.cuh"
+
+namespace convgen {
+
+constexpr int TAP_ROWS = CONSUMERS * BLOCK_M;  // coarse channels of a CTA
+constexpr int ROUNDING_WARPS = 3;
+
+// How a call is dealt out.
+struct TapWgradTiling {
+  int tiles_w, tiles_h, tiles_d, tiles_n;      // K blocks of a pair
+  int step_w, step_h, step_d, step_n;          // positions from one to the next
+  int last_w, last_h;                          // where the last ones begin
+  int groups, coarse_channels, fine_channels;  // of a group
+  int coarse_blocks, fine_blocks;              // of a group's channels
+  int positions;                               // K blocks of a pair
+  int units;                                   // pairs x K blocks
+  int ctas, stages;
+
+  __host__ __device__ int first_unit(int cta) const {
+    return static_cast<int>(int64_t{units} * cta / ctas);
+  }
+};
+
+// What one pair is: a tap and blocks of channels, of which the first is given.
+template <int COLUMNS>
+struct TapPair {
+  int tap, group, coarse, fine;
+
+  __device__ __forceinline__ TapPair(const TapWgradTiling& t, int index) {
+    fine = index % t.fine_blocks * COLUMNS, index /= t.fine_blocks;
+    coarse = index % t.coarse_blocks * TAP_ROWS, index /= t.coarse_blocks;
+    group = index % t.groups, tap = index / t.groups;
+  }
+};
+
+// A stage: TAP_ROWS rows of 128 bytes for coarse, then COLUMNS for fine; MN-major, chunks of 64
+// rows of K for each 64 channels.
+template <int COLUMNS>
+constexpr int TAP_STAGE_BYTES = (TAP_ROWS + COLUMNS) * ROW_BYTES;
+template <int COLUMNS>
+constexpr int TAP_PARTIALS = TAP_ROWS * COLUMNS;  // of a CTA and pair
+constexpr int CHUNK_ROWS = 64;
+constexpr int CHUNK_BYTES = CHUNK_ROWS * ROW_BYTES;
+
+struct TapWgradStorage {
+  uint64_t full[MOST_STAGES], rounded[MOST_STAGES], empty[MOST_STAGES];
+};
+
+template <typename T, int COLUMNS, Major MAJOR, typename Conv>
+__device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
+                                               const CoarseMaps& coarse_maps,
+                                               const TensorMap& fine_map, Pipeline ring,
+                                               unsigned char* stages) {
+  PipelineState at;
+  int unit = t.first_unit(blockIdx.x);
+  for (const int end = t.first_unit(blockIdx.x + 1); unit < end; ++unit) {
+    const TapPair<COLUMNS> pair(t, unit / t.positions);
+    int index = unit % t.positions;
+    const int tile_w = index % t.tiles_w;
+    index /= t.tiles_w;
+    const int tile_h = index % t.tiles_h;
+    index /= t.tiles_h;
+    const int d = index % t.tiles_d * t.step_d, n = index / t.tiles_d * t.step_n;
+    const int coarse = pair.group * t.coarse_channels + pair.coarse;
+    const int fine = pair.group * t.fine_channels + pair.fine;
+    uint64_t* const barrier = ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS>);
+    unsigned char* const to = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
+    unsigned char* const to_fine = to + TAP_ROWS * ROW_BYTES;
+    if constexpr (MAJOR == Major::K) {
+      const int first = tile_w * t.step_w;
+      tma_load(to, coarse_maps.of[0], barrier, first, coarse, n);
+      tma_load(to_fine, fine_map, barrier, first, fine, n);
+    } else {
+      const bool last_w = tile_w == t.tiles_w - 1, last_h = tile_h == t.tiles_h - 1;
+      const int w = last_w ? t.last_w : tile_w * t.step_w;
+      const int h = last_h ? t.last_h : tile_h * t.step_h;
+      // The maps of last tiles begin where the tiles before end.
+      const TensorMap& coarse_map = coarse_maps.of[last_w + 2 * last_h];
+      for (int chunk = 0; chunk < CONSUMERS; ++chunk) {
+        tma_load(to + chunk * CHUNK_BYTES, coarse_map, barrier, coarse + chunk * BLOCK_M,
+                 last_w ? w - tile_w * t.step_w : w, last_h ? h - tile_h * t.step_h : h, d, n);
+      }
+      const int kw = pair.tap % Conv::KERNEL_W, kh = pair.tap / Conv::KERNEL_W % Conv::KERNEL_H;
+      const int kd = pair.tap / (Conv::KERNEL_W * Conv::KERNEL_H);
+      for (int chunk = 0; chunk < COLUMNS / 64; ++chunk) {
+        tma_load(to_fine + chunk * CHUNK_BYTES, fine_map, barrier, fine + chunk * 64,
+                 w * Conv::STRIDE_W + kw * Conv::DILATION_W - Conv::PADDING_W,
+                 h * Conv::STRIDE_H + kh * Conv::DILATION_H - Conv::PADDING_H,
+                 d * Conv::STRIDE_D + kd * Conv::DILATION_D - Conv::PADDING_D, n);
+      }
+    }
+    at.advance(1, t.stages);
+  }
+}
+
+// Three warps round stages of floats to TF32 (to nearest, halves away from zero), in place.
+template <int COLUMNS>
+__device__ __forceinline__ void round_stages(const TapWgradTiling& t, Pipeline ring,
+                                             uint64_t* rounded, unsigned char* stages, int thread) {
+  PipelineState at;
+  const int count = t.first_unit(blockIdx.x + 1) - t.first_unit(blockIdx.x);
+  for (int i = 0; i < count; ++i) {
+    ring.consumer_wait(at);
+    uint4* const stage = reinterpret_cast<uint4*>(stages + at.index * TAP_STAGE_BYTES<COLUMNS>);
+#pragma unroll 4
+    for (int v = thread; v < TAP_STAGE_BYTES<COLUMNS> / 16; v += 32 * ROUNDING_WARPS) {
+      stage[v] = round_vector(stage[v]);
+    }
+    bulk_fence();
+    __syncwarp();
+    if (thread % 32 == 0) mbarrier_arrive(&rounded[at.index]);
+    at.advance(1, t.stages);
+  }
+}
+
+template <typename T, int COLUMNS, Major MAJOR>
+__device__ __forceinline__ void consume_tap_wgrad(const TapWgradTiling& t, Pipeline ring,
+                                                  const unsigned char* stages, float* partials) {
+  constexpr int SUMS = COLUMNS / 2;
+  constexpr int NEXT = MAJOR == Major::K ? STEP_BYTES : 16 * ROW_BYTES;
+  const int consumer = threadIdx.x / WARPGROUP, lane = threadIdx.x % 32;
+  PipelineState at;
+  float sums[SUMS];
+  int unit = t.first_unit(blockIdx.x);
+  const int end = t.first_unit(blockIdx.x + 1);
+  while (unit < end) {
+    const int index = unit / t.positions;
+    const int pair_end = end - index * t.positions < t.positions ? end : (index + 1) * t.positions;
+    int previous = -1, accumulates = 0;
+#pragma unroll 1
+    for (; unit < pair_end; ++unit) {
+      ring.consumer_wait(at);
+      const unsigned char* const stage = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
+      const Operand coarse(stage + consumer * CHUNK_BYTES, 8, ROW_BYTES, CHUNK_ROWS);
+      const Operand fine(stage + TAP_ROWS * ROW_BYTES, 8, ROW_BYTES, CHUNK_ROWS);
+      wgmma_begin();
+#pragma unroll
+      for (int k = 0; k < ROW_BYTES / STEP_BYTES; ++k) {
+        wgmma<T, MAJOR, MAJOR>(sums, coarse.moved(k * NEXT), fine.moved(k * NEXT),
+                               k == 0 ? accumulates : 1);
+      }
+      wgmma_commit();
+      accumulates = 1;
+      wgmma_wait<1>();
+      if (lane == 0 && previous >= 0) ring.consumer_release(previous);
+      previous = at.index;
+      at.advance(1, t.stages);
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) wgmma_settle(sums[i]);
+    if (lane == 0) ring.consumer_release(previous);
+
+    // Where each CTA's sums of each pair lie, [coarse][fine]: no two have the same place.
+    const int row = consumer * BLOCK_M + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+    float* const to = partials + (int64_t{blockIdx.x} + index) * TAP_PARTIALS<COLUMNS> +
+                      row * COLUMNS + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < SUMS / 4; ++j) {
+      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sums[4 * j], sums[4 * j + 1]);
+      *reinterpret_cast<float2*>(to + 8 * COLUMNS + 8 * j) =
+          make_float2(sums[4 * j + 2], sums[4 * j + 3]);
+    }
+  }
+}
+
+template <typename T, int COLUMNS, Major MAJOR, typename Conv>
+__global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
+    tap_wgrad_kernel(const __grid_constant__ CoarseMaps coarse_maps,
+                     const __grid_constant__ TensorMap fine_map, const TapWgradTiling t,
+                     float* partials) {
+  if constexpr (HAS_WGMMA) {
+    constexpr bool ROUNDS = sizeof(T) == 4;
+    unsigned char* const dynamic = dynamic_shared<unsigned char>();
+    TapWgradStorage& shared = *reinterpret_cast<TapWgradStorage*>(dynamic);
+    unsigned char* const stages = dynamic + aligned_offset(dynamic, sizeof(TapWgradStorage));
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < t.stages; ++i) {
+        mbarrier_init(&shared.full[i], 1);
+        mbarrier_init(&shared.rounded[i], ROUNDING_WARPS);
+        mbarrier_init(&shared.empty[i], CONSUMER_WARPS);
+      }
+      mbarrier_fence();
+    }
+    __syncthreads();
+    await_earlier_kernel();
+    const Pipeline ring = {shared.full, shared.empty};
+    if (warp >= CONSUMER_WARPS) {
+      release_registers<PRODUCER_REGISTERS>();
+      if (warp == CONSUMER_WARPS) {
+        if (lane == 0) {
+          load_tap_wgrad<T, COLUMNS, MAJOR, Conv>(t, coarse_maps, fine_map, ring, stages);
+        }
+      } else if (ROUNDS) {
+        round_stages<COLUMNS>(t, ring, shared.rounded, stages,
+                              threadIdx.x - (CONSUMER_WARPS + 1) * 32);
+      }
+    } else {
+      claim_registers<CONSUMER_REGISTERS>();
+      const Pipeline ready = {ROUNDS ? shared.rounded : shared.full, shared.empty};
+      consume_tap_wgrad<T, COLUMNS, MAJOR>(t, ready, stages, partials);
+    }
+  }
+}
+
+// Adds up the partial sums: a thread has four fine channels of a coarse one.
+template <typename T, int COLUMNS>
+__global__ void __launch_bounds__(PACK_THREADS)
+    add_tap_wgrad_kernel(const TapWgradTiling t, const float* __restrict__ partials,
+                         const WeightOutput out, int pairs) {
+  await_earlier_kernel();
+  const int within = 4 * (blockIdx.x * PACK_THREADS + threadIdx.x);
+  for (int index = blockIdx.y; index < pairs; index += gridDim.y) {
+    const TapPair<COLUMNS> pair(t, index);
+    const int coarse = pair.coarse + within / COLUMNS, fine = pair.fine + within % COLUMNS;
+    if (coarse >= t.coarse_channels || fine >= t.fine_channels) continue;
+    // The CTAs that had units of the pair.
+    const int first = index * t.positions, end = first + t.positions;
+    int cta = static_cast<int>(int64_t{first} * t.ctas / t.units);
+    while (t.first_unit(cta + 1) <= first) ++cta;
+    const float* from = partials + (int64_t{cta} + index) * TAP_PARTIALS<COLUMNS> + within;
+    float4 sum = *reinterpret_cast<const float4*>(from);
+    while (t.first_unit(++cta) < end) {
+      from += TAP_PARTIALS<COLUMNS>;
+      const float4 x = *reinterpret_cast<const float4*>(from);
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    T* const to = static_cast<T*>(out.address) +
+                  (int64_t{pair.group} * t.coarse_channels + coarse) * out.stride_coarse +
+                  fine * out.stride_fine + pair.tap * out.stride_tap;
+    const float each[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (fine + i < t.fine_channels) narrow(to[i * out.stride_fine], each[i]);
+    }
+  }
+}
+
+}  // namespace convgen
+
+#endif  // CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH

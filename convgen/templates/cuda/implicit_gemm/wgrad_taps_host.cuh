@@ -1,0 +1,234 @@
+// The host's part of the weight's gradient a tap at a time: how a call is dealt out, its launches.
+#ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_HOST_CUH
+#define CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_HOST_CUH
+
+#include "host.cuh"
+#include "wgrad_taps.cuh"
+
+namespace convgen {
+
+// Fine channels of a tile that are compiled.
+template <int... COLUMNS>
+struct Columns {};
+
+template <typename T, typename Conv, typename Sizes>
+class TapWgrad;
+
+template <typename T, typename Conv, int... COLUMNS>
+class TapWgrad<T, Conv, Columns<COLUMNS...>> {
+ public:
+  static constexpr int VECTOR = 16 / sizeof(T), BLOCK_K = ROW_BYTES / sizeof(T);
+  static constexpr int TAPS = Conv::TAPS;
+  static constexpr bool UNPADDED =
+      TAPS == 1 && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 && Conv::PADDING_W == 0;
+  static constexpr bool POINTWISE =
+      UNPADDED && Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
+
+  static_assert(!Conv::LINEAR || Conv::KERNEL_D * Conv::KERNEL_H == 1, "a line of taps");
+  static_assert(Conv::DILATION_D > 0 && Conv::DILATION_H > 0 && Conv::DILATION_W > 0,
+                "distances of taps");
+
+  TapWgrad(const ConvgenCall& call, const DeviceLimits& limits) : call_(call), limits_(limits) {
+    if (POINTWISE) {
+      // Without neighbours, all positions are those of one line, and channels_last of all samples'.
+      for (int64_t (*e)[3] : {&call_.coarse_extent, &call_.fine_extent}) {
+        (*e)[2] *= (*e)[0] * (*e)[1], (*e)[0] = (*e)[1] = 1;
+        if (is_last()) (*e)[2] *= call_.batch;
+      }
+      if (is_last()) call_.batch = 1;
+    }
+    t_.groups = Conv::GROUPS;
+    t_.coarse_channels = static_cast<int>(call.coarse_channels / Conv::GROUPS);
+    t_.fine_channels = static_cast<int>(call.fine_channels / Conv::GROUPS);
+    if (is_last() ? deal_rows_of_channels() : deal_rows_of_positions()) {
+      (consider<COLUMNS>(), ...);
+    }
+  }
+
+  bool found() const { return clocks_ < 1e30; }
+  // Whether the current device, `device`, runs code for sm_90a.
+  static bool is_compiled(int device) {
+    constexpr Major MAJOR = HAS_POSITIONS ? Major::K : Major::MN;
+    int threads = 0;
+    return launch_bound<tap_wgrad_kernel<T, largest(COLUMNS...), MAJOR, Conv>, GEMM_THREADS>(
+               device, threads) == cudaSuccess &&
+           threads == GEMM_THREADS;
+  }
+  double expected_ms() const { return clocks_ / CLOCKS_PER_MS; }
+  int64_t workspace_bytes() const {
+    return (int64_t{best_.ctas} + pairs_) * TAP_PARTIALS<1> * columns_ * sizeof(float);
+  }
+
+  int run() const {
+    int error = CONVGEN_TOO_LARGE;
+    const bool last = is_last();
+    const bool found =
+        ((!last && columns_ == COLUMNS && (error = launch_with<COLUMNS, Major::K>(), true)) ||
+         ...) ||
+        ((last && columns_ == COLUMNS && (error = launch_with<COLUMNS, Major::MN>(), true)) || ...);
+    return found ? error : CONVGEN_TOO_LARGE;
+  }
+
+ private:
+  // Of which layouts there are kernels.
+  static constexpr bool HAS_POSITIONS = POINTWISE, HAS_CHANNELS = sizeof(T) == 2;
+
+  // Both tensors lie alike (see deal_...): nothing is packed.
+  bool is_last() const { return (call_.channels_last & CONVGEN_COARSE) != 0; }
+
+  // K blocks are parts of the lines of a contiguous tensor.
+  bool deal_rows_of_positions() {
+    const int64_t* e = call_.coarse_extent;
+    if (!HAS_POSITIONS || (call_.channels_last & CONVGEN_FINE) || e[2] % VECTOR != 0) return false;
+    t_.step_w = BLOCK_K, t_.step_h = t_.step_d = t_.step_n = 1;
+    t_.tiles_w = static_cast<int>(ceil_div(e[2], BLOCK_K)), t_.tiles_h = t_.tiles_d = 1;
+    t_.tiles_n = static_cast<int>(call_.batch);
+    return true;
+  }
+
+  // K blocks are boxes of positions whose channels lie side by side.
+  bool deal_rows_of_channels() {
+    if (!HAS_CHANNELS || !(call_.channels_last & CONVGEN_FINE) ||
+        t_.coarse_channels % VECTOR != 0 || t_.fine_channels % VECTOR != 0) {
+      return false;
+    }
+    const int64_t* e = call_.coarse_extent;
+    int64_t fewest = INT64_MAX;
+    constexpr int LOG2 = 6;  // of BLOCK_K
+    for (int w = 0; w <= LOG2; ++w) {
+      for (int h = 0; w + h <= LOG2; ++h) {
+        for (int d = 0; w + h + d <= LOG2; ++d) {
+          const int n = LOG2 - w - h - d;
+          // Boxes have up to 256 elements along a dimension, skipped ones included.
+          if ((Conv::STRIDE_W << w) > 256 || (Conv::STRIDE_H << h) > 256 ||
+              (Conv::STRIDE_D << d) > 256) {
+            continue;
+          }
+          // Where what lies beyond the output may be read, blocks end with it.
+          if (!UNPADDED && ((1 << w) > e[2] || (1 << h) > e[1] || e[0] % (1 << d) != 0 ||
+                            call_.batch % (1 << n) != 0)) {
+            continue;
+          }
+          const int64_t tiles_w = ceil_div(e[2], 1 << w), tiles_h = ceil_div(e[1], 1 << h);
+          const int64_t tiles_d = ceil_div(e[0], 1 << d), tiles_n = ceil_div(call_.batch, 1 << n);
+          const int64_t tiles = tiles_w * tiles_h * tiles_d * tiles_n;
+          if (tiles >= fewest || tiles > INT32_MAX) continue;
+          fewest = tiles;
+          t_.step_w = 1 << w, t_.step_h = 1 << h, t_.step_d = 1 << d, t_.step_n = 1 << n;
+          t_.tiles_w = static_cast<int>(tiles_w), t_.tiles_h = static_cast<int>(tiles_h);
+          t_.tiles_d = static_cast<int>(tiles_d), t_.tiles_n = static_cast<int>(tiles_n);
+        }
+      }
+    }
+    const int first_w = (t_.tiles_w - 1) * t_.step_w, first_h = (t_.tiles_h - 1) * t_.step_h;
+    t_.last_w = UNPADDED ? first_w : static_cast<int>(e[2] - t_.step_w);
+    t_.last_h = UNPADDED ? first_h : static_cast<int>(e[1] - t_.step_h);
+    return fewest < INT64_MAX;
+  }
+
+  template <int SIZE>
+  void consider() {
+    TapWgradTiling t = t_;
+    t.coarse_blocks = static_cast<int>(ceil_div(t.coarse_channels, TAP_ROWS));
+    t.fine_blocks = static_cast<int>(ceil_div(t.fine_channels, SIZE));
+    const int64_t positions = int64_t{t.tiles_w} * t.tiles_h * t.tiles_d * t.tiles_n;
+    const int64_t pairs = int64_t{TAPS} * t.groups * t.coarse_blocks * t.fine_blocks;
+    if (positions > INT32_MAX / 2 || pairs > INT32_MAX / 2 || pairs * positions > INT32_MAX / 2) {
+      return;
+    }
+    t.positions = static_cast<int>(positions), t.units = static_cast<int>(pairs * positions);
+    t.ctas = t.units < limits_.multiprocessors ? t.units : limits_.multiprocessors;
+    t.stages = (limits_.shared_bytes - static_cast<int>(sizeof(TapWgradStorage)) - ATOM_BYTES) /
+               TAP_STAGE_BYTES<SIZE>;
+    if (t.stages > MOST_STAGES) t.stages = MOST_STAGES;
+    if (t.stages < 2) return;
+    const double products = ROW_BYTES / STEP_BYTES * CONSUMERS * SIZE / 2.0;
+    const double loads = TAP_STAGE_BYTES<SIZE> / LEVEL2_BYTES_PER_CLOCK;
+    const double sums = 4.0 * TAP_PARTIALS<SIZE> * (t.ctas + pairs);
+    const double clocks = ceil_div(t.units, t.ctas) * (products > loads ? products : loads) +
+                          TILE_CLOCKS + 2 * LAUNCH_CLOCKS +
+                          2 * sums / (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors);
+    if (clocks < clocks_) {
+      clocks_ = clocks, best_ = t, columns_ = SIZE, pairs_ = static_cast<int>(pairs);
+    }
+  }
+
+  // Maps of coarse for the K blocks before the last ones along W, and H, and for those: see
+  // CoarseMaps.
+  int encode_channels(CoarseMaps& coarse_maps, TensorMap& fine_map) const {
+    const int device = static_cast<int>(call_.device);
+    for (int i = 0; i < 4; ++i) {
+      TensorView v =
+          positions_view<T>(call_.coarse_channels, call_.coarse_extent, call_.batch, false);
+      const int64_t w = i % 2 ? int64_t{best_.tiles_w - 1} * best_.step_w : 0;
+      const int64_t h = i / 2 ? int64_t{best_.tiles_h - 1} * best_.step_h : 0;
+      v.extent[1] -= w, v.extent[2] -= h;
+      v.box[0] = BLOCK_M, v.box[1] = best_.step_w, v.box[2] = best_.step_h;
+      v.box[3] = best_.step_d, v.box[4] = best_.step_n;
+      const T* const first = static_cast<const T*>(call_.coarse) +
+                             (w + h * call_.coarse_extent[2]) * call_.coarse_channels;
+      if (const int error = make_tensor_map<T>(coarse_maps.of[i], first, v, device)) return error;
+    }
+    TensorView v = positions_view<T>(call_.fine_channels, call_.fine_extent, call_.batch, false);
+    v.step[1] = Conv::STRIDE_W, v.step[2] = Conv::STRIDE_H, v.step[3] = Conv::STRIDE_D;
+    v.box[0] = 64, v.box[1] = best_.step_w * Conv::STRIDE_W;
+    v.box[2] = best_.step_h * Conv::STRIDE_H, v.box[3] = best_.step_d * Conv::STRIDE_D;
+    v.box[4] = best_.step_n;
+    return make_tensor_map<T>(fine_map, call_.fine, v, device);
+  }
+
+  int encode_positions(CoarseMaps& coarse_maps, TensorMap& fine_map) const {
+    const int device = static_cast<int>(call_.device);
+    const int64_t positions = call_.coarse_extent[2];
+    TensorView v = channels_view<T>(positions, call_.coarse_channels, call_.batch);
+    v.box[0] = BLOCK_K, v.box[1] = TAP_ROWS, v.box[2] = 1;
+    if (const int error = make_tensor_map<T>(coarse_maps.of[0], call_.coarse, v, device)) {
+      return error;
+    }
+    v = channels_view<T>(positions, call_.fine_channels, call_.batch);
+    v.box[0] = BLOCK_K, v.box[1] = columns_, v.box[2] = 1;
+    return make_tensor_map<T>(fine_map, call_.fine, v, device);
+  }
+
+  template <int SIZE, Major MAJOR>
+  int launch_with() const {
+    if constexpr (MAJOR == Major::K ? !HAS_POSITIONS : !HAS_CHANNELS) {
+      return CONVGEN_TOO_LARGE;
+    } else {
+      CoarseMaps coarse_maps = {};
+      TensorMap fine_map;
+      if (const int error = MAJOR == Major::K ? encode_positions(coarse_maps, fine_map)
+                                              : encode_channels(coarse_maps, fine_map)) {
+        return error;
+      }
+      float* const partials = static_cast<float*>(call_.workspace);
+      const int device = static_cast<int>(call_.device);
+      const int shared_bytes = static_cast<int>(sizeof(TapWgradStorage)) + ATOM_BYTES +
+                               best_.stages * TAP_STAGE_BYTES<SIZE>;
+      if (const int error = launch<tap_wgrad_kernel<T, SIZE, MAJOR, Conv>, true>(
+              dim3(best_.ctas), dim3(GEMM_THREADS), shared_bytes, device, call_.stream, coarse_maps,
+              fine_map, best_, partials)) {
+        return error;
+      }
+      const bool last = call_.channels_last & CONVGEN_WEIGHT;
+      WeightOutput out;
+      out.address = call_.weight;
+      out.stride_coarse = int64_t{best_.fine_channels} * TAPS;
+      out.stride_fine = last ? 1 : TAPS, out.stride_tap = last ? best_.fine_channels : 1;
+      return launch<add_tap_wgrad_kernel<T, SIZE>, true>(
+          dim3(TAP_PARTIALS<SIZE> / 4 / PACK_THREADS, pairs_ < 65535 ? pairs_ : 65535),
+          dim3(PACK_THREADS), 0, device, call_.stream, best_, static_cast<const float*>(partials),
+          out, pairs_);
+    }
+  }
+
+  ConvgenCall call_;
+  DeviceLimits limits_;
+  TapWgradTiling t_ = {}, best_ = {};
+  double clocks_ = 1e30;
+  int columns_ = 0, pairs_ = 0;
+};
+
+}  // namespace convgen
+
+#endif  // CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_HOST_CUH

@@ -1,0 +1,210 @@
+"""wgrad a tap at a time, for Hopper, on the CPU: results against float64, bugs put into it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+
+import pytest
+import torch
+from implicit_gemms import LAST, Bug, compile_with_bugs, library, solve, sources, spec, use_all
+from interpreted import Fault, Library, problem, without_bias
+
+from convgen.engines.implicit_gemm.common import is_pointwise
+from convgen.engines.implicit_gemm.wgrad_taps import TapWgradSizes
+from convgen.spec import ConvSpec
+
+pytestmark = pytest.mark.usefixtures("shared_cache", "settings")
+
+
+@pytest.fixture(scope="module")
+def settings() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        use_all(patch)
+        yield
+
+
+# Batch, channels in and out, extents.
+Call = tuple[int, tuple[int, int], tuple[int, ...]]
+Case = tuple[ConvSpec, str, tuple[Call, ...]]
+POINT, STRIDED = spec("conv2d", 1), spec("conv2d", 3, 2, 1)
+CASES: list[Case] = [
+    # Rows of positions, a sample's last one cut off; several blocks of channels; fewer than a row.
+    (POINT, "bf16tc", ((3, (72, 40), (8, 13)), (2, (160, 200), (4, 4)), (1, (64, 24), (16, 20)))),
+    (POINT, "tf32", ((3, (72, 40), (8, 13)), (2, (100, 36), (4, 4)))),
+    # Blocks of positions that end with the output, or divide it.
+    (STRIDED, "bf16tc", ((2, (160, 72), (9, 20)), (4, (32, 24), (10, 7)))),
+]
+MORE_CASES: list[Case] = [
+    (spec("conv2d", 1, 2), "f16tc", ((3, (72, 40), (7, 13)),)),
+    (spec("conv3d", (3, 1, 1), 1, (1, 0, 0), groups=2), "bf16tc", ((2, (80, 48), (4, 5, 9)),)),
+    (spec("conv_transpose2d", 2, 2), "f16tc", ((2, (80, 48), (9, 9)),)),
+    (spec("conv_transpose3d", 3, 2, 1, 1), "bf16tc", ((1, (24, 40), (3, 9, 8)),)),
+    (spec("conv1d", 5, 3, 4, dilation=2, groups=2), "bf16tc", ((2, (64, 32), (200,)),)),
+    (spec("conv3d", 1, groups=3), "tf32", ((2, (60, 48), (2, 4, 6)),)),
+    (spec("conv1d", 1), "f16tc", ((2, (304, 264), (72,)),)),
+]
+ONE_SIZE = TapWgradSizes((64,))
+
+
+def name_of(case: object) -> str:
+    assert isinstance(case, tuple)
+    return f"{case[0].name}-{case[1]}"
+
+
+def layouts_of(of: ConvSpec, mode: str) -> list[tuple[str, ...]]:
+    """Those that there are kernels for."""
+    contiguous = [()] if is_pointwise(of.geometry) else []
+    return contiguous + ([] if mode == "tf32" else [LAST, ("coarse", "fine")])
+
+
+def check(case: Case, schedule: TapWgradSizes | None = None) -> None:
+    of, mode, calls = case
+    for batch, channels, extents in calls:
+        for layout in layouts_of(of, mode):
+            given = problem(of, "wgrad", mode, extents, batch=batch, channels=channels)
+            solve(library(of, "wgrad", mode, schedule), given, layout)
+            given.check()
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_layout_agrees_with_float64(case: Case) -> None:
+    check(case, ONE_SIZE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", [*CASES, *MORE_CASES], ids=name_of)
+def test_all_sizes_and_convolutions_agree_with_float64(case: Case) -> None:
+    check(case)
+
+
+def test_a_layout_without_kernels_is_refused() -> None:
+    """Mixed layouts, TF32 with its channels side by side, and extents that no block ends with."""
+    for of, mode, layout, extents in (
+        (POINT, "bf16tc", ("coarse",), (8, 8)),
+        (POINT, "tf32", LAST, (8, 8)),
+        (POINT, "bf16tc", (), (3, 5)),
+        (STRIDED, "bf16tc", (), (16, 16)),
+        (STRIDED, "bf16tc", LAST, (9, 9)),
+    ):
+        given = problem(of, "wgrad", mode, extents, channels=(32, 32))
+        with pytest.raises(Fault, match=r"\(-1\)"):
+            solve(library(of, "wgrad", mode, ONE_SIZE), given, layout)
+
+
+@pytest.mark.parametrize("of", [STRIDED, POINT], ids=lambda of: of.name)
+def test_a_nan_reaches_the_taps_that_meet_it(of: ConvSpec) -> None:
+    """Positions beyond the output are multiplied, too: they must meet zeros that are no NaNs."""
+    given = problem(of, "wgrad", "bf16tc", (18, 36), batch=2, channels=(24, 40))
+    clean = given.reference.clone()
+    # Corners, the last line that is met, and beside where the last blocks begin.
+    places = [(0, 0), (17, 35), (17, 0), (0, 35), (2, 34), (16, 14), (9, 31)]
+    ones = {name: torch.ones(t.shape, dtype=torch.float64) for name, t in given.operands.items()}
+    for channel, (h, w) in enumerate(places):
+        given.operands["fine"][1, channel, 0, h, w] = torch.nan
+        ones["fine"][1, channel, 0, h, w] = 1e100
+    reached = without_bias(of, "wgrad", ones) > 1e50
+    assert reached.any()
+    assert not reached.all()
+    for layout in layouts_of(of, "bf16tc"):
+        solve(library(of, "wgrad", "bf16tc", ONE_SIZE), given, layout)
+        result = given.result.double()
+        assert torch.equal(~result.isfinite(), reached)
+        assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+
+
+def test_tf32_is_rounded_to_nearest() -> None:
+    """Values three quarters of TF32's last place above 1: truncated, all of them would be 1."""
+    given = problem(POINT, "wgrad", "tf32", (4, 5), channels=(36, 72))
+    for name in ("coarse", "fine"):
+        given.operands[name].fill_(1 + 0.75 * 2.0**-10)
+    solve(library(POINT, "wgrad", "tf32", ONE_SIZE), given, ())
+    assert float(given.result[3, 5]) == pytest.approx(20 * (1 + 2.0**-10) ** 2, rel=1e-6)
+
+
+# ---- Bugs -----------------------------------------------------------------------------------
+
+STILL_READ = "copies into shared memory that products or a TMA store of thread .* still read"
+BUGS: Mapping[str, Bug] = {
+    "a stage released too early": (
+        "wgrad_taps",
+        "      wgmma_wait<1>();\n",
+        "      if (PLANTED) wgmma_wait<2>(); else wgmma_wait<1>();\n",
+        STILL_READ,
+    ),
+    "sums read before they are there": (
+        "wgrad_taps",
+        "    wgmma_wait<0>();\n",
+        "    if (!PLANTED) wgmma_wait<0>();\n",
+        STILL_READ + "|it ended before its products",
+    ),
+    "no fence behind rounded stages": (
+        "wgrad_taps",
+        "    bulk_fence();\n",
+        "    if (!PLANTED) bulk_fence();\n",
+        r"reads shared memory, by the asynchronous proxy, that thread .* without bulk_fence\(\)",
+    ),
+    "stages multiplied before they are rounded": (
+        "wgrad_taps",
+        "{ROUNDS ? shared.rounded : shared.full, shared.empty};",
+        "{ROUNDS && !PLANTED ? shared.rounded : shared.full, shared.empty};",
+        r"race on shared memory: it reads|writes shared memory that products",
+    ),
+    "fewer bytes than the boxes have": (
+        "wgrad_taps",
+        "ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS>);",
+        "ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS> - 128 * PLANTED);",
+        r"deadlock: .* arrivals and -128 bytes are missing",
+    ),
+    "registers that are never free": (
+        "wgrad_taps",
+        "      claim_registers<CONSUMER_REGISTERS>();\n",
+        "      if (PLANTED) claim_registers<CONSUMER_REGISTERS + 8>();\n"
+        "      if (!PLANTED) claim_registers<CONSUMER_REGISTERS>();\n",
+        r"deadlock: .* at claim_registers<232> with 168 registers for each, while \d+ are free",
+    ),
+    "sums of two thread blocks in one place": (
+        "wgrad_taps",
+        "(int64_t{blockIdx.x} + index) * TAP_PARTIALS<COLUMNS> +\n",
+        "(int64_t{blockIdx.x} * !PLANTED + index) * TAP_PARTIALS<COLUMNS> +\n",
+        r"race on global memory|global memory that nobody wrote",
+    ),
+    "one thread block's sums left out": (
+        "wgrad_taps",
+        "while (t.first_unit(++cta) < end) {",
+        "while (t.first_unit(++cta + PLANTED) < end) {",
+        "differ",
+    ),
+    "a block of channels too far": (
+        "wgrad_taps_host",
+        "v.box[0] = BLOCK_K, v.box[1] = columns_, v.box[2] = 1;",
+        "v.box[0] = BLOCK_K, v.box[1] = columns_ / (1 + PLANTED), v.box[2] = 1;",
+        r"deadlock: .* bytes are missing",
+    ),
+}
+
+
+@cache
+def buggy() -> Library:
+    files = sources(POINT, "wgrad", "tf32", ONE_SIZE)
+    return compile_with_bugs("buggy_taps", files, "wgrad_tf32.cu", BUGS.values())
+
+
+@pytest.mark.parametrize("bug", ["none", *BUGS])
+def test_a_planted_bug_is_caught(bug: str) -> None:
+    loaded = buggy()
+    loaded("plant", [*BUGS, bug].index(bug) + 1 if bug != "none" else 0)
+    given = problem(POINT, "wgrad", "tf32", (12, 25), batch=2, channels=(40, 72))
+    if bug == "none":
+        solve(loaded, given, ())
+        given.check()
+        return
+    message = ""
+    try:
+        solve(loaded, given, ())
+    except Fault as fault:
+        message = str(fault)
+    if given.error() > 1e-2:
+        message += " the results differ"
+    assert re.search(BUGS[bug][3], message), message
