@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_46c3ae14"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_4a097eab"
 NAMESPACE += VARIANT
 
 

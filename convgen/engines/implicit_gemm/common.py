@@ -75,8 +75,8 @@ UNPROVEN = ("pointwise", "taps")
 """Ways of computing that no GPU has timed yet, and which calls therefore do not take:
 
 - ``pointwise``: kernels of one tap read contiguous 16-bit inputs as they lie, without a pack.
-- ``taps``: wgrad a tap at a time, of kernels of one tap (both layouts; TF32 contiguous) and of strides
-  (channels_last, 16 bits), instead of ``mma``, for which channels_last tensors are transposed.
+- ``taps``: wgrad a tap at a time, of kernels of one tap (both layouts; TF32 contiguous) and of
+  strides (channels_last, 16 bits), instead of ``mma``, for which such tensors are transposed.
 """
 
 

@@ -295,10 +295,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
   if constexpr (HAS_WGMMA) {
     unsigned char* const dynamic = dynamic_shared<unsigned char>();
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
-    unsigned char* const slabs =
-        dynamic + (sizeof(SharedStorage) +
-                   ((ATOM_BYTES - (shared_address(dynamic) + sizeof(SharedStorage)) % ATOM_BYTES) %
-                    ATOM_BYTES));
+    unsigned char* const slabs = dynamic + aligned_offset(dynamic, sizeof(SharedStorage));
     const int weight_bytes = (t.position_groups == 2 ? 1 : 2) * BLOCK_M * ROW_BYTES;
     unsigned char* const weights = slabs + t.slab_stages * SLAB_STAGE_BYTES<Slab>;
     unsigned char* const staged = weights + t.weight_stages * weight_bytes;

@@ -137,6 +137,12 @@ inline int weight_stage_bytes(const Tiling& t) {
   return (t.position_groups == 2 ? 1 : 2) * BLOCK_M * ROW_BYTES;
 }
 
+// From the beginning of dynamic shared memory to the first multiple of ATOM_BYTES behind `bytes`.
+__device__ __forceinline__ int aligned_offset(const void* dynamic, int bytes) {
+  const int end = static_cast<int>(shared_address(dynamic)) + bytes;
+  return bytes + (ATOM_BYTES - end % ATOM_BYTES) % ATOM_BYTES;
+}
+
 struct PipelineState {
   int index = 0;
   uint32_t phase = 0;
