@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import convgen
 from convgen.building import toolchain
 from convgen.building.build import BuildWarning
+from convgen.checking import interpreted
+from convgen.spec import ConvSpec
 from convgen.specialize import export
 
 pytestmark = pytest.mark.usefixtures("shared_cache", "unoptimized")
@@ -124,6 +126,44 @@ class TestBuilt:
         with FakeTensorMode():
             x, w = (torch.empty(t.shape, device="cuda", dtype=torch.float16) for t in operands())
             assert module.conv1d(x, w).shape == (2, 6, 9)
+
+    @pytest.mark.long
+    def test_float16_for_a_gpu_is_rendered_loaded_and_called_with_the_interpreter_in_its_place(
+        self, package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = package("conv1d", kernel_size=1, groups=2)
+        specialize: Any = sys.modules["convgen.specialize"]
+        asked = []
+
+        def write(spec: ConvSpec, *, dtypes: Any, backends: Any, progress: Any) -> Path:
+            """Stands in for `generate`, whose nvcc would compile for no GPU."""
+            asked.append((spec, dtypes, backends))
+            progress(0, 1, "writing")
+            for name, text in specialize.render(spec, backends, dtypes).items():
+                path = tmp_path / spec.name / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            return tmp_path / spec.name
+
+        monkeypatch.setattr(specialize, "generate", write)
+        monkeypatch.setattr(specialize, "load", interpreted.load)
+        operators = sys.modules[module.fprop.__module__]
+        lacking = sys.modules[f"{operators.__package__}._supplement"]
+        monkeypatch.setattr(lacking, "_others", {})
+        with pytest.warns(BuildWarning, match="conv1d_k1_g2 lacks f16 kernels for cuda"):
+            kernels = lacking.kernels_elsewhere(torch.device("cuda"), torch.float16)
+        assert asked == [(ConvSpec.from_dict(module.SPEC), ("f16",), ("cuda",))]
+        # Its tensors' device is all that a GPU would change from here on.
+        lacking._others["cpu", torch.float16] = kernels
+        x, w = torch.randn(2, 4, 9, requires_grad=True), torch.randn(6, 2, 1, requires_grad=True)
+        with torch.autocast("cpu", torch.float16):
+            y = module.conv1d(x, w)
+        assert y.dtype == torch.float16
+        found = (y, *torch.autograd.grad(y.float().square().sum(), (x, w)))
+        expected = F.conv1d(x.double(), w.double(), groups=2)
+        wanted = (expected, *torch.autograd.grad(expected.square().sum(), (x, w)))
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-2, atol=1e-2)
 
     @pytest.mark.gpu
     def test_float16_on_a_gpu(self, package: Package) -> None:
