@@ -66,9 +66,9 @@ class GatherSchedule:
     """Source block of a task: half of L2, beside packed weights."""
     buffer_bytes: Bytes = 32 << 10
     """Row buffer: about L1, so that interleaving reads what was just written."""
-    chain_terms: int = 96
-    """Products per chain of additions, at most: what a sum of one sign loses grows with its length.
-    What taps are unrolled together is not cut."""
+    chain_terms: int = 128
+    """Products per chain of additions, at most but for whole channels: what a sum of one sign loses
+    grows with its length. What taps are unrolled together is not cut."""
 
 
 @dataclass(frozen=True)
