@@ -17,15 +17,15 @@ struct Chains {
   // Of `sources` channels and `taps` taps, so many of which are unrolled `together`.
   static Chains choose(int64_t sources, int64_t taps, int64_t together, int64_t most) {
     // Chains of long sums are longer, so that adding them up takes little of the time; what fits in
-    // a chain is not cut.
+    // a chain is not cut. Where a channel's taps are few to a chain, whole channels come closest.
     constexpr int64_t PARTS = 12;
-    const int64_t least_terms = most / 3, uncut = 2 * least_terms, all = sources * taps;
-    const int64_t terms = all <= uncut ? uncut : least(greatest(all / PARTS, least_terms), most);
-    if (taps <= terms) {
-      const int64_t channels = greatest(terms / greatest(taps, 1), 1);
+    const int64_t all = sources * taps, terms = least(greatest(all / PARTS, most / 2), most);
+    if (taps <= most) {
+      const int64_t channels =
+          all <= most ? greatest(sources, 1) : greatest((terms + taps / 2) / greatest(taps, 1), 1);
       return {channels, taps, ceil_div(sources, channels)};
     }
-    const int64_t part = greatest(least_terms / together, 1) * together;
+    const int64_t part = ceil_div(ceil_div(taps, ceil_div(taps, most)), together) * together;
     return {1, part, sources * ceil_div(taps, part)};
   }
 };
