@@ -289,6 +289,64 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         convgen.export(tmp_path, tmp_path / "x.py")
 
 
+class TestPrecision:
+    """Which products float32 gets, on a GPU; what is compared there is the same on the CPU."""
+
+    @pytest.mark.filterwarnings("ignore:compiling")
+    @pytest.mark.parametrize("name", ["transposed", "same"])
+    def test_what_is_compared_is_the_contraction(self, name: str, tmp_path: Path) -> None:
+        file = convgen.export(SPECS[name], tmp_path / "x.py", precision="match", backends="cpu")
+        module = load(quick(file.path))
+        layer = module._LAYERS[0]
+        weight = torch.randn(4, 6, 3, 3, 3) if layer.transposed else torch.randn(6, 2, 2, 3)
+        coarse = torch.randn(2, weight.shape[0], *((3, 4, 5) if layer.transposed else (5, 6)))
+        # One more than the least that it meets, as with an output padding.
+        fine = torch.randn(
+            2, weight.shape[1] * layer.groups, *((8, 10, 12) if layer.transposed else (5, 6))
+        )
+        size = [list(tensor.shape[2:]) for tensor in (coarse, fine)]
+        calls = {
+            "fprop": (fine, weight, None, size[0]),
+            "dgrad": (coarse, weight, None, size[1]),
+            "wgrad": (coarse, fine),
+        }
+        for contraction, (first, second, *more) in calls.items():
+            mine = module._kernel_of(contraction, 0, first, second, *more)
+            reference = module._by_torch(contraction, layer, first, second, None, tuple(mine.shape))
+            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("tf32", "accurate", "chosen"),
+        [
+            (4e-5, 0.0, "tf32"),
+            (9e-5, 1e-6, "tf32x3"),  # another seed's numbers might exceed the tolerance
+            (9e-5, 1e-3, "tf32"),  # torch takes TF32, too, if not the same
+            (float("nan"), float("nan"), "tf32x3"),
+        ],
+    )
+    def test_half_of_the_tolerance_must_do(
+        self,
+        tf32: float,
+        accurate: float,
+        chosen: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        file = convgen.export(SPECS["plain"], tmp_path / "x.py", precision="match", backends="cpu")
+        module = load(file.path)
+        first, second = torch.zeros(2, 3, 8), torch.zeros(4, 3, 3)
+        shape = (2, 4, 6)
+
+        def compute(*arguments: object) -> torch.Tensor:
+            result = torch.zeros(shape)
+            result[1, 2, 3] = {"tf32": tf32, "tf32x3": accurate}[str(arguments[-1])]
+            return result
+
+        monkeypatch.setattr(module, "_compute", compute)
+        layer = module._LAYERS[0]
+        assert module._matching("fprop", layer, 0, first, second, None, shape) == chosen
+
+
 @pytest.mark.long
 def test_nvcc_compiles_the_file_by_its_own_command(tmp_path: Path, folder: Path) -> None:
     if shutil.which("nvcc") is None:
@@ -306,3 +364,35 @@ def test_nvcc_compiles_the_file_by_its_own_command(tmp_path: Path, folder: Path)
             (library,) = module._load([module._Target("cuda", spec.name, forward, "f32", "90a")])
         for kind in ("f32", "tf32", "tf32x3"):
             assert library[f"convgen_{forward}_{kind}"]
+
+
+@pytest.mark.long
+def test_a_model_compiles_for_the_gpu_when_it_is_constructed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    problem = tmp_path / "problem.py"
+    problem.write_text(
+        "from torch import nn\n"
+        "class Model(nn.Module):\n"
+        "    def __init__(self, kernel_size):\n"
+        "        super().__init__()\n"
+        "        self.first = nn.Conv1d(3, 4, kernel_size)\n"
+        "        self.second = nn.ConvTranspose1d(4, 3, kernel_size, stride=2)\n"
+        "    def forward(self, x):\n"
+        "        return self.second(self.first(x))\n"
+        "def get_init_inputs():\n"
+        "    return [3]\n"
+    )
+    out = tmp_path / "solution.py"
+    module = load(convgen.export_model(problem, out, backward=False, precision="tf32").path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with compiling():
+        module.ModelNew(3)
+    assert [(target.layer, target.contraction, target.arch) for target in module._libraries] == [
+        ("conv1d_k3", "fprop", "90a"),
+        ("conv_transpose1d_k3_s2", "dgrad", "90a"),
+    ]

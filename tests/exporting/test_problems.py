@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import sys
 from pathlib import Path
 
@@ -115,6 +116,9 @@ def test_a_model_computes_what_it_did(
         grads.append(torch.autograd.grad(outputs[-1].sin().sum(), [operand, *model.parameters()]))
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    part = pickle.loads(pickle.dumps(mine.more))  # torch pickles no parametrized layers
+    assert type(part[1][0]) is type(mine.more[1][0]) is not module.Causal
+    assert torch.equal(part(outputs[1].new_ones(2, 4, 9)), mine.more(outputs[1].new_ones(2, 4, 9)))
     # The kernels ran: without them, nothing would differ in the last place.
     assert module._kernels
     mine.again.dilation = (2,)
