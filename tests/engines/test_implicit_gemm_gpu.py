@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from conftest import Package
 from torch import Tensor
+
+import convgen
+from convgen.engines.implicit_gemm.common import UNPROVEN
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
@@ -32,6 +36,16 @@ def last(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+UNPROVEN_LAYERS: dict[str, dict[str, Any]] = {
+    "conv2d": {"kernel_size": 1},
+    "conv3d": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "conv_transpose2d": {"kernel_size": 2, "stride": 2},
+    "conv_transpose3d": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "conv1d": {"kernel_size": 1, "groups": 2},
+}
+"""Of what no GPU has timed: see ``convgen/engines/implicit_gemm/common.py``."""
+
+
 @pytest.fixture(params=LAYERS)
 def module(request: pytest.FixtureRequest, package: Package) -> ModuleType:
     constants = LAYERS[request.param]
@@ -40,8 +54,25 @@ def module(request: pytest.FixtureRequest, package: Package) -> ModuleType:
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_values_and_gradients_in_every_layout(module: ModuleType, dtype: torch.dtype) -> None:
+    check_values(module, dtype, LAYERS[module.SPEC["op"]])
+
+
+@pytest.mark.parametrize("op", UNPROVEN_LAYERS)
+def test_values_and_gradients_of_what_no_gpu_has_timed(
+    op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVGEN_UNPROVEN", ",".join(UNPROVEN))
+    # A cache of its own: what is asked for is the same as without the variable.
+    monkeypatch.setenv("CONVGEN_CACHE_DIR", str(tmp_path))
+    layer = UNPROVEN_LAYERS[op]
+    module = convgen.specialize(op, backends="cuda", dtypes=["f32", "bf16", "f16"], **layer)
+    for dtype in LIMITS:
+        check_values(module, dtype, layer)
+
+
+def check_values(module: ModuleType, dtype: torch.dtype, layer: dict[str, Any]) -> None:
     op = module.SPEC["op"]
-    constants = {name: value for name, value in LAYERS[op].items() if name != "kernel_size"}
+    constants = {name: value for name, value in layer.items() if name != "kernel_size"}
     ndim, groups, transposed = int(op[-2]), module.SPEC["groups"], "transpose" in op
     draw = random.Random(op)
     with torch.backends.cudnn.flags(allow_tf32=True):

@@ -40,6 +40,7 @@ def settings() -> Iterator[None]:
 
 
 CONV3D, CONV2D = spec("conv3d", 3, 1, 1), spec("conv2d", 3, 1, 1)
+POINT, STRIDED = spec("conv2d", 1), spec("conv2d", 3, 2, 1)
 
 # Specification, contraction, mode, calls: batch, channels in and out, extents.
 Call = tuple[int, tuple[int, int], tuple[int, ...]]
@@ -58,11 +59,13 @@ CASES: list[Case] = [
     # Rows of positions: of a sample and more of them, fewer than a tile has, a padded weight; and
     # too few for a row's bytes.
     (
-        spec("conv2d", 1),
+        POINT,
         "fprop",
         "bf16tc",
         ((3, (72, 40), (8, 13)), (3, (17, 130), (4, 4)), (1, (32, 24), (3, 5))),
     ),
+    # Phases, one of them with a single tap, of lines of either parity.
+    (STRIDED, "dgrad", "bf16tc", ((2, (72, 40), (8, 13)), (1, (40, 24), (5, 6)))),
 ]
 MORE_CASES: list[Case] = [
     (CONV3D, "fprop", "tf32", ((2, (40, 24), (5, 6, 9)), (1, (100, 130), (2, 3, 5)))),
@@ -81,6 +84,17 @@ MORE_CASES: list[Case] = [
         ((2, (64, 256), (9, 13)), (2, (128, 128), (4, 8))),
     ),
     (spec("conv3d", 3, 1, 2, dilation=(2, 1, 1)), "fprop", "bf16tc", ((2, (48, 40), (5, 4, 9)),)),
+    # Phases: with several taps, one, and none; blocks of K that are no whole ones; planes.
+    (spec("conv2d", 3, 2, 1), "dgrad", "f16tc", ((2, (72, 40), (8, 13)), (1, (200, 24), (9, 20)))),
+    (spec("conv_transpose3d", 2, 2), "dgrad", "f16tc", ((2, (80, 48), (2, 5, 9)),)),
+    (spec("conv_transpose3d", 3, 2, 1, 1), "dgrad", "tf32", ((1, (24, 40), (2, 5, 9)),)),
+    (
+        spec("conv2d", (1, 4), (3, 2), (0, 1), dilation=(1, 2)),
+        "dgrad",
+        "tf32",
+        ((2, (20, 36), (10, 13)),),
+    ),
+    (spec("conv1d", 16, 8, 4, groups=2), "dgrad", "bf16tc", ((2, (96, 64), (100,)),)),
     (spec("conv1d", 7, 1, 3), "fprop", "bf16tc", ((2, (64, 40), (300,)), (2, (32, 200), (77,)))),
     (spec("conv1d", 3, 1, 2, dilation=2), "dgrad", "tf32", ((2, (64, 40), (300,)),)),
     (spec("conv2d", 3, 1, 1, groups=2), "wgrad", "f16tc", ((2, (40, 136), (17, 9)),)),
@@ -104,8 +118,10 @@ ONE_SIZE_OF_WGRAD = WgradSizes((8,))
 
 def check(case: Case, schedule: object = None) -> None:
     of, contraction, mode, calls = case
+    phased = contraction == "dgrad" and max(of.geometry.stride) > 1
     for batch, channels, extents in calls:
-        for index, layout in enumerate(LAYOUTS):
+        # Phases are for outputs and inputs whose channels lie side by side.
+        for index, layout in enumerate((LAST, ("coarse", "fine")) if phased else LAYOUTS):
             given = problem(
                 of, contraction, mode, extents, batch=batch, channels=channels, bias=index < 2
             )
@@ -115,7 +131,7 @@ def check(case: Case, schedule: object = None) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_layout_agrees_with_float64(case: Case) -> None:
-    sizes = ONE_SIZE_OF_TAPS if case[0].kernel_size == (1, 1) else ONE_SIZE
+    sizes = ONE_SIZE_OF_TAPS if case[0] in (POINT, STRIDED) else ONE_SIZE
     check(case, ONE_SIZE_OF_WGRAD if case[1] == "wgrad" else sizes)
 
 
@@ -143,9 +159,9 @@ def test_a_nan_stays_in_its_windows(layout: tuple[str, ...]) -> None:
 
 def test_a_kernel_of_one_tap_reads_contiguous_tensors_as_they_lie() -> None:
     """Without a workspace; and what is not finite stays at its position."""
-    of, contraction, mode, _ = CASES[-1]
-    given = problem(of, contraction, mode, (8, 13), batch=2, channels=(72, 40))
-    loaded = library(of, contraction, mode, ONE_SIZE_OF_TAPS)
+    contraction, mode = "fprop", "bf16tc"
+    given = problem(POINT, contraction, mode, (8, 13), batch=2, channels=(72, 40))
+    loaded = library(POINT, contraction, mode, ONE_SIZE_OF_TAPS)
     numbers = bytes(abi.POINTERS.size) + abi.NUMBERS.pack(0, *given.numbers, 0)
     assert loaded.workspace_bytes(f"{given.symbol}_implicit_gemm", numbers) == 0
     clean = given.reference.clone()
@@ -157,6 +173,26 @@ def test_a_kernel_of_one_tap_reads_contiguous_tensors_as_they_lie() -> None:
     result = given.result.double()
     assert not result[reached].isfinite().any()
     assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+
+
+def test_a_nan_stays_in_the_phases_that_meet_it() -> None:
+    given = problem(STRIDED, "dgrad", "bf16tc", (9, 12), batch=2, channels=(40, 24))
+    clean = given.reference.clone()
+    given.operands["coarse"][1, 7, 0, 2, 3] = torch.nan
+    given.operands["coarse"][0, 3, 0, 0, 0] = torch.inf
+    solve(library(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS), given, LAST)
+    reached = torch.zeros(clean.shape, dtype=torch.bool)
+    reached[1, :, 0, 3:6, 5:8] = reached[0, :, 0, :2, :2] = True
+    result = given.result.double()
+    assert not result[reached].isfinite().any()
+    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+
+
+def test_phases_are_not_for_contiguous_tensors() -> None:
+    given = problem(STRIDED, "dgrad", "bf16tc", (9, 12), channels=(40, 24))
+    for layout in ((), ("coarse",), ("fine", "weight")):
+        with pytest.raises(Fault, match=r"\(-1\)"):
+            solve(library(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS), given, layout)
 
 
 def test_tf32_is_rounded_to_nearest() -> None:

@@ -7,6 +7,7 @@ same arithmetic for the sizes alone.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,7 @@ HEADERS: Mapping[str, str] = {
         f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
         for name in (
             "sm90.cuh",
+            "phases.cuh",
             "tiles.cuh",
             "epilogue.cuh",
             "kernel.cuh",
@@ -71,12 +73,13 @@ BLOCK_M = 64
 MAX_STEP = 8
 """Of TMA, from one element that it loads to the next."""
 
-UNPROVEN = ("pointwise", "taps")
+UNPROVEN = ("pointwise", "taps", "phases")
 """Ways of computing that no GPU has timed yet, and which calls therefore do not take:
 
 - ``pointwise``: kernels of one tap read contiguous 16-bit inputs as they lie, without a pack.
 - ``taps``: wgrad a tap at a time, of kernels of one tap (both layouts; TF32 contiguous) and of
   strides (channels_last, 16 bits), instead of ``mma``, for which such tensors are transposed.
+- ``phases``: dgrad of strides (channels_last), instead of ``mma``, likewise.
 """
 
 
@@ -119,10 +122,19 @@ def accepts(problem: Problem) -> str:
     return ""
 
 
+MOST_PHASES = 16
+"""Of a strided dgrad: a kernel is given a tensor map of its output for each."""
+
+
+def phases(problem: Problem) -> int:
+    """Of a strided dgrad: gathers of stride 1 that its outputs are divided into; else 1."""
+    return math.prod(problem.geometry.stride) if problem.contraction == "dgrad" else 1
+
+
 def gather_padding(problem: Problem) -> Triple:
-    """Padding of the contraction as a gather: dgrad reads its taps in reverse."""
+    """Padding of the contraction as a gather: dgrad of stride 1 reads its taps in reverse."""
     g = problem.geometry
-    if problem.contraction != "dgrad":
+    if problem.contraction != "dgrad" or phases(problem) > 1:
         return g.padding
     d, h, w = (
         dilation * (kernel - 1) - padding
@@ -136,5 +148,6 @@ def context_of(problem: Problem) -> dict[str, Any]:
     return {
         "element": ELEMENTS[problem.kind],
         "gather_padding": gather_padding(problem),
+        "phases": phases(problem),
         "proven": proven(),
     }

@@ -1,4 +1,4 @@
-"""fprop of any stride, and dgrad of stride 1: ``templates/cuda/implicit_gemm/kernel.cuh``."""
+"""fprop and dgrad of any stride: ``templates/cuda/implicit_gemm/kernel.cuh``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from convgen.engines.implicit_gemm.common import (
     LAUNCH_CLOCKS,
     LEVEL2_BYTES_PER_CLOCK,
     MAX_STEP,
+    MOST_PHASES,
     NAME,
     ROW_BYTES,
     STEP_BYTES,
@@ -24,6 +25,8 @@ from convgen.engines.implicit_gemm.common import (
     TILE_CLOCKS,
     accepts,
     context_of,
+    phases,
+    proven,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
@@ -65,8 +68,12 @@ class Gather(Family[GatherSizes]):
         if reason := accepts(problem):
             return reason
         stride = problem.geometry.stride
-        if problem.contraction == "dgrad" and max(stride) > 1:
-            return f"dgrad of stride {stride} has phases, which these kernels do not"
+        if (count := phases(problem)) > 1:
+            if "phases" not in proven():
+                return "no GPU has timed dgrad of strides, whose outputs are phases"
+            if count > MOST_PHASES:
+                return f"{count} phases: a kernel has maps for up to {MOST_PHASES}"
+            return ""
         if max(stride) > MAX_STEP:
             return f"TMA steps over up to {MAX_STEP} elements, not {max(stride)}"
         return ""
