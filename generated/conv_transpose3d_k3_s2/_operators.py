@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_e3d27541"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_653681e3"
 NAMESPACE += VARIANT
 
 

@@ -8,6 +8,16 @@
 
 namespace convgen {
 
+constexpr int largest(int x) { return x; }
+template <typename... More>
+constexpr int largest(int x, More... more) {
+  return x > largest(more...) ? x : largest(more...);
+}
+
+// Sizes of tiles that are compiled, in groups of eight positions.
+template <int... LINES>
+struct Sizes {};
+
 // A call, in the contraction's own words.
 struct Operands {
   const ConvgenCall* call;
@@ -111,6 +121,35 @@ TensorView channels_view(int64_t positions, int64_t channels, int64_t batch) {
   return v;
 }
 
+// The box of positions that leaves with one TMA store: the first of a tile, of a halo's all along
+// H.
+inline void set_store_box(TensorView& view, const Tiling& t, bool halo) {
+  int left = 8 * STORE_LINES;
+  const int extents[4] = {t.extent_w, halo ? left : t.extent_h, t.extent_d, t.extent_n};
+  for (int i = 0; i < 4; ++i) {
+    view.box[1 + i] = extents[i] < left ? extents[i] : left;
+    left /= view.box[1 + i];
+  }
+}
+
+// The maps of an output, one for each phase, whose positions are `step` apart along D, H and W.
+template <typename T, int PHASES>
+int make_output_maps(OutputMaps<PHASES>& maps, void* address, const TensorView& whole,
+                     const int (&step)[3], int device) {
+  for (int index = 0; index < PHASES; ++index) {
+    const int phase[3] = {index / (step[1] * step[2]), index / step[2] % step[1], index % step[2]};
+    TensorView view = whole;
+    unsigned char* first = static_cast<unsigned char*>(address);
+    for (int i = 0; i < 3; ++i) {
+      first += phase[i] * whole.stride_bytes[3 - i];
+      view.extent[3 - i] = ceil_div(whole.extent[3 - i] - phase[i], step[i]);
+      view.stride_bytes[3 - i] *= step[i];
+    }
+    if (const int error = make_tensor_map<T>(maps.of[index], first, view, device)) return error;
+  }
+  return CONVGEN_OK;
+}
+
 // How a tensor's channels are packed, those of a group to `padded` ones.
 inline PackShape pack_shape(int64_t batch, int64_t channels, const int64_t (&extent)[3], int groups,
                             int64_t padded, bool last) {
@@ -120,6 +159,22 @@ inline PackShape pack_shape(int64_t batch, int64_t channels, const int64_t (&ext
   s.channels = static_cast<int>(channels / groups), s.padded = static_cast<int>(padded);
   s.stride_n = channels * s.positions;
   s.stride_c = last ? 1 : s.positions, s.stride_p = last ? channels : 1;
+  return s;
+}
+
+// weight[coarse][fine / groups][tap], or (`last`) with the taps before the fine channels. `counts`
+// are groups, and output and input channels of each.
+template <bool COARSE_INPUT>
+WeightShape weight_shape(int taps, bool last, const int (&counts)[3], int padded_outputs,
+                         int padded_inputs) {
+  WeightShape s;
+  s.groups = counts[0], s.output_channels = counts[1], s.input_channels = counts[2];
+  const int64_t fine = COARSE_INPUT ? s.output_channels : s.input_channels;
+  const int64_t of_coarse = fine * taps, of_fine = last ? 1 : taps;
+  s.stride_output = COARSE_INPUT ? of_fine : of_coarse;
+  s.stride_input = COARSE_INPUT ? of_coarse : of_fine;
+  s.stride_tap = last ? fine : 1;
+  s.padded_inputs = padded_inputs, s.padded_outputs = padded_outputs;
   return s;
 }
 

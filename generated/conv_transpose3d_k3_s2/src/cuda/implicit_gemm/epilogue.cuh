@@ -29,6 +29,23 @@ __device__ __forceinline__ bool is_inside(const Output& out, int n, int d, int h
   return n < out.batch && d < out.depth && h < out.height;
 }
 
+// Of an output whose strides are those of a phase's neighbours, and whose extents are all phases'
+// together: where a tile's phase begins, in elements, and its own extents.
+template <typename Conv>
+__device__ __forceinline__ Output phase_of(Output out, const Tile& tile) {
+  if constexpr (Conv::PHASES > 1) {
+    const Phase<Conv> phase(tile.phase);
+    out.first = phase.index_d * out.stride_d / Conv::STRIDE_D +
+                phase.index_h * out.stride_h / Conv::STRIDE_H +
+                phase.index_w * out.stride_w / Conv::STRIDE_W;
+    // Where planes are samples, the stride along D is 1.
+    out.depth = (out.depth - phase.index_d + Conv::STRIDE_D - 1) / Conv::STRIDE_D;
+    out.height = (out.height - phase.index_h + Conv::STRIDE_H - 1) / Conv::STRIDE_H;
+    out.width = (out.width - phase.index_w + Conv::STRIDE_W - 1) / Conv::STRIDE_W;
+  }
+  return out;
+}
+
 template <typename T>
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
   T pair[2];
@@ -73,7 +90,7 @@ __device__ __forceinline__ void store_strided(const Tiling& t, const Output& out
   const int64_t channel = tile.group * t.output_channels + tile.channel + row;
   const bool has_upper = tile.channel + row < t.output_channels;
   const bool has_lower = tile.channel + row + 8 < t.output_channels;
-  T* at = address + channel * out.stride_c;
+  T* at = address + out.first + channel * out.stride_c;
   if constexpr (Slab::HALO) {
     // A halo's groups of eight positions lie one behind the other, along H or (LINEAR) along W.
     if (!is_inside(out, tile.n, tile.d, tile.h)) return;
@@ -185,8 +202,8 @@ __device__ __forceinline__ void copy_out(const Tiling& t, const Output& out, Sha
   const bool splits_positions = t.position_groups == 2;
   uint32_t phase = 0;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x, phase ^= 1) {
-    const Tile tile = Tile::of<Slab::HALO>(t, index, splits_positions ? consumer : 0,
-                                           splits_positions ? 0 : consumer);
+    const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, splits_positions ? consumer : 0,
+                                                         splits_positions ? 0 : consumer);
     const int rows = t.fold == 2 ? BLOCK_M : min(BLOCK_M, t.output_channels - tile.channel);
     T* const first = static_cast<T*>(out.address) +
                      (int64_t{tile.group} * t.output_channels + tile.channel) * out.stride_c;

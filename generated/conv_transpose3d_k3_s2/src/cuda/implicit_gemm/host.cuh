@@ -6,16 +6,6 @@
 
 namespace convgen {
 
-constexpr int largest(int x) { return x; }
-template <typename... More>
-constexpr int largest(int x, More... more) {
-  return x > largest(more...) ? x : largest(more...);
-}
-
-// Sizes of tiles that are compiled, in groups of eight positions.
-template <int... LINES>
-struct Sizes {};
-
 template <typename T, typename Conv, bool COARSE_INPUT, typename HaloSizes, typename TapSizes>
 class ImplicitGemm;
 
@@ -42,6 +32,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
                                    : Slab::MAJOR == Major::MN ? SlabKind::CHANNELS
                                                               : SlabKind::TAP;
 
+  // Of a strided dgrad, phases are gathers of stride 1 (see phases.cuh).
+  static constexpr int PHASES = Conv::PHASES;
+  static constexpr bool PHASED = PHASES > 1;
+  using Step = Steps<Conv>;
+
   ImplicitGemm(const Operands& call, const DeviceLimits& limits) : call_(call), limits_(limits) {
     if (POINTWISE) {
       for (int64_t (*e)[3] : {&call_.input_extent, &call_.output_extent}) {
@@ -55,12 +50,17 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     padded_ = round_up(input_channels_, multiple);
     const bool as_it_lies = call.input_channels_last && padded_ == input_channels_;
     const bool by_channels = !call.input_channels_last && reads_channels();
+    best_.clocks = 1e30;
+    // Phases lie apart: what lies along W would leave element by element. None is empty.
+    if (PHASED && !(call.input_channels_last && call.output_channels_last)) return;
+    for (int i = 0; i < 3; ++i) {
+      if (call.output_extent[i] < Step::OUTPUT[i]) return;
+    }
     // Some hundred ways are considered: once for each shape.
     thread_local ShapeCache<Plan> plans;
     bool known;
     Plan& plan = plans.find(*call.call, call.call->channels_last, known);
     if (!known) {
-      best_.clocks = 1e30;
       (consider<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
       if (by_channels) {
         if constexpr (HAS_CHANNELS) {
@@ -178,6 +178,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
 
   // ---- Choice -----------------------------------------------------------------------------------
 
+  // Outputs of a phase along an axis, at most.
+  int64_t of_phase(int axis) const {
+    return ceil_div(call_.output_extent[axis], Step::OUTPUT[axis]);
+  }
+
   // Planes are samples where there is one plane of each and no tap reaches another.
   bool samples_are_planes() const {
     return Conv::KERNEL_D == 1 && Conv::STRIDE_D == 1 && Conv::PADDING_D == 0 &&
@@ -210,17 +215,15 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   template <int LINES>
   Tiling tap_tiling(int least_w) const {
     static_assert((LINES & (LINES - 1)) == 0, "a tile of taps is a power of two");
-    const int64_t* e = call_.output_extent;
     const bool merged = samples_are_planes();
-    return power_of_two_tiling({merged ? call_.batch : e[0], e[1], e[2]}, merged ? 1 : call_.batch,
-                               8 * LINES, {Conv::STRIDE_D, Conv::STRIDE_H, Conv::STRIDE_W},
-                               least_w);
+    return power_of_two_tiling({merged ? call_.batch : of_phase(0), of_phase(1), of_phase(2)},
+                               merged ? 1 : call_.batch, 8 * LINES, Step::INPUT, least_w);
   }
 
   template <typename Slab, int LINES>
   void consider_tiles(Tiling t, bool as_it_lies) {
     const bool merged = samples_are_planes();
-    const int64_t depth = merged ? call_.batch : call_.output_extent[0];
+    const int64_t depth = merged ? call_.batch : of_phase(0);
     const int64_t batch = merged ? 1 : call_.batch;
     t.groups = Conv::GROUPS;
     t.input_channels = padded_, t.output_channels = output_channels_;
@@ -243,17 +246,18 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       t.tiles_n = ceil_div(batch, t.extent_n);
       int64_t places = int64_t{t.tiles_w} * t.tiles_h * t.tiles_d * t.tiles_n;
       if (!Slab::HALO) places = ceil_div(places, position_groups);
-      const int64_t tiles = places * t.channel_blocks * t.groups;
-      const int units = t.blocks * (Slab::HALO ? 1 : TAPS);
+      const int64_t tiles = places * t.channel_blocks * t.groups * PHASES;
+      const int units = t.blocks * (Slab::HALO ? 1 : (TAPS + PHASES - 1) / PHASES);
       // Loads of one unit: slabs and weights.
       const Planes<Conv, Slab> planes(t);
       const double bytes = double(planes.slabs) * t.slab_bytes +
                            double(planes.count) * Slab::TAPS * weight_stage_bytes(t);
       // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
-      const double taps = double(TAPS) / Slab::PLANES * planes.count;
+      const double taps = double(TAPS) / PHASES / Slab::PLANES * planes.count;
       const double products = taps * steps * CONSUMERS * 4 * LINES;
       const double loads = units * bytes / LEVEL2_BYTES_PER_CLOCK;
-      for (int splits = 1; splits <= (t.fold == 2 ? 1 : 32) && splits <= units; ++splits) {
+      for (int splits = 1; splits <= (t.fold == 2 || PHASED ? 1 : 32) && splits <= units;
+           ++splits) {
         if (splits > 1 && tiles * splits > 2 * limits_.multiprocessors) break;
         if (tiles * splits > INT32_MAX) break;
         t.splits = splits, t.tiles = static_cast<int>(tiles * splits);
@@ -337,17 +341,9 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   }
 
   int pack_weight(T* to) const {
-    // weight[coarse][fine / groups][tap], or with the taps before the fine channels.
-    const int64_t fine = COARSE_INPUT ? output_channels_ : input_channels_;
-    const bool last = call_.weight_channels_last;
-    const int64_t of_coarse = fine * TAPS, of_fine = last ? 1 : TAPS;
-    WeightShape s;
-    s.stride_output = COARSE_INPUT ? of_fine : of_coarse;
-    s.stride_input = COARSE_INPUT ? of_coarse : of_fine;
-    s.stride_tap = last ? fine : 1;
-    s.groups = Conv::GROUPS, s.output_channels = output_channels_;
-    s.input_channels = input_channels_;
-    s.padded_inputs = padded_, s.padded_outputs = padded_outputs_;
+    const WeightShape s = weight_shape<COARSE_INPUT>(
+        TAPS, call_.weight_channels_last, {Conv::GROUPS, output_channels_, input_channels_},
+        padded_outputs_, padded_);
     if (best_.tiling.fold == 2) {
       int* const flag = reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(to) +
                                                weight_bytes() - FLAG_BYTES);
@@ -390,6 +386,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if (samples_are_planes()) {
       out.depth = out.batch, out.stride_d = out.stride_n, out.batch = 1;
     }
+    out.stride_d *= Step::OUTPUT[0], out.stride_h *= Step::OUTPUT[1],
+        out.stride_w *= Step::OUTPUT[2];
     out.epilogue = epilogue_of(best_.tiling);
     out.vector = 1;
     if (out.stride_w == 1) {
@@ -406,8 +404,10 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if constexpr ((Slab::HALO && !HAS_HALO<LINES>) || (Slab::MAJOR == Major::MN && !HAS_CHANNELS)) {
       return CONVGEN_TOO_LARGE;
     } else {
-      TensorMap slab_map, weight_map, output_map = {};
-      if (const int error = encode<Slab>(t, slab_map, weight_map, output_map, input, weight, out)) {
+      TensorMap slab_map, weight_map;
+      OutputMaps<PHASES> output_maps = {};
+      if (const int error =
+              encode<Slab>(t, slab_map, weight_map, output_maps, input, weight, out)) {
         return error;
       }
       const int shared_bytes = static_cast<int>(sizeof(SharedStorage)) + ATOM_BYTES +
@@ -417,13 +417,14 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       const int grid = t.tiles < limits_.multiprocessors ? t.tiles : limits_.multiprocessors;
       return launch<implicit_gemm_kernel<T, LINES, Conv, Slab>, true>(
           dim3(grid), dim3(GEMM_THREADS), shared_bytes, call_.device, call_.stream, slab_map,
-          weight_map, output_map, t, out);
+          weight_map, output_maps, t, out);
     }
   }
 
   template <typename Slab>
-  int encode(const Tiling& t, TensorMap& slab_map, TensorMap& weight_map, TensorMap& output_map,
-             const T* input, const T* weight, const Output& out) const {
+  int encode(const Tiling& t, TensorMap& slab_map, TensorMap& weight_map,
+             OutputMaps<PHASES>& output_maps, const T* input, const T* weight,
+             const Output& out) const {
     const bool merged = samples_are_planes();
     TensorView slab =
         Slab::MAJOR == Major::MN
@@ -435,9 +436,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     } else if constexpr (Slab::HALO) {
       slab.box[1] = Slab::LOAD_W, slab.box[2] = Slab::BOX_H, slab.box[3] = slab.box[4] = 1;
     } else {
-      slab.step[1] = Conv::STRIDE_W, slab.step[2] = Conv::STRIDE_H, slab.step[3] = Conv::STRIDE_D;
-      slab.box[1] = t.extent_w * Conv::STRIDE_W, slab.box[2] = t.extent_h * Conv::STRIDE_H;
-      slab.box[3] = t.extent_d * Conv::STRIDE_D, slab.box[4] = t.extent_n;
+      const int extents[3] = {t.extent_d, t.extent_h, t.extent_w};
+      for (int i = 0; i < 3; ++i) {
+        slab.step[3 - i] = Step::INPUT[i], slab.box[3 - i] = extents[i] * Step::INPUT[i];
+      }
+      slab.box[4] = t.extent_n;
     }
     if (const int error = make_tensor_map<T>(slab_map, input, slab, call_.device)) return error;
 
@@ -457,15 +460,10 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
 
     TensorView o =
         positions_view<T>(call_.output_channels, call_.output_extent, call_.batch, merged);
-    int left = 8 * STORE_LINES;
     const bool narrow = output_channels_ <= BLOCK_M / 2;
     o.box[0] = narrow ? BLOCK_M / 2 : BLOCK_M, o.swizzle = narrow ? 64 : 128;
-    const int extents[4] = {t.extent_w, Slab::HALO ? left : t.extent_h, t.extent_d, t.extent_n};
-    for (int i = 0; i < 4; ++i) {
-      o.box[1 + i] = extents[i] < left ? extents[i] : left;
-      left /= o.box[1 + i];
-    }
-    return make_tensor_map<T>(output_map, out.address, o, call_.device);
+    set_store_box(o, t, Slab::HALO);
+    return make_output_maps<T>(output_maps, out.address, o, Step::OUTPUT, call_.device);
   }
 
   Operands call_;

@@ -36,11 +36,11 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
   const Planes<Conv, Slab> planes(t);
   PipelineState at;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Tile first = Tile::of<Slab::HALO>(t, index, 0, 0);
-    const Units<Conv, Slab> units(t, first.split);
+    const Tile first = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
+    const Units<Conv, Slab> units(t, first);
     for (int unit = units.begin; unit < units.end; ++unit) {
-      const int channel = first.group * t.input_channels + unit / units.TAPS * BLOCK_K;
-      const int tap = unit % units.TAPS;
+      const int channel = first.group * t.input_channels + unit / units.taps * BLOCK_K;
+      const int tap = unit % units.taps;
       for (int i = 0; i < planes.slabs; ++i) {
         uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
         unsigned char* const to = slabs + at.index * SLAB_STAGE_BYTES<Slab>;
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
                      first.n);
           }
         } else if constexpr (Slab::MAJOR == Major::MN) {
-          const Tile tile = Tile::of<false>(t, index, i, 0);
+          const Tile tile = Tile::of<false, Conv::PHASES>(t, index, i, 0);
 #pragma unroll
           for (int chunk = 0; chunk < Slab::CHUNKS; ++chunk) {
             // Positions of one line: planes are samples (see ImplicitGemm::samples_are_planes).
@@ -62,8 +62,13 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
             position_of(t, tile, chunk * Slab::CHUNK_ROWS, n, d, h, w);
             tma_load(to + chunk * Slab::CHUNK_ROWS * ROW_BYTES, map, barrier, w, channel, d);
           }
+        } else if constexpr (Conv::PHASES > 1) {
+          const Tile tile = Tile::of<false, Conv::PHASES>(t, index, i, 0);
+          const Phase<Conv> phase(tile.phase);
+          tma_load(to, map, barrier, channel, tile.w + phase.offset_w(tap),
+                   tile.h + phase.offset_h(tap), tile.d + phase.offset_d(tap), tile.n);
         } else {
-          const Tile tile = Tile::of<false>(t, index, i, 0);
+          const Tile tile = Tile::of<false, Conv::PHASES>(t, index, i, 0);
           const int kw = tap % Conv::KERNEL_W, kh = tap / Conv::KERNEL_W % Conv::KERNEL_H;
           const int kd = tap / (Conv::KERNEL_W * Conv::KERNEL_H);
           tma_load(to, map, barrier, channel,
@@ -86,15 +91,17 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
   const Planes<Conv, Slab> planes(t);
   PipelineState at;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Tile tile = Tile::of<Slab::HALO>(t, index, 0, 0);
-    const Units<Conv, Slab> units(t, tile.split);
+    const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
+    const Units<Conv, Slab> units(t, tile);
     const int row = tile.group * t.output_channels + tile.channel;
     for (int unit = units.begin; unit < units.end; ++unit) {
-      const int channel = unit / units.TAPS * BLOCK_K, tap = unit % units.TAPS;
+      const int channel = unit / units.taps * BLOCK_K, tap = unit % units.taps;
       for (int i = 0; i < planes.count * Slab::TAPS; ++i) {
         uint64_t* const barrier = ring.producer_acquire(at, stage_bytes);
         unsigned char* const to = weights + at.index * stage_bytes;
-        const int at_tap = t.first_tap + (tap + i) * t.tap_step;
+        int gathered = tap + i;
+        if constexpr (Conv::PHASES > 1) gathered = Phase<Conv>(tile.phase).tap(tap);
+        const int at_tap = t.first_tap + gathered * t.tap_step;
         if constexpr (Conv::WEIGHTS == Major::K) {
           tma_load(to, map, barrier, channel, row, at_tap);
         } else {
@@ -123,7 +130,7 @@ __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint
   const Planes<Conv, Slab> planes(t);
   PipelineState at;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Units<Conv, Slab> units(t, index % t.splits);
+    const Units<Conv, Slab> units(t, Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0));
     for (int i = 0; i < (units.end - units.begin) * planes.slabs; ++i) {
       ring.consumer_wait(at);
       uint4* const slab = reinterpret_cast<uint4*>(slabs + at.index * SLAB_STAGE_BYTES<Slab>);
@@ -178,10 +185,11 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], Operand weights, O
 
 template <typename T, int LINES, typename Conv, typename Slab>
 __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
-                                        const TensorMap& output_map, SharedStorage& shared,
-                                        Pipeline slab_ring, Pipeline weight_ring,
-                                        unsigned char* slabs, unsigned char* weights,
-                                        int weight_bytes, unsigned char* staged) {
+                                        const OutputMaps<Conv::PHASES>& output_maps,
+                                        SharedStorage& shared, Pipeline slab_ring,
+                                        Pipeline weight_ring, unsigned char* slabs,
+                                        unsigned char* weights, int weight_bytes,
+                                        unsigned char* staged) {
   constexpr int SUMS = 4 * LINES;
   const int consumer = threadIdx.x / WARPGROUP, lane = threadIdx.x % 32;
   const int p = t.position_groups == 2 ? consumer : 0, m = consumer - p;
@@ -200,12 +208,12 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     }
   };
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Tile tile = Tile::of<Slab::HALO>(t, index, p, m);
-    const Units<Conv, Slab> units(t, tile.split);
+    const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, p, m);
+    const Units<Conv, Slab> units(t, tile);
     int previous = -1;  // the weights whose products may still be under way
     int accumulates = 0;
     for (int unit = units.begin; unit < units.end; ++unit) {
-      const int steps = unit / units.TAPS == t.blocks - 1 ? t.last_steps : ROW_BYTES / STEP_BYTES;
+      const int steps = unit / units.taps == t.blocks - 1 ? t.last_steps : ROW_BYTES / STEP_BYTES;
 #pragma unroll 1
       for (int plane = 0; plane < planes.count; ++plane) {
         slab_ring.consumer_wait(slab);
@@ -233,8 +241,15 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) wgmma_settle(sums[i]);
-    if (lane == 0) weight_ring.consumer_release(previous);
+    if (lane == 0 && previous >= 0) weight_ring.consumer_release(previous);
     release_slabs();
+    if constexpr (Conv::PHASES > 1) {
+      // A phase may meet no tap.
+      if (units.begin == units.end) {
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) sums[i] = 0;
+      }
+    }
 
     if (out.epilogue == Epilogue::PARTIAL) {
       store_strided<float, LINES, Conv, Slab>(t, out, tile,
@@ -261,10 +276,12 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
       }
     }
     if (out.epilogue == Epilogue::STRIDED) {
-      store_strided<T, LINES, Conv, Slab>(t, out, tile, static_cast<T*>(out.address), sums);
+      store_strided<T, LINES, Conv, Slab>(t, phase_of<Conv>(out, tile), tile,
+                                          static_cast<T*>(out.address), sums);
     } else if constexpr (sizeof(T) == 2) {
       if (out.epilogue == Epilogue::TMA) {
-        store_by_tma<T, LINES>(t, output_map, tile, staged + consumer * 2 * STORE_BYTES, sums);
+        store_by_tma<T, LINES>(t, output_maps.of[tile.phase], tile,
+                               staged + consumer * 2 * STORE_BYTES, sums);
       } else {
         mbarrier_wait(&shared.staged_empty[consumer], staged_phase);
         staged_phase ^= 1;
@@ -290,8 +307,8 @@ template <typename T, int LINES, typename Conv, typename Slab>
 __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     implicit_gemm_kernel(const __grid_constant__ TensorMap slab_map,
                          const __grid_constant__ TensorMap weight_map,
-                         const __grid_constant__ TensorMap output_map, const Tiling t,
-                         const Output out) {
+                         const __grid_constant__ OutputMaps<Conv::PHASES> output_maps,
+                         const Tiling t, const Output out) {
   if constexpr (HAS_WGMMA) {
     unsigned char* const dynamic = dynamic_shared<unsigned char>();
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
@@ -342,7 +359,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     } else {
       claim_registers<CONSUMER_REGISTERS>();
       const Pipeline ready = {t.rounds ? shared.slab_rounded : shared.slab_full, shared.slab_empty};
-      consume<T, LINES, Conv, Slab>(t, out, output_map, shared, ready, weight_ring, slabs, weights,
+      consume<T, LINES, Conv, Slab>(t, out, output_maps, shared, ready, weight_ring, slabs, weights,
                                     weight_bytes, staged);
     }
   }

@@ -2,6 +2,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_TILES_CUH
 #define CONVGEN_IMPLICIT_GEMM_TILES_CUH
 
+#include "phases.cuh"
 #include "sm90.cuh"
 
 namespace convgen {
@@ -52,12 +53,19 @@ struct Tiling {
   bool rounds;     // whether slabs are rounded to TF32 in shared memory
 };
 
+// Of outputs with their channels side by side: one for each phase.
+template <int PHASES>
+struct OutputMaps {
+  TensorMap of[PHASES];
+};
+
 // Where sums go. Strides are in elements.
 struct Output {
   void* address;
   float* partials;
   const void* bias;
   int64_t stride_n, stride_c, stride_d, stride_h, stride_w, elements;
+  int64_t first;  // element, of a phase
   int width, height, depth, batch;
   int vector;  // elements along W that one access may have: 1, 2, 4 or 8
   Epilogue epilogue;
@@ -176,9 +184,10 @@ struct Pipeline {
 // What a CTA computes next, for the consumer with the `p`-th positions and `m`-th channels.
 struct Tile {
   int split, group, channel;  // the first channel, of the group's
-  int n, d, h, w;             // the first position
+  int phase;                  // see phases.cuh
+  int n, d, h, w;             // the first position, of the phase's
 
-  template <bool HALO>
+  template <bool HALO, int PHASES>
   __device__ __forceinline__ static Tile of(const Tiling& t, int index, int p, int m) {
     Tile tile;
     tile.split = index % t.splits, index /= t.splits;
@@ -186,6 +195,7 @@ struct Tile {
     index /= t.channel_blocks * t.groups;
     tile.group = block / t.channel_blocks;
     tile.channel = (block % t.channel_blocks * (3 - t.position_groups) + m) * BLOCK_M;
+    tile.phase = index % PHASES, index /= PHASES;
     // Halo tiles of both consumers are neighbouring planes, which share slabs.
     if (!HALO) index = index * t.position_groups + p;
     tile.w = index % t.tiles_w * t.extent_w, index /= t.tiles_w;
@@ -201,9 +211,13 @@ struct Tile {
 template <typename Conv, typename Slab>
 struct Units {
   int begin, end;
-  static constexpr int TAPS = Slab::HALO ? 1 : Conv::KERNEL_D * Conv::KERNEL_H * Conv::KERNEL_W;
-  __device__ __forceinline__ Units(const Tiling& t, int split)
-      : begin(t.blocks * TAPS * split / t.splits), end(t.blocks * TAPS * (split + 1) / t.splits) {}
+  int taps;  // of a K block
+  __device__ __forceinline__ Units(const Tiling& t, const Tile& tile) {
+    taps = Slab::HALO ? 1 : Conv::TAPS;
+    if constexpr (Conv::PHASES > 1) taps = Phase<Conv>(tile.phase).taps();
+    begin = t.blocks * taps * tile.split / t.splits;
+    end = t.blocks * taps * (tile.split + 1) / t.splits;
+  }
 };
 
 // Which slabs of a unit a consumer multiplies: those from `p * fold` on, one for each tap along D.

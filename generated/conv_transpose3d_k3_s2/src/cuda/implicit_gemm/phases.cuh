@@ -1,0 +1,80 @@
+// Phases of a strided dgrad: outputs o = STRIDE * j + phase of each axis meet the same taps t,
+// those with o + PADDING - t * DILATION a multiple of STRIDE, at the inputs
+//
+//   i = (o + PADDING - t * DILATION) / STRIDE = j + offset - m * STEP    for the m-th of them
+//
+// so that each phase is a gather of stride 1. All of them are tiles of one launch.
+#ifndef CONVGEN_IMPLICIT_GEMM_PHASES_CUH
+#define CONVGEN_IMPLICIT_GEMM_PHASES_CUH
+
+#include "sm90.cuh"
+
+namespace convgen {
+
+constexpr int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divisor(b, a % b); }
+
+// The taps of one axis' phase.
+template <int KERNEL, int STRIDE, int DILATION, int PADDING>
+struct AxisPhase {
+  static constexpr int NEXT_TAP = STRIDE / greatest_divisor(STRIDE, DILATION);
+  static constexpr int STEP = NEXT_TAP * DILATION / STRIDE;  // of inputs, from tap to tap
+  int count, first_tap, offset;
+
+  __host__ __device__ __forceinline__ explicit AxisPhase(int phase)
+      : count(0), first_tap(0), offset(0) {
+#pragma unroll
+    for (int tap = KERNEL - 1; tap >= 0; --tap) {
+      const int distance = phase + PADDING - tap * DILATION;
+      if (distance % STRIDE != 0) continue;
+      ++count, first_tap = tap, offset = distance / STRIDE;
+    }
+  }
+};
+
+// The taps of a phase, innermost axis fastest.
+template <typename Conv>
+struct Phase {
+  int index_d, index_h, index_w;  // of each axis' phases
+  AxisPhase<Conv::KERNEL_D, Conv::STRIDE_D, Conv::DILATION_D, Conv::PADDING_D> d;
+  AxisPhase<Conv::KERNEL_H, Conv::STRIDE_H, Conv::DILATION_H, Conv::PADDING_H> h;
+  AxisPhase<Conv::KERNEL_W, Conv::STRIDE_W, Conv::DILATION_W, Conv::PADDING_W> w;
+
+  __host__ __device__ __forceinline__ explicit Phase(int index)
+      : index_d(index / (Conv::STRIDE_H * Conv::STRIDE_W)),
+        index_h(index / Conv::STRIDE_W % Conv::STRIDE_H),
+        index_w(index % Conv::STRIDE_W),
+        d(index_d),
+        h(index_h),
+        w(index_w) {}
+
+  __host__ __device__ __forceinline__ int taps() const { return d.count * h.count * w.count; }
+  // Which tap of the kernel, in reverse, the m-th is: as gathers count them.
+  __device__ __forceinline__ int tap(int m) const {
+    const int kw = w.first_tap + m % w.count * w.NEXT_TAP;
+    const int kh = h.first_tap + m / w.count % h.count * h.NEXT_TAP;
+    const int kd = d.first_tap + m / (w.count * h.count) * d.NEXT_TAP;
+    return Conv::TAPS - 1 - ((kd * Conv::KERNEL_H + kh) * Conv::KERNEL_W + kw);
+  }
+  // Where the m-th tap's inputs begin for outputs that begin at j = 0.
+  __device__ __forceinline__ int offset_d(int m) const {
+    return d.offset - m / (w.count * h.count) * d.STEP;
+  }
+  __device__ __forceinline__ int offset_h(int m) const {
+    return h.offset - m / w.count % h.count * h.STEP;
+  }
+  __device__ __forceinline__ int offset_w(int m) const { return w.offset - m % w.count * w.STEP; }
+};
+
+// Along D, H and W, from one output of a tile to the next: of inputs, and of outputs.
+template <typename Conv>
+struct Steps {
+  static constexpr bool PHASED = Conv::PHASES > 1;
+  static constexpr int INPUT[3] = {PHASED ? 1 : Conv::STRIDE_D, PHASED ? 1 : Conv::STRIDE_H,
+                                   PHASED ? 1 : Conv::STRIDE_W};
+  static constexpr int OUTPUT[3] = {PHASED ? Conv::STRIDE_D : 1, PHASED ? Conv::STRIDE_H : 1,
+                                    PHASED ? Conv::STRIDE_W : 1};
+};
+
+}  // namespace convgen
+
+#endif  // CONVGEN_IMPLICIT_GEMM_PHASES_CUH
