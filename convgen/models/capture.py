@@ -132,7 +132,9 @@ def run(model: nn.Module, found: Sequence[Found], inputs: Any) -> Captured:
                 recorder = _RECORDERS[torch_class]
                 each.layer.__class__ = classes.derived(type(each.layer), recorder)
                 each.layer.__dict__["_convgen_calls"] = calls.setdefault(each.name, {})
-            output = call(model, inputs)
+            # What is compiled of the network runs as it was written, so that calls are seen.
+            with torch.compiler.set_stance("force_eager"):
+                output = call(model, inputs)
         finally:
             for layer, layer_class in held:
                 layer.__class__ = layer_class

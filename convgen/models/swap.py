@@ -40,7 +40,9 @@ def swap(
     of tuned schedules (see ``CONVGEN_TUNED``) and taken from there the next time. Without example
     inputs a rule decides: :func:`convgen.models.choices.rule`.
 
-    Swap once the weights are on their device, before ``torch.compile``, DDP or ``fully_shard``.
+    Swap once the weights are on their device. What ``torch.compile`` has compiled of the network is
+    compiled anew. Processes of one job that measure for themselves may decide differently where
+    times are close; after ``convgen swap``, or a run of one of them, all find the same times.
 
     Args:
         model: any module, a single layer too.

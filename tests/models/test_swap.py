@@ -20,6 +20,7 @@ from whole_networks import INPUTS, UP3D, Causal, Volumes, Waves, made, results
 
 import convgen
 from convgen.models import classes, layers
+from convgen.models.beside import Times
 from convgen.models.classes import Swapped, SwapWarning
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -33,6 +34,13 @@ def _all(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     for op in ("conv_transpose3d", "conv3d", "conv_transpose1d", "conv1d"):
         package(op, **LAYERS[op])
     monkeypatch.setattr("convgen.models.choices.rule", lambda *_: (True, "for the test"))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With example inputs, convgen is always the faster one."""
+    times = Times((2.0, 2.0), (1.0, 1.0), True)
+    monkeypatch.setattr("convgen.models.beside.measure", lambda *_: times)
 
 
 def swap(model: nn.Module, **options: Any) -> convgen.SwapReport:
@@ -198,6 +206,32 @@ class TestOthersTakeIt:
         torch.testing.assert_close(program.module()(x), expected["output"])
         calls = [str(n.target) for n in program.graph.nodes if "convgen" in str(n.target)]
         assert len(calls) == len(taken(model))
+
+    @pytest.mark.usefixtures("measured")
+    def test_what_was_compiled_before_is_compiled_anew(self) -> None:
+        calls: list[str] = []
+
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            calls.extend(str(node.target) for node in graph.graph.nodes)
+            return graph.forward
+
+        model, x = made(Waves)
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        compiled(x)
+        assert not any("convgen" in call for call in calls)
+        report = swap(compiled, example_inputs=x)
+        assert "_orig_mod.ups.0" in report.swapped
+        torch.testing.assert_close(compiled(x), expected)
+        assert sum("convgen" in call for call in calls) == 4
+
+    @pytest.mark.usefixtures("measured")
+    def test_a_network_swapped_for_inference_can_be_trained(self) -> None:
+        model, x = made(Volumes)
+        with torch.inference_mode():
+            swap(model, example_inputs=x)
+        model(x).sum().backward()
+        assert model.up.weight.grad is not None
 
     LOAD = """
 import sys, torch
