@@ -137,6 +137,7 @@ __device__ __forceinline__ void consume_tap_wgrad(const TapWgradTiling& t, Pipel
                                                   const unsigned char* stages, float* partials) {
   constexpr int SUMS = COLUMNS / 2;
   constexpr int NEXT = MAJOR == Major::K ? STEP_BYTES : 16 * ROW_BYTES;
+  constexpr int CHUNK_PITCH = MAJOR == Major::K ? 0 : CHUNK_ROWS;
   const int consumer = threadIdx.x / WARPGROUP, lane = threadIdx.x % 32;
   PipelineState at;
   float sums[SUMS];
@@ -150,8 +151,8 @@ __device__ __forceinline__ void consume_tap_wgrad(const TapWgradTiling& t, Pipel
     for (; unit < pair_end; ++unit) {
       ring.consumer_wait(at);
       const unsigned char* const stage = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
-      const Operand coarse(stage + consumer * CHUNK_BYTES, 8, ROW_BYTES, CHUNK_ROWS);
-      const Operand fine(stage + TAP_ROWS * ROW_BYTES, 8, ROW_BYTES, CHUNK_ROWS);
+      const Operand coarse(stage + consumer * CHUNK_BYTES, 8, ROW_BYTES, CHUNK_PITCH);
+      const Operand fine(stage + TAP_ROWS * ROW_BYTES, 8, ROW_BYTES, CHUNK_PITCH);
       wgmma_begin();
 #pragma unroll
       for (int k = 0; k < ROW_BYTES / STEP_BYTES; ++k) {
