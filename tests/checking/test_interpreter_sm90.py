@@ -184,22 +184,23 @@ class RowsOfK:
         return 2 * int(self.symbol.split("_")[-1])
 
     @property
-    def both(self) -> bool:
-        return "both" in self.symbol
+    def of_k(self) -> tuple[bool, bool]:
+        """Whether the rows of either operand are those of K."""
+        return "other" not in self.symbol, "one" not in self.symbol
 
     @property
     def rows(self) -> tuple[int, int]:
         """Of either operand, as it lies."""
         chunk = self.row_bytes // 2
-        a = 32 * (64 // chunk)
-        if not self.both:
+        a = 32 * (64 // chunk) if self.of_k[0] else 64
+        if not self.of_k[1]:
             return a, (self.columns // 8 - 1) * self.pitch + 8
         return a, 3 * self.pitch + 8 + (self.columns // chunk - 1) * self.chunk_pitch
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Small integers: exact."""
         generator = torch.Generator().manual_seed(0)
-        widths = self.row_bytes // 2, self.row_bytes // 2 if self.both else 64
+        widths = (self.row_bytes // 2 if rows else 64 for rows in self.of_k)
         a, b = (
             torch.randint(-8, 9, (rows, width), generator=generator).to(torch.bfloat16)
             for rows, width in zip(self.rows, widths, strict=True)
@@ -210,8 +211,8 @@ class RowsOfK:
         a, b = (x.double().numpy() for x in self.operands())
         k, chunk = np.arange(32)[:, None], self.row_bytes // 2
         m, n = np.arange(64), np.arange(self.columns)
-        x = a[k + m // chunk * 32, m % chunk]
-        if self.both:
+        x = a[k + m // chunk * 32, m % chunk] if self.of_k[0] else a[m, k]
+        if self.of_k[1]:
             y = b[k // 8 * self.pitch + k % 8 + n // chunk * self.chunk_pitch, n % chunk]
         else:
             y = b[n // 8 * self.pitch + n % 8, k]
@@ -225,6 +226,9 @@ ROWS_OF_K = [
     # Chunks of columns one and two rows apart, as taps of a convolution are.
     RowsOfK("rows_of_k_both_96", 128, 10, 1),
     RowsOfK("rows_of_k_both_48", 64, 12, 2),
+    # And whole chunks of 64 rows of K, as a contiguous tensor's channels are.
+    RowsOfK("rows_of_k_other_64", 128, 8, 64),
+    RowsOfK("rows_of_k_both_96", 128, 8, 64),
 ]
 
 

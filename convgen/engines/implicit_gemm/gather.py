@@ -132,6 +132,7 @@ def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> f
     outputs = call.channels(problem.output) // g.groups
     inputs = call.channels(problem.input) // g.groups
     positions = 8 * lines
+    gathered = -(-g.taps // phases(problem))  # taps of an output
     if h == 1 or not halo:
         tiles = -(-d * h * w * call.batch // positions)
     else:
@@ -139,15 +140,15 @@ def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> f
     # Products of 32 bytes of K, and K blocks.
     steps = -(-inputs * problem.element_bytes // STEP_BYTES)
     blocks = -(-inputs * problem.element_bytes // ROW_BYTES)
-    units = blocks if halo else blocks * g.taps
+    units = blocks if halo else blocks * gathered
     slab_bytes = positions * ROW_BYTES * (1.3 if halo else 1)
     best = math.inf
     for consumers_of_positions in (1, 2):
         width = BLOCK_M * (CONSUMERS // consumers_of_positions)
         ctas = -(-tiles // consumers_of_positions) * -(-outputs // width) * g.groups
-        products = g.taps * steps * CONSUMERS * 4 * lines
+        products = gathered * steps * CONSUMERS * 4 * lines
         planes = (g.kernel[0] + consumers_of_positions - 1) if halo else consumers_of_positions
-        taps = g.taps if halo else 1
+        taps = gathered if halo else 1
         loads = units * (planes * slab_bytes + taps * width * ROW_BYTES) / LEVEL2_BYTES_PER_CLOCK
         for splits in range(1, min(units, MAX_SPLITS) + 1):
             if splits > 1 and ctas * splits > 2 * gpu.multiprocessors:

@@ -165,7 +165,7 @@ __global__ void rows_kernel(const uint4* a, const uint4* b, float* d, int rows, 
 // d[64][2 SUMS] = 32 rows of K of a times as many of b (or, K-major, 64 bytes of K of b's rows).
 // Either's groups of eight rows of K begin every `pitch` rows, and 64 (32) of its matrix's rows
 // further a chunk further.
-template <Major B, int SUMS>
+template <Major A, Major B, int SUMS>
 __global__ void rows_of_k_kernel(const uint4* a, const uint4* b, float* d, int row_bytes,
                                  int a_rows, int b_rows, int pitch, int chunk_pitch) {
   unsigned char* const at = rows_from(0);
@@ -174,15 +174,14 @@ __global__ void rows_of_k_kernel(const uint4* a, const uint4* b, float* d, int r
   place_rows(columns, b, b_rows, B == Major::MN ? row_bytes : 128);
   bulk_fence();
   __syncthreads();
-  const Operand x(at, 8, row_bytes, 32);
+  const Operand x = A == Major::MN ? Operand(at, 8, row_bytes, 32) : Operand(at, 8);
   const Operand y = B == Major::MN ? Operand(columns, pitch, row_bytes, chunk_pitch)
                                    : Operand(columns, pitch);
   float sums[SUMS];
   wgmma_begin();
   for (int k = 0; k < 2; ++k) {
-    wgmma<bfloat16, Major::MN, B>(sums, x.moved(k * 16 * row_bytes),
-                                  y.moved(B == Major::MN ? k * 2 * pitch * row_bytes : 32 * k),
-                                  k > 0);
+    wgmma<bfloat16, A, B>(sums, x.moved(A == Major::MN ? k * 16 * row_bytes : 32 * k),
+                          y.moved(B == Major::MN ? k * 2 * pitch * row_bytes : 32 * k), k > 0);
   }
   wgmma_commit();
   wgmma_wait<0>();
@@ -250,14 +249,15 @@ ROWS(float, 96)
 ROWS(half, 128)
 ROWS(float, 32)
 
-#define ROWS_OF_K(NAME, B, SUMS)                                                               \
+#define ROWS_OF_K(NAME, A, B, SUMS)                                                            \
   CONVGEN_EXPORT int rows_of_k_##NAME(const uint4* a, const uint4* b, float* d, int row_bytes, \
                                       int a_rows, int b_rows, int pitch, int chunk_pitch) {    \
-    return launch<rows_of_k_kernel<B, SUMS>>(1, THREADS, SHARED_BYTES, 0, nullptr, a, b, d,    \
+    return launch<rows_of_k_kernel<A, B, SUMS>>(1, THREADS, SHARED_BYTES, 0, nullptr, a, b, d, \
                                              row_bytes, a_rows, b_rows, pitch, chunk_pitch);   \
   }
-ROWS_OF_K(one_16, Major::K, 16)
-ROWS_OF_K(both_48, Major::MN, 48)
-ROWS_OF_K(both_96, Major::MN, 96)
+ROWS_OF_K(one_16, Major::MN, Major::K, 16)
+ROWS_OF_K(both_48, Major::MN, Major::MN, 48)
+ROWS_OF_K(both_96, Major::MN, Major::MN, 96)
+ROWS_OF_K(other_64, Major::K, Major::MN, 64)
 
 CONVGEN_EXPORT const char* convgen_error_string(int code) { return error_name(code); }
