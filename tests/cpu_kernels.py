@@ -6,7 +6,7 @@ import ctypes
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class ConvgenCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("coarse_channels", "fine_channels")),
         ("coarse_extent", ctypes.c_int64 * 3),
         ("fine_extent", ctypes.c_int64 * 3),
+        ("channels_last", ctypes.c_int64),
     ]
 
 
@@ -73,12 +74,29 @@ def compile_library(
     return library
 
 
+def lies_last(tensor: torch.Tensor | None) -> bool:
+    """Whether a tensor has its channels side by side, and is not contiguous."""
+    if tensor is None or tensor.dim() < 3 or tensor.is_contiguous():
+        return False
+    return tensor.movedim(1, -1).is_contiguous()
+
+
+def as_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with channels side by side."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.movedim(1, -1) if lies_last(tensor) else tensor).view(torch.uint8)
+
+
 @dataclass
 class Guarded:
-    """A tensor of NaN between guard bands that nothing may touch."""
+    """A tensor of NaN between guard bands that nothing may touch; ``last``: channels_last."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    last: bool = False
     whole: torch.Tensor = field(init=False)
     inner: torch.Tensor = field(init=False)
 
@@ -87,7 +105,12 @@ class Guarded:
         self.whole = torch.full((count + 2 * GUARD,), float("nan"), dtype=self.dtype)
         self.whole[:GUARD] = 7
         self.whole[GUARD + count :] = 7
-        self.inner = self.whole[GUARD : GUARD + count].view(self.shape)
+        inner = self.whole[GUARD : GUARD + count]
+        if self.last:
+            first, channels, *extents = self.shape
+            self.inner = inner.view(first, *extents, channels).movedim(-1, 1)
+        else:
+            self.inner = inner.view(self.shape)
 
     def take(self) -> torch.Tensor:
         """The values, after checking the guards."""
@@ -128,6 +151,7 @@ class Library:
         call = ConvgenCall(
             pointer(coarse), pointer(fine), pointer(weight), pointer(bias), None, None, threads,
             coarse.shape[0], *channels, extents(coarse), extents(fine),
+            lies_last(coarse) + 2 * lies_last(fine) + 4 * lies_last(weight),
         )  # fmt: skip
         size = self.functions[f"convgen_{contraction}_{dtype}_workspace"]
         size.restype = ctypes.c_int64
@@ -143,7 +167,7 @@ class Library:
         code = self.functions[f"convgen_{contraction}_{dtype}"](ctypes.byref(call))
         assert bool((workspace[start + bytes_needed :] == 255).all()), "wrote beyond the workspace"
         for tensor, copy in zip(inputs, before, strict=True):
-            same = torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8))
+            same = torch.equal(as_bytes(tensor), as_bytes(copy))
             assert same, "an input was modified"
         return code
 
@@ -225,17 +249,31 @@ def make_tensors(
 
 
 def compute(
-    library: Library, tensors: Tensors, dtype: str, threads: int = 2, bias: bool = True
+    library: Library,
+    tensors: Tensors,
+    dtype: str,
+    threads: int = 2,
+    bias: bool = True,
+    last: str = "",
 ) -> dict[str, torch.Tensor]:
-    """Forward and all gradients by the library, into poisoned and guarded outputs."""
-    t, spec = tensors, tensors.spec
+    """Forward and all gradients by the library, into poisoned and guarded outputs.
+
+    ``last`` names what has its channels side by side: x (and its gradient), w, y (and grad).
+    """
+    spec = tensors.spec
+    t = replace(
+        tensors,
+        x=as_last(tensors.x) if "x" in last else tensors.x,
+        weight=as_last(tensors.weight) if "w" in last else tensors.weight,
+        grad=as_last(tensors.grad) if "y" in last else tensors.grad,
+    )
     outputs = {
-        "y": Guarded(tuple(t.grad.shape), TORCH[dtype]),
-        "gx": Guarded(tuple(t.x.shape), TORCH[dtype]),
-        "gw": Guarded(tuple(t.weight.shape), TORCH[dtype]),
+        "y": Guarded(tuple(t.grad.shape), TORCH[dtype], "y" in last),
+        "gx": Guarded(tuple(t.x.shape), TORCH[dtype], "x" in last),
+        "gw": Guarded(tuple(t.weight.shape), TORCH[dtype], "w" in last),
         "gb": Guarded(tuple(t.bias.shape), TORCH[dtype]),
         # Both at once.
-        "gw of wbgrad": Guarded(tuple(t.weight.shape), TORCH[dtype]),
+        "gw of wbgrad": Guarded(tuple(t.weight.shape), TORCH[dtype], "w" in last),
         "gb of wbgrad": Guarded(tuple(t.bias.shape), TORCH[dtype]),
     }
     y, gx, gw, gb, gw2, gb2 = (output.inner for output in outputs.values())

@@ -65,6 +65,14 @@ PROBLEMS = [
     # Pointwise; many channels; more fine channels than one block of columns.
     problem(C2, (37, 20), (2, 5, 7), kernel_size=1, dtypes=("f32", "f64")),
     problem(C2, (70, 20), (1, 4, 4), (2, 8, 8), kernel_size=3, padding=1),
+    # Output channels in the lanes: phases with and without taps, ragged lanes, groups, chains of
+    # parts of the channels, positions of several blocks.
+    problem(C2, (24, 26), (2, 9, 7), kernel_size=3, stride=2, padding=1, dilation=2,
+            dtypes=("f32", "bf16")),
+    problem(T2, (16, 24), (2, 5, 6), kernel_size=2, stride=(3, 2), padding=1),
+    problem(T3, (17, 15), (1, 3, 4, 5), kernel_size=3, stride=2, padding=1, long=True),
+    problem(C2, (34, 46), (2, 6, 7), (1, 13, 40), kernel_size=3, padding=1, groups=2),
+    problem(C1, (300, 40), (3, 90), kernel_size=5, padding=4, dilation=2, dtypes=("f32", "f64")),
     # Too many taps to unroll: along w only, or not at all; longest unrolled kernel.
     problem(C3, (2, 3), (1, 7, 6, 8), kernel_size=5, padding=2, stride=2),
     problem(T2, (3, 2), (2, 3, 4), kernel_size=(9, 8), stride=(4, 3), padding=2),
@@ -116,7 +124,8 @@ def test_values_and_gradients_match_float64(
     for dtype in case.dtypes:
         for shape in case.shapes:
             tensors = make_tensors(case.spec, case.channels, shape, dtype)
-            check(compute(library(case), tensors, dtype), tensors, dtype)
+            for last in ("", "xwy", "x"):
+                check(compute(library(case), tensors, dtype, last=last), tensors, dtype)
 
 
 MAIN = PROBLEMS[0].values[0]
@@ -128,11 +137,12 @@ def test_bits_do_not_depend_on_threads_or_on_the_run(
     case: Problem, library: Callable[[Problem], Library]
 ) -> None:
     tensors = make_tensors(case.spec, case.channels, case.shapes[-1], "f32")
-    first = compute(library(case), tensors, "f32", threads=1)
-    for threads in (1, 2, 3, 5):
-        again = compute(library(case), tensors, "f32", threads=threads)
-        for name, value in first.items():
-            assert torch.equal(value, again[name]), f"{name} differs with {threads} threads"
+    for last in ("", "xwy"):
+        first = compute(library(case), tensors, "f32", threads=1, last=last)
+        for threads in (1, 2, 3, 5):
+            again = compute(library(case), tensors, "f32", threads=threads, last=last)
+            for name, value in first.items():
+                assert torch.equal(value, again[name]), f"{name} differs with {threads} threads"
 
 
 def test_without_bias_empty_phases_are_zero(library: Callable[[Problem], Library]) -> None:
