@@ -22,6 +22,7 @@ from ._layouts import (
     arranged,
     as_first,
     as_last,
+    last_strides,
     layout_of,
     lies_last,
     new_result,
@@ -165,10 +166,6 @@ _plans: dict[tuple[Any, ...], _Plan] = {}
 
 def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
     lie_first = fine.is_contiguous() and weight.is_contiguous()
-    if not lie_first and fine.is_cpu and not INTERPRETED:
-        # The CPU's kernels take contiguous tensors alone.
-        result = fprop_kernel(fine.contiguous(), weight.contiguous(), bias, size)
-        return as_last(result) if lies_last(fine) or lies_last(weight) else result
     layout = 0 if lie_first else layout_of(fine, weight, (FINE, WEIGHT, COARSE))
     key = _key("fprop", fine, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
@@ -179,7 +176,10 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
     shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(fprop_kernel(as_first(fine), as_first(weight), bias, size))
-    coarse = new_result(shape, fine, weight) if layout else new_tensor(fine, shape, strides)
+    if layout and not strides:
+        coarse = new_result(shape, fine, weight)
+    else:
+        coarse = new_tensor(fine, shape, strides)
     if launch is None:
         return _bias_alone(coarse, bias)
     if not lie_first:
@@ -194,10 +194,6 @@ def dgrad_kernel(
     coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> Tensor:
     lie_first = coarse.is_contiguous() and weight.is_contiguous()
-    if not lie_first and coarse.is_cpu and not INTERPRETED:
-        # The CPU's kernels take contiguous tensors alone.
-        result = dgrad_kernel(coarse.contiguous(), weight.contiguous(), bias, size)
-        return as_last(result) if lies_last(coarse) or lies_last(weight) else result
     layout = 0 if lie_first else layout_of(coarse, weight, (COARSE, WEIGHT, FINE))
     key = _key("dgrad", coarse, weight, bias, size, layout)
     if (plan := _plans.get(key)) is None:
@@ -208,7 +204,10 @@ def dgrad_kernel(
     shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(dgrad_kernel(as_first(coarse), as_first(weight), bias, size))
-    fine = new_result(shape, coarse, weight) if layout else new_tensor(coarse, shape, strides)
+    if layout and not strides:
+        fine = new_result(shape, coarse, weight)
+    else:
+        fine = new_tensor(coarse, shape, strides)
     if launch is None:
         return _bias_alone(fine, bias)
     if not lie_first:
@@ -221,10 +220,6 @@ def dgrad_kernel(
 
 def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
     lie_first = coarse.is_contiguous() and fine.is_contiguous()
-    if not lie_first and coarse.is_cpu and not INTERPRETED:
-        # The CPU's kernels take contiguous tensors alone.
-        result = wgrad_kernel(coarse.contiguous(), fine.contiguous())
-        return as_last(result) if lies_last(coarse) or lies_last(fine) else result
     layout = 0 if lie_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
     key = _key("wgrad", coarse, fine, None, (), layout)
     if (plan := _plans.get(key)) is None:
@@ -235,7 +230,10 @@ def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
     shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(wgrad_kernel(as_first(coarse), as_first(fine)))
-    weight = new_result(shape, coarse, fine) if layout else new_tensor(coarse, shape, strides)
+    if layout and not strides:
+        weight = new_result(shape, coarse, fine)
+    else:
+        weight = new_tensor(coarse, shape, strides)
     if launch is None:
         return weight.zero_()
     if not lie_first:
@@ -247,8 +245,7 @@ def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
 def bgrad_kernel(grad: Tensor) -> Tensor:
     layout = 0
     if not grad.is_contiguous():
-        # The CPU's kernel takes contiguous tensors alone.
-        if lies_last(grad) and (INTERPRETED or grad.device.type != "cpu"):
+        if lies_last(grad):
             layout = COARSE
         else:
             grad = grad.contiguous()
@@ -269,21 +266,21 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
 def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     if not coarse.is_cpu or INTERPRETED:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
-    if not (coarse.is_contiguous() and fine.is_contiguous()):
-        last = lies_last(coarse) or lies_last(fine)
-        weight, bias = wbgrad_kernel(coarse.contiguous(), fine.contiguous())
-        return as_last(weight) if last else weight, bias
-    key = _key("wbgrad", coarse, fine)
+    lie_first = coarse.is_contiguous() and fine.is_contiguous()
+    layout = 0 if lie_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
+    key = _key("wbgrad", coarse, fine, None, (), layout)
     if (plan := _plans.get(key)) is None:
         if other := _elsewhere(coarse, fine):
             return other.wbgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
-        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
     shape, strides, launch = plan
     weight = new_tensor(coarse, shape, strides)
-    bias = new_tensor(coarse, (fine.shape[1],), strides[-1:])
+    bias = new_tensor(coarse, (fine.shape[1],), (1,) if strides else ())
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
+    if not lie_first:
+        coarse, fine = arranged(coarse), arranged(fine)
     launch.run(coarse, fine, weight, bias)
     return weight, bias
 
@@ -338,8 +335,11 @@ def _remember(
         launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1], layout)
     if len(_plans) >= 4096:  # extents that never repeat must not fill the memory
         _plans.clear()
-    on_cpu = launch is not None and launch.gpu is None
-    strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape))) if on_cpu else ()
+    strides: tuple[int, ...] = ()
+    if launch is not None and launch.gpu is None:  # on the CPU
+        strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        if layout and len(shape) == 5:
+            strides = last_strides(shape)
     plan = _plans[key] = (shape, strides, launch)
     return plan
 

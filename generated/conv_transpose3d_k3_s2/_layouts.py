@@ -28,11 +28,11 @@ def lies_last(tensor: Tensor) -> bool:
 def new_result(shape: Sequence[int], first: Tensor, second: Tensor) -> Tensor:
     """Memory for the result of two operands."""
     if lies_last(first) or lies_last(second):
-        return first.new_empty_strided(size=shape, stride=_last_strides(shape))
+        return first.new_empty_strided(size=shape, stride=last_strides(shape))
     return first.new_empty(size=shape)
 
 
-def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+def last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a tensor whose channels lie side by side."""
     _, channels, depth, height, width = shape
     line = width * channels
@@ -63,7 +63,7 @@ def as_first(tensor: Tensor) -> Tensor:
 def as_last(result: Tensor) -> Tensor:
     """The result of such a kernel, as torch's would lie."""
     if result.device.type == "cuda" and result.numel():
-        last = result.new_empty_strided(size=result.shape, stride=_last_strides(result.shape))
+        last = result.new_empty_strided(size=result.shape, stride=last_strides(result.shape))
         positions = prod(result.shape[2:])
         return transpose(result, last, result.shape[0], result.shape[1], positions)
     return result.contiguous(memory_format=CHANNELS_LAST)

@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_653681e3"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_52277a2d"
 NAMESPACE += VARIANT
 
 

@@ -105,14 +105,16 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def new_tensor(like: Tensor, shape: Sequence[int], strides: tuple[int, ...]) -> Tensor:
-    """Memory for a contiguous result: on the CPU, and with elements, if `strides` are given.
+    """Memory for a result: on the CPU, and with elements, if `strides` are given; else contiguous.
 
     Those torch makes in half the time of new_empty, as for the code that Inductor writes, but
     without filling them where torch is asked to fill new memory.
     """
-    if strides and not _get_deterministic_algorithms():
-        return _empty_strided_cpu(shape, strides, like.dtype)  # type: ignore[no-any-return]
-    return like.new_empty(size=shape)
+    if not strides:
+        return like.new_empty(size=shape)
+    if _get_deterministic_algorithms():
+        return like.new_empty_strided(size=shape, stride=strides)
+    return _empty_strided_cpu(shape, strides, like.dtype)  # type: ignore[no-any-return]
 
 
 _KEPT_BYTES = 1 << 20
@@ -164,7 +166,7 @@ class Launch:
             RuntimeError: where CUDA or the kernel refuses the call.
         """
         # The copy engine begins at multiples of 16 bytes; results do.
-        if self.takes_layouts and any(
+        if self.takes_layouts and (self.gpu is not None or INTERPRETED) and any(
             each is not None and each.data_ptr() & 15 for each in (coarse, fine, weight)
         ):
             self.run(*map(_aligned, (coarse, fine, weight)), bias)
@@ -253,6 +255,8 @@ def prepare(
         return Launch(function, numbers, workspace_bytes, library, gpu, kept, fallback)
 
     plain = launch(BACKENDS[device.type][dtype])
+    if gpu is None and not INTERPRETED:
+        return replace(plain, takes_layouts=True)
     channels = (coarse_shape[1], fine_shape[1])
     padded = [-(-count // 8) * 8 for count in channels]
     suits = 8 * channels[0] * channels[1] >= padded[0] * padded[1]

@@ -7,6 +7,8 @@
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
 // as products and sums).
 
+#include "brgemm_gather.h"
+#include "contiguous.h"
 #include "gather.h"
 
 // The specification, in three dimensions (D, H, W); o = i * STRIDE - PADDING + t * DILATION.
@@ -183,9 +185,10 @@ struct Problem {
   }
 };
 
-Gather<Problem> plan(const ConvgenCall& call) {
-  return Gather<Problem>(call, call.coarse_extent, call.fine_extent, call.coarse_channels,
-                         call.fine_channels);
+template <class Kernel>
+Kernel plan(const ConvgenCall& call) {
+  return Kernel(call, call.coarse_extent, call.fine_extent, call.coarse_channels,
+                call.fine_channels);
 }
 
 bool channels_valid(const ConvgenCall& call) {
@@ -196,11 +199,21 @@ bool channels_valid(const ConvgenCall& call) {
 }  // namespace
 
 CONVGEN_EXPORT int64_t convgen_dgrad_f64_workspace(const ConvgenCall* call) {
-  return channels_valid(*call) ? plan(*call).workspace_bytes() : 0;
+  if (!channels_valid(*call)) return 0;
+  const auto brgemm = plan<BrgemmGather<Problem>>(*call);
+  if (brgemm.suits()) return brgemm.workspace_bytes();
+  const ContiguousCall<Problem> as(*call, CONVGEN_FINE);
+  return as.workspace_bytes(plan<Gather<Problem>>(as.contiguous()).workspace_bytes());
 }
 
 CONVGEN_EXPORT int convgen_dgrad_f64(const ConvgenCall* call) {
   if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
-  plan(*call).run(*call, call->coarse, call->fine);
+  const auto brgemm = plan<BrgemmGather<Problem>>(*call);
+  if (brgemm.suits())
+    brgemm.run(*call, call->coarse, call->fine);
+  else
+    ContiguousCall<Problem>(*call, CONVGEN_FINE).run([](const ConvgenCall& as) {
+      plan<Gather<Problem>>(as).run(as, as.coarse, as.fine);
+    });
   return CONVGEN_OK;
 }

@@ -7,6 +7,8 @@
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
 // as products and sums).
 
+#include "brgemm_gather.h"
+#include "contiguous.h"
 #include "gather.h"
 
 // The specification, in three dimensions (D, H, W); o = i * STRIDE - PADDING + t * DILATION.
@@ -103,9 +105,10 @@ struct Problem {
   }
 };
 
-Gather<Problem> plan(const ConvgenCall& call) {
-  return Gather<Problem>(call, call.fine_extent, call.coarse_extent, call.fine_channels,
-                         call.coarse_channels);
+template <class Kernel>
+Kernel plan(const ConvgenCall& call) {
+  return Kernel(call, call.fine_extent, call.coarse_extent, call.fine_channels,
+                call.coarse_channels);
 }
 
 bool channels_valid(const ConvgenCall& call) {
@@ -116,11 +119,21 @@ bool channels_valid(const ConvgenCall& call) {
 }  // namespace
 
 CONVGEN_EXPORT int64_t convgen_fprop_f32_workspace(const ConvgenCall* call) {
-  return channels_valid(*call) ? plan(*call).workspace_bytes() : 0;
+  if (!channels_valid(*call)) return 0;
+  const auto brgemm = plan<BrgemmGather<Problem>>(*call);
+  if (brgemm.suits()) return brgemm.workspace_bytes();
+  const ContiguousCall<Problem> as(*call, CONVGEN_COARSE);
+  return as.workspace_bytes(plan<Gather<Problem>>(as.contiguous()).workspace_bytes());
 }
 
 CONVGEN_EXPORT int convgen_fprop_f32(const ConvgenCall* call) {
   if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
-  plan(*call).run(*call, call->fine, call->coarse);
+  const auto brgemm = plan<BrgemmGather<Problem>>(*call);
+  if (brgemm.suits())
+    brgemm.run(*call, call->fine, call->coarse);
+  else
+    ContiguousCall<Problem>(*call, CONVGEN_COARSE).run([](const ConvgenCall& as) {
+      plan<Gather<Problem>>(as).run(as, as.fine, as.coarse);
+    });
   return CONVGEN_OK;
 }

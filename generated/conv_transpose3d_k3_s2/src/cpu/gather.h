@@ -26,6 +26,7 @@
 #pragma once
 
 #include "chains.h"
+#include "phases.h"
 #include "runtime.h"
 #include "scratch.h"
 
@@ -70,7 +71,7 @@ CONVGEN_INLINE void interleave(Storage* __restrict out, const Real* __restrict s
 }
 
 template <class Problem>
-class Gather {
+class Gather : Phases<typename Problem::AxisD, typename Problem::AxisH, typename Problem::AxisW> {
   using Real = typename Problem::Real;
   using Storage = typename Problem::Storage;
   using AxisD = typename Problem::AxisD;
@@ -143,43 +144,6 @@ class Gather {
   }
 
  private:
-  struct Phase {
-    int64_t residue[3];
-    int64_t index, first, taps;  // among all phases; its first tap in packed order; its taps
-    int first_tap[3], last_tap[3];
-  };
-
-  // Calls visit(phase) for every phase, w fastest: the order of packed weights and offsets.
-  template <class Visit>
-  static CONVGEN_INLINE void for_phases(Visit visit) {
-    Phase phase = {};
-    for (int rd = 0; rd < AxisD::PHASES; ++rd)
-      for (int rh = 0; rh < AxisH::PHASES; ++rh)
-        for (int rw = 0; rw < AxisW::PHASES; ++rw) {
-          const int first[3] = {AxisD::FIRST[rd], AxisH::FIRST[rh], AxisW::FIRST[rw]};
-          const int last[3] = {AxisD::FIRST[rd + 1], AxisH::FIRST[rh + 1], AxisW::FIRST[rw + 1]};
-          const int residue[3] = {rd, rh, rw};
-          phase.taps = 1;
-          for (int axis = 0; axis < 3; ++axis) {
-            phase.residue[axis] = residue[axis];
-            phase.first_tap[axis] = first[axis];
-            phase.last_tap[axis] = last[axis];
-            phase.taps *= last[axis] - first[axis];
-          }
-          visit(phase);
-          phase.first += phase.taps;
-          ++phase.index;
-        }
-  }
-
-  // Calls visit(jd, jh, jw) for every tap of a phase, by its places in the axes' lists.
-  template <class Visit>
-  static CONVGEN_INLINE void for_taps(const Phase& phase, Visit visit) {
-    for (int jd = phase.first_tap[0]; jd < phase.last_tap[0]; ++jd)
-      for (int jh = phase.first_tap[1]; jh < phase.last_tap[1]; ++jh)
-        for (int jw = phase.first_tap[2]; jw < phase.last_tap[2]; ++jw) visit(jd, jh, jw);
-  }
-
   int64_t block_weights() const { return sources * TAPS * channel_block; }
 
   // Cost of a run of positions in vectors: those of an incomplete tile use the registers badly.
@@ -267,9 +231,9 @@ class Gather {
     const int64_t output_volume = output_extent[0] * output_extent[1] * output_extent[2];
     if (task_count == 0) return;
     advise_output(output, batch * groups * outputs * output_volume * int64_t(sizeof(Storage)));
-    for_phases([&](const Phase& phase) {
+    Gather::for_phases([&](const Phase& phase) {
       int64_t* to = offsets + phase.first;
-      for_taps(phase, [&](int jd, int jh, int jw) { *to++ = scratch.offset(jd, jh, jw); });
+      Gather::for_taps(phase, [&](int jd, int jh, int jw) { *to++ = scratch.offset(jd, jh, jw); });
     });
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -319,13 +283,10 @@ class Gather {
     const int64_t pitch_m = Problem::SOURCE_IS_COARSE ? TAPS : sources * TAPS;
     const int64_t pitch_k = Problem::SOURCE_IS_COARSE ? outputs * TAPS : TAPS;
     weight += group * outputs * sources * TAPS + m0 * pitch_m;
-    for_phases([&](const Phase& phase) {
+    Gather::for_phases([&](const Phase& phase) {
       for (int64_t k = 0; k < sources; ++k)
-        for_taps(phase, [&](int jd, int jh, int jw) {
-          const int64_t tap =
-              (AxisD::TAP[jd].tap * AxisH::TAPS + AxisH::TAP[jh].tap) * AxisW::TAPS +
-              AxisW::TAP[jw].tap;
-          const Storage* const from = weight + k * pitch_k + tap;
+        Gather::for_taps(phase, [&](int jd, int jh, int jw) {
+          const Storage* const from = weight + k * pitch_k + Gather::element(jd, jh, jw);
           if (channels == M) {
 #pragma GCC unroll 16
             for (int64_t m = 0; m < M; ++m) to[m] = to_real(from[m * pitch_m]);
@@ -348,7 +309,7 @@ class Gather {
     const int64_t ow = q0[2] * AxisW::PHASES;
     const int64_t columns = least(block[2] * AxisW::PHASES, output_extent[2] - ow);
     for (int64_t plane = 0; plane < planes; ++plane)
-      for_phases([&](const Phase& phase) {
+      Gather::for_phases([&](const Phase& phase) {
         const int64_t od = (q0[0] + plane) * AxisD::PHASES + phase.residue[0];
         const int64_t oh = q0[1] * AxisH::PHASES + phase.residue[1];
         const int64_t rows = least(block[1], ceil_div(output_extent[1] - oh, AxisH::PHASES));

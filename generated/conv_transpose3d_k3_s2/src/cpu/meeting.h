@@ -5,6 +5,7 @@
 // as NaN is summed here again; one that meets a NaN is done as soon as that is found.
 #pragma once
 
+#include "layout.h"
 #include "runtime.h"
 #include "scratch.h"
 
@@ -36,28 +37,26 @@ CONVGEN_NOINLINE double meeting_sum(const ConvgenCall& call, int64_t index) {
   const int64_t* const fine_extent = call.fine_extent;
   const Inside d = inside_of<AxisD::SOURCE_STRIDE>(source_offset<AxisD>(tap / PLANE_TAPS),
                                                    fine_extent[0], coarse_extent[0]);
-  const Inside h =
-      inside_of<AxisH::SOURCE_STRIDE>(source_offset<AxisH>(tap / AxisW::TAPS % AxisH::TAPS),
-                                      fine_extent[1], coarse_extent[1]);
+  const Inside h = inside_of<AxisH::SOURCE_STRIDE>(
+      source_offset<AxisH>(tap / AxisW::TAPS % AxisH::TAPS), fine_extent[1], coarse_extent[1]);
   const Inside w = inside_of<AxisW::SOURCE_STRIDE>(source_offset<AxisW>(tap % AxisW::TAPS),
                                                    fine_extent[2], coarse_extent[2]);
+  const Pitches of_coarse(call.coarse_channels, coarse_extent, call.channels_last & CONVGEN_COARSE);
+  const Pitches of_fine(call.fine_channels, fine_extent, call.channels_last & CONVGEN_FINE);
   double sum = 0;
   for (int64_t n = 0; n < call.batch; ++n)
     for (int64_t i = 0; i < d.count(); ++i)
       for (int64_t j = 0; j < h.count(); ++j) {
-        const int64_t coarse_plane =
-            (n * call.coarse_channels + a) * coarse_extent[0] + d.begin + i;
-        const int64_t fine_plane = (n * call.fine_channels + b) * fine_extent[0] + d.first +
-                                   i * AxisD::SOURCE_STRIDE;
-        const int64_t coarse_row = coarse_plane * coarse_extent[1] + h.begin + j;
-        const int64_t fine_row =
-            fine_plane * fine_extent[1] + h.first + j * AxisH::SOURCE_STRIDE;
         const Storage* const coarse =
-            static_cast<const Storage*>(call.coarse) + coarse_row * coarse_extent[2] + w.begin;
-        const Storage* const fine =
-            static_cast<const Storage*>(call.fine) + fine_row * fine_extent[2] + w.first;
+            static_cast<const Storage*>(call.coarse) + n * of_coarse.image + a * of_coarse.channel +
+            (d.begin + i) * of_coarse.axis[0] + (h.begin + j) * of_coarse.axis[1];
+        const Storage* const fine = static_cast<const Storage*>(call.fine) + n * of_fine.image +
+                                    b * of_fine.channel +
+                                    (d.first + i * AxisD::SOURCE_STRIDE) * of_fine.axis[0] +
+                                    (h.first + j * AxisH::SOURCE_STRIDE) * of_fine.axis[1];
         for (int64_t k = 0; k < w.count(); ++k)
-          sum += double(to_real(coarse[k])) * double(to_real(fine[k * AxisW::SOURCE_STRIDE]));
+          sum += double(to_real(coarse[(w.begin + k) * of_coarse.axis[2]])) *
+                 double(to_real(fine[(w.first + k * AxisW::SOURCE_STRIDE) * of_fine.axis[2]]));
         if (sum != sum) return sum;
       }
   return sum;

@@ -11,6 +11,7 @@
 
 #define CONVGEN_INLINE inline __attribute__((always_inline))
 #define CONVGEN_NOINLINE __attribute__((noinline))
+#define CONVGEN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 

@@ -9,6 +9,8 @@
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
 // as products and sums).
 
+#include "brgemm_wgrad.h"
+#include "contiguous.h"
 #include "reduce.h"
 
 // The specification, in three dimensions (D, H, W); o = i * STRIDE - PADDING + t * DILATION.
@@ -91,42 +93,61 @@ struct Problem {
   }
 };
 
-Reduce<Problem> plan(const ConvgenCall& call, bool bias = false) {
-  return Reduce<Problem>(call, bias);
-}
+using Bias = BiasGradient<Problem::Storage, Problem::Real>;
 
 bool channels_valid(const ConvgenCall& call) {
   return channels_match(call.coarse_channels, COARSE_CHANNELS, GROUPS) &&
          channels_match(call.fine_channels, FINE_CHANNELS, GROUPS);
 }
 
+int64_t workspace_bytes(const ConvgenCall& call, bool bias) {
+  if (!channels_valid(call)) return 0;
+  const BrgemmWgrad<Problem> brgemm(call);
+  if (brgemm.suits()) {
+    const int64_t of_bias = bias ? Bias(call, Problem::RESULT_IS_FINE).workspace_bytes() : 0;
+    return greatest(brgemm.workspace_bytes(), of_bias);
+  }
+  const ContiguousCall<Problem> as(call, CONVGEN_WEIGHT);
+  return as.workspace_bytes(Reduce<Problem>(as.contiguous(), bias).workspace_bytes());
+}
+
+int run(const ConvgenCall& call, bool bias) {
+  if (!channels_valid(call)) return CONVGEN_BAD_CHANNELS;
+  const BrgemmWgrad<Problem> brgemm(call);
+  if (brgemm.suits()) {
+    brgemm.run(call);
+    if (bias) Bias(call, Problem::RESULT_IS_FINE).run(call.workspace, call.bias);
+  } else {
+    ContiguousCall<Problem>(call, CONVGEN_WEIGHT).run([bias](const ConvgenCall& as) {
+      Reduce<Problem>(as, bias).run(as);
+    });
+  }
+  return CONVGEN_OK;
+}
+
 }  // namespace
 
 CONVGEN_EXPORT int64_t convgen_wgrad_f32_workspace(const ConvgenCall* call) {
-  return channels_valid(*call) ? plan(*call).workspace_bytes() : 0;
+  return workspace_bytes(*call, false);
 }
 
 CONVGEN_EXPORT int convgen_wgrad_f32(const ConvgenCall* call) {
-  if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
-  plan(*call).run(*call);
-  return CONVGEN_OK;
+  return run(*call, false);
 }
 
 CONVGEN_EXPORT int64_t convgen_wbgrad_f32_workspace(const ConvgenCall* call) {
-  return channels_valid(*call) ? plan(*call, true).workspace_bytes() : 0;
+  return workspace_bytes(*call, true);
 }
 
 CONVGEN_EXPORT int convgen_wbgrad_f32(const ConvgenCall* call) {
-  if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
-  plan(*call, true).run(*call);
-  return CONVGEN_OK;
+  return run(*call, true);
 }
 
 CONVGEN_EXPORT int64_t convgen_bgrad_f32_workspace(const ConvgenCall* call) {
-  return BiasGradient<Problem::Storage, Problem::Real>(*call).workspace_bytes();
+  return Bias(*call).workspace_bytes();
 }
 
 CONVGEN_EXPORT int convgen_bgrad_f32(const ConvgenCall* call) {
-  BiasGradient<Problem::Storage, Problem::Real>(*call).run(*call);
+  Bias(*call).run(call->workspace, call->bias);
   return CONVGEN_OK;
 }
