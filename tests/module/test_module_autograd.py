@@ -57,6 +57,31 @@ class TestDerivatives:
         assert gradgradcheck(function, inputs)
         assert gradcheck(function, inputs[:2])
 
+    def test_only_what_is_asked_for_is_computed(
+        self, package: Package, device: str, op: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = package(op, device, **LAYERS[op])
+        operators = sys.modules[f"{module.__name__}._operators"]
+        x, w, b = operands(op, device)
+        y = getattr(module, op)(x, w, b).sum()
+        called: list[str] = []
+        for name in ("fprop", "dgrad", "wgrad", "bgrad", "wbgrad"):
+            function = getattr(operators, name)
+            monkeypatch.setattr(
+                operators, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1]
+            )
+        of_x = "fprop" if op.startswith("conv_transpose") else "dgrad"
+        for asked, expected in (
+            ([x], [of_x]),
+            ([w], ["wgrad"]),
+            ([b], ["bgrad"]),
+            ([x, w], [of_x, "wgrad"]),
+            ([x, w, b], [of_x, "wbgrad"]),
+        ):
+            called.clear()
+            torch.autograd.grad(y, asked, retain_graph=True)
+            assert called == expected
+
     def test_forward_mode(self, package: Package, device: str, op: str) -> None:
         function = getattr(package(op, device, **LAYERS[op]), op)
         inputs = operands(op, device)
