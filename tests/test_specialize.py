@@ -120,17 +120,20 @@ class TestGenerate:
         assert (package / "lib" / "cpu.so").exists()
 
     def test_a_warm_one_compiles_nothing_imports_no_torch_and_is_quick(self, package: Path) -> None:
-        seconds = []
-        for _ in range(3):
+        # Processor time: wall time is what the machine's other work makes of it.
+        seconds: dict[str, list[float]] = {}
+        for script in (GENERATE, "import click, jinja2") * 3:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            process = run(GENERATE, CONVGEN_NO_BUILD="1")
+            process = run(script, CONVGEN_NO_BUILD="1")
             out, errors = process.communicate()
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             assert process.returncode == 0, errors
-            assert Path(out.strip()) == package
-            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        # Processor time: wall time is what the machine's other work makes of it.
-        assert min(seconds) < 0.5
+            assert script is not GENERATE or Path(out.strip()) == package
+            spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            seconds.setdefault(script, []).append(spent)
+        generate, imports = map(min, seconds.values())
+        # By the speed of this machine; torch's import takes 15 times what these do.
+        assert generate < 10 * imports
 
     def test_does_not_depend_on_the_hash_seed(self, package: Path) -> None:
         for seed in ("1", "2"):

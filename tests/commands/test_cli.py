@@ -74,7 +74,10 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 
 class TestStart:
     def test_help_takes_less_than_a_fifth_of_a_second(self, run) -> None:
-        assert cpu_seconds(lambda: run("--help")) < 0.2
+        imports = [sys.executable, "-c", "import click"]
+        assert cpu_seconds(lambda: run("--help")) < 4 * cpu_seconds(
+            lambda: subprocess.run(imports, check=True)
+        )
 
     def test_help_imports_nothing_heavy(self) -> None:
         command = [sys.executable, "-X", "importtime", "-m", "convgen", "--help"]
@@ -236,7 +239,11 @@ class TestGenerate:
         self, run, cache: Path, tmp_path: Path
     ) -> None:
         assert run(*SMALL).returncode == 0
-        assert cpu_seconds(lambda: run(*SMALL)) < 0.5
+        # By the speed of this machine; torch's import takes 15 times what these do.
+        imports = [sys.executable, "-c", "import click, jinja2"]
+        assert cpu_seconds(lambda: run(*SMALL)) < 10 * cpu_seconds(
+            lambda: subprocess.run(imports, check=True)
+        )
         result = run(*SMALL)
         assert "found in the cache" in result.stderr
         traced = subprocess.run(
