@@ -284,15 +284,21 @@ def _reference(spec: ConvSpec, case: Case) -> Callable[..., Tensor]:
     """torch's function for a specification, padded explicitly where before and after differ."""
     function: Callable[..., Tensor] = getattr(F, spec.op)
     arguments = {"stride": spec.stride, "dilation": spec.dilation, "groups": spec.groups}
+
+    def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        # The bias comes last: torch may begin with it, and then rounds every product to its place.
+        output = function(input, weight, **arguments)
+        return output if bias is None else output + bias.view(-1, *[1] * spec.ndim)
+
     if spec.transposed:
         arguments |= {"padding": spec.padding_begin, "output_padding": case.output_padding}
-        return lambda *operands: function(*operands, **arguments)
+        return reference
     pads = [
         zeros
         for both in zip(reversed(spec.padding_begin), reversed(spec.padding_end), strict=True)
         for zeros in both
     ]
-    return lambda input, *operands: function(F.pad(input, pads), *operands, **arguments)
+    return lambda input, *operands: reference(F.pad(input, pads), *operands)
 
 
 def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
