@@ -54,6 +54,26 @@ def by_others(
 _OWN = {Tensor, Parameter, type(None), list, tuple, torch.Size}
 
 
+def wanted(ctx: Any) -> Sequence[bool]:
+    """Which gradients of a Function the running backward pass asks for.
+
+    ``needs_input_grad`` names all that may be asked for; torch.autograd.grad asks for some alone.
+    """
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    edges = getattr(ctx, "next_functions", ())  # of the tensors, which come first; not torch.func's
+    if needs.count(True) < 2 or not edges:
+        return needs
+    asked = [need and _is_executed(edge[0]) for need, edge in zip(needs, edges, strict=False)]
+    return *asked, *needs[len(asked) :]
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was given; or no pass of the engine
+        return True
+
+
 def as_own(inputs: Sequence[Any]) -> Sequence[Any]:
     """Inputs, with what subclasses of Tensor compute as torch does being torch's own tensors.
 

@@ -44,7 +44,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.library import Library, register_fake, register_vmap
 from torch.nn import Parameter
 
-from ._integration import as_own, register, register_shardings
+from ._integration import as_own, register, register_shardings, wanted
 from ._kernels import (
     bgrad_kernel,
     bgrad_shape,
@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_52277a2d"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_69d47278"
 NAMESPACE += VARIANT
 
 
@@ -102,7 +102,7 @@ class Fprop(Function):
         fine, weight = ctx.saved_tensors
         if type(grad) is not Tensor or not grad.is_contiguous():
             grad = arranged(*as_own((grad,)))  # one copy for all that read it
-        needs_fine, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_fine, needs_weight, needs_bias = wanted(ctx)[:3]
         return (
             dgrad(grad, weight, None, ctx.extents) if needs_fine else None,
             wgrad(grad, fine) if needs_weight else None,
@@ -143,7 +143,7 @@ class Dgrad(Function):
         coarse, weight = ctx.saved_tensors
         if type(grad) is not Tensor or not grad.is_contiguous():
             grad = arranged(*as_own((grad,)))  # one copy for all that read it
-        needs_coarse, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_coarse, needs_weight, needs_bias = wanted(ctx)[:3]
         if needs_weight and needs_bias:
             grad_coarse = fprop(grad, weight, None, ctx.extents) if needs_coarse else None
             return grad_coarse, *wbgrad(coarse, grad), None, None
@@ -174,7 +174,7 @@ class Wgrad(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coarse, fine = ctx.saved_tensors
-        needs_coarse, needs_fine = ctx.needs_input_grad[:2]
+        needs_coarse, needs_fine = wanted(ctx)[:2]
         coarse_extents, fine_extents = ctx.extents
         return (
             fprop(fine, grad, None, coarse_extents) if needs_coarse else None,
@@ -221,7 +221,7 @@ class Wbgrad(Function):
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
         # The bias gradient's own gradient goes to all that it sums: a bias once more.
         coarse, fine = ctx.saved_tensors
-        needs_coarse, needs_fine = ctx.needs_input_grad[:2]
+        needs_coarse, needs_fine = wanted(ctx)[:2]
         coarse_extents, fine_extents = ctx.extents
         return (
             fprop(fine, grad, None, coarse_extents) if needs_coarse else None,

@@ -166,7 +166,8 @@ class Launch:
             RuntimeError: where CUDA or the kernel refuses the call.
         """
         # The copy engine begins at multiples of 16 bytes; results do.
-        if self.takes_layouts and (self.gpu is not None or INTERPRETED) and any(
+        begins_anywhere = (self.gpu is None and not INTERPRETED) or not self.takes_layouts
+        if not begins_anywhere and any(
             each is not None and each.data_ptr() & 15 for each in (coarse, fine, weight)
         ):
             self.run(*map(_aligned, (coarse, fine, weight)), bias)
