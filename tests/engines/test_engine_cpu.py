@@ -93,6 +93,18 @@ PROBLEMS = [
     problem(T2, (10, 1), (1, 6, 9), kernel_size=3, fixed=True),
 ]  # fmt: skip
 
+# The widths of AVX-512 and NEON, with 32 registers, on any processor.
+for size in (64, 16):
+    wide = ("-O1", "-march=native", f"-DCONVGEN_VECTOR_BYTES={size}", "-Wno-psabi")
+    PROBLEMS += [
+        problem(C2, (34, 96), (2, 6, 7), (1, 13, 40), kernel_size=3, padding=1, groups=2,
+                flags=wide, long=True),
+        problem(T2, (33, 64), (2, 5, 6), kernel_size=2, stride=(3, 2), padding=1, flags=wide,
+                long=True),
+        problem(C1, (70, 20), (3, 90), kernel_size=5, padding=4, dilation=2,
+                dtypes=("f64", "bf16"), flags=wide, long=True),
+    ]  # fmt: skip
+
 if platform.machine() in ("x86_64", "AMD64"):
     PROBLEMS += [
         problem(T3, (9, 18), (1, 4, 9, 17), kernel_size=3, stride=2, padding=1, output_padding=1,
