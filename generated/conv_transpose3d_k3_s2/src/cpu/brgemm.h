@@ -24,6 +24,9 @@ template <int VECTORS>
 constexpr int TILE_POSITIONS =
     VECTOR_REGISTERS >= 32 ? (VECTORS < 3 ? 12 : 24 / VECTORS) : 12 / VECTORS;
 
+// A multiple of them for any number of vectors.
+constexpr int64_t TILE_MULTIPLE = 24;
+
 // Positions come in multiples of this, so that few sizes of register tiles do.
 template <int VECTORS>
 constexpr int TILE_UNIT =

@@ -133,7 +133,7 @@ class BrgemmWgrad {
  private:
   // Sums of a block of coarse channels, up to a whole register tile for each part of the taps.
   int64_t part_sums(int64_t taps) const {
-    return round_up(taps * fine_channels, TILE_POSITIONS<1>) * width;
+    return round_up(taps * fine_channels, TILE_MULTIPLE) * width;
   }
   int64_t block_sums() const { return tap_parts * part_sums(tap_part); }
   int64_t range_sums() const { return groups * channel_blocks * block_sums(); }

@@ -15,7 +15,9 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(CONVGEN_VECTOR_BYTES)  // another processor's, for tests
+constexpr int VECTOR_BYTES = CONVGEN_VECTOR_BYTES, VECTOR_REGISTERS = 32;
+#elif defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64, VECTOR_REGISTERS = 32;
 #elif defined(__AVX__)
 constexpr int VECTOR_BYTES = 32, VECTOR_REGISTERS = 16;
@@ -52,7 +54,9 @@ CONVGEN_INLINE void store(Real* to, Vector<Real> value) {
 // multiply-add, and then the load ports are what limits a register tile.
 template <class T>
 CONVGEN_INLINE void keep(T& value) {
-#if defined(__x86_64__)
+#if defined(CONVGEN_VECTOR_BYTES)
+  (void)value;
+#elif defined(__x86_64__)
   asm("" : "+v"(value));
 #elif defined(__aarch64__)
   asm("" : "+w"(value));
