@@ -1,8 +1,10 @@
 """The CPU's families: C++17, OpenMP, explicit SIMD through the compiler's vector types.
 
-fprop and dgrad are one algorithm over different axes (``gather.h``), wgrad is another
-(``reduce.h``); the templates give them the geometry's constants and the unrolled taps. Sources
-hold no assumption about the host's instruction set: it is known when they are compiled.
+fprop and dgrad are one algorithm over different axes, wgrad is another. Each has two kernels, of
+which the unit chooses when it is called: for few channels, whose schedules are here (``gather.h``,
+``reduce.h``), and for many (``brgemm_gather.h``, ``brgemm_wgrad.h``). The templates
+give them the geometry's constants and the unrolled taps. Sources hold no assumption about the
+host's instruction set: it is known when they are compiled.
 """
 
 from __future__ import annotations

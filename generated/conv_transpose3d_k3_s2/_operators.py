@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_52a95b2c"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_57837be9"
 NAMESPACE += VARIANT
 
 

@@ -157,13 +157,13 @@ class BrgemmGather
 
   void choose_blocks() {
     const bool line = positions[0] == 1 && positions[1] == 1;
-    block[2] = even_part(positions[2], line ? TASK_POSITIONS : 32);
+    block[2] = even_part(positions[2], line ? TASK_POSITIONS : BLOCK_COLUMNS);
     block[1] = even_part(positions[1], greatest(1, TASK_POSITIONS / block[2]));
     block[0] = even_part(positions[0], greatest(1, TASK_POSITIONS / (block[2] * block[1])));
     const int64_t row_bytes = block[0] * block[1] * block[2] * phases() * width * REAL_BYTES;
     part = even_part(channel_blocks, greatest(1, SUMS_BYTES / row_bytes));
     parts = ceil_div(channel_blocks, part);
-    while (threads > 1 && task_count() < 4 * threads) {
+    while (threads > 1 && task_count() < TASKS_PER_THREAD * threads) {
       if (part > 1 && block[0] * block[1] * block[2] <= 2 * LEAST_POSITIONS) {
         part = ceil_div(part, 2);
         parts = ceil_div(channel_blocks, part);
@@ -367,12 +367,8 @@ class BrgemmGather
   // A block's sums to the output: rows of channels, or lines of each channel.
   void put_out(Storage* to, const Pitches& out, const Real* sums, int64_t row, int64_t channels,
                const int64_t* extent) const {
-    // Lines and planes that are whole are one line.
-    int64_t lines[3] = {extent[0], extent[1], extent[2]};
-    for (int axis = 2; axis > 0 && extent[axis] == output_extent[axis]; --axis) {
-      lines[2] *= lines[axis - 1];
-      lines[axis - 1] = 1;
-    }
+    int64_t lines[3];
+    join_lines(lines, extent, output_extent);
     for (int64_t d = 0; d < lines[0]; ++d)
       for (int64_t h = 0; h < lines[1]; ++h, sums += lines[2] * row) {
         Storage* const line = to + d * out.axis[0] + h * out.axis[1];

@@ -140,7 +140,7 @@ class BrgemmWgrad {
 
   void choose_tasks() {
     const bool line = coarse_extent[0] == 1 && coarse_extent[1] == 1;
-    block[2] = even_part(coarse_extent[2], line ? BLOCK_POSITIONS : 32);
+    block[2] = even_part(coarse_extent[2], line ? BLOCK_POSITIONS : BLOCK_COLUMNS);
     block[1] = even_part(coarse_extent[1], greatest(1, BLOCK_POSITIONS / block[2]));
     block[0] = even_part(coarse_extent[0], greatest(1, BLOCK_POSITIONS / (block[2] * block[1])));
     for (int axis = 0; axis < 3; ++axis) blocks[axis] = ceil_div(coarse_extent[axis], block[axis]);
@@ -154,7 +154,7 @@ class BrgemmWgrad {
     const int64_t most = greatest(1, PARTIAL_BYTES / (range_sums() * REAL_BYTES));
     range = greatest(1, greatest(RANGE_BLOCKS, ceil_div(block_count, most)));
     ranges = greatest(1, ceil_div(block_count, range));
-    while (threads > 1 && groups * parts * tap_parts * ranges < 4 * threads) {
+    while (threads > 1 && groups * parts * tap_parts * ranges < TASKS_PER_THREAD * threads) {
       if (part > 1) {
         part = ceil_div(part, 2);
         parts = ceil_div(channel_blocks, part);
@@ -215,12 +215,8 @@ class BrgemmWgrad {
                                 q0[1] * at.axis[1] + q0[2] * at.axis[2];
     if (channels < width)
       memset(to, 0, size_t(count[0] * count[1] * count[2] * width * REAL_BYTES));
-    // Lines and planes that are whole are one line.
-    int64_t lines[3] = {count[0], count[1], count[2]};
-    for (int axis = 2; axis > 0 && count[axis] == coarse_extent[axis]; --axis) {
-      lines[2] *= lines[axis - 1];
-      lines[axis - 1] = 1;
-    }
+    int64_t lines[3];
+    join_lines(lines, count, coarse_extent);
     for (int64_t d = 0; d < lines[0]; ++d)
       for (int64_t h = 0; h < lines[1]; ++h, to += lines[2] * width) {
         const Storage* const line = from + d * at.axis[0] + h * at.axis[1];

@@ -21,6 +21,16 @@ struct Pitches {
   }
 };
 
+// Lines and planes of a block that are whole in the tensor are joined to one line: `lines` are then
+// the block's extents for loops over lines.
+inline void join_lines(int64_t* lines, const int64_t* block, const int64_t* extent) {
+  for (int axis = 0; axis < 3; ++axis) lines[axis] = block[axis];
+  for (int axis = 2; axis > 0 && block[axis] == extent[axis]; --axis) {
+    lines[2] *= lines[axis - 1];
+    lines[axis - 1] = 1;
+  }
+}
+
 // Elements of any type as a vector of accumulators, and back.
 template <class Real, class Storage>
 CONVGEN_INLINE Vector<Real> load_real(const Storage* from) {

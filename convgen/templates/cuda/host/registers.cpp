@@ -1,8 +1,9 @@
 // Registers that the warps of a block trade (setmaxnreg).
 //
 // A block starts with as many for each thread as the register file has for all threads of the
-// kernel's launch bound, as ptxas deals them out where one block is to fit on a multiprocessor. A claim waits until so many
-// are free. What is never released, no claim gets: on a GPU the warp waits for ever.
+// kernel's launch bound, as ptxas deals them out where one block is to fit on a multiprocessor. A
+// claim waits until so many are free. What is never released, no claim gets: on a GPU the warp waits
+// for ever.
 #include "pipeline.h"
 
 #include <algorithm>

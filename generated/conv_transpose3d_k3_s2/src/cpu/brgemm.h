@@ -32,13 +32,24 @@ template <int VECTORS>
 constexpr int TILE_UNIT =
     TILE_POSITIONS<VECTORS> % 3 ? TILE_POSITIONS<VECTORS> / 2 : TILE_POSITIONS<VECTORS> / 3;
 
-// The number of vectors that wastes least; a single one makes as many loads as multiply-adds.
+// Positions along W of a block in two or three dimensions: long enough for lines to be copied well,
+// short enough that a block is compact.
+constexpr int64_t BLOCK_COLUMNS = 32;
+
+// Tasks that each thread should have, so that none waits long for the last.
+constexpr int64_t TASKS_PER_THREAD = 4;
+
+// What a register tile of one vector takes beside others: it makes as many loads as multiply-adds.
+constexpr double ONE_VECTOR_COST = 1.3;
+
+// The number of vectors that wastes least.
 template <class Real>
 int tile_vectors(int64_t channels) {
   int vectors = 1;
   double best = 0;
   for (int v = 1; v <= MOST_VECTORS; ++v) {
-    const double cost = double(round_up(channels, v * LANES<Real>)) * (v == 1 ? 1.3 : 1.0);
+    const double cost =
+        double(round_up(channels, v * LANES<Real>)) * (v == 1 ? ONE_VECTOR_COST : 1.0);
     if (v == 1 || cost <= best) best = cost, vectors = v;
   }
   return vectors;
