@@ -155,6 +155,18 @@ def register(operators: Any) -> None:
         return flops(shapes[0], out_shape[0])
 
 
+def tell_inductor(operators: Any) -> None:
+    """Has Inductor call the operator although it has a decomposition, which is for exporters.
+
+    In a program with CI in its environment, Inductor takes such operators for mistakes of its own.
+    It is told by the operators when they are traced, for by then it is imported if it is in use.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    operator = operators.dgrad.default
+    if lowering is not None and operator not in lowering.lowerings:
+        lowering.make_fallback(operator, warn=False)
+
+
 def count_as_torch(layer: type[torch.nn.Module], operator: Any) -> None:
     """Has other counters that are in use count a layer, and its operator, as they do torch's."""
     for module, table, ours, theirs, count in (
