@@ -2,7 +2,8 @@
 
 fprop and dgrad are one algorithm over different axes, wgrad is another. Each has two kernels, of
 which the unit chooses when it is called: for few channels, whose schedules are here (``gather.h``,
-``reduce.h``), and for many (``brgemm_gather.h``, ``brgemm_wgrad.h``). The templates
+``reduce.h``), and for many (``brgemm_gather.h``, ``brgemm_wgrad.h``). Depthwise calls that are
+channels_last have a third (``depthwise_gather.h``, ``depthwise_wgrad.h``). The templates
 give them the geometry's constants and the unrolled taps. Sources hold no assumption about the
 host's instruction set: it is known when they are compiled.
 """
@@ -161,6 +162,9 @@ HEADERS: Mapping[str, str] = {
     "brgemm.h": "cpu/brgemm.h",
     "brgemm_gather.h": "cpu/brgemm_gather.h",
     "brgemm_wgrad.h": "cpu/brgemm_wgrad.h",
+    "depthwise.h": "cpu/depthwise.h",
+    "depthwise_gather.h": "cpu/depthwise_gather.h",
+    "depthwise_wgrad.h": "cpu/depthwise_wgrad.h",
     "bias.h": "cpu/bias.h",
     "meeting.h": "cpu/meeting.h",
     "reduce.h": "cpu/reduce.h",
@@ -319,11 +323,18 @@ def _common_context(
 ) -> dict[str, Any]:
     return {
         "axes": axes,
+        "depthwise": _depthwise(problem.geometry),
         "real": REAL[DTYPES[problem.kind].accumulator],
         "storage": STORAGE[problem.kind],
         "tile_list": _tile_list(schedule.tiles),
         "tile_list_of_16": _tile_list(schedule.tiles_of_16),
     }
+
+
+def _depthwise(g: Geometry) -> bool:
+    """Whether a call may have groups of one channel in either tensor, with kernels of their own."""
+    channels = (g.coarse_channels_per_group, g.fine_channels_per_group)
+    return g.groups > 1 and all(count in (None, 1) for count in channels)
 
 
 def _tile_lists(tiles: Tiles) -> list[Tiles]:
