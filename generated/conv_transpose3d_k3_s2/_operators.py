@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_731fa69d"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_b5d9975e"
 NAMESPACE += VARIANT
 
 
