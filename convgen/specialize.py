@@ -42,6 +42,8 @@ def specialize(
     groups: int = 1,
     in_channels: int | None = None,
     out_channels: int | None = None,
+    activation: str | None = None,
+    residual: bool = False,
     dtypes: Iterable[object] | None = None,
     backends: str | Iterable[str] | None = None,
     archs: Iterable[str] | None = None,
@@ -59,6 +61,10 @@ def specialize(
             for convolutions also ``padding="same"`` or ``"valid"``.
         groups: divides the channels.
         in_channels, out_channels: fixed if given; kernels get faster and serve no others.
+        activation: what follows in the same kernel, ``"relu"`` or ``"leaky_relu:0.01"`` for
+            example; :data:`convgen.spec.activation.ACTIVATIONS` has all of them.
+        residual: whether function and layer take a ``residual`` of the output's shape, which is
+            added before the activation.
         dtypes: ``"f32"``, ``"f64"``, ``"f16"``, ``"bf16"`` or torch's dtypes; by default f32 and
             f64 on the CPU, f32 on CUDA.
         backends: ``"cpu"``, ``"cuda"`` or both; by default cpu, and cuda where a GPU is present.
@@ -79,6 +85,8 @@ def specialize(
         groups=groups,
         in_channels=in_channels,
         out_channels=out_channels,
+        activation=activation,
+        residual=residual,
     )
     chosen_dtypes = None if dtypes is None else _dtypes(dtypes)
     chosen_archs = None if archs is None else tuple(archs)
@@ -96,7 +104,7 @@ def specialize(
 def request_of(spec: ConvSpec, **options: object) -> dict[str, Any]:
     """What :func:`generate` was asked for, ready for JSON: what differs from its defaults."""
     plain = ConvSpec.make(spec.op, kernel_size=spec.kernel_size).to_dict()
-    layer = {key: value for key, value in spec.to_dict().items() if value != plain[key]}
+    layer = {key: value for key, value in spec.to_dict().items() if value != plain.get(key)}
     given = {key: value for key, value in options.items() if value not in (None, "auto")}
     return {"op": spec.op, "kernel_size": list(spec.kernel_size)} | layer | given
 
@@ -138,6 +146,15 @@ def generate(
     archs = None if archs is None else tuple(archs)
     auto = backends in (None, "auto")
     chosen = _backends(backends, archs)
+    every: tuple[str, ...] = BACKENDS
+    if spec.has_epilogue:
+        every = ("cpu",)
+        if "cuda" in chosen and not (auto and archs is None):
+            raise SpecError(
+                f"{spec.name}: CUDA's kernels have no epilogues yet: generate {spec.linear.name} "
+                "for cuda, and call torch's activation behind it"
+            )
+        chosen = every
     given = None if dtypes is None else _dtypes(dtypes)
     commands = {backend: compile_commands(backend, archs) for backend in chosen}
     schedules = {
@@ -155,7 +172,7 @@ def generate(
         if progress:
             progress(0, 0, f"render {path}")
 
-    files = render(spec, BACKENDS if auto else chosen, given, schedules, on_unit)
+    files = render(spec, every if auto else chosen, given, schedules, on_unit)
     libraries = [_library(backend, files, commands[backend][0]) for backend in chosen]
     return build(spec.name, files, libraries, progress=progress, jobs=jobs)
 

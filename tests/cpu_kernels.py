@@ -48,6 +48,9 @@ class ConvgenCall(ctypes.Structure):
         ("coarse_extent", ctypes.c_int64 * 3),
         ("fine_extent", ctypes.c_int64 * 3),
         ("channels_last", ctypes.c_int64),
+        ("epilogue", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        ("preactivation", ctypes.c_void_p),
     ]
 
 

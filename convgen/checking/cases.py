@@ -10,7 +10,15 @@ from torch import Tensor
 
 from convgen.spec import ConvSpec
 
-CONSTANTS = {"input": 1.0, "weight": 0.1, "bias": 0.1, "grad": 0.3, "u": 0.7, "v": 1.1}
+CONSTANTS = {
+    "input": 1.0,
+    "weight": 0.1,
+    "bias": 0.1,
+    "grad": 0.3,
+    "u": 0.7,
+    "v": 1.1,
+    "residual": 0.2,
+}
 """Of the case with constant inputs: none but the first are multiples of a power of two."""
 
 BIAS, PRODUCTS = 1000.0, 3e-5
@@ -113,6 +121,7 @@ def make_inputs(
         "input": case.input_shape,
         "weight": weight_shape,
         **({"bias": (out_channels,)} if case.bias else {}),
+        **({"residual": output_shape} if spec.residual else {}),
         "grad": output_shape,
         "u": case.input_shape,
         "v": weight_shape,

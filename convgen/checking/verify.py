@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,6 +117,8 @@ def verify(
         generator = torch.Generator().manual_seed(seed)
         with allowing_tf32(kind == "tf32"):
             for case in cases(spec, quick, on_cuda):
+                if case.values == "NaN" and spec.activation:
+                    continue  # of which an activation may make numbers
                 verify_case = _verify_nonfinite if case.values == "NaN" else _verify_case
                 rows += verify_case(module, spec, case, where, kind, generator)
     return Report(spec.name, rows)
@@ -166,8 +169,11 @@ def _verify_case(
     generator: torch.Generator,
 ) -> list[Row]:
     inputs = make_inputs(spec, case, _dtype(kind), generator)
-    reference = quantities(_reference(spec, case), _double(inputs))
-    magnitude = quantities(_reference(spec, case), _magnitudes(inputs))
+    exact = _reference(spec, case)
+    reference = quantities(exact, _double(inputs))
+    magnitude = quantities(exact, _magnitudes(inputs))
+    if spec.activation:
+        reference, magnitude = _with_activation(spec, exact, inputs)
 
     given = {name: _place(tensor, device, case.strided) for name, tensor in inputs.items()}
     run = _generated(module, spec, case)
@@ -180,8 +186,8 @@ def _verify_case(
         for name, expected in reference.items()
     }
     if case.values == "large bias":
-        exact = _double(inputs)
-        products = _reference(spec, case)(exact["input"], exact["weight"])
+        doubles = _double(inputs)
+        products = exact(doubles["input"], doubles["weight"])
         errors["forward"] = _errors_beside_bias(first["forward"], reference["forward"], products)
     same = {
         "same bits twice": all(_same_bits(first[name], second[name]) for name in first),
@@ -245,8 +251,9 @@ def _dtype(kind: str) -> torch.dtype:
 
 
 def quantities(run: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> Quantities:
-    """Everything that is compared, from the inputs ``input``, ``weight``, maybe ``bias``, and the
-    directions ``grad``, ``u`` and ``v`` (of the shapes of output, input and weight).
+    """Everything that is compared, from the inputs ``input``, ``weight``, maybe ``bias`` and
+    ``residual``, and the directions ``grad``, ``u`` and ``v`` (of the shapes of output, input and
+    weight).
 
     Second order is the gradient of ``<grad input, u> + <grad weight, v>``. All of it is sums of
     products, so that the inputs' magnitudes give the sums of magnitudes.
@@ -255,8 +262,8 @@ def quantities(run: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> Quan
         name: tensor.detach().requires_grad_(name not in ("u", "v"))
         for name, tensor in inputs.items()
     }
-    names = [name for name in ("input", "weight", "bias") if name in leaves]
-    output = run(*(leaves[name] for name in names))
+    names = [name for name in ("input", "weight", "bias", "residual") if name in leaves]
+    output = run(**{name: leaves[name] for name in names})
     gradients = torch.autograd.grad(
         output, [leaves[name] for name in names], leaves["grad"], create_graph=True
     )
@@ -275,20 +282,27 @@ def _generated(module: ModuleType, spec: ConvSpec, case: Case) -> Callable[..., 
     function: Callable[..., Tensor] = getattr(module, spec.op)
     if not spec.transposed:
         return function
-    return lambda input, weight, bias=None: function(
-        input, weight, bias, output_padding=case.output_padding
-    )
+    return lambda *inputs, **others: function(*inputs, **others, output_padding=case.output_padding)
 
 
 def _reference(spec: ConvSpec, case: Case) -> Callable[..., Tensor]:
-    """torch's function for a specification, padded explicitly where before and after differ."""
+    """torch's function for a specification, padded explicitly where before and after differ.
+
+    Without an activation.
+    """
     function: Callable[..., Tensor] = getattr(F, spec.op)
     arguments = {"stride": spec.stride, "dilation": spec.dilation, "groups": spec.groups}
 
-    def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def reference(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         # The bias comes last: torch may begin with it, and then rounds every product to its place.
         output = function(input, weight, **arguments)
-        return output if bias is None else output + bias.view(-1, *[1] * spec.ndim)
+        output = output if bias is None else output + bias.view(-1, *[1] * spec.ndim)
+        return output if residual is None else output + residual
 
     if spec.transposed:
         arguments |= {"padding": spec.padding_begin, "output_padding": case.output_padding}
@@ -298,7 +312,36 @@ def _reference(spec: ConvSpec, case: Case) -> Callable[..., Tensor]:
         for both in zip(reversed(spec.padding_begin), reversed(spec.padding_end), strict=True)
         for zeros in both
     ]
-    return lambda input, *operands: reference(F.pad(input, pads), *operands)
+    return lambda input, *operands, **others: reference(F.pad(input, pads), *operands, **others)
+
+
+def _with_activation(
+    spec: ConvSpec, linear: Callable[..., Tensor], inputs: Mapping[str, Tensor]
+) -> tuple[Quantities, Quantities]:
+    """Quantities of a layer with an activation, and what single elements are measured by.
+
+    Derivatives are those at what goes into the activation, rounded to the tensors' dtype: at a
+    kink, where that decides, torch's own have it rounded, too. An element may be off by some of the
+    largest one, since no sum of magnitudes bounds what a curved function makes of a sum.
+    """
+    assert spec.epilogue
+    activation = partial(eval, compile(spec.epilogue.forward("x"), "<activation>", "eval"))
+    dtype = inputs["input"].dtype
+
+    def run(rounds: bool, **operands: Tensor) -> Tensor:
+        sums = linear(**operands)
+        if rounds:
+            sums = sums + (sums.to(dtype).double() - sums).detach()
+        result: Tensor = activation({"torch": torch, "F": F, "x": sums})
+        return result
+
+    found = quantities(partial(run, True), _double(inputs))
+    found["forward"] = quantities(partial(run, False), _double(inputs))["forward"]
+    largest = {
+        name: value.abs().max().expand_as(value) if value.numel() else value
+        for name, value in found.items()
+    }
+    return found, largest
 
 
 def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,9 @@ PYTHON = (
 )
 """The modules of a package, each with a template of its own."""
 
+EPILOGUE = "_epilogue.py"
+"""A further one, of packages with an epilogue."""
+
 _DIGEST = "@DIGEST@"
 """Stands for the digest of a package until all of its files are known."""
 
@@ -40,7 +43,8 @@ def render_package(
 
     ``plans`` gives the kernels of each backend and ``kernels`` the text of their files, as
     :func:`convgen.codegen.render.render_kernels` returns them. The files are :data:`PYTHON`,
-    ``py.typed`` and ``spec.json``, a function of the arguments and of convgen's version alone.
+    :data:`EPILOGUE` where there is one, ``py.typed`` and ``spec.json``, a function of the arguments
+    and of convgen's version alone.
     """
     description = describe(spec, plans)
     text = json.dumps(description, indent=2) + "\n"
@@ -68,9 +72,13 @@ def render_package(
         ),
         "axes": _AXES[spec.ndim],
         "class_name": spec.class_name,
+        # Whether derivatives need what goes into the activation.
+        "keeps_preactivation": spec.epilogue is not None and not spec.epilogue.saves_output,
+        "uses_functional": spec.epilogue is not None and "F." in spec.epilogue.forward(""),
     }
     context |= _output_padding(spec) if spec.transposed else _padding(spec)
-    files = {name: render_template(f"module/{name}.j2", context) for name in PYTHON}
+    modules = (*PYTHON, EPILOGUE) if spec.has_epilogue else PYTHON
+    files = {name: render_template(f"module/{name}.j2", context) for name in modules}
     files |= {"py.typed": "", "spec.json": text}
     # Names of torch operators are global to a process: two packages may share them only if they
     # are the same.

@@ -112,6 +112,8 @@ def kernel_context(spec: ConvSpec, unit: Unit, plan: AnyPlan) -> dict[str, Any]:
         "g": plan.geometry,
         "lattice": plan.problem.lattice,
         "contraction": plan.contraction,
+        # Whether this is the layer itself, whose sums its epilogue goes on with.
+        "has_epilogue": spec.has_epilogue and plan.contraction == spec.forward,
         "dtype": KINDS[plan.kind],
         "schedule": plan.schedule,
         "schedule_text": json.dumps(dataclasses.asdict(plan.schedule), sort_keys=True),
@@ -141,6 +143,10 @@ def command_line(spec: ConvSpec) -> str:
         words.append(f"--in-channels {spec.in_channels}")
     if spec.out_channels is not None:
         words.append(f"--out-channels {spec.out_channels}")
+    if spec.activation is not None:
+        words.append(f"--activation {spec.activation}")
+    if spec.residual:
+        words.append("--residual")
     return " ".join(words)
 
 
@@ -156,6 +162,8 @@ def python_call(spec: ConvSpec) -> str:
         ("groups", 1),
         ("in_channels", None),
         ("out_channels", None),
+        ("activation", None),
+        ("residual", False),
     ):
         value = getattr(spec, field)
         if isinstance(value, tuple) and len(set(value)) == 1:

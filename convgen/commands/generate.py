@@ -22,6 +22,17 @@ from convgen.spec.dtypes import DTYPES
     "--out-channels", type=int, metavar="N", help="Fix the output's channels; any number otherwise."
 )
 @click.option(
+    "--activation",
+    metavar="NAME[:NUMBERS]",
+    help="Computed in the same kernel: relu, leaky_relu:0.01, silu, gelu, gelu:tanh, sigmoid, "
+    "tanh, hardswish, clamp:MIN,MAX, hardtanh:MIN,MAX, relu6.",
+)
+@click.option(
+    "--residual",
+    is_flag=True,
+    help="Take a tensor of the output's shape to add, before the activation.",
+)
+@click.option(
     "--dtype",
     "dtypes",
     multiple=True,
@@ -70,6 +81,7 @@ def command(
       convgen generate --kernel 3 --stride 2
       convgen generate --kernel 3,5,5 --padding 1,2,2 --dtype f32,f16 --backend cuda --arch 90a
       convgen generate --op conv1d --kernel 7 --padding same --dilation 3 --groups 64
+      convgen generate --op conv2d --kernel 3 --padding 1 --activation leaky_relu:0.01 --residual
     """
     from convgen.commands import catalog, report
     from convgen.specialize import export

@@ -10,9 +10,10 @@ TENSORS = ("coarse", "fine", "weight", "bias", "workspace")
 POINTERS = struct.Struct("6Q")
 """Of a ConvgenCall: :data:`TENSORS` and the stream."""
 
-NUMBERS = struct.Struct("11q")
+NUMBERS = struct.Struct("11q24x")
 """Device (or threads), batch, coarse and fine channels, coarse and fine extents (D, H, W), and
-which tensors have their channels side by side: a sum of :data:`CHANNELS_LAST`."""
+which tensors have their channels side by side: a sum of :data:`CHANNELS_LAST`. Then there is no
+epilogue."""
 
 CHANNELS_LAST = {"coarse": 1, "fine": 2, "weight": 4}
 """ConvgenOperand."""

@@ -155,6 +155,8 @@ HEADERS: Mapping[str, str] = {
     "simd.h": "cpu/simd.h",
     "scratch.h": "cpu/scratch.h",
     "chains.h": "cpu/chains.h",
+    "epilogue.h": "cpu/epilogue.h",
+    "elementwise.h": "cpu/elementwise.h",
     "gather.h": "cpu/gather.h",
     "phases.h": "cpu/phases.h",
     "layout.h": "cpu/layout.h",

@@ -146,7 +146,8 @@ def schedules(
         TunedError: if a table cannot be read.
     """
     found: dict[tuple[str, str], Any] = {}
-    winners = [(winner, where) for winner, where in _all() if winner.spec == spec.name]
+    # An epilogue takes the schedule of what comes before it.
+    winners = [(winner, where) for winner, where in _all() if winner.spec == spec.linear.name]
     if not winners:
         return found
     architectures = tuple(architectures)

@@ -221,6 +221,11 @@ def _contents(
     precision: str,
     archs: Iterable[str] | None,
 ) -> Contents:
+    if other := next((spec for spec in specs if spec.has_epilogue), None):
+        raise SpecError(
+            f"{other.name} has an epilogue, which one file cannot have: export {other.linear.name} "
+            "and call torch's activation behind it"
+        )
     if precision not in PRECISIONS:
         raise SpecError(f"precision={precision!r}: choose from {', '.join(PRECISIONS)}")
     names = gpus.gpu_architectures() if archs is None else archs

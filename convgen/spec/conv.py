@@ -11,10 +11,11 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from convgen.spec import documents
+from convgen.spec.activation import Activation, ActivationError
 from convgen.spec.documents import DocumentError
 from convgen.spec.geometry import Geometry, Triple
 
@@ -50,6 +51,11 @@ class ConvSpec:
     fields hold one int per spatial dimension. ``padding`` is a tuple, or ``"same"`` (convolutions
     of stride 1 only); ``"valid"`` becomes 0.
 
+    What follows the convolution in its own kernel is its *epilogue*:
+    ``activation(conv(input) + bias + residual)``, with an ``activation`` as
+    :mod:`convgen.spec.activation` writes it, and a ``residual`` of the output's shape if there is
+    to be one.
+
     Raises:
         SpecError: with what is wrong and what is allowed, under PyTorch's own limits.
     """
@@ -63,6 +69,8 @@ class ConvSpec:
     groups: int
     in_channels: int | None
     out_channels: int | None
+    activation: str | None
+    residual: bool
 
     def __init__(
         self,
@@ -75,6 +83,8 @@ class ConvSpec:
         groups: int = 1,
         in_channels: int | None = None,
         out_channels: int | None = None,
+        activation: str | None = None,
+        residual: bool = False,
     ) -> None:
         ndim = _ndim(op)
         normalized = {
@@ -89,6 +99,8 @@ class ConvSpec:
             "out_channels": (
                 None if out_channels is None else _integer("out_channels", out_channels)
             ),
+            "activation": None if activation is None else _activation(activation).text,
+            "residual": _flag("residual", residual),
         }
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
@@ -106,6 +118,8 @@ class ConvSpec:
         groups: int = 1,
         in_channels: int | None = None,
         out_channels: int | None = None,
+        activation: str | None = None,
+        residual: bool = False,
     ) -> ConvSpec:
         """The constructor with :func:`convgen.specialize`'s default operator, keywords only.
 
@@ -122,6 +136,8 @@ class ConvSpec:
             groups,
             in_channels,
             out_channels,
+            activation,
+            residual,
         )
 
     def _check(self) -> None:
@@ -181,6 +197,26 @@ class ConvSpec:
         return self.op.startswith("conv_transpose")
 
     @property
+    def epilogue(self) -> Activation | None:
+        """The activation with its arguments; None without one."""
+        return None if self.activation is None else Activation.parse(self.activation)
+
+    @property
+    def has_epilogue(self) -> bool:
+        """Whether anything but the bias is done to the sums."""
+        return self.activation is not None or self.residual
+
+    @property
+    def linear(self) -> ConvSpec:
+        """The same convolution without an epilogue."""
+        return replace(self, activation=None, residual=False) if self.has_epilogue else self
+
+    @property
+    def forward(self) -> str:
+        """The contraction that the layer itself is; the others are its gradients."""
+        return "dgrad" if self.transposed else "fprop"
+
+    @property
     def class_name(self) -> str:
         """Of torch's module class: ``conv_transpose3d`` -> ``ConvTranspose3d``."""
         return "".join(word.capitalize() for word in self.op.split("_"))
@@ -215,7 +251,7 @@ class ConvSpec:
     def name(self) -> str:
         """Canonical identifier: the operator, the kernel, then only what differs from defaults.
 
-        For example ``conv_transpose3d_k3_s2_p1_op1_c48x64``.
+        For example ``conv_transpose3d_k3_s2_p1_op1_c48x64`` or ``conv2d_k3_leaky_relu_0p01``.
         """
         parts = [self.op, f"k{_compact(self.kernel_size)}"]
         if any(s != 1 for s in self.stride):
@@ -236,6 +272,10 @@ class ConvSpec:
             parts.append(f"cin{self.in_channels}")
         elif self.out_channels is not None:
             parts.append(f"cout{self.out_channels}")
+        if activation := self.epilogue:
+            parts.append(activation.identifier)
+        if self.residual:
+            parts.append("residual")
         return "_".join(parts)
 
     @property
@@ -290,10 +330,14 @@ class ConvSpec:
         return tuple(max(1, -c) for _, c in constants)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; :meth:`from_dict` reads it back."""
+        """A JSON-ready dictionary; :meth:`from_dict` reads it back.
+
+        Of the epilogue it has what there is, so that a layer without one is what it always was.
+        """
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
+            if value or key not in ("activation", "residual")
         }
 
     @staticmethod
@@ -332,6 +376,19 @@ def _ndim(op: str) -> int:
     match = re.search(r"([123])d$", op)
     assert match is not None
     return int(match[1])
+
+
+def _activation(value: object) -> Activation:
+    try:
+        return Activation.parse(value)
+    except ActivationError as error:
+        raise SpecError(str(error)) from None
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SpecError(f"{name}={documents.shown(value)} must be True or False")
+    return value
 
 
 def _integer(name: str, value: object) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from convgen.codegen.package import PYTHON, render_package
+from convgen.codegen.package import EPILOGUE, PYTHON, render_package
 from convgen.codegen.render import render_kernels
 from convgen.spec import OPERATORS, ConvSpec
 
@@ -23,6 +23,12 @@ SPECS = [
     ConvSpec.make("conv3d", kernel_size=3, stride=(1, 2, 2), padding=1, in_channels=16, groups=2),
     ConvSpec.make("conv2d", kernel_size=1, stride=2),
     ConvSpec.make("conv1d", kernel_size=4, padding="same", dilation=3),
+]
+EPILOGUES = [
+    ConvSpec.make("conv2d", kernel_size=3, padding=1, activation="relu", residual=True),
+    ConvSpec.make(kernel_size=3, stride=2, activation="silu"),
+    ConvSpec.make("conv1d", kernel_size=3, padding=1, stride=2, residual=True),
+    ConvSpec.make("conv3d", kernel_size=3, activation="clamp:-inf,2.5", residual=True),
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
@@ -108,18 +114,34 @@ class TestText:
             assert len(kernels) == 3 * len(units)
 
     def test_is_formatted(self, spec: ConvSpec, tmp_path: Path) -> None:
-        ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
-        if ruff is None:
-            pytest.skip("needs ruff")
-        files = render(spec)
-        for file in PYTHON:
-            (tmp_path / file).write_text(files[file])
-        for arguments in (["format", "--check", "--diff"], ["check", "--ignore=E501"]):
-            options = ["--isolated", "--line-length=100", "--no-cache"]
-            done = subprocess.run(
-                [ruff, *arguments, *options, str(tmp_path)], capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
+        check_format(render(spec), tmp_path)
+
+
+def check_format(files: dict[str, str], folder: Path) -> None:
+    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
+    if ruff is None:
+        pytest.skip("needs ruff")
+    for file in files:
+        if file.endswith(".py"):
+            (folder / file).write_text(files[file])
+    for arguments in (["format", "--check", "--diff"], ["check", "--ignore=E501"]):
+        options = ["--isolated", "--line-length=100", "--no-cache"]
+        done = subprocess.run(
+            [ruff, *arguments, *options, str(folder)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("spec", EPILOGUES, ids=lambda spec: spec.name)
+def test_packages_with_an_epilogue_are_formatted_and_say_what_they_compute(
+    spec: ConvSpec, tmp_path: Path
+) -> None:
+    files = render(spec, "cpu")
+    check_format(files, tmp_path)
+    assert files.keys() >= {*PYTHON, EPILOGUE}
+    documented = ast.get_docstring(ast.parse(files["__init__.py"]))
+    assert f"{spec.op}(input, weight, bias)" in (documented or "")
+    assert ConvSpec.from_dict(json.loads(files["spec.json"])["spec"]) == spec
 
 
 def test_operators_of_different_kernels_have_different_names() -> None:
