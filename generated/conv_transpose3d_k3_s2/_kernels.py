@@ -161,18 +161,18 @@ def _by(extents: Sequence[int]) -> str:
 # for `new_tensor`, and its kernel, if its sums have terms.
 
 _Plan = tuple[tuple[int, ...], tuple[int, ...], Launch | None]
-_plans: dict[tuple[Any, ...], _Plan] = {}
+plans: dict[tuple[Any, ...], _Plan] = {}
 
 
 def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
     lie_first = fine.is_contiguous() and weight.is_contiguous()
     layout = 0 if lie_first else layout_of(fine, weight, (FINE, WEIGHT, COARSE))
-    key = _key("fprop", fine, weight, bias, size, layout)
-    if (plan := _plans.get(key)) is None:
-        if other := _elsewhere(fine, weight):
+    key = key_of("fprop", fine, weight, bias, size, layout)
+    if (plan := plans.get(key)) is None:
+        if other := elsewhere(fine, weight):
             return other.fprop_kernel(fine, weight, bias, size)  # type: ignore[no-any-return]
         shape = fprop_shape(fine, weight, bias, size)
-        plan = _remember(key, fine, shape, coarse=shape, fine=fine.shape, layout=layout)
+        plan = remember(key, fine, shape, coarse=shape, fine=fine.shape, layout=layout)
     shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(fprop_kernel(as_first(fine), as_first(weight), bias, size))
@@ -181,7 +181,7 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
     else:
         coarse = new_tensor(fine, shape, strides)
     if launch is None:
-        return _bias_alone(coarse, bias)
+        return bias_alone(coarse, bias)
     if not lie_first:
         fine, weight = arranged(fine), arranged(weight)
     if bias is not None and not bias.is_contiguous():
@@ -195,12 +195,12 @@ def dgrad_kernel(
 ) -> Tensor:
     lie_first = coarse.is_contiguous() and weight.is_contiguous()
     layout = 0 if lie_first else layout_of(coarse, weight, (COARSE, WEIGHT, FINE))
-    key = _key("dgrad", coarse, weight, bias, size, layout)
-    if (plan := _plans.get(key)) is None:
-        if other := _elsewhere(coarse, weight):
+    key = key_of("dgrad", coarse, weight, bias, size, layout)
+    if (plan := plans.get(key)) is None:
+        if other := elsewhere(coarse, weight):
             return other.dgrad_kernel(coarse, weight, bias, size)  # type: ignore[no-any-return]
         shape = dgrad_shape(coarse, weight, bias, size)
-        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=shape, layout=layout)
+        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=shape, layout=layout)
     shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(dgrad_kernel(as_first(coarse), as_first(weight), bias, size))
@@ -209,7 +209,7 @@ def dgrad_kernel(
     else:
         fine = new_tensor(coarse, shape, strides)
     if launch is None:
-        return _bias_alone(fine, bias)
+        return bias_alone(fine, bias)
     if not lie_first:
         coarse, weight = arranged(coarse), arranged(weight)
     if bias is not None and not bias.is_contiguous():
@@ -221,12 +221,12 @@ def dgrad_kernel(
 def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
     lie_first = coarse.is_contiguous() and fine.is_contiguous()
     layout = 0 if lie_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
-    key = _key("wgrad", coarse, fine, None, (), layout)
-    if (plan := _plans.get(key)) is None:
-        if other := _elsewhere(coarse, fine):
+    key = key_of("wgrad", coarse, fine, None, (), layout)
+    if (plan := plans.get(key)) is None:
+        if other := elsewhere(coarse, fine):
             return other.wgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
-        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
+        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
     shape, strides, launch = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(wgrad_kernel(as_first(coarse), as_first(fine)))
@@ -249,12 +249,12 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
             layout = COARSE
         else:
             grad = grad.contiguous()
-    key = _key("bgrad", grad, grad, None, (), layout)
-    if (plan := _plans.get(key)) is None:
-        if other := _elsewhere(grad, grad):
+    key = key_of("bgrad", grad, grad, None, (), layout)
+    if (plan := plans.get(key)) is None:
+        if other := elsewhere(grad, grad):
             return other.bgrad_kernel(grad)  # type: ignore[no-any-return]
         shape = bgrad_shape(grad)
-        plan = _remember(key, grad, shape, coarse=grad.shape, fine=grad.shape, layout=layout)
+        plan = remember(key, grad, shape, coarse=grad.shape, fine=grad.shape, layout=layout)
     shape, strides, launch = plan
     bias = new_tensor(grad, shape, strides)
     if launch is None:
@@ -268,12 +268,12 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
     lie_first = coarse.is_contiguous() and fine.is_contiguous()
     layout = 0 if lie_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
-    key = _key("wbgrad", coarse, fine, None, (), layout)
-    if (plan := _plans.get(key)) is None:
-        if other := _elsewhere(coarse, fine):
+    key = key_of("wbgrad", coarse, fine, None, (), layout)
+    if (plan := plans.get(key)) is None:
+        if other := elsewhere(coarse, fine):
             return other.wbgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
-        plan = _remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
+        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
     shape, strides, launch = plan
     weight = new_tensor(coarse, shape, strides)
     bias = new_tensor(coarse, (fine.shape[1],), (1,) if strides else ())
@@ -285,14 +285,14 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _elsewhere(first: Tensor, second: Tensor) -> Any:
+def elsewhere(first: Tensor, second: Tensor) -> Any:
     """The kernels of another package for tensors that this one has none for; else None."""
     if first.dtype != second.dtype or first.device != second.device:
         return None  # a mistake, of which the shapes' checks speak
     return kernels_elsewhere(first.device, first.dtype)
 
 
-def _key(
+def key_of(
     contraction: str,
     first: Tensor,
     second: Tensor,
@@ -318,7 +318,7 @@ def _key(
     )
 
 
-def _remember(
+def remember(
     key: tuple[Any, ...],
     operand: Tensor,
     shape: tuple[int, ...],
@@ -333,16 +333,16 @@ def _remember(
     launch = None
     if 0 not in coarse and 0 not in fine:
         launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1], layout)
-    if len(_plans) >= 4096:  # extents that never repeat must not fill the memory
-        _plans.clear()
+    if len(plans) >= 4096:  # extents that never repeat must not fill the memory
+        plans.clear()
     strides: tuple[int, ...] = ()
     if launch is not None and launch.gpu is None:  # on the CPU
         strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
         if layout and len(shape) == 5:
             strides = last_strides(shape)
-    plan = _plans[key] = (shape, strides, launch)
+    plan = plans[key] = (shape, strides, launch)
     return plan
 
 
-def _bias_alone(result: Tensor, bias: Tensor | None) -> Tensor:
+def bias_alone(result: Tensor, bias: Tensor | None) -> Tensor:
     return result.zero_() if bias is None else result.copy_(bias.view(-1, 1, 1, 1))

@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_b5d9975e"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_da169038"
 NAMESPACE += VARIANT
 
 
@@ -332,7 +332,7 @@ def _has_tangent(value: Any) -> bool:
     return forward_ad.unpack_dual(value).tangent is not None
 
 
-def _batching_rule(operator: Any) -> Callable[..., Any]:
+def batching_rule(operator: Any) -> Callable[..., Any]:
     """What torch.func.vmap does with an operator."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -363,14 +363,17 @@ def _batching_rule(operator: Any) -> Callable[..., Any]:
     return rule
 
 
-def _define(
+def define(
     library: Library,
     schema: str,
-    shape: Callable[..., tuple[Any, ...]],
+    fake: Callable[..., Any],
     kernel: Callable[..., Any],
-    function: type[Function],
+    apply: Callable[..., Any],
+    rule: Callable[[Any], Callable[..., Any]] = batching_rule,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Registers an operator.
+
+    `fake` gives results without elements, `apply` records derivatives, and `rule` is that of vmap.
 
     Returns a function that calls it, or does the same sooner, and one for calls of which `is_plain`
     is known.
@@ -379,18 +382,11 @@ def _define(
     # write a gradient once for each operator that reads it.
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     name = schema.partition("(")[0]
-    operator = getattr(_namespace, name).default
-    apply = super(Function, function).apply  # type: ignore[misc]
+    operator = getattr(namespace, name).default
 
-    def fake(*inputs: Any) -> Any:
-        tell_inductor(_namespace)
-        result = shape(*inputs)
-        if isinstance(result[0], tuple):
-            weight, bias = result
-            return new_result(weight, inputs[0], inputs[1]), inputs[0].new_empty(bias)
-        if len(result) == 1:
-            return inputs[0].new_empty(result)
-        return new_result(result, inputs[0], inputs[1])
+    def told_fake(*inputs: Any) -> Any:
+        tell_inductor(namespace)
+        return fake(*inputs)
 
     def autograd(keyset: DispatchKeySet, *inputs: Any) -> Any:
         if (
@@ -399,7 +395,7 @@ def _define(
             and not _are_functorch_transforms_active()
         ):
             return call_plain(*in_memory(inputs))
-        register_shardings(_namespace)
+        register_shardings(namespace)
         inputs = tuple(as_own(inputs))
         recorded = is_grad_enabled() and _any_requires_grad(*inputs)
         if not recorded and not any(map(_has_tangent, inputs)):
@@ -419,50 +415,73 @@ def _define(
         if is_plain(inputs):
             return call_plain(*inputs)
         if not is_dynamo_compiling():
-            register_shardings(_namespace)  # the dispatcher asks for them next
+            register_shardings(namespace)  # the dispatcher asks for them next
         return operator(*inputs)
 
-    register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    register_vmap(f"{NAMESPACE}::{name}", _batching_rule(operator), lib=library)
+    register_fake(f"{NAMESPACE}::{name}", told_fake, lib=library)
+    register_vmap(f"{NAMESPACE}::{name}", rule(operator), lib=library)
     library.impl(name, autograd, "Autograd", with_keyset=True)
     for key in ("CPU", "CUDA"):
         library.impl(name, lambda *inputs: kernel(*in_memory(inputs)), key)
     return call, call_plain
 
 
+def applied(function: type[Function]) -> Callable[..., Any]:
+    """What calls a Function; that of Function itself would ask torch.func again."""
+    return super(Function, function).apply  # type: ignore[misc,no-any-return]
+
+
+def _fake_of(shape: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """Results without elements, of a function that gives their shapes."""
+
+    def fake(*inputs: Any) -> Any:
+        result = shape(*inputs)
+        if isinstance(result[0], tuple):
+            weight, bias = result
+            return new_result(weight, inputs[0], inputs[1]), inputs[0].new_empty(bias)
+        if len(result) == 1:
+            return inputs[0].new_empty(result)
+        return new_result(result, inputs[0], inputs[1])
+
+    return fake
+
+
 def _register(library: Library) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
     more = "Tensor weight, Tensor? bias, SymInt[] size) -> Tensor"
     pair = "Tensor coarse, Tensor fine) -> "
-    both = f"wbgrad({pair}(Tensor, Tensor)"
+    operators: tuple[tuple[str, Callable[..., Any], Callable[..., Any], type[Function]], ...] = (
+        (f"fprop(Tensor fine, {more}", fprop_shape, fprop_kernel, Fprop),
+        (f"dgrad(Tensor coarse, {more}", dgrad_shape, dgrad_kernel, Dgrad),
+        (f"wgrad({pair}Tensor", wgrad_shape, wgrad_kernel, Wgrad),
+        ("bgrad(Tensor grad) -> Tensor", bgrad_shape, bgrad_kernel, Bgrad),
+        (f"wbgrad({pair}(Tensor, Tensor)", wbgrad_shape, wbgrad_kernel, Wbgrad),
+    )
     return [
-        _define(library, f"fprop(Tensor fine, {more}", fprop_shape, fprop_kernel, Fprop),
-        _define(library, f"dgrad(Tensor coarse, {more}", dgrad_shape, dgrad_kernel, Dgrad),
-        _define(library, f"wgrad({pair}Tensor", wgrad_shape, wgrad_kernel, Wgrad),
-        _define(library, "bgrad(Tensor grad) -> Tensor", bgrad_shape, bgrad_kernel, Bgrad),
-        _define(library, both, wbgrad_shape, wbgrad_kernel, Wbgrad),
+        define(library, schema, _fake_of(shape), kernel, applied(function))
+        for schema, shape, kernel, function in operators
     ]
 
 
 # Operators belong to the process: a second copy of this package, or a reload, finds them here and
 # only adds its folder to those where kernels are looked for.
-_namespace: Any = getattr(torch.ops, NAMESPACE)
-if "library" in vars(_namespace):
-    _namespace.folders.extend(FOLDERS)
+namespace: Any = getattr(torch.ops, NAMESPACE)
+if "library" in vars(namespace):
+    namespace.folders.extend(FOLDERS)
 else:
-    _namespace.library = Library(NAMESPACE, "DEF")
-    _namespace.calls = _register(_namespace.library)
-    _namespace.folders = FOLDERS
-    register(_namespace)
+    namespace.library = Library(NAMESPACE, "DEF")
+    namespace.calls = _register(namespace.library)
+    namespace.folders = FOLDERS
+    register(namespace)
 
-fprop_op = _namespace.fprop.default
-dgrad_op = _namespace.dgrad.default
-wgrad_op = _namespace.wgrad.default
-bgrad_op = _namespace.bgrad.default
-wbgrad_op = _namespace.wbgrad.default
+fprop_op = namespace.fprop.default
+dgrad_op = namespace.dgrad.default
+wgrad_op = namespace.wgrad.default
+bgrad_op = namespace.bgrad.default
+wbgrad_op = namespace.wbgrad.default
 
 fprop: Callable[..., Tensor]
 dgrad: Callable[..., Tensor]
 wgrad: Callable[..., Tensor]
 bgrad: Callable[..., Tensor]
 wbgrad: Callable[..., tuple[Tensor, Tensor]]
-(fprop, fprop_plain), (dgrad, dgrad_plain), (wgrad, _), (bgrad, _), (wbgrad, _) = _namespace.calls
+(fprop, fprop_plain), (dgrad, dgrad_plain), (wgrad, _), (bgrad, _), (wbgrad, _) = namespace.calls

@@ -60,7 +60,8 @@ FOLDERS = [Path(__file__).parent]
 """Folders with a copy of this package: kernels are loaded from the first whose library loads."""
 
 _POINTERS = struct.Struct("6Q")  # ConvgenCall: coarse, fine, weight, bias, workspace, stream
-_NUMBERS = struct.Struct("11q")  # ConvgenCall: device, batch, channels, extents, channels_last
+# ConvgenCall: device, batch, channels, extents, channels_last; of an epilogue it has nothing
+_NUMBERS = struct.Struct("11q24x")
 
 _TOO_LARGE = -1  # CONVGEN_TOO_LARGE
 
@@ -168,7 +169,8 @@ class Launch:
         # The copy engine begins at multiples of 16 bytes; results do.
         begins_anywhere = (self.gpu is None and not INTERPRETED) or not self.takes_layouts
         if not begins_anywhere and any(
-            each is not None and each.data_ptr() & 15 for each in (coarse, fine, weight)
+            each is not None and each.data_ptr() & 15
+            for each in (coarse, fine, weight)
         ):
             self.run(*map(_aligned, (coarse, fine, weight)), bias)
             return

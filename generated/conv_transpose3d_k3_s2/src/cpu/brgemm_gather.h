@@ -7,6 +7,7 @@
 //       point     at the source rows that its taps meet, or at zeros
 //       multiply  each block of output channels (brgemm.h): the chain's sums, added up in the
 //                 output, or where that is not channels_last, in scratch (L2)
+//     finish      what the layer does with its sums (epilogue.h)
 //     transpose   scratch -> output
 //
 // Where a chain ends depends on channels and taps alone, and chains are added in order, so that
@@ -14,6 +15,7 @@
 #pragma once
 
 #include "brgemm.h"
+#include "epilogue.h"
 #include "layout.h"
 #include "phases.h"
 #include "runtime.h"
@@ -344,6 +346,7 @@ class BrgemmGather
                    padded);
       });
     });
+    Finish<Problem>(call, output).block(to, out, output_last, sums, pitch, channels, extent);
     if (!in_place) put_out(to, out, sums, row, channels, extent);
   }
 

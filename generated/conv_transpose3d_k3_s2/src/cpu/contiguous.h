@@ -14,31 +14,43 @@ class ContiguousCall {
   static constexpr int64_t TAPS =
       int64_t(Problem::AxisD::TAPS) * Problem::AxisH::TAPS * Problem::AxisW::TAPS;
   struct Operand {
-    int bit;  // ConvgenOperand
+    int bit;  // ConvgenOperand, 0 for what the call does not have
     void* ConvgenCall::* pointer;
     int64_t batch, channels, volume, at;
+    bool is_written;
   };
   const ConvgenCall& given;
   ConvgenCall call;
-  int result;  // the ConvgenOperand that is written
-  Operand operands[3];
+  Operand operands[5];
   int64_t copied_bytes;
   int threads;
 
  public:
-  ContiguousCall(const ConvgenCall& given_, int result_)
-      : given(given_), call(given_), result(result_) {
+  // `result` is the ConvgenOperand that is written.
+  ContiguousCall(const ConvgenCall& given_, int result) : given(given_), call(given_) {
     const auto volume = [](const int64_t* extent) { return extent[0] * extent[1] * extent[2]; };
-    operands[0] = {CONVGEN_COARSE,       &ConvgenCall::coarse,       call.batch,
-                   call.coarse_channels, volume(call.coarse_extent), 0};
-    operands[1] = {CONVGEN_FINE,       &ConvgenCall::fine,       call.batch,
-                   call.fine_channels, volume(call.fine_extent), 0};
+    const Operand coarse = {CONVGEN_COARSE,          &ConvgenCall::coarse,       call.batch,
+                            call.coarse_channels,    volume(call.coarse_extent), 0,
+                            result == CONVGEN_COARSE};
+    const Operand fine = {CONVGEN_FINE,          &ConvgenCall::fine,       call.batch,
+                          call.fine_channels,    volume(call.fine_extent), 0,
+                          result == CONVGEN_FINE};
+    operands[0] = coarse;
+    operands[1] = fine;
     operands[2] = {CONVGEN_WEIGHT,
                    &ConvgenCall::weight,
                    call.coarse_channels,
                    call.fine_channels / Problem::GROUPS,
                    TAPS,
-                   0};
+                   0,
+                   result == CONVGEN_WEIGHT};
+    // What an epilogue reads and writes lies as the result does.
+    operands[3] = operands[4] = result == CONVGEN_COARSE ? coarse : fine;
+    operands[3].pointer = &ConvgenCall::residual;
+    operands[3].is_written = false;
+    operands[4].pointer = &ConvgenCall::preactivation;
+    if (!(call.epilogue & CONVGEN_RESIDUAL)) operands[3].bit = 0;
+    if (!(call.epilogue & CONVGEN_PREACTIVATION)) operands[4].bit = 0;
     Workspace workspace;
     double elements = 0;
     for (Operand& operand : operands)
@@ -65,13 +77,13 @@ class ContiguousCall {
     for (const Operand& operand : operands)
       if (given.channels_last & operand.bit) {
         call.*operand.pointer = workspace + operand.at;
-        if (operand.bit != result)
+        if (!operand.is_written)
           transpose_all(call.*operand.pointer, given.*operand.pointer, operand.batch,
                         operand.volume, operand.channels);
       }
     run(call);
     for (const Operand& operand : operands)
-      if (given.channels_last & operand.bit & result)
+      if (given.channels_last & operand.bit && operand.is_written)
         transpose_all(given.*operand.pointer, call.*operand.pointer, operand.batch,
                       operand.channels, operand.volume);
   }

@@ -13,6 +13,7 @@
 //                  q1  [ lanes ] [ lanes ]         * weight[j][c]
 //                  ..                           for all rows of taps, all taps along w
 //       at borders a position at a time, over the taps that it meets
+//     then what the layer does with its sums (epilogue.h), in the output
 //
 // Each output is the sum of its products by rising source position, in one chain or, of many taps,
 // in several (chains.h); the bias comes last. So results depend neither on tasks nor on threads.
@@ -20,6 +21,7 @@
 
 #include "chains.h"
 #include "depthwise.h"
+#include "epilogue.h"
 #include "phases.h"
 
 namespace {
@@ -129,6 +131,7 @@ class DepthwiseGather
     if (tasks == 0) return;
     const Pitches from(CHANNELS, source_extent, true), to(CHANNELS, output_extent, true);
     advise_output(output, batch * to.image * int64_t(sizeof(Storage)));
+    const Finish<Problem> finish(call, output);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       pack(call, weights, bias);
@@ -137,10 +140,15 @@ class DepthwiseGather
         const int64_t first = task % row_parts * rows, part = task / row_parts % chunks;
         const int64_t n = task / (row_parts * chunks);
         const Span vectors = {part * chunk, least((part + 1) * chunk, Vectors::COUNT)};
-        for (int64_t row = first; row < least(first + rows, all); ++row)
+        for (int64_t row = first; row < least(first + rows, all); ++row) {
+          Storage* const out = static_cast<Storage*>(output) + n * to.image + row * to.axis[1];
           run_row(static_cast<const Real*>(source) + n * from.image, weights, bias, vectors,
-                  row / output_extent[1], row % output_extent[1],
-                  static_cast<Storage*>(output) + n * to.image + row * to.axis[1]);
+                  row / output_extent[1], row % output_extent[1], out);
+          const int64_t line[3] = {1, 1, output_extent[2]};
+          const int64_t c = vectors.first * V;
+          finish.block(out + c, to, true, out + c, to.axis, least(vectors.end * V, CHANNELS) - c,
+                       line);
+        }
       }
     }
   }

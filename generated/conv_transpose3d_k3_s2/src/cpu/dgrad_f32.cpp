@@ -156,6 +156,7 @@ struct Problem {
   using AxisH = ::AxisH;
   using AxisW = ::AxisW;
   static constexpr int GROUPS = ::GROUPS;
+  using Epilogue = NoEpilogue;
   static constexpr bool SOURCE_IS_COARSE = true;
   // Register tiles: output channels x vectors of positions.
   using Tiles = std::conditional_t<VECTOR_REGISTERS >= 32,

@@ -86,6 +86,7 @@ struct Problem {
   using AxisH = ::AxisH;
   using AxisW = ::AxisW;
   static constexpr int GROUPS = ::GROUPS;
+  using Epilogue = NoEpilogue;
   static constexpr bool SOURCE_IS_COARSE = false;
   // Register tiles: output channels x vectors of positions.
   using Tiles = std::conditional_t<VECTOR_REGISTERS >= 32,

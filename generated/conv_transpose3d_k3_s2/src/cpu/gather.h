@@ -16,7 +16,7 @@
 //                m1  [ lanes ] [ lanes ] [ lanes ]         * scratch[k][offset[j] + position]
 //                ..                                      for all k and all taps j of the phase
 //              -> row buffer (L1): one strip per w-phase and channel
-//     store    rows of the output, w-phases interleaved
+//     store    rows of the output, w-phases interleaved (epilogue.h)
 //
 // Scratch and row buffer are a thread's own; weights are packed once, behind a barrier.
 //
@@ -26,6 +26,7 @@
 #pragma once
 
 #include "chains.h"
+#include "epilogue.h"
 #include "phases.h"
 #include "runtime.h"
 #include "scratch.h"
@@ -58,17 +59,6 @@ struct AnyTaps {
     for (int64_t j = 0; j < taps; ++j) multiply_add(acc, x + offset[j], weight + j * M);
   }
 };
-
-// The phases of an output row side by side: out[q * PHASES + r] = strips[r * pitch + q].
-template <int PHASES, class Storage, class Real>
-CONVGEN_INLINE void interleave(Storage* __restrict out, const Real* __restrict strips,
-                               int64_t pitch, int64_t count) {
-  const int64_t whole = count / PHASES;
-  for (int64_t q = 0; q < whole; ++q)
-    for (int r = 0; r < PHASES; ++r) from_real(strips[r * pitch + q], out[q * PHASES + r]);
-  for (int64_t r = 0; r < count % PHASES; ++r)
-    from_real(strips[r * pitch + whole], out[whole * PHASES + r]);
-}
 
 template <class Problem>
 class Gather : Phases<typename Problem::AxisD, typename Problem::AxisH, typename Problem::AxisW> {
@@ -230,6 +220,7 @@ class Gather : Phases<typename Problem::AxisD, typename Problem::AxisH, typename
     const int64_t source_volume = source_extent[0] * source_extent[1] * source_extent[2];
     const int64_t output_volume = output_extent[0] * output_extent[1] * output_extent[2];
     if (task_count == 0) return;
+    const Finish<Problem> finish(call, output);
     advise_output(output, batch * groups * outputs * output_volume * int64_t(sizeof(Storage)));
     Gather::for_phases([&](const Phase& phase) {
       int64_t* to = offsets + phase.first;
@@ -264,7 +255,7 @@ class Gather : Phases<typename Problem::AxisD, typename Problem::AxisH, typename
           Storage* const to =
               static_cast<Storage*>(output) + (place.image * outputs + b * M) * output_volume;
           compute<M, VECTORS>(x, weights + packed * block_weights(), bias + packed * M, offsets,
-                              buffer, to, least(M, outputs - b * M), place.q0, later);
+                              buffer, to, least(M, outputs - b * M), place.q0, later, finish);
         }
       }
     }
@@ -302,8 +293,8 @@ class Gather : Phases<typename Problem::AxisD, typename Problem::AxisH, typename
   // All outputs of a block of positions for M channels, of which `channels` exist.
   template <int M, int VECTORS>
   void compute(const Real* x, const Real* weight, const Real* bias, const int64_t* offsets,
-               Real* buffer, Storage* output, int64_t channels, const int64_t* q0,
-               Prefetch& later) const {
+               Real* buffer, Storage* output, int64_t channels, const int64_t* q0, Prefetch& later,
+               const Finish<Problem>& finish) const {
     const int64_t planes = least(block[0], positions[0] - q0[0]);
     const int64_t volume = output_extent[0] * output_extent[1] * output_extent[2];
     const int64_t ow = q0[2] * AxisW::PHASES;
@@ -333,9 +324,10 @@ class Gather : Phases<typename Problem::AxisD, typename Problem::AxisH, typename
         for (int64_t m = 0; m < channels; ++m)
           for (int64_t row = 0; row < rows; ++row) {
             const int64_t line = od * output_extent[1] + oh + row * AxisH::PHASES;
-            interleave<AxisW::PHASES>(output + m * volume + line * output_extent[2] + ow,
-                                      buffer + m * buffer_pitch + row * scratch.pitch(),
-                                      M * buffer_pitch, columns);
+            Storage* const out = output + m * volume + line * output_extent[2] + ow;
+            Real* const strips = buffer + m * buffer_pitch + row * scratch.pitch();
+            finish.template row<AxisW::PHASES>(out, strips, M * buffer_pitch, columns);
+            interleave<AxisW::PHASES>(out, strips, M * buffer_pitch, columns);
           }
       });
   }

@@ -30,6 +30,11 @@
 // written. Extents of one- and two-dimensional operators have leading ones.
 //
 // CUDA's library has convgen_transpose_<dtype>, too, from one memory format to the other.
+//
+// Of a library that was generated with an epilogue, the contraction that is the layer itself (dgrad
+// of a transposed convolution, else fprop) goes on with its sums as `epilogue` says, 0 for nothing:
+//
+//   result = activation(sum + bias + residual)      preactivation = sum + bias + residual
 #pragma once
 
 #include <stdint.h>
@@ -48,10 +53,16 @@ struct ConvgenCall {
   int64_t coarse_extent[3];
   int64_t fine_extent[3];
   int64_t channels_last;  // which tensors lie so: a sum of ConvgenOperand
+  int64_t epilogue;       // a sum of ConvgenEpilogue; without any, what follows is not read
+  void* residual;         // of the result's shape, dtype and format, and so is the next
+  void* preactivation;    // written
 };
 
 // Tensors that may lie in memory as (N, D, H, W, C) and (A, KD, KH, KW, B / groups).
 enum ConvgenOperand { CONVGEN_COARSE = 1, CONVGEN_FINE = 2, CONVGEN_WEIGHT = 4 };
+
+// What the layer's own contraction does with its sums.
+enum ConvgenEpilogue { CONVGEN_ACTIVATE = 1, CONVGEN_RESIDUAL = 2, CONVGEN_PREACTIVATION = 4 };
 
 // Error codes: positive ones are cudaError_t.
 enum ConvgenError {
