@@ -23,8 +23,9 @@ from convgen.engines import abi
 from convgen.engines.implicit_gemm.common import UNPROVEN, by_taps
 from convgen.engines.implicit_gemm.gather import GATHER
 from convgen.engines.implicit_gemm.wgrad import WGRAD
+from convgen.engines.implicit_gemm.wgrad_quarters import PARTS, WGRAD_QUARTERS
 from convgen.engines.implicit_gemm.wgrad_taps import WGRAD_TAPS
-from convgen.engines.registry import unit_of
+from convgen.engines.registry import AnyFamily, unit_of
 from convgen.spec import ConvSpec
 
 LAST = tuple(abi.CHANNELS_LAST)
@@ -56,10 +57,18 @@ def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) 
     return ConvSpec(op, kernel, *rest, **more)  # type: ignore[arg-type]
 
 
+def family_of(spec: ConvSpec, contraction: str, mode: str) -> AnyFamily:
+    if contraction != "wgrad":
+        return GATHER
+    if mode in PARTS and spec.geometry.taps > 1:
+        return WGRAD_QUARTERS
+    return WGRAD_TAPS if by_taps(spec.geometry) else WGRAD
+
+
 def sources(spec: ConvSpec, contraction: str, mode: str, schedule: object = None) -> dict[str, str]:
     """By their paths below ``src/cuda``."""
-    family = GATHER if contraction != "wgrad" else WGRAD_TAPS if by_taps(spec.geometry) else WGRAD
-    unit = unit_of(family, spec.geometry, contraction, mode)
+    unit = unit_of(family_of(spec, contraction, mode), spec.geometry, contraction, mode)
+    family = unit.family
     assert not family.accepts(unit.problem)
     files = {path.removeprefix("src/cuda/"): text for path, text in headers(unit).items()}
     plan = unit.with_schedule(schedule) if schedule else unit.default()

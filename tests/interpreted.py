@@ -89,6 +89,12 @@ class Library:
         function.restype = ctypes.c_int64
         return int(function(call))
 
+    def expected_ms(self, symbol: str, call: bytes) -> float:
+        """Negative where the call is not for the kernel."""
+        function = self._library[f"{symbol}_expected"]
+        function.restype = ctypes.c_int64
+        return int(function(call)) / 1e6
+
     def call(self, symbol: str, call: bytes) -> None:
         self.check(self._library[symbol](call))
 

@@ -20,6 +20,7 @@ from convgen.engines.depthwise import wgrad as depthwise_wgrad
 from convgen.engines.family import Family, Plan
 from convgen.engines.implicit_gemm import gather as gemm_gather
 from convgen.engines.implicit_gemm import wgrad as gemm_wgrad
+from convgen.engines.implicit_gemm import wgrad_quarters as gemm_wgrad_quarters
 from convgen.engines.implicit_gemm import wgrad_taps as gemm_wgrad_taps
 from convgen.engines.mma import gather as mma_gather
 from convgen.engines.mma import wgrad as mma_wgrad
@@ -46,6 +47,7 @@ FAMILIES: tuple[AnyFamily, ...] = (
     gemm_gather.GATHER,
     gemm_wgrad.WGRAD,
     gemm_wgrad_taps.WGRAD_TAPS,
+    gemm_wgrad_quarters.WGRAD_QUARTERS,
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from interpreted import OPERANDS, Library, Problem, compile_sources, engine_sources, problem, solve
-from test_interpreter_sm90 import ROWS_OF_K
+from test_interpreter_sm90 import ROWS_OF_K, VECTORS, vectors_of
 from torch import Tensor
 
 from convgen.building import toolchain
@@ -139,6 +139,11 @@ def calls_of_sm90() -> Iterator[tuple[str, list[Tensor | int], int]]:
         words = [x.view(torch.int32) for x in call.operands()]
         numbers = [call.row_bytes, *call.rows, call.pitch, call.chunk_pitch]
         yield call.symbol, [*words, torch.zeros(64, call.columns), *numbers], 2
+
+    for symbol, first, step in VECTORS:
+        a, b = vectors_of(symbol, first, step)
+        out = torch.zeros(64, 2 * int(symbol.split("_")[-1]))
+        yield symbol, [a, b, out, len(b), first, step], 2
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")

@@ -243,6 +243,36 @@ def test_products_of_rows_of_k(mode: str, call: RowsOfK) -> None:
     np.testing.assert_array_equal(out, call.expected())
 
 
+VECTORS = [("vectors_96", 16, 64), ("vectors_32", 8, 48)]
+"""Functions of sm90.cu, the row at which their columns begin, and rows from vector to vector."""
+
+
+def vectors_of(symbol: str, first: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operands of 16 elements of K, in units of four: [unit][row], and rows that run on."""
+    generator = torch.Generator().manual_seed(0)
+    rows = first + 3 * step + 2 * int(symbol.split("_")[-1])
+    a, b = (
+        torch.randint(-8, 9, shape, generator=generator).float()
+        for shape in ((4, 64, 4), (rows, 4))
+    )
+    return a, b
+
+
+@pytest.mark.parametrize("mode", IN_PROCESS)
+@pytest.mark.parametrize(("symbol", "first", "step"), VECTORS)
+def test_products_of_vectors_without_a_swizzle(
+    mode: str, symbol: str, first: int, step: int
+) -> None:
+    a, b = vectors_of(symbol, first, step)
+    columns = 2 * int(symbol.split("_")[-1])
+    expected = sum(
+        a[unit] @ b[first + unit * step : first + unit * step + columns].T for unit in range(4)
+    )
+    out = np.full((64, columns), np.nan, "f4")
+    library("sm90.cu", mode)(symbol, a.numpy(), b.numpy(), out, len(b), first, step, a2=OUTPUT)
+    np.testing.assert_array_equal(out, torch.as_tensor(expected).numpy())
+
+
 # ---- What it finds --------------------------------------------------------------------------
 
 STILL_READ = "that products or a TMA store of thread .* still read"

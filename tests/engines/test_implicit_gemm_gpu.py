@@ -57,14 +57,17 @@ def test_values_and_gradients_in_every_layout(module: ModuleType, dtype: torch.d
     check_values(module, dtype, LAYERS[module.SPEC["op"]])
 
 
-@pytest.mark.parametrize("op", UNPROVEN_LAYERS)
+@pytest.mark.parametrize(
+    ("op", "layer"),
+    [*UNPROVEN_LAYERS.items(), *LAYERS.items()],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_values_and_gradients_of_what_no_gpu_has_timed(
-    op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    op: str, layer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CONVGEN_UNPROVEN", ",".join(UNPROVEN))
     # A cache of its own: what is asked for is the same as without the variable.
     monkeypatch.setenv("CONVGEN_CACHE_DIR", str(tmp_path))
-    layer = UNPROVEN_LAYERS[op]
     module = convgen.specialize(op, backends="cuda", dtypes=["f32", "bf16", "f16"], **layer)
     for dtype in LIMITS:
         check_values(module, dtype, layer)

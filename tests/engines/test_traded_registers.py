@@ -14,6 +14,7 @@ from test_wgmma_registers import disassembler
 from convgen.building import toolchain
 from convgen.engines.implicit_gemm.gather import GatherSizes
 from convgen.engines.implicit_gemm.wgrad import WgradSizes
+from convgen.engines.implicit_gemm.wgrad_quarters import QuarterSizes
 from convgen.engines.implicit_gemm.wgrad_taps import TapWgradSizes
 from convgen.spec import ConvSpec
 
@@ -25,6 +26,8 @@ CASES = [
     (STRIDED, "dgrad", "f16tc", GatherSizes((), (32,))),
     (CONV, "fprop", "tf32", GatherSizes((32,), (32,))),
     (CONV, "wgrad", "f16tc", WgradSizes((24,))),
+    (CONV, "wgrad", "tf32", QuarterSizes((4,))),
+    (STRIDED, "wgrad", "tf32x3", QuarterSizes((2,))),
 ]
 
 

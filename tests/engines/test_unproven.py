@@ -12,11 +12,14 @@ from convgen.engines.implicit_gemm.common import UNPROVEN
 from convgen.spec import ConvSpec
 
 POINT, STRIDED = ConvSpec("conv2d", 1), ConvSpec("conv3d", 3, 2, 1)
+CONV = ConvSpec("conv3d", 3, 1, 1)
 UP = ConvSpec("conv_transpose3d", 2, 2)
+QUARTERS = {"wgrad_tf32", "wgrad_tf32x3"}
 UNITS = {
     POINT: {"wgrad_tf32", "wgrad_bf16tc"},
-    STRIDED: {"dgrad_tf32", "dgrad_bf16tc", "wgrad_bf16tc"},
-    UP: {"dgrad_tf32", "dgrad_bf16tc", "wgrad_bf16tc"},
+    CONV: QUARTERS,
+    STRIDED: {"dgrad_tf32", "dgrad_bf16tc", "wgrad_bf16tc", *QUARTERS},
+    UP: {"dgrad_tf32", "dgrad_bf16tc", "wgrad_bf16tc", *QUARTERS},
 }
 """That packages for float32 and bfloat16 have of what is unproven."""
 
@@ -45,12 +48,17 @@ def test_a_package_has_what_is_unproven_where_it_is_asked_for(
     assert implicit_gemms(files) == proven | UNITS[spec]
     runtime = files["_runtime.py"]
     ast.parse(runtime)
-    assert "pays = True" in runtime
+    assert ("pays = True" if spec is POINT else "pays = products >= (864 if mode in (") in runtime
+    if spec is CONV:
+        return
     channels = files[f"src/cuda/{'dgrad' if spec.transposed else 'fprop'}_bf16tc_implicit_gemm.cu"]
     assert "READS_CHANNELS = true" in channels
 
 
 def test_one_way_alone_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVGEN_UNPROVEN", "phases")
-    assert implicit_gemms(package(UP)) >= UNITS[UP] - {"wgrad_bf16tc"}
-    assert "wgrad_bf16tc" not in implicit_gemms(package(UP))
+    assert implicit_gemms(package(UP)) >= {"dgrad_tf32", "dgrad_bf16tc"}
+    assert not implicit_gemms(package(UP)) & {"wgrad_bf16tc", *QUARTERS}
+    monkeypatch.setenv("CONVGEN_UNPROVEN", "wgrad_tf32")
+    assert implicit_gemms(package(UP)) >= QUARTERS
+    assert not implicit_gemms(package(UP)) & {"wgrad_bf16tc", "dgrad_tf32"}

@@ -55,6 +55,15 @@ WGRAD_TAPS_HEADERS: Mapping[str, str] = {
     },
 }
 
+WGRAD_QUARTERS_HEADERS: Mapping[str, str] = {
+    **WGRAD_HEADERS,
+    "meeting.cuh": "cuda/meeting.cuh",
+    **{
+        f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
+        for name in ("quarters.cuh", "wgrad_quarters.cuh", "wgrad_quarters_host.cuh")
+    },
+}
+
 LEAST_CHANNELS = 16
 """Of a group, of either tensor: with fewer, products of 64 x 16 elements are mostly padding."""
 
@@ -63,6 +72,8 @@ CHANNELS = {2: 48, 4: 64}
 contiguous tensors go to the kernels that read them as they lie (measured on an H200)."""
 GATHER_PRODUCTS, WGRAD_PRODUCTS = 256, 1728
 """Likewise: channels times taps that pay for packing contiguous tensors."""
+WGRAD_TF32_PRODUCTS = 864
+"""Likewise in TF32 and 3xTF32, and not measured: of 32 channels and 27 taps, to be timed."""
 
 ROW_BYTES = 128
 """Of a position's channels in shared memory: a K block."""
@@ -73,13 +84,15 @@ BLOCK_M = 64
 MAX_STEP = 8
 """Of TMA, from one element that it loads to the next."""
 
-UNPROVEN = ("pointwise", "taps", "phases")
+UNPROVEN = ("pointwise", "taps", "phases", "wgrad_tf32")
 """Ways of computing that no GPU has timed yet, and which calls therefore do not take:
 
 - ``pointwise``: kernels of one tap read contiguous 16-bit inputs as they lie, without a pack.
 - ``taps``: wgrad a tap at a time, of kernels of one tap (both layouts; TF32 contiguous) and of
   strides (channels_last, 16 bits), instead of ``mma``, for which such tensors are transposed.
 - ``phases``: dgrad of strides (channels_last), instead of ``mma``, likewise.
+- ``wgrad_tf32``: wgrad of contiguous tensors in TF32 and 3xTF32, of kernels with several taps and
+  any stride, from positions that are packed in quarters, instead of ``mma``.
 """
 
 

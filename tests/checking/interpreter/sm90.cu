@@ -192,6 +192,33 @@ __global__ void rows_of_k_kernel(const uint4* a, const uint4* b, float* d, int r
   }
 }
 
+// d[64][2 SUMS] = four vectors of K of a's rows times as many of b's, without a swizzle: a's lie as
+// [vector][row], b's v-th begins at row `first` + v * `step`, and rows run on into the next ones.
+template <int SUMS>
+__global__ void vectors_kernel(const uint4* a, const uint4* b, float* d, int rows, int first,
+                               int step) {
+  unsigned char* const at = rows_from(0);
+  unsigned char* const columns = at + 4 * 64 * 16;
+  for (int i = threadIdx.x; i < 4 * 64; i += THREADS) reinterpret_cast<uint4*>(at)[i] = a[i];
+  for (int i = threadIdx.x; i < rows; i += THREADS) reinterpret_cast<uint4*>(columns)[i] = b[i];
+  bulk_fence();
+  __syncthreads();
+  const Operand x = Operand::of_vectors(at, 128, 64 * 16);
+  const Operand y = Operand::of_vectors(columns, 128, step * 16).moved(first * 16);
+  float sums[SUMS];
+  wgmma_begin();
+  for (int k = 0; k < 2; ++k) {
+    wgmma<float>(sums, x.moved(k * 2 * 64 * 16), y.moved(k * 2 * step * 16), k > 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  for (int i = 0; i < SUMS; ++i) {
+    wgmma_settle(sums[i]);
+    d[(row + i / 2 % 2 * 8) * 2 * SUMS + i / 4 * 8 + column + i % 2] = sums[i];
+  }
+}
+
 }  // namespace
 
 // The case's numbers, for whoever checks it: element bytes, rank, swizzle, first row, bytes of the
@@ -248,6 +275,15 @@ ROWS(bfloat16, 64)
 ROWS(float, 96)
 ROWS(half, 128)
 ROWS(float, 32)
+
+#define VECTORS(SUMS)                                                                           \
+  CONVGEN_EXPORT int vectors_##SUMS(const uint4* a, const uint4* b, float* d, int rows,         \
+                                    int first, int step) {                                      \
+    return launch<vectors_kernel<SUMS>>(1, THREADS, SHARED_BYTES, 0, nullptr, a, b, d, rows,    \
+                                        first, step);                                           \
+  }
+VECTORS(32)
+VECTORS(96)
 
 #define ROWS_OF_K(NAME, A, B, SUMS)                                                            \
   CONVGEN_EXPORT int rows_of_k_##NAME(const uint4* a, const uint4* b, float* d, int row_bytes, \

@@ -102,6 +102,10 @@ struct Operand {
         pitch(pitch),
         row_bytes(row_bytes),
         chunk_pitch(chunk_pitch) {}
+  // Rows of one vector, in groups of eight, and groups of their next vectors.
+  static Operand of_vectors(const void* first, int row_bytes, int step_bytes) {
+    return Operand(first, row_bytes / 16, 16, step_bytes / 16);
+  }
   // Wherever that may be: it is only where it is read that it has to exist.
   Operand moved(int bytes) const {
     Operand result = *this;

@@ -31,7 +31,8 @@ float truncated(double x);
 void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                         Site site);
 
-// An operand in shared memory: see Operand in sm90.h.
+// An operand in shared memory: see Operand in sm90.h. Rows of 16 bytes are vectors without a swizzle,
+// of which chunk_pitch rows lie between one of K and the next.
 struct SharedRows {
   const char* first;
   int pitch, row_bytes, chunk_pitch;

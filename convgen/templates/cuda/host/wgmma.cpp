@@ -22,9 +22,12 @@ int warp_of_group(const Fiber& lane) { return lane.rank / LANES % WARPS; }
 
 // A vector of a row. Its place follows the address, wherever the operand begins.
 const char* vector_of(const SharedRows& rows, int row, int chunk, int vector) {
-  const intptr_t index = row / 8 * rows.pitch + row % 8 + chunk * rows.chunk_pitch;
-  const uintptr_t at = reinterpret_cast<uintptr_t>(rows.first) +
-                       static_cast<uintptr_t>(index * rows.row_bytes + vector * VECTOR);
+  const bool is_plain = rows.row_bytes == VECTOR;
+  const intptr_t index =
+      row / 8 * rows.pitch + row % 8 + (is_plain ? vector : chunk) * rows.chunk_pitch;
+  const uintptr_t at =
+      reinterpret_cast<uintptr_t>(rows.first) +
+      static_cast<uintptr_t>(index * rows.row_bytes + (is_plain ? 0 : vector * VECTOR));
   const unsigned swizzled = static_cast<unsigned>(rows.row_bytes / VECTOR - 1);
   return reinterpret_cast<const char*>(at ^ (at >> 7 & swizzled) << 4);
 }
@@ -72,17 +75,18 @@ bool same(const GroupProduct& a, const GroupProduct& b) {
 
 // What is wrong with an operand, or nothing.
 std::string fault_of(const SharedRows& rows, const char* name) {
-  if (rows.row_bytes != 128 && rows.row_bytes != 64) {
+  const bool is_plain = rows.row_bytes == VECTOR && !rows.is_mn_major;
+  if (rows.row_bytes != 128 && rows.row_bytes != 64 && !is_plain) {
     return std::string("with an ") + name + " of rows of " + std::to_string(rows.row_bytes) +
            " bytes: 128 or 64";
   }
-  const int step = rows.is_mn_major ? rows.row_bytes : STEP_BYTES;
+  const int step = is_plain ? 8 * VECTOR : rows.is_mn_major ? rows.row_bytes : STEP_BYTES;
   if (reinterpret_cast<uintptr_t>(rows.first) % static_cast<unsigned>(step) != 0) {
     return std::string("with an unaligned ") + name + " at " + shared_place(rows.first) +
            ": it begins at a multiple of " + std::to_string(step) + " bytes";
   }
   const int most = MOST_DISTANCE / rows.row_bytes;
-  for (const int distance : {rows.pitch, rows.is_mn_major ? rows.chunk_pitch : 0}) {
+  for (const int distance : {rows.pitch, rows.is_mn_major || is_plain ? rows.chunk_pitch : 0}) {
     if (distance >= 0 && distance <= most) continue;
     return std::string("with an ") + name + " whose groups of rows are " +
            std::to_string(distance) + " rows apart: 0 to " + std::to_string(most);
