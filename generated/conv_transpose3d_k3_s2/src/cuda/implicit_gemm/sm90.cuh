@@ -183,6 +183,16 @@ struct Operand {
                    static_cast<uint64_t>(pitch * row_bytes >> 4) << 32 |
                    static_cast<uint64_t>(chunk_pitch * row_bytes >> 4) << 16 |
                    (shared_address(first_row) & 0x3ffff) >> 4) {}
+  // K-major, without a swizzle: the vectors of eight rows lie together, 128 bytes of them. The next
+  // eight rows' are `row_bytes` further, and these rows' next vectors along K `step_bytes`.
+  __device__ __forceinline__ static Operand of_vectors(const void* first, int row_bytes,
+                                                       int step_bytes) {
+    Operand result;
+    result.descriptor = static_cast<uint64_t>(row_bytes >> 4) << 32 |
+                        static_cast<uint64_t>(step_bytes >> 4) << 16 |
+                        (shared_address(first) & 0x3ffff) >> 4;
+    return result;
+  }
   // An operand so many bytes further.
   __device__ __forceinline__ Operand moved(int bytes) const {
     Operand result;
