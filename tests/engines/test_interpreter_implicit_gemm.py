@@ -41,6 +41,7 @@ def settings() -> Iterator[None]:
 
 CONV3D, CONV2D = spec("conv3d", 3, 1, 1), spec("conv2d", 3, 1, 1)
 POINT, STRIDED = spec("conv2d", 1), spec("conv2d", 3, 2, 1)
+GROUPS = spec("conv2d", 3, 1, 1, groups=2)
 
 # Specification, contraction, mode, calls: batch, channels in and out, extents.
 Call = tuple[int, tuple[int, int], tuple[int, ...]]
@@ -139,6 +140,29 @@ def test_every_layout_agrees_with_float64(case: Case) -> None:
 @pytest.mark.parametrize("case", [*CASES, *MORE_CASES], ids=name_of)
 def test_all_sizes_and_convolutions_agree_with_float64(case: Case) -> None:
     check(case)
+
+
+ORDERS = (0, 1, 2)
+"""Of threads and of copies that land: see CONVGEN_INTERPRET_ORDER."""
+
+
+def test_copies_land_and_warps_go_on_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded and single planes, whose consumers pass over slabs of each other's."""
+    of, contraction, mode, _ = CASES[0]
+    for order in ORDERS:
+        monkeypatch.setenv("CONVGEN_INTERPRET_ORDER", str(order))
+        for channels, extents in (((72, 24), (3, 6, 9)), ((72, 130), (2, 3, 5))):
+            given = problem(of, contraction, mode, extents, channels=channels)
+            solve(library(of, contraction, mode, ONE_SIZE), given, LAST)
+            given.check()
+
+
+def test_groups_that_end_before_a_consumers_channels() -> None:
+    """64 channels of a group are one consumer's; the other's would be those of the next group."""
+    given = problem(GROUPS, "fprop", "bf16tc", (32, 8), channels=(128, 128))
+    sizes = GatherSizes((32,), (16,))
+    solve(library(GROUPS, "fprop", "bf16tc", sizes), given, LAST)
+    given.check()
 
 
 @pytest.mark.parametrize("layout", [(), LAST], ids=["contiguous", "channels_last"])
@@ -251,8 +275,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "a box stored before all have written it": (
         "epilogue",
-        "    named_barrier_sync(barrier, WARPGROUP);\n    if (thread == 0) {\n",
-        "    if (!PLANTED) named_barrier_sync(barrier, WARPGROUP);\n    if (thread == 0) {\n",
+        "    named_barrier_sync(barrier, WARPGROUP);\n    if (thread == 0 && ",
+        "    if (!PLANTED) named_barrier_sync(barrier, WARPGROUP);\n    if (thread == 0 && ",
         r"nobody wrote|race on shared memory",
     ),
     "a stored buffer used again too early": (

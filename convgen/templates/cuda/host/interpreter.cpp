@@ -163,6 +163,7 @@ void Worker::run_block() {
   bulk_copies.clear();
   groups.assign((fibers.size() + 127) / 128, {});
   start_registers();
+  drawn_ = static_cast<uint64_t>(setting("CONVGEN_INTERPRET_ORDER", 0));
   for (Fiber& fiber : fibers) {
     fiber.stack_pointer = fresh_stack(fiber.stack_top, &Worker::enter);
     fiber.has_awaited = false;
@@ -178,7 +179,9 @@ void Worker::run_block() {
   }
   while (ended_ < fibers.size()) {
     bool progress = false;
-    for (Fiber& fiber : fibers) {
+    const size_t first = draw(fibers.size());
+    for (size_t i = 0; i < fibers.size(); ++i) {
+      Fiber& fiber = fibers[(first + i) % fibers.size()];
       if (fiber.state != State::ready) continue;
       progress = true;
       resume(fiber);
@@ -187,6 +190,13 @@ void Worker::run_block() {
     if (!progress && !land_bulk_copy()) return deadlock();
   }
   end_block();
+}
+
+// Knuth's linear congruential generator, of which the upper bits are good.
+size_t Worker::draw(size_t count) {
+  if (drawn_ == 0) return 0;
+  drawn_ = drawn_ * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<size_t>((drawn_ >> 33) % count);
 }
 
 void Worker::end_block() {

@@ -1,6 +1,7 @@
 // Named barriers, mbarriers and bulk copies.
 //
-// A bulk copy lands as late as it may: when no thread can go on without it.
+// A bulk copy lands as late as it may: when no thread can go on without it. Of several, the oldest
+// does, or any (see Worker::draw): a GPU promises no order.
 #include "pipeline.h"
 
 #include <string.h>
@@ -157,8 +158,10 @@ void require_copies_barrier(uint64_t* address, const char* what, Site site) {
 
 bool land_bulk_copy() {
   if (worker->bulk_copies.empty()) return false;
-  const BulkCopy bulk = worker->bulk_copies.front();
-  worker->bulk_copies.pop_front();
+  const auto which = worker->bulk_copies.begin() +
+                     static_cast<ptrdiff_t>(worker->draw(worker->bulk_copies.size()));
+  const BulkCopy bulk = *which;
+  worker->bulk_copies.erase(which);
   check::land_copy(*bulk.issuer, bulk.copy, bulk.barrier);
   if (bulk.is_box) {
     fill_box(bulk.box);

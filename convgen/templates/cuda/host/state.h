@@ -164,6 +164,9 @@ class Worker {
   // Describes what happened to a thread and ends the launch: does not return to a fiber.
   void fault(const Fiber& fiber, const std::string& what);
 
+  // A number below `count`, of those that CONVGEN_INTERPRET_ORDER draws; without it always 0.
+  size_t draw(size_t count);
+
   void arrive_at_barrier(Site site);
   uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int source, Site site);
 
@@ -194,6 +197,7 @@ class Worker {
   void* memory_ = nullptr;  // that `dynamic` lies in
   void* stack_pointer_ = nullptr;  // of the scheduler, while a fiber runs
   unsigned arrived_ = 0, ended_ = 0;
+  uint64_t drawn_ = 0;
   // AddressSanitizer's view of the scheduler's stack.
   void* fake_stack_ = nullptr;
   const void* stack_bottom_ = nullptr;
@@ -206,7 +210,7 @@ extern __thread Worker* worker;
 void require_copies_barrier(uint64_t* barrier, const char* what, Site site);
 void issue_bulk(const BulkCopy& bulk);
 
-// The oldest bulk copy under way; false if there is none.
+// The oldest bulk copy under way, or any of them (see Worker::draw); false if there is none.
 bool land_bulk_copy();
 
 // What a thread at a named barrier or an mbarrier waits for.
