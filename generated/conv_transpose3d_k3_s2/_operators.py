@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_e4c6b8f1"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_1f9e0e0d"
 NAMESPACE += VARIANT
 
 

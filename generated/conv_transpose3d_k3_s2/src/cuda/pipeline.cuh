@@ -53,8 +53,25 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int by
 }
 
 // Waits for the end of the current phase if its parity (0 for the first) is `parity`; a phase of
-// the other parity means that the awaited one has ended.
+// the other parity means that the awaited one has ended. Compiled with CONVGEN_LONGEST_WAIT, a
+// number of tries that take microseconds each, a launch fails that would wait for ever.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+#ifdef CONVGEN_LONGEST_WAIT
+  for (int tries = 0; tries < CONVGEN_LONGEST_WAIT; ++tries) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(parity)
+        : "memory");
+    if (done) return;
+  }
+  asm volatile("trap;");
+#else
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -64,6 +81,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
       "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
       "r"(parity)
       : "memory");
+#endif
 }
 
 // ---- Bulk copies, global to shared ----------------------------------------------------------

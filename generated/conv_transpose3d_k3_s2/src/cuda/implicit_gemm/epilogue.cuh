@@ -122,7 +122,8 @@ __device__ __forceinline__ void store_strided(const Tiling& t, const Output& out
 
 // 16 bits, channels side by side: transposed into one of two buffers, which TMA copies out. A row
 // is a position with 64 channels, or with 32 where there are no more; its 16-byte vectors are
-// swizzled as TMA expects.
+// swizzled as TMA expects. A group may end before a consumer's channels begin: those behind it are
+// the next group's.
 template <typename T, int LINES>
 __device__ __forceinline__ void store_by_tma(const Tiling& t, const TensorMap& map,
                                              const Tile& tile, unsigned char* buffers,
@@ -147,7 +148,7 @@ __device__ __forceinline__ void store_by_tma(const Tiling& t, const TensorMap& m
     }
     bulk_fence();
     named_barrier_sync(barrier, WARPGROUP);
-    if (thread == 0) {
+    if (thread == 0 && tile.channel < t.output_channels) {
       int n, d, h, w;
       position_of(t, tile, 8 * first, n, d, h, w);
       const int channel = tile.group * t.output_channels + tile.channel;

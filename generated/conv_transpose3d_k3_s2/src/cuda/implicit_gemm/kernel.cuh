@@ -157,29 +157,36 @@ __device__ __forceinline__ Operand slab_operand(const unsigned char* slab) {
   }
 }
 
-// The products of one tap with `steps` x 32 bytes of K, as one batch.
-template <typename T, Major WEIGHTS, Major POSITIONS, int SUMS>
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], Operand weights, Operand positions,
-                                         int steps, int accumulates) {
-  constexpr int STEPS = ROW_BYTES / STEP_BYTES;
+// The products of one tap with STEPS x 32 bytes of K, as one batch.
+template <int STEPS, typename T, Major WEIGHTS, Major POSITIONS, int SUMS>
+__device__ __forceinline__ void multiply_steps(float (&sums)[SUMS], Operand weights,
+                                               Operand positions, int accumulates) {
   // Along a row, or over 16 rows.
   constexpr int NEXT_WEIGHTS = WEIGHTS == Major::K ? STEP_BYTES : 16 * ROW_BYTES;
   constexpr int NEXT = POSITIONS == Major::K ? STEP_BYTES : 16 * ROW_BYTES;
-  if (steps == STEPS) {
+  wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-      wgmma<T, WEIGHTS, POSITIONS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * NEXT),
-                                   k == 0 ? accumulates : 1);
-    }
-    wgmma_commit();
+  for (int k = 0; k < STEPS; ++k) {
+    wgmma<T, WEIGHTS, POSITIONS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * NEXT),
+                                 k == 0 ? accumulates : 1);
+  }
+  wgmma_commit();
+}
+
+// The same of `steps`, 1 to 4: of a group's last channels there may be fewer. In a loop each
+// product would be a batch of its own, which the next tap's would wait for.
+template <typename T, Major WEIGHTS, Major POSITIONS, int SUMS>
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], Operand weights, Operand positions,
+                                         int steps, int accumulates) {
+  static_assert(ROW_BYTES / STEP_BYTES == 4, "the steps of a K block");
+  if (steps == 4) {
+    multiply_steps<4, T, WEIGHTS, POSITIONS>(sums, weights, positions, accumulates);
+  } else if (steps == 3) {
+    multiply_steps<3, T, WEIGHTS, POSITIONS>(sums, weights, positions, accumulates);
+  } else if (steps == 2) {
+    multiply_steps<2, T, WEIGHTS, POSITIONS>(sums, weights, positions, accumulates);
   } else {
-#pragma unroll 1
-    for (int k = 0; k < steps; ++k) {
-      wgmma<T, WEIGHTS, POSITIONS>(sums, weights.moved(k * NEXT_WEIGHTS), positions.moved(k * NEXT),
-                                   accumulates);
-      accumulates = 1;
-    }
-    wgmma_commit();
+    multiply_steps<1, T, WEIGHTS, POSITIONS>(sums, weights, positions, accumulates);
   }
 }
 
@@ -222,7 +229,6 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
         for (int tap = 0; tap < Slab::TAPS; ++tap) {
           weight_ring.consumer_wait(weight);
           const Operand w(weights + weight.index * weight_bytes + m * BLOCK_M * ROW_BYTES, 8);
-          wgmma_begin();
           multiply<T, Conv::WEIGHTS, Slab::MAJOR>(
               sums, w, positions.moved(Slab::tap_row(tap) * ROW_BYTES), steps, accumulates);
           accumulates = 1;
