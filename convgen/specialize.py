@@ -146,15 +146,6 @@ def generate(
     archs = None if archs is None else tuple(archs)
     auto = backends in (None, "auto")
     chosen = _backends(backends, archs)
-    every: tuple[str, ...] = BACKENDS
-    if spec.has_epilogue:
-        every = ("cpu",)
-        if "cuda" in chosen and not (auto and archs is None):
-            raise SpecError(
-                f"{spec.name}: CUDA's kernels have no epilogues yet: generate {spec.linear.name} "
-                "for cuda, and call torch's activation behind it"
-            )
-        chosen = every
     given = None if dtypes is None else _dtypes(dtypes)
     commands = {backend: compile_commands(backend, archs) for backend in chosen}
     schedules = {
@@ -172,7 +163,7 @@ def generate(
         if progress:
             progress(0, 0, f"render {path}")
 
-    files = render(spec, every if auto else chosen, given, schedules, on_unit)
+    files = render(spec, BACKENDS if auto else chosen, given, schedules, on_unit)
     libraries = [_library(backend, files, commands[backend][0]) for backend in chosen]
     return build(spec.name, files, libraries, progress=progress, jobs=jobs)
 

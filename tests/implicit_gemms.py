@@ -70,7 +70,10 @@ def sources(spec: ConvSpec, contraction: str, mode: str, schedule: object = None
     unit = unit_of(family_of(spec, contraction, mode), spec.geometry, contraction, mode)
     family = unit.family
     assert not family.accepts(unit.problem)
-    files = {path.removeprefix("src/cuda/"): text for path, text in headers(unit).items()}
+    files = {
+        path.removeprefix("src/cuda/"): text
+        for path, text in headers(unit, spec.has_epilogue).items()
+    }
     plan = unit.with_schedule(schedule) if schedule else unit.default()
     return files | {f"{contraction}_{mode}.cu": render_unit(spec, unit, plan)}
 

@@ -170,7 +170,7 @@ def engine_sources(
             plan = unit.with_schedule(schedule)
         if small:
             plan = unit.with_schedule(one_size(plan.schedule))
-        files |= {Path(path).name: text for path, text in headers(unit).items()}
+        files |= {Path(path).name: text for path, text in headers(unit, spec.has_epilogue).items()}
         files[f"{contraction}_{dtype}.cu"] = render_unit(spec, unit, plan)
     return files
 

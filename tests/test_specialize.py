@@ -232,6 +232,8 @@ class TestKey:
             "groups": 2,
             "in_channels": 4,
             "out_channels": 6,
+            "activation": "relu",
+            "residual": True,
         }
         assert set(changed) == {field.name for field in dataclasses.fields(ConvSpec)}
         # Dilation 2, so that output_padding 1 is legal.

@@ -73,7 +73,7 @@ def render_kernels(
         path = f"src/{backend}/{unit.name}{SOURCE_SUFFIX[backend]}"
         if on_unit and is_long:
             on_unit(path)
-        files |= headers(unit)
+        files |= headers(unit, spec.has_epilogue)
         plan = unit.default()
         if schedule := (schedules or {}).get(unit.key):
             plan = unit.with_schedule(schedule)
@@ -82,12 +82,21 @@ def render_kernels(
     return files, plans
 
 
-def headers(unit: Unit) -> dict[str, str]:
+_OF_EPILOGUES = {
+    "cpu": {},
+    "cuda": {"epilogue.cuh": "cuda/epilogue.cuh", "activations.h": "common/activations.h"},
+}
+"""Headers that only units with an epilogue include."""
+
+
+def headers(unit: Unit, has_epilogue: bool = False) -> dict[str, str]:
     """The plain headers that a unit includes, by their paths in a package."""
     found = dict(unit.family.headers)
     for guest, plan in unit.guests:
         if plan is not None:
             found |= guest.headers
+    if has_epilogue:
+        found |= _OF_EPILOGUES[unit.family.backend]
     return {
         f"src/{unit.family.backend}/{path}": (TEMPLATES / source).read_text()
         for path, source in found.items()

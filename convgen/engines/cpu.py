@@ -157,6 +157,7 @@ HEADERS: Mapping[str, str] = {
     "chains.h": "cpu/chains.h",
     "epilogue.h": "cpu/epilogue.h",
     "elementwise.h": "cpu/elementwise.h",
+    "activations.h": "common/activations.h",
     "gather.h": "cpu/gather.h",
     "phases.h": "cpu/phases.h",
     "layout.h": "cpu/layout.h",

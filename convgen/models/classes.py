@@ -118,10 +118,16 @@ class Convolution(Swapped):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._convgen_refused:
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc,no-any-return]
+        return self._convgen_call(self._convgen_function, input, weight, bias)
+
+    def _convgen_call(
+        self, function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The layer by another function than its class's."""
         if self.padding_mode != "zeros":  # type: ignore[attr-defined]
             pads = self._reversed_padding_repeated_twice  # type: ignore[attr-defined]
             input = nn.functional.pad(input, pads, mode=self.padding_mode)  # type: ignore[attr-defined]
-        return self._convgen_function(input, weight, bias)
+        return function(input, weight, bias)
 
 
 class Transposed(Swapped):
@@ -147,6 +153,13 @@ class Transposed(Swapped):
             self.bias,  # type: ignore[attr-defined]
             output_padding=output_padding,
         )
+
+    def _convgen_call(
+        self, function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The layer by another function than its class's, without an output size."""
+        output_padding = self.output_padding  # type: ignore[attr-defined]
+        return function(input, weight, bias, output_padding=output_padding)
 
 
 _functions: dict[str, Callable[..., Tensor]] = {}
@@ -201,6 +214,25 @@ def requested(request: Mapping[str, Any], home: str) -> type:
         warnings.warn(f"swapped layers are torch's: {why}", SwapWarning, stacklevel=2)
         members["_convgen_refused"] = why
     return type(spec.class_name, bases, members)
+
+
+def remember(spec: ConvSpec, dtypes: Sequence[str], device: str, package: Any) -> None:
+    """Keeps a package's function for :func:`function_of`."""
+    _functions.setdefault(module_name(spec, dtypes, device), getattr(package, spec.op))
+
+
+def function_of(spec: ConvSpec, dtypes: Sequence[str], device: str) -> Callable[..., Tensor]:
+    """The function of a package that was remembered, is in the cache, or is compiled now."""
+    return _function(module_name(spec, dtypes, device), spec, dtypes, device)
+
+
+def package_of(layer_class: type) -> tuple[ConvSpec, tuple[str, ...], str]:
+    """What serves the layers of a swapped class: specification, dtypes and device."""
+    swapped = next(each for each in layer_class.__mro__ if "_convgen_spec" in vars(each))
+    request = requests.read(swapped.__module__.rpartition(".")[2])
+    assert request is not None
+    spec: ConvSpec = vars(swapped)["_convgen_spec"]
+    return spec, tuple(request["dtypes"]), str(request["device"])
 
 
 def derived(layer_class: type, swapped: type) -> type:

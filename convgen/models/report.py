@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 Pair = tuple[float, float]
@@ -69,12 +69,26 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class FusedRow:
+    """Neighbours in a container that one kernel computes, or why it does not."""
+
+    names: tuple[str, ...]
+    """Of the modules, the convolution first."""
+    activation: str
+    """As a specification writes it; empty for a BatchNorm alone."""
+    reason: str
+    """Why they are computed one by one now; empty where they are not."""
+
+
+@dataclass(frozen=True)
 class SwapReport:
     """What :func:`convgen.swap` did with every convolution of a network."""
 
     rows: tuple[LayerRow, ...]
     device: str
     """Name of the GPU or processor."""
+    fused: tuple[FusedRow, ...] = field(default=(), kw_only=True)
+    """What ``fuse=True`` found."""
 
     @property
     def swapped(self) -> tuple[str, ...]:
@@ -88,10 +102,12 @@ class SwapReport:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return {"device": self.device, "layers": [asdict(row) for row in self.rows]}
+        fused = {"fused": [asdict(row) for row in self.fused]} if self.fused else {}
+        return {"device": self.device, "layers": [asdict(row) for row in self.rows]} | fused
 
     def __str__(self) -> str:
-        return "\n".join([*text_table(*swap_table(self.rows)), "", summary(self)])
+        fused = [f"{' + '.join(row.names)}: {row.reason or 'one kernel'}" for row in self.fused]
+        return "\n".join([*text_table(*swap_table(self.rows)), "", *fused, summary(self)])
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from torch import nn
 
 from convgen.building.build import Progress
 from convgen.building.progress import Bar
-from convgen.models import classes, layers, survey
+from convgen.models import classes, fusion, layers, packages, survey
 from convgen.models.classes import Swapped
 from convgen.models.layers import Only
-from convgen.models.report import SwapReport
+from convgen.models.report import FusedRow, SwapReport
+from convgen.models.survey import Survey
 
 
 def swap(
@@ -24,6 +25,7 @@ def swap(
     dtypes: Iterable[object] | None = None,
     fixed_channels: bool = False,
     measure: bool | None = None,
+    fuse: bool = False,
     progress: Progress | None = None,
 ) -> SwapReport:
     """Lets convgen compute those convolutions of a network that it computes faster.
@@ -55,6 +57,10 @@ def swap(
             takes as many packages as there are pairs of channels.
         measure: None for what is described above; True measures what was measured before, too;
             False lets the rule decide in any case.
+        fuse: have the kernels compute what follows a swapped convolution in an ``nn.Sequential``,
+            too: an activation, and a BatchNorm in eval mode between the two (folded into weight and
+            bias; in training mode it is computed as ever). It is not timed by itself. Modules with
+            hooks are left; the report's ``fused`` says which and why.
         progress: ``progress(done, total, what)``, called while packages are compiled and layers
             are timed; by default a bar on stderr, if that is a terminal.
 
@@ -82,7 +88,27 @@ def swap(
                 )
                 for each in kind.layers:
                     each.layer.__class__ = classes.derived(type(each.layer), swapped)
-    return SwapReport(found.rows(), found.device_name)
+        fused = _fuse(model, found, progress or bar) if fuse else ()
+    return SwapReport(found.rows(), found.device_name, fused=fused)
+
+
+def _fuse(model: nn.Module, found: Survey, progress: Progress) -> tuple[FusedRow, ...]:
+    """Neighbours of the layers that were just swapped, and what became of them."""
+    names = {name for kind in found.kinds for each in kind.layers for name in each.names}
+    neighbours = [each for each in fusion.find(model) if each.conv_name in names]
+    wanted = [what for each in neighbours if (what := fusion.wanted(each))]
+    for what, built in packages.build(wanted, progress).items():
+        classes.remember(what.spec, what.dtypes, what.backend, built.package)
+    for each in neighbours:
+        fusion.fuse(each.container)
+    return tuple(
+        FusedRow(
+            (each.conv_name, *each.names),
+            what.spec.activation or "" if (what := fusion.wanted(each)) else "",
+            each.run.refusal(),
+        )
+        for each in neighbours
+    )
 
 
 def unswap(model: nn.Module, *, only: Only | None = None) -> None:
@@ -97,3 +123,6 @@ def unswap(model: nn.Module, *, only: Only | None = None) -> None:
         if isinstance(layer, Swapped):
             layer.__dict__.pop("_convgen_refused", None)
             layer.__class__ = classes.original(type(layer))
+    for module in model.modules():
+        if isinstance(module, fusion.Fused):
+            fusion.unfuse(module)

@@ -136,7 +136,7 @@ def check_format(files: dict[str, str], folder: Path) -> None:
 def test_packages_with_an_epilogue_are_formatted_and_say_what_they_compute(
     spec: ConvSpec, tmp_path: Path
 ) -> None:
-    files = render(spec, "cpu")
+    files = render(spec)
     check_format(files, tmp_path)
     assert files.keys() >= {*PYTHON, EPILOGUE}
     documented = ast.get_docstring(ast.parse(files["__init__.py"]))

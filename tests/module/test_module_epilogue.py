@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import convgen
-from convgen.spec import SpecError
 from convgen.spec.activation import ACTIVATIONS, Activation
 
 ALL = [
@@ -286,10 +285,6 @@ class TestTools:
 
 @pytest.mark.usefixtures("shared_cache", "unoptimized")
 class TestWhatThereIs:
-    def test_cuda_is_refused_with_what_to_do(self) -> None:
-        with pytest.raises(SpecError, match="generate conv2d_k3 for cuda, and call torch's"):
-            convgen.specialize("conv2d", kernel_size=3, activation="relu", backends="cuda")
-
     @pytest.mark.long
     def test_depthwise_layers_in_channels_last(self) -> None:
         module = convgen.specialize(

@@ -121,7 +121,8 @@ def test_the_cpu_s_functions_are_torch_s(real: str, tmp_path: Path) -> None:
     source, library = tmp_path / "f.cpp", tmp_path / "f.so"
     source.write_text("\n".join(['#include "elementwise.h"', *lines]))
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    command = ["g++", *flags, f"-I{TEMPLATES / 'cpu'}", str(source), "-o", str(library)]
+    folders = [f"-I{TEMPLATES / name}" for name in ("cpu", "common")]
+    command = ["g++", *flags, *folders, str(source), "-o", str(library)]
     subprocess.run(command, check=True)
     functions = ctypes.CDLL(str(library))
     dtype = torch.float32 if real == "float" else torch.float64
