@@ -169,8 +169,7 @@ class Launch:
         # The copy engine begins at multiples of 16 bytes; results do.
         begins_anywhere = (self.gpu is None and not INTERPRETED) or not self.takes_layouts
         if not begins_anywhere and any(
-            each is not None and each.data_ptr() & 15
-            for each in (coarse, fine, weight)
+            each is not None and each.data_ptr() & 15 for each in (coarse, fine, weight)
         ):
             self.run(*map(_aligned, (coarse, fine, weight)), bias)
             return

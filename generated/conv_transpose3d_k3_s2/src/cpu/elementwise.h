@@ -81,46 +81,7 @@ CONVGEN_INLINE float erf_(float x) {
 
 CONVGEN_INLINE double erf_(double x) { return erf(x); }
 
-template <class Real>
-CONVGEN_INLINE Real relu(Real x) {
-  return x < Real(0) ? Real(0) : x;
-}
-
-template <class Real>
-CONVGEN_INLINE Real leaky_relu(Real x, Real slope) {
-  return x > Real(0) ? x : x * slope;
-}
-
-template <class Real>
-CONVGEN_INLINE Real clamp(Real x, Real low, Real high) {
-  const Real above = x < low ? low : x;
-  return above > high ? high : above;
-}
-
-template <class Real>
-CONVGEN_INLINE Real sigmoid(Real x) {
-  return Real(1) / (Real(1) + exp_(-x));
-}
-
-template <class Real>
-CONVGEN_INLINE Real silu(Real x) {
-  return x / (Real(1) + exp_(-x));
-}
-
-template <class Real>
-CONVGEN_INLINE Real gelu(Real x) {
-  return x * Real(0.5) * (Real(1) + erf_(x * Real(0.70710678118654752440)));
-}
-
-template <class Real>
-CONVGEN_INLINE Real gelu_tanh(Real x) {
-  const Real inner = Real(0.79788456080286535588) * (x + Real(0.044715) * x * x * x);
-  return Real(0.5) * x * (Real(1) + tanh_(inner));
-}
-
-template <class Real>
-CONVGEN_INLINE Real hardswish(Real x) {
-  return x * clamp(x + Real(3), Real(0), Real(6)) / Real(6);
-}
+#define CONVGEN_ELEMENTWISE CONVGEN_INLINE
+#include "activations.h"
 
 }  // namespace

@@ -118,11 +118,11 @@ __host__ __device__ constexpr bool reads(int axis, int at) {
 // Layer has of an axis: kernel; step, the inputs from position to position; phases; first and last,
 // the least and the greatest offset; rows, the positions of a thread (of W, warps of columns);
 // delta, the distance between taps. Of a phase: count; of its taps: tap, the index, and place, in
-// the window.
-template <class Layer, typename Acc, typename T>
+// the window. Of a layer with an epilogue, one Finish says what it does (epilogue.cuh).
+template <class Layer, typename Acc, typename T, typename... Finishes>
 __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
     depthwise_gather_kernel(const DepthwiseShape s, const T* input, const T* weight, const T* bias,
-                            T* output, bool vector_store) {
+                            T* output, bool vector_store, Finishes... finishes) {
   constexpr int TAPS = Layer::kernel(0) * Layer::kernel(1) * Layer::kernel(2);
   constexpr int ROWS_D = Layer::rows(0), ROWS_H = Layer::rows(1), BLOCKS_W = Layer::rows(2);
   constexpr int PHASES_D = Layer::phases(0), PHASES_H = Layer::phases(1);
@@ -244,8 +244,9 @@ __global__ void __launch_bounds__(DEPTHWISE_WARPS * WARP)
           if (at_d >= s.output[0] || at_h >= s.output[1]) continue;
 #pragma unroll
           for (int v = 0; v < PHASES_W; ++v) acc[c][i][j][v] += offset;
-          store_outputs<PHASES_W>(of_channel + ((at_d * s.output[1] + at_h) * s.output[2] + at_w),
-                                  acc[c][i][j], valid, vector_store);
+          T* const to = of_channel + ((at_d * s.output[1] + at_h) * s.output[2] + at_w);
+          (finishes.apply(to, acc[c][i][j], valid), ...);
+          store_outputs<PHASES_W>(to, acc[c][i][j], valid, vector_store);
         }
       }
     }

@@ -23,6 +23,7 @@ struct Conv {
   static constexpr int PADDING_D = 0, PADDING_H = 0, PADDING_W = 0;
   static constexpr int GROUPS = 1, TAPS = KERNEL_D * KERNEL_H * KERNEL_W;
   static constexpr bool LINEAR = false;  // one spatial dimension
+  static constexpr bool HAS_EPILOGUE = false;
   static constexpr int PHASES = 1;  // of a strided dgrad
   static constexpr bool READS_CHANNELS = false;  // of contiguous inputs
   static constexpr Major WEIGHTS = Major::K;  // as they lie

@@ -89,6 +89,19 @@ struct alignas(WIDTH * sizeof(T)) Run {
     for (int i = 0; i < WIDTH; ++i) narrow(element[i], wide.element[i]);
   }
 
+  // The same of sums of which an epilogue makes outputs, if they `exist`, at `to`.
+  template <typename Finish>
+  __device__ __forceinline__ void load(const float* from, const Finish& finish, const T* to,
+                                       bool exist) {
+    struct alignas(WIDTH * sizeof(float)) Wide {
+      float element[WIDTH];
+    };
+    Wide wide = *reinterpret_cast<const Wide*>(from);
+    finish.apply(to, wide.element, exist ? WIDTH : 0);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) narrow(element[i], wide.element[i]);
+  }
+
   __device__ __forceinline__ void store(T* to) const {
     constexpr int BYTES = WIDTH * sizeof(T);
     using Bits = std::conditional_t<BYTES == 2, uint16_t,

@@ -80,10 +80,12 @@ __device__ __forceinline__ void store_pairs(T* to, const Output& out, const floa
   }
 }
 
-// Any layout, straight from registers.
-template <typename T, int LINES, typename Conv, typename Slab>
-__device__ __forceinline__ void store_strided(const Tiling& t, const Output& out, Tile tile,
-                                              T* address, const float (&sums)[4 * LINES]) {
+// Calls visit(at, sums, has_upper, has_lower, has_next) for each group of eight positions of a tile
+// of which this thread has some: two neighbours along W in two channels, eight apart, the first of
+// them at `at`.
+template <int LINES, typename Conv, typename Slab, typename T, typename Sums, typename Visit>
+__device__ __forceinline__ void for_pairs(const Tiling& t, const Output& out, Tile tile, T* address,
+                                          Sums (&sums)[4 * LINES], Visit visit) {
   const Rows rows(t);
   const int lane = threadIdx.x % 32, row = rows.first;
   tile.d += rows.plane;
@@ -105,7 +107,7 @@ __device__ __forceinline__ void store_strided(const Tiling& t, const Output& out
     for (int j = 0; j < LINES; ++j, at += step) {
       if (j >= count) break;
       const bool has_next = first + (Conv::LINEAR ? 8 * j : 0) + 1 < out.width;
-      store_pairs(at, out, sums + 4 * j, has_upper, has_lower, has_next);
+      visit(at, sums + 4 * j, has_upper, has_lower, has_next);
     }
   } else {
 #pragma unroll
@@ -114,10 +116,39 @@ __device__ __forceinline__ void store_strided(const Tiling& t, const Output& out
       // One address at a time: all of them together would take a hundred registers.
       position_of(t, tile, opaque(8 * j) + lane % 4 * 2, n, d, h, w);
       if (!is_inside(out, n, d, h) || w >= out.width) continue;
-      store_pairs(at + n * out.stride_n + d * out.stride_d + h * out.stride_h + w * out.stride_w,
-                  out, sums + 4 * j, has_upper, has_lower, w + 1 < out.width);
+      visit(at + n * out.stride_n + d * out.stride_d + h * out.stride_h + w * out.stride_w,
+            sums + 4 * j, has_upper, has_lower, w + 1 < out.width);
     }
   }
+}
+
+// Any layout, straight from registers.
+template <typename T, int LINES, typename Conv, typename Slab>
+__device__ __forceinline__ void store_strided(const Tiling& t, const Output& out, const Tile& tile,
+                                              T* address, const float (&sums)[4 * LINES]) {
+  for_pairs<LINES, Conv, Slab>(
+      t, out, tile, address, sums,
+      [&](T* at, const float* v, bool has_upper, bool has_lower, bool has_next) {
+        store_pairs(at, out, v, has_upper, has_lower, has_next);
+      });
+}
+
+// What a layer's epilogue makes of a tile's sums, in registers (../epilogue.cuh): whichever way
+// they leave, what it reads and writes beside lies as the result does.
+template <typename T, int LINES, typename Conv, typename Slab, typename Finish>
+__device__ __forceinline__ void finish_sums(const Tiling& t, const Output& out, const Tile& tile,
+                                            const Finish& finish, float (&sums)[4 * LINES]) {
+  for_pairs<LINES, Conv, Slab>(
+      t, out, tile, static_cast<T*>(out.address), sums,
+      [&](T* at, float* v, bool has_upper, bool has_lower, bool has_next) {
+        const bool exist[4] = {has_upper, has_upper && has_next, has_lower, has_lower && has_next};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float sum[1] = {v[i]};
+          finish.apply(at + i / 2 * 8 * out.stride_c + i % 2 * out.stride_w, sum, exist[i]);
+          v[i] = sum[0];
+        }
+      });
 }
 
 // 16 bits, channels side by side: transposed into one of two buffers, which TMA copies out. A row

@@ -88,10 +88,16 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
     constexpr int LINES = largest(TAP_LINES...);
-    int threads = 0;
-    return launch_bound<implicit_gemm_kernel<T, LINES, Conv, TapSlab<Conv, LINES>>, GEMM_THREADS>(
-               device, threads) == cudaSuccess &&
-           threads == GEMM_THREADS;
+    using Slab = TapSlab<Conv, LINES>;
+    int error, threads = 0;
+    if constexpr (Conv::HAS_EPILOGUE) {
+      error = launch_bound<implicit_gemm_kernel<T, LINES, Conv, Slab, typename Conv::Finish>,
+                           GEMM_THREADS>(device, threads);
+    } else {
+      error =
+          launch_bound<implicit_gemm_kernel<T, LINES, Conv, Slab>, GEMM_THREADS>(device, threads);
+    }
+    return error == cudaSuccess && threads == GEMM_THREADS;
   }
 
   int64_t weight_bytes() const {
@@ -149,10 +155,17 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     }
     const int error = multiply(best_.tiling, input, weight, out);
     if (error || best_.tiling.splits == 1) return error;
-    return launch<add_partials_kernel<T>, true>(
-        dim3(static_cast<unsigned>(ceil_div(out.elements, PACK_THREADS))), dim3(PACK_THREADS), 0,
-        call_.device, call_.stream, out, best_.tiling.splits,
-        static_cast<int>(call_.output_channels));
+    const dim3 grid(static_cast<unsigned>(ceil_div(out.elements, PACK_THREADS)));
+    const int splits = best_.tiling.splits, channels = static_cast<int>(call_.output_channels);
+    if constexpr (Conv::HAS_EPILOGUE) {
+      using Finish = typename Conv::Finish;
+      return launch<add_partials_kernel<T, Finish>, true>(grid, dim3(PACK_THREADS), 0, call_.device,
+                                                          call_.stream, out, splits, channels,
+                                                          Finish(*call_.call, call_.output));
+    } else {
+      return launch<add_partials_kernel<T>, true>(grid, dim3(PACK_THREADS), 0, call_.device,
+                                                  call_.stream, out, splits, channels);
+    }
   }
 
  private:
@@ -415,9 +428,16 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
                                t.weight_stages * weight_stage_bytes(t) +
                                CONSUMERS * output_stage_bytes<LINES>(out.epilogue);
       const int grid = t.tiles < limits_.multiprocessors ? t.tiles : limits_.multiprocessors;
-      return launch<implicit_gemm_kernel<T, LINES, Conv, Slab>, true>(
-          dim3(grid), dim3(GEMM_THREADS), shared_bytes, call_.device, call_.stream, slab_map,
-          weight_map, output_maps, t, out);
+      if constexpr (Conv::HAS_EPILOGUE) {
+        using Finish = typename Conv::Finish;
+        return launch<implicit_gemm_kernel<T, LINES, Conv, Slab, Finish>, true>(
+            dim3(grid), dim3(GEMM_THREADS), shared_bytes, call_.device, call_.stream, slab_map,
+            weight_map, output_maps, t, out, Finish(*call_.call, call_.output));
+      } else {
+        return launch<implicit_gemm_kernel<T, LINES, Conv, Slab>, true>(
+            dim3(grid), dim3(GEMM_THREADS), shared_bytes, call_.device, call_.stream, slab_map,
+            weight_map, output_maps, t, out);
+      }
     }
   }
 

@@ -190,13 +190,13 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], Operand weights, O
   }
 }
 
-template <typename T, int LINES, typename Conv, typename Slab>
+template <typename T, int LINES, typename Conv, typename Slab, typename... Finishes>
 __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
                                         const OutputMaps<Conv::PHASES>& output_maps,
                                         SharedStorage& shared, Pipeline slab_ring,
                                         Pipeline weight_ring, unsigned char* slabs,
                                         unsigned char* weights, int weight_bytes,
-                                        unsigned char* staged) {
+                                        unsigned char* staged, const Finishes&... finishes) {
   constexpr int SUMS = 4 * LINES;
   const int consumer = threadIdx.x / WARPGROUP, lane = threadIdx.x % 32;
   const int p = t.position_groups == 2 ? consumer : 0, m = consumer - p;
@@ -281,6 +281,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
         sums[4 * j + 2] += lower, sums[4 * j + 3] += lower;
       }
     }
+    (finish_sums<T, LINES, Conv, Slab>(t, phase_of<Conv>(out, tile), tile, finishes, sums), ...);
     if (out.epilogue == Epilogue::STRIDED) {
       store_strided<T, LINES, Conv, Slab>(t, phase_of<Conv>(out, tile), tile,
                                           static_cast<T*>(out.address), sums);
@@ -309,12 +310,13 @@ static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
-template <typename T, int LINES, typename Conv, typename Slab>
+// Of a layer with an epilogue, one Finish says what it does with its sums (../epilogue.cuh).
+template <typename T, int LINES, typename Conv, typename Slab, typename... Finishes>
 __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     implicit_gemm_kernel(const __grid_constant__ TensorMap slab_map,
                          const __grid_constant__ TensorMap weight_map,
                          const __grid_constant__ OutputMaps<Conv::PHASES> output_maps,
-                         const Tiling t, const Output out) {
+                         const Tiling t, const Output out, Finishes... finishes) {
   if constexpr (HAS_WGMMA) {
     unsigned char* const dynamic = dynamic_shared<unsigned char>();
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
@@ -366,7 +368,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
       claim_registers<CONSUMER_REGISTERS>();
       const Pipeline ready = {t.rounds ? shared.slab_rounded : shared.slab_full, shared.slab_empty};
       consume<T, LINES, Conv, Slab>(t, out, output_maps, shared, ready, weight_ring, slabs, weights,
-                                    weight_bytes, staged);
+                                    weight_bytes, staged, finishes...);
     }
   }
 }

@@ -179,9 +179,9 @@ __global__ void __launch_bounds__(PACK_THREADS)
 }
 
 // The sums of all splits of K, in order, and the bias.
-template <typename T>
+template <typename T, typename... Finishes>
 __global__ void __launch_bounds__(PACK_THREADS)
-    add_partials_kernel(const Output out, int splits, int channels) {
+    add_partials_kernel(const Output out, int splits, int channels, Finishes... finishes) {
   await_earlier_kernel();
   const int64_t i = int64_t{blockIdx.x} * PACK_THREADS + threadIdx.x;
   if (i >= out.elements) return;
@@ -189,6 +189,11 @@ __global__ void __launch_bounds__(PACK_THREADS)
   for (int split = 1; split < splits; ++split) sum += out.partials[split * out.elements + i];
   if (out.bias != nullptr) {
     sum += widen(static_cast<const T*>(out.bias)[i / out.stride_c % channels]);
+  }
+  if constexpr (sizeof...(Finishes) > 0) {
+    float sums[1] = {sum};
+    (finishes.apply(static_cast<T*>(out.address) + i, sums, 1), ...);
+    sum = sums[0];
   }
   narrow(static_cast<T*>(out.address)[i], sum);
 }
