@@ -21,8 +21,8 @@ demo: $(TEST)
 	$(BIN)/python -m examples.training_loop
 	$(BIN)/convgen verify conv_transpose3d_k3_s2
 
-# A process for each core; one file's tests share what they compile.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# A process for each core. Neighbouring tests share what they compile, also between processes.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test: $(TEST)
 	$(PYTEST) -m "not long"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +14,19 @@ from typing import Any
 # take the cores from the other processes, and every wait lasts many times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# What is compiled is compiled without optimization, also in the processes that tests start (see
+# bin/c++), but for what asks for `optimized`. xdist's processes inherit both variables.
+if "CONVGEN_TEST_CXX" not in os.environ:
+    found = filter(shutil.which, ("c++", "g++", "clang++"))
+    os.environ["CONVGEN_TEST_CXX"] = os.environ.get("CXX") or next(found, "c++")
+    os.environ["CXX"] = shlex.quote(str(Path(__file__).parent / "bin" / "c++"))
+# Precompiled headers of Inductor's would serve three files.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+
 import pytest
 import torch
 
 import convgen
-from convgen.building import toolchain
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -28,10 +38,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "conv2d": {"kernel_size": (2, 3), "padding": "same", "dilation": (1, 2), "groups": 2},
     "conv1d": {"kernel_size": 5, "stride": 3, "padding": 2},
 }
-"""One specification of each operator, for most tests; in f32 and f64 compiled as for users."""
-
-UNOPTIMIZED = tuple("-O0" if flag == "-O3" else flag for flag in toolchain.CPP_FLAGS)
-"""For other specifications and dtypes: a sixth of the time, and tests are after the values."""
+"""One specification of each operator, for most tests."""
 
 ALL_DTYPES = ("f32", "f64", "f16", "bf16")
 
@@ -69,6 +76,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CONVGEN_TEST_CACHE keeps one between sessions.
     """
     if kept := os.environ.get("CONVGEN_TEST_CACHE"):
+        Path(kept).mkdir(parents=True, exist_ok=True)
         return Path(kept)
     session = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # Each process has a folder of its own in there.
@@ -94,17 +102,15 @@ def package(session_cache: Path) -> Package:
         constants.setdefault("dtypes", ("f32", "f64"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("CONVGEN_CACHE_DIR", str(session_cache))
-            if constants != {"dtypes": ("f32", "f64"), **LAYERS[op]}:
-                patch.setattr(toolchain, "CPP_FLAGS", UNOPTIMIZED)
             return convgen.specialize(op, backends=device, **constants)
 
     return build
 
 
 @pytest.fixture
-def unoptimized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process compiles for the CPU is :data:`UNOPTIMIZED`."""
-    monkeypatch.setattr(toolchain, "CPP_FLAGS", UNOPTIMIZED)
+def optimized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test compiles is compiled as for users."""
+    monkeypatch.setenv("CXX", os.environ["CONVGEN_TEST_CXX"])
 
 
 @pytest.fixture(params=DEVICES)

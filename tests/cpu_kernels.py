@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ TORCH = {
 }
 LIMIT = {"f32": 1e-5, "f64": 1e-12, "f16": 2e-3, "bf16": 1e-2}
 FLAGS = ["-std=c++17", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror"]
-CXX = os.environ.get("CXX", "g++")
+CXX = shlex.split(os.environ["CXX"])
 GUARD = 256
 OUTPUT = {
     "fprop": ("coarse",),
@@ -65,7 +66,7 @@ def compile_library(
 
     def compile_unit(path: str) -> str:
         target = str(folder / path) + ".o"
-        command = [CXX, *FLAGS, *flags, "-c", str(folder / path), "-o", target]
+        command = [*CXX, *FLAGS, *flags, "-c", str(folder / path), "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
         return target
@@ -73,7 +74,7 @@ def compile_library(
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_unit, [path for path in files if path.endswith(".cpp")]))
     library = folder / "cpu.so"
-    subprocess.run([CXX, *FLAGS, *flags, "-shared", "-o", str(library), *objects], check=True)
+    subprocess.run([*CXX, *FLAGS, *flags, "-shared", "-o", str(library), *objects], check=True)
     return library
 
 

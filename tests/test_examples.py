@@ -6,7 +6,7 @@ import pytest
 
 from examples import hifigan, nnunet
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("shared_cache", "unoptimized")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("shared_cache")]
 
 
 def test_nnunet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from convgen.checking.interpret import MODES
 from convgen.codegen.render import TEMPLATES
 
 FOLDER = Path(__file__).parent / "interpreter"
-IN_PROCESS = ("plain", "debug", "checked")
+IN_PROCESS = ("plain", pytest.param("debug", marks=pytest.mark.long), "checked")
 """``address`` needs a program of its own: see test_interpreter_engines.py."""
 
 

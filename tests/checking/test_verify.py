@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import ALL_DTYPES, LAYERS, Package
+from interpreted import mostly_long
 from torch import Tensor
 
 from convgen.checking.cases import cases, output_extents
 from convgen.checking.memory import poisoned_memory
 from convgen.checking.verify import LIMITS, Row, VerificationError, allowing_tf32, verify
 from convgen.spec import ConvSpec
+from convgen.specialize import generate, load
 
 QUANTITIES = {
     *("forward", "grad input", "grad weight", "grad bias"),
@@ -53,6 +55,13 @@ def test_every_operator_passes(package: Package, device: str, op: str) -> None:
     assert {row.device for row in report.rows} == {device}
     spec = ConvSpec.from_dict(module.SPEC)
     assert {row.shapes for row in report.rows} == {str(case) for case in cases(spec)}
+
+
+@pytest.mark.usefixtures("shared_cache", "optimized")
+@pytest.mark.parametrize("op", mostly_long(list(LAYERS), 0))
+def test_every_operator_passes_as_it_is_compiled_for_users(op: str) -> None:
+    spec = ConvSpec.make(op, **LAYERS[op])
+    assert verify(load(generate(spec, dtypes=("f32",), backends="cpu"))).ok
 
 
 def test_half_precision_passes(package: Package, device: str) -> None:

@@ -171,7 +171,10 @@ def compile_source(
     return kernels
 
 
-@pytest.mark.parametrize("kind", [*DTYPES, *MODES])
+ONE_OF_EACH_ENGINE = [*DTYPES, *MODES].index("f32"), [*DTYPES, *MODES].index("bf16tc")
+
+
+@pytest.mark.parametrize("kind", mostly_long([*DTYPES, *MODES], *ONE_OF_EACH_ENGINE))
 def test_one_size_of_each_kernel_compiles_without_spills_or_warnings(
     kind: str, tmp_path: Path
 ) -> None:
@@ -194,11 +197,17 @@ FURTHER = [
     for family in [each for each in families("cuda", contraction, kind) if not each.host][1:]
 ]
 """Beside the first family of a mode: they run on Hopper alone."""
+SIZED = [(*unit, small) for unit in FURTHER for small in (True, False)]
+QUICK = [
+    next(i for i, (_, *unit) in enumerate(SIZED) if unit == [contraction, kind, True])
+    for contraction, kind in (("fprop", "tf32"), ("dgrad", "bf16tc"), ("wgrad", "f16tc"))
+]
 
 
-@pytest.mark.parametrize("small", mostly_long([True, False], 0))
 @pytest.mark.parametrize(
-    ("family", "contraction", "kind"), FURTHER, ids=lambda value: getattr(value, "name", value)
+    ("family", "contraction", "kind", "small"),
+    mostly_long(SIZED, *QUICK),
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_further_families_compile_without_spills_or_warnings(
     family: AnyFamily,

@@ -145,7 +145,7 @@ GRANULES = [
 
 @pytest.mark.parametrize(
     ("case", "style", "architecture"),
-    mostly_long([(*given, a) for given in GRANULES for a in ("80", "90a")], 16, 19),
+    mostly_long([(*given, a) for given in GRANULES for a in ("80", "90a")], 19),
     ids=str,
 )
 def test_tiles_may_be_staged_as_the_input_lies_in_memory(
@@ -185,7 +185,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(
     ("case", "style", "architecture"),
-    mostly_long([(*given, a) for given in PAIRS for a in ("80", "90a")], 7, 8),
+    mostly_long([(*given, a) for given in PAIRS for a in ("80", "90a")], 7),
     ids=str,
 )
 def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architecture: str) -> None:
@@ -237,7 +237,8 @@ def test_products_that_nothing_waits_for_are_caught() -> None:
 SANITIZED = [*(CASES[i] for i in (0, 4, 8, 15)), *(MMA_CASES[i] for i in (6, 10))]
 
 
-@pytest.mark.parametrize("case", mostly_long(SANITIZED, 1), ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("case", SANITIZED, ids=str)
 def test_sanitized_kernels_agree_with_float64(case: Case, tmp_path: Path) -> None:
     """Under AddressSanitizer and UBSan, with tensors of exactly their sizes."""
     problems = case.problems()
@@ -352,7 +353,7 @@ def tiles_of(case: Case, style: str) -> dict[tuple[str, str], object]:
 
 @pytest.mark.parametrize(
     ("case", "style", "architecture"),
-    mostly_long([(*given, a) for given in ROWS_CASES for a in ("80", "90a")], 0, 5),
+    mostly_long([(*given, a) for given in ROWS_CASES for a in ("80", "90a")], 0),
     ids=str,
 )
 def test_every_number_of_channels_has_rows_of_its_own(

@@ -20,6 +20,7 @@ from interpreted import (
     compile_interpreted,
     engine_sources,
     mostly_long,
+    one_size,
     problem,
     solve,
     solve_exactly,
@@ -63,7 +64,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(
     ("spec", "mode", "architecture"),
-    mostly_long([(*unit, a) for unit in COMPILED for a in ("80", "90a")], 1, 5),
+    mostly_long([(*unit, a) for unit in COMPILED for a in ("80", "90a")], 5),
     ids=lambda x: getattr(x, "name", x),
 )
 def test_kernels_compile_without_spills(
@@ -176,8 +177,13 @@ RUNS += [
 
 
 @cache
-def library(spec: ConvSpec, mode: str, checks: str, architecture: str = "80") -> Path:
+def library(
+    spec: ConvSpec, mode: str, checks: str, architecture: str = "80", small: bool = True
+) -> Path:
+    """With one size of the kernel, or all."""
     schedule = grouped_schedule(spec, mode)
+    if small:
+        schedule = one_size(schedule)
     sources = engine_sources(spec, mode, ("wgrad",), {("wgrad", mode): schedule})
     name = f"{spec.name}_{mode}_wgrad" + ("" if architecture == "80" else f"_{architecture}")
     return compile_interpreted(name, sources, checks, architecture=architecture)
@@ -200,12 +206,17 @@ def test_weights_that_meet_nothing_infinite_are_finite(
 
 
 @pytest.mark.parametrize(
-    ("case", "mode", "architecture"),
-    mostly_long(RUNS, *map(RUNS.index, QUICK_RUNS)),
-    ids=lambda value: value.spec.name if isinstance(value, Case) else value,
+    ("case", "mode", "architecture", "small"),
+    mostly_long(
+        [(*run, True) for run in QUICK_RUNS] + [(*run, False) for run in RUNS],
+        *range(len(QUICK_RUNS)),
+    ),
+    ids=lambda value: value.spec.name if isinstance(value, Case) else str(value),
 )
-def test_checked_kernels_agree_with_float64(case: Case, mode: str, architecture: str) -> None:
-    loaded = Library(library(case.spec, mode, "checked", architecture))
+def test_checked_kernels_agree_with_float64(
+    case: Case, mode: str, architecture: str, small: bool
+) -> None:
+    loaded = Library(library(case.spec, mode, "checked", architecture, small))
     for made in case.problems(mode):
         solve(loaded, made)
         assert made.error() <= LIMITS[mode]
@@ -270,7 +281,7 @@ def test_loose_lines_may_start_anywhere(skipped: int, height: int) -> None:
 def test_sanitized_kernels_stay_within_exact_tensors(mode: str, tmp_path: Path) -> None:
     """Under AddressSanitizer and UBSan, with odd rows and padding."""
     problems = CASES[2].problems(mode)
-    solve_exactly(library(CASES[2].spec, mode, "address"), problems, tmp_path)
+    solve_exactly(library(CASES[2].spec, mode, "address", small=False), problems, tmp_path)
     for made in problems:
         assert made.error() <= LIMITS[mode]
 
@@ -362,7 +373,7 @@ def test_loads_from_loose_lines_have_few_bank_conflicts(
 def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
     """As compiled for racecheck, whose tool does not follow named barriers."""
     case = GROUP_CASES[0]
-    sources = engine_sources(case.spec, "bf16tc", ("wgrad",))
+    sources = engine_sources(case.spec, "bf16tc", ("wgrad",), small=True)
     macro = "#define CONVGEN_RACECHECK\n"
     sources = {**sources, "releases.cuh": macro + sources["releases.cuh"]}
     loaded = Library(compile_interpreted("loose_racecheck", sources, architecture="90a"))
@@ -471,7 +482,7 @@ def test_every_nan_reaches_the_result(bits: int) -> None:
         operands = {key: tensor.clone() for key, tensor in made.operands.items()}
         operands[name][0, 2, 1, 2, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
         poisoned = replace(made, operands=operands)
-        solve(Library(library(case.spec, "tf32", "plain")), poisoned)
+        solve(Library(library(case.spec, "tf32", "checked")), poisoned)
         # Plane 1 of the fine tensor meets the first two kernel depths.
         hit = poisoned.result[2] if name == "coarse" else poisoned.result[:, 2, :2]
         assert hit.isnan().all()
@@ -486,7 +497,7 @@ def test_no_samples_give_zeros() -> None:
     for name in ("coarse", "fine"):
         operands[name] = operands[name][:0]
     empty = replace(made, operands=operands, reference=torch.zeros_like(made.reference))
-    solve(Library(library(case.spec, "tf32", "plain")), empty)
+    solve(Library(library(case.spec, "tf32", "checked")), empty)
     assert torch.equal(empty.result, torch.zeros_like(empty.result))
 
 

@@ -130,8 +130,11 @@ def search(path: Path) -> tuple[int, list[str]]:
     return sum(count for count, _ in results), [line for _, found in results for line in found]
 
 
-@pytest.mark.parametrize("contraction", ["fprop", "dgrad", "wgrad"])
-@pytest.mark.parametrize("spec", mostly_long(SPECS, 0), ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("spec", "contraction"),
+    mostly_long([(s, c) for s in SPECS for c in ("fprop", "dgrad", "wgrad")], 1),
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_nothing_writes_what_products_read(
     spec: ConvSpec, contraction: str, tmp_path: Path
 ) -> None:
@@ -140,7 +143,8 @@ def test_nothing_writes_what_products_read(
     assert not found
 
 
-@pytest.mark.parametrize("spec", mostly_long(SPECS[2:], 1), ids=lambda spec: spec.name)
+@pytest.mark.long
+@pytest.mark.parametrize("spec", SPECS[2:], ids=lambda spec: spec.name)
 def test_nothing_writes_what_products_of_loose_lines_read(spec: ConvSpec, tmp_path: Path) -> None:
     products, found = search(cubin(tmp_path, spec, "wgrad", None, "bf16tc"))
     assert products

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 import convgen
 from convgen.models.classes import Swapped
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("shared_cache", "unoptimized")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("shared_cache")]
 
 
 @pytest.fixture(autouse=True)

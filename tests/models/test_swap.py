@@ -86,7 +86,6 @@ class TestValues:
         torch.testing.assert_close(layer(x, output_size=size), expected)
         assert layer(x, size).shape[2:] == size
 
-    @pytest.mark.usefixtures("unoptimized")
     @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
     def test_modes_of_padding(self, mode: Any) -> None:
         torch.manual_seed(0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import UNOPTIMIZED, Package
+from conftest import Package
 from torch import Tensor, nn
 
 import convgen
@@ -20,14 +20,12 @@ from convgen import cached
 from convgen.building import requests
 from convgen.specialize import export
 
-pytestmark = pytest.mark.usefixtures("shared_cache", "unoptimized")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 X = torch.linspace(-1, 1, 2 * 4 * 9).reshape(2, 4, 9)
 
-RUN = f"""
+RUN = """
 import sys, torch
-from convgen.building import toolchain
-toolchain.CPP_FLAGS = {UNOPTIMIZED!r}
 x = torch.linspace(-1, 1, 2 * 4 * 9).reshape(2, 4, 9)
 """
 

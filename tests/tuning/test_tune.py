@@ -25,7 +25,7 @@ SPEC = ConvSpec.make("conv2d", kernel_size=3, padding=1)
 LAYER = Layer("small", SPEC, (2, 5, 12, 19), 6, False)
 
 
-pytestmark = pytest.mark.usefixtures("shared_cache", "unoptimized")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def outcomes(most: int = 2, layer: Layer = LAYER, dtype: str = "f32") -> list[jobs.Outcome]:

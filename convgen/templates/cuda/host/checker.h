@@ -18,7 +18,6 @@ namespace convgen {
 namespace host {
 
 constexpr size_t GRANULE = 2;  // bytes: the smallest element type
-constexpr size_t VECTOR = 16;  // bytes that asynchronous readers take at a time
 constexpr uint16_t NOBODY = 0xffff, MANY = 0xfffe;
 constexpr uint32_t NO_ROW = 0xffffffffu;
 constexpr unsigned ALL_BYTES = (1u << GRANULE) - 1;

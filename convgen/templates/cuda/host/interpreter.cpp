@@ -22,7 +22,6 @@ namespace {
 // The GPU that the defaults stand in for is an H200.
 constexpr int MULTIPROCESSORS = 132;
 constexpr int SHARED_LIMIT_BYTES = 227 * 1024;
-constexpr int LANES = 32;
 // Dynamic shared memory begins at a multiple of 16 bytes, and at no larger one, as it does on a GPU
 // behind some static shared memory.
 constexpr size_t DYNAMIC_OFFSET = 16;

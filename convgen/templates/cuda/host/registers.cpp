@@ -15,7 +15,6 @@ namespace host {
 namespace {
 
 constexpr int FILE_REGISTERS = 65536, MOST_REGISTERS = 256, UNIT = 8;  // of a thread: whole units
-constexpr size_t LANES = 32, WARPS = 4;                                // of a warp; of a group
 
 std::string name_of(int count, bool claims) {
   return std::string(claims ? "claim" : "release") + "_registers<" + std::to_string(count) + ">";

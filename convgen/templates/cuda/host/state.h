@@ -18,6 +18,9 @@
 namespace convgen {
 namespace host {
 
+constexpr int LANES = 32, WARPS = 4;  // of a warp; of a group
+constexpr size_t VECTOR = 16;  // bytes that asynchronous readers take, and a swizzle moves, at a time
+
 enum class State : uint8_t { ready, at_barrier, at_named, at_mbarrier, at_registers, in_warp, done };
 
 enum class WarpOp : uint8_t {

@@ -9,7 +9,7 @@ namespace convgen {
 namespace host {
 namespace {
 
-constexpr int ROWS = 16, COLUMNS = 8, WORDS = 8, LANES = 32;
+constexpr int ROWS = 16, COLUMNS = 8, WORDS = 8;
 
 // What one lane brings; it lies on the lane's stack while it waits.
 struct Fragments {

@@ -11,7 +11,6 @@ namespace host {
 namespace {
 
 constexpr int DIMENSIONS = 5;
-constexpr size_t VECTOR = 16;  // bytes that a swizzle moves together
 
 int elements(const TensorView& v, int dimension) {
   // The innermost dimension's step is ignored.

@@ -7,12 +7,6 @@
 
 namespace convgen {
 namespace host {
-namespace {
-
-constexpr int LANES = 32;
-
-}  // namespace
-
 const char* op_name(WarpOp op) {
   switch (op) {
     case WarpOp::barrier:

@@ -7,11 +7,9 @@ namespace convgen {
 namespace host {
 namespace {
 
-constexpr int LANES = 32, WARPS = 4;       // of a warp; of a group
-constexpr int WARP_ROWS = 16;              // of a group's 64
-constexpr int STEP_BYTES = 32;             // of K in one product, along a row
-constexpr int VECTOR = 16;                 // bytes
-constexpr int PER_VECTOR = 8;              // 16-bit elements
+constexpr int WARP_ROWS = 16;                   // of a group's 64
+constexpr int STEP_BYTES = 32;                  // of K in one product, along a row
+constexpr int PER_VECTOR = 8;                   // 16-bit elements
 constexpr int MOST_DISTANCE = 0x3fff * VECTOR;  // bytes that a descriptor's 14 bits hold
 
 const GroupProduct& product_of(const Fiber& lane) {
