@@ -71,6 +71,7 @@ def test_cuda_kernels_serve_tensors_of_the_cpu(make: Make) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.long
 def test_verification_covers_them_and_says_so(make: Make) -> None:
     # Where channels are fixed, units have one size of their kernels.
     spec = ConvSpec("conv1d", 3, 1, 1, in_channels=16, out_channels=16)
@@ -138,6 +139,7 @@ def test_without_the_variable_nothing_is_interpreted(make: Make) -> None:
     assert "is generated for cuda, not for cpu" in done.stderr
 
 
+@pytest.mark.long
 def test_a_fault_can_stop_the_process_for_a_debugger(make: Make) -> None:
     package = make(edit=("__syncthreads();", ""))
     done = run_script(package, USE, CONVGEN_INTERPRET="checked", CONVGEN_INTERPRET_ABORT="1")

@@ -1,4 +1,4 @@
-"""Generated modules in a folder: which are of another version of convgen, which cannot be read."""
+"""Generated modules in a folder: what imports them, which are of another version or unreadable."""
 
 from __future__ import annotations
 
@@ -77,3 +77,29 @@ def test_what_another_version_described_otherwise_is_not_silently_left_out(
     for command in ("show", "verify"):
         assert cli.main([command, "newer", "--in", str(tmp_path)]) == 2
         assert "newer was written by convgen 99.0" in capsys.readouterr().err
+
+
+class TestImportLine:
+    @pytest.fixture
+    def module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Makes a module at a path below the current folder."""
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+
+        def make(path: str) -> catalog.Generated:
+            return catalog.Generated(Path(path), ConvSpec("conv1d", 3), "", "", {}, {})
+
+        return make
+
+    def test_of_a_package_below_the_current_folder(self, module) -> None:
+        assert catalog.import_line(module("generated/a")) == "from generated.a import Conv1d"
+        assert catalog.import_line(module("x/y/a")) == "from x.y.a import Conv1d"
+        assert catalog.import_line(module("a")) == "from a import Conv1d"
+
+    @pytest.mark.parametrize("path", ["../a", "my layers/a", "class/a", "3d/a", "torch/a"])
+    def test_of_what_no_dotted_name_reaches_adds_the_folder_to_the_path(
+        self, module, path: str
+    ) -> None:
+        folder = str(Path(path).absolute().parent)
+        line = catalog.import_line(module(path))
+        assert line == f"import sys; sys.path.insert(0, {folder!r}); from a import Conv1d"

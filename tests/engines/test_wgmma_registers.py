@@ -19,7 +19,6 @@ import pytest
 from interpreted import engine_sources, mostly_long
 
 from convgen.building import toolchain
-from convgen.engines.mma.wgrad import wgrad_schedule, with_groups
 from convgen.spec import ConvSpec
 
 UP = "conv_transpose3d"
@@ -45,8 +44,7 @@ def cubin(
 ) -> Path:
     schedules = {}
     if contraction == "wgrad":
-        schedule = wgrad_schedule(plans.wgrad(spec, mode))
-        schedules = {(contraction, mode): with_groups(schedule, plans.wgrad(spec, mode))}
+        schedules = {(contraction, mode): plans.grouped_wgrad(spec, mode)}
     for name, text in engine_sources(spec, mode, (contraction,), schedules).items():
         if fault is not None and fault[0] in text:
             text = text.replace(*fault)
@@ -151,6 +149,7 @@ def test_nothing_writes_what_products_of_loose_lines_read(spec: ConvSpec, tmp_pa
     assert not found
 
 
+@pytest.mark.long
 def test_the_search_finds_a_missing_wait(tmp_path: Path) -> None:
     fault = ("wgmma_wait<ONE ? 0 : 1>", "wgmma_wait<1>")
     _, found = search(cubin(tmp_path, SPECS[0], "dgrad", fault))
