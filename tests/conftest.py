@@ -20,7 +20,7 @@ if "CONVGEN_TEST_CXX" not in os.environ:
     found = filter(shutil.which, ("c++", "g++", "clang++"))
     os.environ["CONVGEN_TEST_CXX"] = os.environ.get("CXX") or next(found, "c++")
     os.environ["CXX"] = shlex.quote(str(Path(__file__).parent / "bin" / "c++"))
-# Precompiled headers of Inductor's would serve three files.
+# Precompiled headers of Inductor's would serve few files.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 import pytest

@@ -75,12 +75,12 @@ def imported(importtime: str) -> set[str]:
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
-    """Processor time of the processes that ``run`` starts, the least of five runs.
+    """Processor time of the processes that ``run`` starts, the least of three runs.
 
     It is what a clock on the wall shows on an idle machine; this one may be busy with other tests.
     """
     least = math.inf
-    for _ in range(5):
+    for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -200,7 +200,7 @@ FURTHER = [
 SIZED = [(*unit, small) for unit in FURTHER for small in (True, False)]
 QUICK = [
     next(i for i, (_, *unit) in enumerate(SIZED) if unit == [contraction, kind, True])
-    for contraction, kind in (("fprop", "tf32"), ("dgrad", "bf16tc"), ("wgrad", "f16tc"))
+    for contraction, kind in (("fprop", "tf32"), ("wgrad", "f16tc"))
 ]
 
 

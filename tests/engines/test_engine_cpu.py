@@ -43,15 +43,15 @@ PROBLEMS = [
             output_padding=1, flags=FAST),
     problem(T3, (9, 18), (2, 3, 5, 7), (1, 4, 9, 33), kernel_size=3, stride=2, padding=1,
             output_padding=1, dtypes=ALL[1:], flags=FAST, long=True),
-    # The other types.
-    problem(C2, (9, 18), (2, 5, 7), (1, 9, 33), kernel_size=3, stride=2, padding=1,
-            dtypes=ALL[1:]),
     problem(C3, (10, 17), (2, 4, 5, 6), (1, 3, 1, 1), kernel_size=3, padding=1, flags=FAST,
             long=True),
+    # The other types, in builds without optimization, as all that follow.
+    problem(C2, (9, 18), (2, 5, 7), (1, 9, 33), kernel_size=3, stride=2, padding=1,
+            dtypes=ALL[1:]),
     # k < stride and gcd(dilation, stride) > 1: phases without taps. Negative effective padding.
     problem(T3, (2, 3), (2, 2, 3, 4), kernel_size=2, stride=3),
     problem(T3, (3, 2), (1, 3, 4, 5), kernel_size=3, stride=2, dilation=2, padding=1,
-            output_padding=1),
+            output_padding=1, long=True),
     problem(T3, (2, 5), (2, 4, 4, 3), kernel_size=2, stride=3, padding=3, output_padding=2,
             long=True),
     problem(C2, (3, 2), (2, 4, 5), kernel_size=1, padding=2, stride=(1, 2)),
@@ -61,14 +61,14 @@ PROBLEMS = [
     problem(T3, (3, 4), (2, 3, 5, 4), kernel_size=(1, 3, 4), stride=(3, 1, 2), padding=(0, 2, 1),
             dilation=(1, 3, 2), output_padding=(2, 0, 1)),
     problem(C3, (4, 3), (2, 7, 6, 9), kernel_size=(2, 1, 3), stride=(2, 3, 1), padding=(1, 0, 2),
-            dilation=(3, 1, 2)),
+            dilation=(3, 1, 2), long=True),
     # Groups: depthwise, odd channels, one input or output channel per group.
     problem(T3, (5, 5), (2, 3, 4, 7), kernel_size=3, stride=2, padding=1, groups=5),
     problem(C3, (6, 6), (1, 5, 6, 19), kernel_size=3, padding=1, groups=6, dtypes=("f64",),
             long=True),
-    problem(T1, (9, 15), (2, 21), kernel_size=4, stride=2, padding=1, groups=3),
+    problem(T1, (9, 15), (2, 21), kernel_size=4, stride=2, padding=1, groups=3, long=True),
     problem(C2, (6, 3), (2, 7, 8), kernel_size=3, stride=2, padding=1, groups=3, long=True),
-    problem(C2, (3, 6), (1, 6, 7), kernel_size=2, groups=3),
+    problem(C2, (3, 6), (1, 6, 7), kernel_size=2, groups=3, long=True),
     problem(C2, (1, 1), (3, 4, 1), (1, 40, 70), kernel_size=(3, 1), padding=(1, 0), long=True),
     # Pointwise; many channels; more fine channels than one block of columns.
     problem(C2, (37, 20), (2, 5, 7), kernel_size=1, dtypes=("f32", "f64")),
@@ -80,10 +80,11 @@ PROBLEMS = [
     problem(T2, (16, 24), (2, 5, 6), kernel_size=2, stride=(3, 2), padding=1, long=True),
     problem(T3, (17, 15), (1, 3, 4, 5), kernel_size=3, stride=2, padding=1, long=True),
     problem(C2, (34, 46), (2, 6, 7), (1, 13, 40), kernel_size=3, padding=1, groups=2),
-    problem(C1, (300, 40), (3, 90), kernel_size=5, padding=4, dilation=2, dtypes=("f32", "f64")),
+    problem(C1, (300, 40), (3, 90), kernel_size=5, padding=4, dilation=2, dtypes=("f32", "f64"),
+            long=True),
     # Too many taps to unroll: along w only, or not at all; longest unrolled kernel.
     problem(C3, (2, 3), (1, 7, 6, 8), kernel_size=5, padding=2, stride=2),
-    problem(T2, (3, 2), (2, 3, 4), kernel_size=(9, 8), stride=(4, 3), padding=2),
+    problem(T2, (3, 2), (2, 3, 4), kernel_size=(9, 8), stride=(4, 3), padding=2, long=True),
     problem(C1, (2, 3), (2, 90), kernel_size=80, padding=20, stride=3, long=True),
     problem(T1, (2, 3), (2, 9), kernel_size=70, stride=20, padding=7),
     problem(T1, (5, 4), (2, 50), kernel_size=16, stride=8, padding=4, flags=FAST, long=True),
@@ -93,13 +94,13 @@ PROBLEMS = [
     problem(C2, (4, 4), (1, 9, 50), kernel_size=3, dilation=20, padding=20, groups=4, long=True),
     problem(C1, (3, 2), (2, 4), kernel_size=2, dilation=9, padding=9, long=True),
     # Long rows: blocks along w, several ranges of wgrad, several pieces of bgrad.
-    problem(C1, (8, 9), (3, 5003), kernel_size=7, padding=3, dtypes=("f32", "f64")),
+    problem(C1, (8, 9), (3, 5003), kernel_size=7, padding=3),
     problem(C1, (8, 9), (3, 5003), kernel_size=7, padding=3, dtypes=("f32", "f64"), flags=FAST,
             long=True),
     problem(C1, (1, 1), (2, 70001), kernel_size=3, stride=2),
     # Channels fixed at generation time, with their own register tiles.
     problem(C2, (3, 6), (2, 6, 20), kernel_size=3, padding=1, fixed=True),
-    problem(T2, (12, 2), (2, 6, 5), kernel_size=2, stride=2, fixed=True),
+    problem(T2, (12, 2), (2, 6, 5), kernel_size=2, stride=2, fixed=True, long=True),
     problem(T2, (10, 1), (1, 6, 9), kernel_size=3, fixed=True, long=True),
 ]  # fmt: skip
 

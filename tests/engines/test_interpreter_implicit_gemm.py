@@ -133,7 +133,8 @@ def check(case: Case, schedule: object = None) -> None:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_layout_agrees_with_float64(case: Case) -> None:
     sizes = ONE_SIZE_OF_TAPS if case[0] in (POINT, STRIDED) else ONE_SIZE
-    check(case, ONE_SIZE_OF_WGRAD if case[1] == "wgrad" else sizes)
+    *what, calls = case
+    check((*what, calls[:2]), ONE_SIZE_OF_WGRAD if case[1] == "wgrad" else sizes)
 
 
 @pytest.mark.long

@@ -75,6 +75,7 @@ def work(rank: int, store: str, cache: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_compute_what_one_does(
     package: Package, session_cache: Path, tmp_path: Path

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ALL_DTYPES, DEVICES, LAYERS, Package
 from hypothesis import given, settings
+from interpreted import mostly_long
 from torch import Tensor
 
 from convgen.checking.memory import poisoned_memory
@@ -141,16 +142,20 @@ def check(module: ModuleType, spec: ConvSpec, call: Call, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("op", "constants"), SPECS, ids=[ConvSpec.make(op, **kw).name for op, kw in SPECS]
+    ("op", "constants"),
+    mostly_long(SPECS, *range(len(LAYERS) + 1), -3, -1),
+    ids=[ConvSpec.make(op, **kw).name for op, kw in SPECS],
 )
 def test_calls_of_many_shapes(
     package: Package, op: str, constants: dict[str, Any], device: str
 ) -> None:
-    module = package(op, device, **constants)
+    # Those that other tests have, too, are compiled in both dtypes.
+    dtypes = ("f32", "f64") if constants in LAYERS.values() else ("f32",)
+    module = package(op, device, **constants, dtypes=dtypes)
     spec = ConvSpec.from_dict(module.SPEC)
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-    @given(call=calls(spec))
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @given(call=calls(spec, dtypes))
     def run(call: Call) -> None:
         check(module, spec, call, device)
 
@@ -199,7 +204,7 @@ def specifications(draw: st.DrawFn) -> ConvSpec:
 @pytest.mark.parametrize("device", DEVICES)
 def test_specifications(package: Package, device: str) -> None:
     @settings(
-        max_examples=6,
+        max_examples=3,
         deadline=None,
         derandomize=True,
         database=None,
