@@ -15,7 +15,7 @@ from convgen.models import fusion
 from convgen.models.fusion import Fused, activation_of
 from convgen.spec.activation import Activation
 
-pytestmark = pytest.mark.usefixtures("shared_cache", "unoptimized")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 @pytest.fixture(autouse=True)

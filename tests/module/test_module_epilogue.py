@@ -146,7 +146,7 @@ class TestValues:
             )
 
     @pytest.mark.long
-    @pytest.mark.usefixtures("shared_cache", "unoptimized")
+    @pytest.mark.usefixtures("shared_cache")
     @pytest.mark.filterwarnings("ignore:.*lacks bf16 kernels")
     def test_autocast_casts_the_residual(self, kept_output: ModuleType) -> None:
         """To a dtype that the package lacks, so that another one serves the call."""
@@ -283,7 +283,7 @@ class TestTools:
         torch.testing.assert_close(layer(x), F.leaky_relu(plain(x)))
 
 
-@pytest.mark.usefixtures("shared_cache", "unoptimized")
+@pytest.mark.usefixtures("shared_cache")
 class TestWhatThereIs:
     @pytest.mark.long
     def test_depthwise_layers_in_channels_last(self) -> None:
