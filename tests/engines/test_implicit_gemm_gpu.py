@@ -57,41 +57,73 @@ def test_values_and_gradients_in_every_layout(module: ModuleType, dtype: torch.d
     check_values(module, dtype, LAYERS[module.SPEC["op"]])
 
 
-@pytest.mark.parametrize(
+def unproven(
+    op: str, layer: dict[str, Any], session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
+    monkeypatch.setenv("CONVGEN_UNPROVEN", ",".join(UNPROVEN))
+    # A cache of its own: what is asked for is the same as without the variable.
+    monkeypatch.setenv("CONVGEN_CACHE_DIR", str(session_cache / "unproven"))
+    return convgen.specialize(op, backends="cuda", dtypes=["f32", "bf16", "f16"], **layer)
+
+
+WITH_UNPROVEN = pytest.mark.parametrize(
     ("op", "layer"),
     [*UNPROVEN_LAYERS.items(), *LAYERS.items()],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+
+
+@WITH_UNPROVEN
 def test_values_and_gradients_of_what_no_gpu_has_timed(
-    op: str, layer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    op: str, layer: dict[str, Any], session_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CONVGEN_UNPROVEN", ",".join(UNPROVEN))
-    # A cache of its own: what is asked for is the same as without the variable.
-    monkeypatch.setenv("CONVGEN_CACHE_DIR", str(tmp_path))
-    module = convgen.specialize(op, backends="cuda", dtypes=["f32", "bf16", "f16"], **layer)
+    module = unproven(op, layer, session_cache, monkeypatch)
     for dtype in LIMITS:
         check_values(module, dtype, layer)
 
 
-def check_values(module: ModuleType, dtype: torch.dtype, layer: dict[str, Any]) -> None:
+@pytest.mark.parametrize("op", LAYERS)
+def test_small_layers(op: str, package: Package) -> None:
+    """Quick under compute-sanitizer, as the next."""
+    module = package(op, "cuda", dtypes=["f32", "bf16", "f16"], **LAYERS[op])
+    for dtype in LIMITS:
+        check_values(module, dtype, LAYERS[op], small=True)
+
+
+@WITH_UNPROVEN
+def test_small_layers_of_what_no_gpu_has_timed(
+    op: str, layer: dict[str, Any], session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = unproven(op, layer, session_cache, monkeypatch)
+    for dtype in LIMITS:
+        check_values(module, dtype, layer, small=True)
+
+
+def check_values(
+    module: ModuleType, dtype: torch.dtype, layer: dict[str, Any], *, small: bool = False
+) -> None:
     op = module.SPEC["op"]
     constants = {name: value for name, value in layer.items() if name != "kernel_size"}
     ndim, groups, transposed = int(op[-2]), module.SPEC["groups"], "transpose" in op
     draw = random.Random(op)
     with torch.backends.cudnn.flags(allow_tf32=True):
-        for _ in range(6):
+        for _ in range(2 if small else 6):
             given, made = (groups * draw.randint(8, 80) for _ in range(2))
             if draw.random() < 0.5:
                 given, made = 16 * groups * draw.randint(1, 6), 32 * groups
             extents = [draw.randint(10, 10 if ndim == 3 else 40) + 6 for _ in range(ndim)]
+            if small:
+                extents = [draw.randint(6, 12) for _ in range(ndim)]
             x = torch.randn(draw.randint(1, 3), given, *extents, device="cuda").to(dtype)
             shape = (given, made // groups) if transposed else (made, given // groups)
             w = torch.randn(*shape, *module.SPEC["kernel_size"], device="cuda").to(dtype) / 10
             b = torch.randn(made, device="cuda").to(dtype)
-            double = [each.double().requires_grad_() for each in (x, w, b)]
+            where = "cpu" if small else "cuda"
+            double = [each.double().to(where).requires_grad_() for each in (x, w, b)]
             expected = getattr(F, op)(*double, **constants)
             grad = torch.randn(expected.shape, device="cuda").to(dtype)
-            wanted = (expected, *torch.autograd.grad(expected, double, grad.double()))
+            of_operands = torch.autograd.grad(expected, double, grad.double().to(where))
+            wanted = [each.cuda() for each in (expected, *of_operands)]
             for x_last, w_last, grad_last in ((0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 1)):
                 operands = [
                     (last(each) if is_last else each).requires_grad_()
@@ -125,6 +157,16 @@ def test_what_is_not_finite_stays_in_its_windows(package: Package, value: float)
         assert torch.equal(y.isfinite().cpu(), expected.isfinite())
         (found,) = torch.autograd.grad(y, given[1], layout(grad.cuda().bfloat16()))
         assert torch.equal(found.isfinite().cpu(), of_weight.isfinite())
+
+
+def test_groups_of_64_channels(package: Package) -> None:
+    """One consumer has none of them: 120 tiles of 192 positions are one wave of an H200."""
+    module = package("conv2d", "cuda", dtypes=["bf16"], kernel_size=3, padding=1, groups=2)
+    x = last(torch.randn(1, 128, 128, 80, device="cuda").bfloat16())
+    w = last(torch.randn(128, 64, 3, 3, device="cuda").bfloat16() / 10)
+    expected = F.conv2d(x.double(), w.double(), padding=1, groups=2)
+    y = module.conv2d(x, w)
+    assert (y.double() - expected).norm() / expected.norm() < LIMITS[torch.bfloat16]
 
 
 def test_tensors_that_begin_anywhere(package: Package) -> None:
