@@ -58,7 +58,7 @@ def test_every_operator_passes(package: Package, device: str, op: str) -> None:
 
 
 @pytest.mark.usefixtures("shared_cache", "optimized")
-@pytest.mark.parametrize("op", mostly_long(list(LAYERS), 0))
+@pytest.mark.parametrize("op", mostly_long(list(LAYERS), 5))
 def test_every_operator_passes_as_it_is_compiled_for_users(op: str) -> None:
     spec = ConvSpec.make(op, **LAYERS[op])
     assert verify(load(generate(spec, dtypes=("f32",), backends="cpu"))).ok
