@@ -9,7 +9,17 @@ from functools import cache
 
 import pytest
 import torch
-from implicit_gemms import Bug, compile_with_bugs, library, solve, sources, spec, use_all
+from implicit_gemms import (
+    LAST,
+    LAYOUTS,
+    Bug,
+    compile_with_bugs,
+    library,
+    solve,
+    sources,
+    spec,
+    use_all,
+)
 from interpreted import Fault, Library, mostly_long, problem, without_bias
 
 from convgen.engines import abi
@@ -74,7 +84,7 @@ def one_size(of: ConvSpec) -> QuarterSizes:
 def test_values_agree_with_float64(case: Case) -> None:
     of, mode, calls = case
     for batch, channels, extents in calls:
-        for layout in ((), ("weight",)):
+        for layout in LAYOUTS:
             given = problem(of, "wgrad", mode, extents, batch=batch, channels=channels)
             solve(library(of, "wgrad", mode, one_size(of)), given, layout)
             given.check()
@@ -97,15 +107,10 @@ def test_every_size_agrees_with_float64(mode: str, lines: int) -> None:
         given.check()
 
 
-def test_tensors_with_their_channels_side_by_side_are_refused() -> None:
-    given = problem(APART, "wgrad", "tf32", (12, 9), channels=(48, 40))
-    for layout in (("coarse",), ("fine", "weight")):
-        with pytest.raises(Fault, match=r"\(-1\)"):
-            solve(library(APART, "wgrad", "tf32", ONE), given, layout)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_reaches_the_taps_that_meet_it(value: float) -> None:
+@pytest.mark.parametrize(("value", "layout"), [(torch.nan, ()), (torch.inf, LAST)])
+def test_what_is_not_finite_reaches_the_taps_that_meet_it(
+    value: float, layout: tuple[str, ...]
+) -> None:
     """Units beyond the output are zeros, which meet elements that these taps do not."""
     extents = (12, 9)
     given = problem(APART, "wgrad", "tf32", extents, batch=1, channels=(40, 40))
@@ -119,7 +124,7 @@ def test_what_is_not_finite_reaches_the_taps_that_meet_it(value: float) -> None:
     reached = without_bias(APART, "wgrad", ones) > 1e50
     assert reached.any()
     assert not reached.all()
-    solve(library(APART, "wgrad", "tf32", ONE), given, ())
+    solve(library(APART, "wgrad", "tf32", ONE), given, layout)
     result = given.result.double()
     assert torch.equal(~result.isfinite(), reached)
     assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-3

@@ -91,8 +91,8 @@ UNPROVEN = ("pointwise", "taps", "phases", "wgrad_tf32")
 - ``taps``: wgrad a tap at a time, of kernels of one tap (both layouts; TF32 contiguous) and of
   strides (channels_last, 16 bits), instead of ``mma``, for which such tensors are transposed.
 - ``phases``: dgrad of strides (channels_last), instead of ``mma``, likewise.
-- ``wgrad_tf32``: wgrad of contiguous tensors in TF32 and 3xTF32, of kernels with several taps and
-  any stride, from positions that are packed in quarters, instead of ``mma``.
+- ``wgrad_tf32``: wgrad in TF32 and 3xTF32, of kernels with several taps and any stride, in every
+  layout, from positions that are packed in quarters, instead of ``mma``.
 """
 
 

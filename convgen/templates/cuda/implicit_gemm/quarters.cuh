@@ -57,12 +57,27 @@ __device__ __forceinline__ int first_position(const QuarterAxis& axis, int resid
   return axis.quarter != 0 ? first : floor_mod(first, axis.residues);
 }
 
-// A thread block turns 32 columns x 32 channels of a line of units, by way of shared memory.
-template <int PARTS>
+// The four positions of a unit, the first of which is (h, w); zeros where the tensor has none.
+// `at` is the plane of its channel, in which positions are `step` elements apart.
+__device__ __forceinline__ float4 load_quarters_of(const float* at, int64_t step, int h, int w,
+                                                   const QuarterShape& s) {
+  float x[QUARTERS];
+#pragma unroll
+  for (int q = 0; q < QUARTERS; ++q) {
+    const int own_h = h + q * s.h.quarter, own_w = w + q * s.w.quarter;
+    const bool exists = own_h >= 0 && own_h < s.h.extent && own_w >= 0 && own_w < s.w.extent;
+    x[q] = exists ? at[(int64_t{own_h} * s.w.extent + own_w) * step] : 0.0f;
+  }
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// A thread block turns 32 columns x 32 channels of a line of units: by way of shared memory, or,
+// where channels lie side by side (LAST), as they are read.
+template <int PARTS, bool LAST>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_quarters_kernel(const float* __restrict__ from, float4* __restrict__ to,
                          const QuarterShape s) {
-  __shared__ float4 tile[QUARTER_TILE][QUARTER_TILE + 1];
+  __shared__ float4 tile[LAST ? 1 : QUARTER_TILE][QUARTER_TILE + 1];
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
   int index = static_cast<int>(blockIdx.x);
   const int first_column = index % s.column_tiles * QUARTER_TILE;
@@ -77,35 +92,38 @@ __global__ void __launch_bounds__(PACK_THREADS)
   const int residue = sample % (s.h.residues * s.w.residues);
   const int n = sample / (s.h.residues * s.w.residues);
   const int h = line * s.h.residues + first_position(s.h, residue / s.w.residues);
-  const int column = first_column + lane;
-  const int w = column * s.w.residues + first_position(s.w, residue % s.w.residues);
+  const int first_w = first_position(s.w, residue % s.w.residues);
   const int64_t plane = int64_t{s.h.extent} * s.w.extent;
   await_earlier_kernel();
+  if constexpr (!LAST) {
 #pragma unroll
-  for (int i = 0; i < QUARTER_TILE / 8; ++i) {
-    const int channel = first_channel + row + 8 * i;
-    const float* const at = from + ((int64_t{n} * s.channels + channel) * s.depth + d) * plane;
-    float x[QUARTERS];
-#pragma unroll
-    for (int q = 0; q < QUARTERS; ++q) {
-      const int own_h = h + q * s.h.quarter, own_w = w + q * s.w.quarter;
-      const bool exists = channel < s.channels && column < s.w.count && own_h >= 0 &&
-                          own_h < s.h.extent && own_w >= 0 && own_w < s.w.extent;
-      x[q] = exists ? at[int64_t{own_h} * s.w.extent + own_w] : 0.0f;
+    for (int i = 0; i < QUARTER_TILE / 8; ++i) {
+      const int channel = first_channel + row + 8 * i, column = first_column + lane;
+      const float* const at = from + ((int64_t{n} * s.channels + channel) * s.depth + d) * plane;
+      float4& unit = tile[lane][row + 8 * i];
+      unit = make_float4(0, 0, 0, 0);
+      if (channel < s.channels && column < s.w.count) {
+        unit = load_quarters_of(at, 1, h, column * s.w.residues + first_w, s);
+      }
     }
-    tile[lane][row + 8 * i] = make_float4(x[0], x[1], x[2], x[3]);
+    __syncthreads();
   }
-  __syncthreads();
   const int channel = first_channel + lane;
 #pragma unroll
   for (int i = 0; i < QUARTER_TILE / 8; ++i) {
-    const int of_tile = row + 8 * i;
-    if (first_column + of_tile >= s.w.count || channel >= s.channels) continue;
-    const float4 x = tile[of_tile][lane];
+    const int of_tile = row + 8 * i, column = first_column + of_tile;
+    if (column >= s.w.count || channel >= s.channels) continue;
+    float4 x;
+    if constexpr (LAST) {
+      const float* const at = from + (int64_t{n} * s.depth + d) * plane * s.channels + channel;
+      x = load_quarters_of(at, s.channels, h, column * s.w.residues + first_w, s);
+    } else {
+      x = tile[of_tile][lane];
+    }
     const float4 upper =
         make_float4(as_operand(x.x), as_operand(x.y), as_operand(x.z), as_operand(x.w));
     const int64_t units = (int64_t{sample} * s.depth + d) * s.h.count + line;
-    float4* const at = to + (units * s.w.count + first_column + of_tile) * s.channels + channel;
+    float4* const at = to + (units * s.w.count + column) * s.channels + channel;
     at[0] = upper;
     if constexpr (PARTS == 2) {
       at[s.part] = make_float4(as_operand(x.x - upper.x), as_operand(x.y - upper.y),

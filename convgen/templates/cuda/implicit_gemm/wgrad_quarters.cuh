@@ -338,7 +338,8 @@ __global__ void __launch_bounds__(COMPILED_THREADS<WGRAD_THREADS>, 1)
 template <int CHANNELS, typename Conv>
 __global__ void __launch_bounds__(PACK_THREADS)
     add_quarters_kernel(const QuarterTiling t, const float* __restrict__ partials,
-                        const WeightOutput out, int taps_of_block, const Meeting<float> met) {
+                        const WeightOutput out, int taps_of_block, const Meeting<float> met,
+                        int64_t channels_last) {
   using Taps = QuarterTaps<Conv>;
   using Sums = QuarterSums<Conv, CHANNELS>;
   constexpr int TAP_GROUPS = Conv::KERNEL_D * Taps::GROUPS;
@@ -411,7 +412,7 @@ __global__ void __launch_bounds__(PACK_THREADS)
     if (tile[fine * (ADD_TAPS + 1) + tap] == tile[fine * (ADD_TAPS + 1) + tap]) continue;
     const int64_t channel = row * t.fine_channels + fine_block * CHANNELS + fine;
     to[fine * out.stride_fine + (first_tap + tap) * out.stride_tap] =
-        meeting_sum<float>(met, channel * Conv::TAPS + first_tap + tap);
+        meeting_sum<float, true>(met, channel * Conv::TAPS + first_tap + tap, channels_last);
   }
 }
 

@@ -19,7 +19,6 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
   static constexpr double PACK_BYTES_PER_CLOCK = 16;
 
   QuarterWgrad(const ConvgenCall& call, const DeviceLimits& limits) : call_(call), limits_(limits) {
-    if ((call.channels_last & (CONVGEN_COARSE | CONVGEN_FINE)) != 0) return;
     const bool is_empty = volume(call.coarse_extent) == 0 || volume(call.fine_extent) == 0;
     if (is_empty || call.batch == 0) return;
     coarse_ = coarse_shape(), fine_ = fine_shape();
@@ -53,8 +52,8 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
     float4* const fine = reinterpret_cast<float4*>(workspace + packed_bytes(coarse_));
     float* const partials =
         reinterpret_cast<float*>(workspace + packed_bytes(coarse_) + packed_bytes(fine_));
-    if (const int error = pack(call_.coarse, coarse, coarse_)) return error;
-    if (const int error = pack(call_.fine, fine, fine_)) return error;
+    if (const int error = pack(CONVGEN_COARSE, call_.coarse, coarse, coarse_)) return error;
+    if (const int error = pack(CONVGEN_FINE, call_.fine, fine, fine_)) return error;
     int error = CONVGEN_TOO_LARGE;
     const auto launched = [&](auto stage) {
       using Stage = decltype(stage);
@@ -169,8 +168,13 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
     return (read + written) / (PACK_BYTES_PER_CLOCK * limits_.multiprocessors) + 2 * LAUNCH_CLOCKS;
   }
 
-  int pack(const void* from, float4* to, const QuarterShape& s) const {
-    return launch<pack_quarters_kernel<PARTS>, true>(
+  int pack(int operand, const void* from, float4* to, const QuarterShape& s) const {
+    return (call_.channels_last & operand) != 0 ? pack_with<true>(from, to, s)
+                                                : pack_with<false>(from, to, s);
+  }
+  template <bool LAST>
+  int pack_with(const void* from, float4* to, const QuarterShape& s) const {
+    return launch<pack_quarters_kernel<PARTS, LAST>, true>(
         dim3(static_cast<unsigned>(s.blocks())), dim3(PACK_THREADS), 0,
         static_cast<int>(call_.device), call_.stream, static_cast<const float*>(from), to, s);
   }
@@ -215,7 +219,7 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
           dim3(t_.fine_blocks * t_.groups, t_.coarse_channels,
                static_cast<unsigned>(ceil_div(Conv::TAPS, taps))),
           dim3(PACK_THREADS), 0, device, call_.stream, t_, static_cast<const float*>(partials), out,
-          taps, meeting_of<float>(call_, Conv::GROUPS, AXES));
+          taps, meeting_of<float>(call_, Conv::GROUPS, AXES), call_.channels_last);
     }
   }
 
