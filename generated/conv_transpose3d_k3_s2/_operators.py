@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_b34bd6fc"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_b33c1a28"
 NAMESPACE += VARIANT
 
 
