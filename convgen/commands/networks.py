@@ -197,6 +197,8 @@ def show(found: SwapReport) -> None:
         report.print_table(*tables.scan_table(found, narrow))
     else:
         report.print_table(*tables.swap_table(found.rows, narrow))
+        for row in found.fused:
+            click.echo(str(row))
     click.echo(tables.summary(found))
 
 

@@ -11,10 +11,18 @@ from convgen.commands import networks, options
 
 @click.command("swap", short_help="Build what convgen.swap takes for a network, and measure it.")
 @networks.network
+@click.option(
+    "--fuse", is_flag=True, help="Build kernels with the activations behind convolutions, too."
+)
 @click.option("--again", is_flag=True, help="Measure what was measured before, too.")
 @options.as_json
 def command(
-    only: tuple[str, ...], fixed_channels: bool, again: bool, as_json: bool, **network: Any
+    only: tuple[str, ...],
+    fixed_channels: bool,
+    fuse: bool,
+    again: bool,
+    as_json: bool,
+    **network: Any,
 ) -> None:
     """Build the packages of a network and time its layers beside torch, ahead of its use.
 
@@ -40,6 +48,7 @@ def command(
             only=only or None,
             fixed_channels=fixed_channels,
             measure=True if again else None,
+            fuse=fuse,
             progress=progress,
         )
     if as_json:

@@ -79,6 +79,9 @@ class FusedRow:
     reason: str
     """Why they are computed one by one now; empty where they are not."""
 
+    def __str__(self) -> str:
+        return f"{' + '.join(self.names)}: {self.reason or 'one kernel'}"
+
 
 @dataclass(frozen=True)
 class SwapReport:
@@ -106,8 +109,9 @@ class SwapReport:
         return {"device": self.device, "layers": [asdict(row) for row in self.rows]} | fused
 
     def __str__(self) -> str:
-        fused = [f"{' + '.join(row.names)}: {row.reason or 'one kernel'}" for row in self.fused]
-        return "\n".join([*text_table(*swap_table(self.rows)), "", *fused, summary(self)])
+        return "\n".join(
+            [*text_table(*swap_table(self.rows)), "", *map(str, self.fused), summary(self)]
+        )
 
 
 @dataclass(frozen=True)

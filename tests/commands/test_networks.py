@@ -14,6 +14,7 @@ from convgen.cli import main
 from convgen.models import beside
 from convgen.models.beside import Times
 from convgen.models.capture import Case
+from convgen.models.report import FusedRow, SwapReport
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
 
@@ -106,6 +107,23 @@ class TestTables:
         status, _, err = say(capsys, *SCAN, "--plot", "bars.svg")
         assert status == 0, err
         assert "conv_transpose1d_k4" in (tmp_path / "bars.svg").read_text()
+
+
+def test_fuse_says_what_one_kernel_computes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def swap(*_: Any, **options: Any) -> SwapReport:
+        given.update(options)
+        rows = (("0", "1"), "tanh", ""), (("2", "3"), "relu", "ReLU has hooks")
+        return SwapReport((), "a processor", fused=tuple(FusedRow(*row) for row in rows))
+
+    monkeypatch.setattr("convgen.models.swap.swap", swap)
+    status, out, _ = say(capsys, "swap", "--fuse", *SCAN[1:])
+    assert status == 0
+    assert given["fuse"] is True
+    assert "0 + 1: one kernel\n2 + 3: ReLU has hooks\n" in out
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ from convgen.codegen.render import headers, render_unit
 from convgen.engines import tuned
 from convgen.engines.gather.schedule import GatherSchedule
 from convgen.engines.implicit_gemm.common import UNPROVEN
+from convgen.engines.implicit_gemm.gather import GATHER as GEMM_GATHER
 from convgen.engines.mma.fit import GatherTiles
 from convgen.engines.mma.wgrad import WgradSchedule as ProductSchedule
-from convgen.engines.registry import AnyFamily, AnyPlan, families, unit_of
+from convgen.engines.registry import AnyFamily, AnyPlan, Unit, families, unit_of
 from convgen.spec import CONTRACTIONS, ConvSpec
 from convgen.spec.dtypes import DTYPES, MODES
 
@@ -99,6 +100,11 @@ CASES = [
     # Columns of a strided window, where warps multiply together.
     Case(spec("conv_transpose2d", 4, 2, 1), "bf16tc", ("fprop",)),
     Case(spec(UP, 4, 2, 1, in_channels=64, out_channels=1), "tf32", ("fprop",)),
+    # With epilogues.
+    Case(spec("conv2d", 3, 1, 1, activation="gelu", residual=True), "f32", FORWARD),
+    Case(spec("conv2d", 3, 1, 1, groups=8, activation="silu", residual=True), "f16", FORWARD),
+    Case(spec(UP, 3, 2, 1, 1, activation="tanh", residual=True), "tf32", ("dgrad",)),
+    Case(spec(CONV, 3, 1, 1, activation="gelu", residual=True), "bf16tc", FORWARD),
 ]
 
 
@@ -224,13 +230,27 @@ def test_further_families_compile_without_spills_or_warnings(
     plan = unit.default()
     if small:
         plan = unit.with_schedule(one_size(plan.schedule))
-    files = headers(unit) | {f"src/cuda/{unit.name}.cu": render_unit(layer, unit, plan)}
+    check_on_hopper(tmp_path, layer, unit, plan)
+
+
+def check_on_hopper(folder: Path, layer: ConvSpec, unit: Unit, plan: AnyPlan) -> None:
+    """A unit compiles for sm_90a, without spills."""
+    files = headers(unit, layer.has_epilogue)
+    files |= {f"src/cuda/{unit.name}.cu": render_unit(layer, unit, plan)}
     for path, text in files.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    for kernel in compile_source(tmp_path / "src" / "cuda", unit.name, {"90a": ["90a"]}):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    for kernel in compile_source(folder / "src" / "cuda", unit.name, {"90a": ["90a"]}):
         assert not kernel.spills, kernel
         assert kernel.registers <= REGISTERS, kernel
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
+def test_implicit_gemms_with_an_epilogue_compile_without_spills(kind: str, tmp_path: Path) -> None:
+    layer = spec("conv2d", 3, 1, 1, activation="gelu", residual=True)
+    unit = unit_of(GEMM_GATHER, layer.geometry, "fprop", kind)
+    check_on_hopper(tmp_path, layer, unit, unit.with_schedule(one_size(unit.default().schedule)))
 
 
 @pytest.mark.long
