@@ -2,8 +2,8 @@
 
 fprop and dgrad are one algorithm over different axes, wgrad is another. Each has two kernels, of
 which the unit chooses when it is called: for few channels, whose schedules are here (``gather.h``,
-``reduce.h``), and for many (``brgemm_gather.h``, ``brgemm_wgrad.h``). Depthwise calls that are
-channels_last have a third (``depthwise_gather.h``, ``depthwise_wgrad.h``). The templates
+``reduce.h``), and for many (``brgemm_gather.h``, ``brgemm_wgrad.h``). Depthwise calls have kernels
+of their own (``depthwise_gather.h``, ``depthwise_blocks.h``, ``depthwise_wgrad.h``). The templates
 give them the geometry's constants and the unrolled taps. Sources hold no assumption about the
 host's instruction set: it is known when they are compiled.
 """
@@ -166,7 +166,9 @@ HEADERS: Mapping[str, str] = {
     "brgemm_gather.h": "cpu/brgemm_gather.h",
     "brgemm_wgrad.h": "cpu/brgemm_wgrad.h",
     "depthwise.h": "cpu/depthwise.h",
+    "depthwise_tile.h": "cpu/depthwise_tile.h",
     "depthwise_gather.h": "cpu/depthwise_gather.h",
+    "depthwise_blocks.h": "cpu/depthwise_blocks.h",
     "depthwise_wgrad.h": "cpu/depthwise_wgrad.h",
     "bias.h": "cpu/bias.h",
     "meeting.h": "cpu/meeting.h",
@@ -334,10 +336,15 @@ def _common_context(
     }
 
 
-def _depthwise(g: Geometry) -> bool:
-    """Whether a call may have groups of one channel in either tensor, with kernels of their own."""
+def _depthwise(g: Geometry) -> str:
+    """Which calls have groups of one channel in either tensor, with kernels of their own.
+
+    ``all``, ``some`` (the channels are given when it is called), or none: empty.
+    """
     channels = (g.coarse_channels_per_group, g.fine_channels_per_group)
-    return g.groups > 1 and all(count in (None, 1) for count in channels)
+    if g.groups == 1 or any(count not in (None, 1) for count in channels):
+        return ""
+    return "some" if None in channels else "all"
 
 
 def _tile_lists(tiles: Tiles) -> list[Tiles]:

@@ -34,7 +34,8 @@ def depthwise(op: str, channels: int, *shapes: tuple[int, ...], **arguments: Any
 
 PROBLEMS = [
     # All register tiles inside, channels that fill no vector; rows that are nothing but borders.
-    depthwise(C2, 43, (2, 5, 19), (1, 3, 1), kernel_size=3, padding=1, dtypes=("f32",)),
+    depthwise(C2, 43, (2, 5, 19), (1, 3, 1), kernel_size=3, padding=1,
+              dtypes=("f32", "bf16")),
     # Chains of parts of the taps, beyond the input on either side.
     depthwise(C3, 16, (1, 3, 4, 6), kernel_size=(5, 6, 7), padding=(2, 3, 6), long=True),
     # Phases with and without taps; extents of one, everything different in every dimension.
