@@ -4,7 +4,7 @@
 //                               weight[j][c] * source[q * SOURCE_STRIDE + offset[j]][c], plus
 //                               bias[c]
 //
-//   task: some rows of an image, some vectors of channels
+//   task: some planes and rows of an image
 //     for each row: its taps along d and h that meet the source, as pointers to rows; and for each
 //     phase along w
 //       inside     register tiles of positions x vectors of channels, taps along w unrolled:
@@ -19,8 +19,7 @@
 // in several (chains.h); the bias comes last. So results depend neither on tasks nor on threads.
 #pragma once
 
-#include "chains.h"
-#include "depthwise.h"
+#include "depthwise_tile.h"
 #include "epilogue.h"
 #include "phases.h"
 
@@ -36,28 +35,23 @@ class DepthwiseGather
   using AxisW = typename Problem::AxisW;
   static constexpr int64_t CHANNELS = Problem::GROUPS;
   using Vectors = ChannelVectors<Real, CHANNELS>;
+  using Chain = DepthwiseChain<Problem>;
   static constexpr int64_t V = LANES<Real>;
   static constexpr int64_t REAL_BYTES = sizeof(Real);
   static constexpr int64_t TAPS = int64_t(AxisD::TAPS) * AxisH::TAPS * AxisW::TAPS;
-  static constexpr int64_t WEIGHT_PITCH = round_up(CHANNELS, V);  // from tap to tap
-  static constexpr int MOST_UNROLLED = 16;                        // taps along w
-  static constexpr int64_t MOST_ROWS = 1024;                      // of taps
-  static constexpr int MOST_PHASES = 4;                           // along w, with unrolled taps
-  static constexpr int64_t TASKS_PER_THREAD = 8;
-  // Rows of taps whose products are added up in registers; a phase's, if all of them may be.
-  static constexpr int64_t TAPS_ALONG_W = most_taps<AxisW>();
-  static constexpr int64_t CHAIN_ROWS =
-      greatest(Problem::CHAIN_TERMS / greatest(TAPS_ALONG_W, 1), 1);
-  static constexpr bool COMPILED = std::is_same_v<Real, Storage> && CHANNELS >= V &&
-                                   TAPS_ALONG_W <= Problem::CHAIN_TERMS &&
-                                   int64_t(AxisD::TAPS) * AxisH::TAPS <= MOST_ROWS;
-  static constexpr bool CHAINED = most_taps<AxisD>() * most_taps<AxisH>() > CHAIN_ROWS;
+  // From tap to tap: no power of two, whose multiples share the lines of L1.
+  static constexpr int64_t WEIGHT_PITCH = round_up(CHANNELS, V) + V;
+  using Tile = DepthwiseTile<Problem, CHANNELS, CHANNELS, WEIGHT_PITCH, Storage>;
+  static constexpr int MOST_UNROLLED = 16;  // taps along w
+  static constexpr int MOST_PHASES = 4;     // along w, with unrolled taps
+  static constexpr int64_t TASKS_PER_THREAD = 8, LEAST_ROWS = 4;
+  static constexpr int64_t L2_BYTES = 256 << 10, FAR_BYTES = 2 << 20;
+  static constexpr bool COMPILED = std::is_same_v<Real, Storage> && Chain::COMPILED;
 
   int64_t batch;
   int64_t source_extent[3], output_extent[3];
   bool served;
-  int64_t chunk, chunks;    // vectors of channels of a task, tasks
-  int64_t rows, row_parts;  // output rows of a task (of all planes), tasks
+  int64_t block[2], blocks[2];  // output planes and rows of a task, tasks
   int threads;
   int64_t weights_at, bias_at, total_bytes;  // in the workspace
 
@@ -96,81 +90,70 @@ class DepthwiseGather
     return int64_t(AxisD::PHASES) * AxisH::PHASES * AxisW::PHASES;
   }
 
+  // Rows of which the source's part, of all planes that a tap reaches, stays in L2 while d changes.
   void choose_tasks() {
-    chunk = Vectors::COUNT;
-    chunks = 1;
-    const int64_t all = output_extent[0] * output_extent[1];
-    rows = greatest(all, 1);
-    while (rows > 4 &&
-           (threads > 1 && batch * chunks * ceil_div(all, rows) < TASKS_PER_THREAD * threads))
-      rows = ceil_div(rows, 2);
-    row_parts = ceil_div(all, rows);
+    const int64_t row_bytes = source_extent[2] * CHANNELS * REAL_BYTES;
+    const int64_t planes = greatest(least(reach<AxisD>(), source_extent[0]), 1);
+    const int64_t rows = L2_BYTES / greatest(planes * row_bytes, 1) - reach<AxisH>() + 1;
+    block[0] = greatest(output_extent[0], 1);
+    block[1] = output_extent[0] == 1
+                   ? greatest(output_extent[1], 1)
+                   : even_part(output_extent[1],
+                               greatest(rows * AxisH::PHASES / AxisH::SOURCE_STRIDE, LEAST_ROWS));
+    while (threads > 1 && task_count() < TASKS_PER_THREAD * threads) {
+      const int axis = block[0] >= 2 * LEAST_ROWS ? 0 : 1;
+      if (block[axis] < 2 * LEAST_ROWS) break;
+      block[axis] = even_part(output_extent[axis], ceil_div(block[axis], 2));
+    }
+    task_count();
   }
 
-  // Weights as [kernel element][channel], and the bias, or zeros.
-  void pack(const ConvgenCall& call, Real* weights, Real* bias) const {
-    constexpr int64_t PIECE = 64;
-    const Storage* const from = static_cast<const Storage*>(call.weight);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < ceil_div(CHANNELS, PIECE); ++i) {
-      const int64_t c = i * PIECE, count = least(PIECE, CHANNELS - c);
-      transpose<Real>(weights + c, WEIGHT_PITCH, from + c * TAPS, TAPS, count, TAPS);
-      if (call.bias)
-        convert<Real>(bias + c, static_cast<const Storage*>(call.bias) + c, count);
-      else
-        memset(bias + c, 0, size_t(count * REAL_BYTES));
-    }
+  int64_t task_count() {
+    for (int axis = 0; axis < 2; ++axis) blocks[axis] = ceil_div(output_extent[axis], block[axis]);
+    return batch * blocks[0] * blocks[1];
   }
 
   void run_tasks(const ConvgenCall& call, const void* source, void* output) const {
     char* const workspace = static_cast<char*>(call.workspace);
     Real* const weights = reinterpret_cast<Real*>(workspace + weights_at);
     Real* const bias = reinterpret_cast<Real*>(workspace + bias_at);
-    const int64_t all = output_extent[0] * output_extent[1];
-    const int64_t tasks = batch * chunks * row_parts;
+    const int64_t tasks = batch * blocks[0] * blocks[1];
     if (tasks == 0) return;
     const Pitches from(CHANNELS, source_extent, true), to(CHANNELS, output_extent, true);
     advise_output(output, batch * to.image * int64_t(sizeof(Storage)));
     const Finish<Problem> finish(call, output);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      pack(call, weights, bias);
+      pack_depthwise<Problem, WEIGHT_PITCH>(call, weights, bias);
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t first = task % row_parts * rows, part = task / row_parts % chunks;
-        const int64_t n = task / (row_parts * chunks);
-        const Span vectors = {part * chunk, least((part + 1) * chunk, Vectors::COUNT)};
-        for (int64_t row = first; row < least(first + rows, all); ++row) {
-          Storage* const out = static_cast<Storage*>(output) + n * to.image + row * to.axis[1];
-          run_row(static_cast<const Real*>(source) + n * from.image, weights, bias, vectors,
-                  row / output_extent[1], row % output_extent[1], out);
-          const int64_t line[3] = {1, 1, output_extent[2]};
-          const int64_t c = vectors.first * V;
-          finish.block(out + c, to, true, out + c, to.axis, least(vectors.end * V, CHANNELS) - c,
-                       line);
-        }
+        const int64_t n = task / (blocks[0] * blocks[1]);
+        const int64_t d0 = task % blocks[0] * block[0];
+        const int64_t h0 = task / blocks[0] % blocks[1] * block[1];
+        const int64_t line[3] = {1, 1, output_extent[2]};
+        for (int64_t d = d0; d < least(d0 + block[0], output_extent[0]); ++d)
+          for (int64_t h = h0; h < least(h0 + block[1], output_extent[1]); ++h) {
+            Storage* const out =
+                static_cast<Storage*>(output) + n * to.image + d * to.axis[0] + h * to.axis[1];
+            run_row(static_cast<const Real*>(source) + n * from.image, weights, bias, d, h, out);
+            finish.block(out, to, true, out, to.axis, CHANNELS, line);
+          }
       }
     }
   }
 
-  // A tap along d and h of an output row: its row of the source, its weights.
-  struct RowTap {
-    const Real* source;
-    const Real* weight;
-  };
-
   // What the register tiles of one output row have in common.
   struct Row {
-    const RowTap* taps;
+    const RowTap<Real>* taps;
     int64_t count;
     const Real* bias;
     Storage* out;
-    Span vectors;
+    const Real* ahead;  // the source row that the next rows of outputs read first, or null
   };
 
-  void run_row(const Real* source, const Real* weights, const Real* bias, Span vectors, int64_t od,
-               int64_t oh, Storage* out) const {
-    RowTap taps[AxisD::TAPS * AxisH::TAPS];
+  void run_row(const Real* source, const Real* weights, const Real* bias, int64_t od, int64_t oh,
+               Storage* out) const {
+    RowTap<Real> taps[AxisD::TAPS * AxisH::TAPS];
     const int rd = int(od % AxisD::PHASES), rh = int(oh % AxisH::PHASES);
     const int64_t qd = od / AxisD::PHASES, qh = oh / AxisH::PHASES;
     int64_t count = 0;
@@ -186,11 +169,23 @@ class DepthwiseGather
                           AxisW::TAPS * WEIGHT_PITCH};
       }
     }
-    const Row row = {taps, count, bias, out, vectors};
+    const Row row = {taps, count, bias, out, row_ahead(source, qd, qh)};
     if constexpr (AxisW::PHASES <= MOST_PHASES)
       run_phases(row, std::make_integer_sequence<int, AxisW::PHASES>{});
     else
       for (int r = 0; r < AxisW::PHASES; ++r) run_phase<0, 0>(row, r);
+  }
+
+  // The row below those that a row of outputs reads. Only where tensors leave the caches: the
+  // processor's own prefetching follows few of the lines that register tiles read side by side.
+  const Real* row_ahead(const Real* source, int64_t qd, int64_t qh) const {
+    const int64_t row = source_extent[2] * CHANNELS;
+    if (batch * source_extent[0] * source_extent[1] * row * REAL_BYTES < FAR_BYTES) return nullptr;
+    constexpr int64_t LAST_D = least_offset<AxisD>() + reach<AxisD>() - 1;
+    constexpr int64_t LAST_H = least_offset<AxisH>() + reach<AxisH>() - 1;
+    const int64_t z = greatest(least(qd * AxisD::SOURCE_STRIDE + LAST_D, source_extent[0] - 1), 0);
+    const int64_t y = (qh + 1) * AxisH::SOURCE_STRIDE + LAST_H;
+    return y < 0 || y >= source_extent[1] ? nullptr : source + (z * source_extent[1] + y) * row;
   }
 
   template <int... R>
@@ -245,71 +240,16 @@ class DepthwiseGather
                                    int end) const {
     const int64_t from = q * AxisW::SOURCE_STRIDE * CHANNELS;
     out += q * AxisW::PHASES * CHANNELS;
-    Vectors::template visit<VECTORS>(row.vectors.first, row.vectors.end,
-                                     [&](auto vectors, int64_t vector) CONVGEN_INLINE_LAMBDA {
-                                       const int64_t c = Vectors::at(vector);
-                                       tile<FIRST, COUNT, P, decltype(vectors)::value>(
-                                           row, from + c, c, first, end, out + c);
-                                     });
-  }
-
-  template <int FIRST, int COUNT, int P, int VECTORS>
-  CONVGEN_INLINE void tile(const Row& row, int64_t from, int64_t channel, int first, int end,
-                           Storage* out) const {
-    Vector<Real> acc[P][VECTORS] = {};
-    if constexpr (!CHAINED) {
-      add_rows<FIRST, COUNT>(acc, row.taps, row.count, from, channel, first, end);
-    } else {
-      using Sums = ChainSums<Real, P, VECTORS>;
-      Sums memory;
-      Real* const sums = memory.at();
-      int64_t done = 0, r = 0;
-      for (; r + CHAIN_ROWS < row.count; r += CHAIN_ROWS) {
-        add_rows<FIRST, COUNT>(acc, row.taps + r, CHAIN_ROWS, from, channel, first, end);
-        Sums::add(sums, acc, ++done);
+    Vectors::template visit<VECTORS>(
+        0, Vectors::COUNT, [&](auto vectors, int64_t vector) CONVGEN_INLINE_LAMBDA {
+          const int64_t c = Vectors::at(vector);
+          if (P > 1 && row.ahead)
 #pragma GCC unroll 16
-        for (int i = 0; i < P * VECTORS; ++i) acc[i / VECTORS][i % VECTORS] = Vector<Real>{};
-      }
-      add_rows<FIRST, COUNT>(acc, row.taps + r, row.count - r, from, channel, first, end);
-      if (done > 0) Sums::complete(acc, sums, done);
-    }
-#pragma GCC unroll 16
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v)
-        store_real<Real>(out + p * AxisW::PHASES * CHANNELS + v * V,
-                         acc[p][v] + load(row.bias + channel + v * V));
-  }
-
-  // The products of some rows of taps.
-  template <int FIRST, int COUNT, int P, int VECTORS>
-  static CONVGEN_INLINE void add_rows(Vector<Real> (&acc)[P][VECTORS], const RowTap* taps,
-                                      int64_t count, int64_t from, int64_t channel, int first,
-                                      int end) {
-    for (const RowTap* tap = taps; tap < taps + count; ++tap) {
-      const Real* const x = tap->source + from;
-      const Real* const weight = tap->weight + channel;
-      if constexpr (COUNT > 0) {
-#pragma GCC unroll 16
-        for (int j = 0; j < COUNT; ++j) add_tap(acc, x, weight, AxisW::TAP[FIRST + j]);
-      } else {
-#pragma GCC unroll 1
-        for (int j = first; j < end; ++j) add_tap(acc, x, weight, AxisW::TAP[j]);
-      }
-    }
-  }
-
-  template <int P, int VECTORS>
-  static CONVGEN_INLINE void add_tap(Vector<Real> (&acc)[P][VECTORS], const Real* x,
-                                     const Real* weight, AxisTap at) {
-#pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) {
-      Vector<Real> w = load(weight + at.tap * WEIGHT_PITCH + v * V);
-      if (P > 1) keep(w);
-#pragma GCC unroll 16
-      for (int p = 0; p < P; ++p)
-        acc[p][v] += w * load(x + (p * AxisW::SOURCE_STRIDE + at.offset) * CHANNELS + v * V);
-    }
+            for (int p = 0; p < P * AxisW::SOURCE_STRIDE; ++p)
+              __builtin_prefetch(row.ahead + from + p * CHANNELS + c, 0, 2);
+          Tile::template run<FIRST, COUNT, P, decltype(vectors)::value>(
+              row.taps, row.count, from + c, c, first, end, row.bias + c, out + c);
+        });
   }
 };
 
