@@ -19,7 +19,7 @@ from convgen.building import folders
 from convgen.building.build import Progress
 from convgen.building.errors import BuildError
 from convgen.checking.interpret import MODES, package_library
-from convgen.engines.abi import CALL, RESULTS, TENSORS
+from convgen.engines.abi import CALL, EPILOGUE, POINTERS, RESULTS, TENSORS
 from convgen.spec import ConvSpec, Geometry, SpecError, documents
 from convgen.spec.documents import DocumentError
 from convgen.spec.dtypes import DTYPES
@@ -143,6 +143,15 @@ class InterpretedLibrary:
                     self._library.convgen_interpret_register(
                         address, size_bytes, name.encode(), access
                     )
+            flags, *beside = EPILOGUE.unpack(call[-EPILOGUE.size :])
+            for name, bit, address, access in (
+                ("residual", 2, beside[0], _INPUT),
+                ("preactivation", 4, beside[1], _OUTPUT),
+            ):
+                if flags & bit:
+                    self._library.convgen_interpret_register(
+                        address, sizes[RESULTS[contraction]], name.encode(), access
+                    )
             try:
                 return int(function(call))
             finally:
@@ -182,6 +191,5 @@ class _Function:
 
 def _on_device(call: bytes) -> bytes:
     """The call on device 0: for the CPU, the field holds a number of threads."""
-    fields = list(CALL.unpack(call))
-    fields[6] = 0
-    return CALL.pack(*fields)
+    at = POINTERS.size
+    return call[:at] + bytes(8) + call[at + 8 :]

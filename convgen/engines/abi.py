@@ -21,6 +21,10 @@ CHANNELS_LAST = {"coarse": 1, "fine": 2, "weight": 4}
 CALL = struct.Struct(POINTERS.format + NUMBERS.format)
 """A whole ConvgenCall."""
 
+EPILOGUE = struct.Struct("q2Q")
+"""The end of a ConvgenCall: flags (a sum of ConvgenEpilogue; 2: the residual is read, 4: the
+pre-activation is written), and these two pointers."""
+
 RESULTS = {"fprop": "coarse", "dgrad": "fine", "wgrad": "weight", "bgrad": "bias"}
 """The tensor that a function writes."""
 

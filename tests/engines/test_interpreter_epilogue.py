@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import implicit_gemms
@@ -29,6 +31,7 @@ from torch import Tensor
 from convgen.engines import abi
 from convgen.engines.implicit_gemm.gather import GatherSizes
 from convgen.spec import ConvSpec
+from convgen.specialize import render
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
 
@@ -170,3 +173,29 @@ def test_a_nan_of_the_sums_stays_where_it_is_read() -> None:
         assert each[reached].isnan().all()
         error = (each.double() - wanted)[~reached].norm() / wanted[~reached].norm()
         assert float(error) <= LIMITS[case.kind]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*CONVGEN_INTERPRET")
+def test_a_package_computes_by_its_cuda_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, layouts and gradients, beside torch; every access is checked."""
+    monkeypatch.setenv("CONVGEN_INTERPRET", "checked")
+    spec = ConvSpec.make("conv2d", kernel_size=3, padding=1, activation="silu", residual=True)
+    package = tmp_path / "interpreted_silu"
+    for path, text in render(spec, ["cuda"], ["f64"]).items():
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("interpreted_silu")
+    shapes = ((2, 3, 5, 6), (4, 3, 3, 3), (4,), (2, 4, 5, 6))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, w, b, r = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+        leaves = [each.requires_grad_() for each in (x.to(memory_format=layout), w, b, r)]
+        y = module.conv2d(*leaves[:3], residual=leaves[3])
+        expected = F.silu(F.conv2d(*leaves[:3], padding=1) + leaves[3])
+        torch.testing.assert_close(y, expected)
+        assert y.stride() == expected.stride()
+        found, wanted = (torch.autograd.grad(out.square().sum(), leaves) for out in (y, expected))
+        torch.testing.assert_close(found, wanted)
