@@ -91,7 +91,7 @@ def as_last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.movedim(1, -1) if lies_last(tensor) else tensor).view(torch.uint8)
+    return tensor.flatten().view(torch.uint8)
 
 
 @dataclass

@@ -1,11 +1,11 @@
 """The CPU's families: C++17, OpenMP, explicit SIMD through the compiler's vector types.
 
-fprop and dgrad are one algorithm over different axes, wgrad is another. Each has two kernels, of
-which the unit chooses when it is called: for few channels, whose schedules are here (``gather.h``,
-``reduce.h``), and for many (``brgemm_gather.h``, ``brgemm_wgrad.h``). Depthwise calls have kernels
-of their own (``depthwise_gather.h``, ``depthwise_blocks.h``, ``depthwise_wgrad.h``). The templates
-give them the geometry's constants and the unrolled taps. Sources hold no assumption about the
-host's instruction set: it is known when they are compiled.
+fprop and dgrad are one algorithm over different axes, wgrad is another. Each has several kernels,
+of which the unit chooses when it is called: for few channels, whose schedules are here
+(``gather.h``, ``reduce.h``), for many (``brgemm_gather.h``, ``brgemm_panels.h``,
+``brgemm_wgrad.h``), and for depthwise calls (``depthwise_gather.h``, ``depthwise_blocks.h``,
+``depthwise_wgrad.h``). The templates give them the geometry's constants and the unrolled taps.
+Sources hold no assumption about the host's instruction set: it is known when they are compiled.
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ HEADERS: Mapping[str, str] = {
     "phases.h": "cpu/phases.h",
     "layout.h": "cpu/layout.h",
     "contiguous.h": "cpu/contiguous.h",
+    "lines.h": "cpu/lines.h",
     "brgemm.h": "cpu/brgemm.h",
+    "brgemm_panels.h": "cpu/brgemm_panels.h",
     "brgemm_gather.h": "cpu/brgemm_gather.h",
     "brgemm_wgrad.h": "cpu/brgemm_wgrad.h",
     "depthwise.h": "cpu/depthwise.h",

@@ -82,6 +82,11 @@ PROBLEMS = [
     problem(C2, (34, 46), (2, 6, 7), (1, 13, 40), kernel_size=3, padding=1, groups=2),
     problem(C1, (300, 40), (3, 90), kernel_size=5, padding=4, dilation=2, dtypes=("f32", "f64"),
             long=True),
+    # Positions in the lanes, weights as they lie: patches; tiles of several images and lines.
+    problem(C2, (4, 100), (3, 8, 13), kernel_size=4, stride=4, dtypes=("f32", "bf16")),
+    problem(C2, (40, 36), (5, 3, 7), kernel_size=3, padding=1, dtypes=("f32", "f64")),
+    problem(T2, (64, 32), (3, 5, 9), kernel_size=1, groups=2, dtypes=("f32", "f16"), long=True),
+    problem(C1, (20, 200), (2, 33), kernel_size=3, padding=1, stride=2, long=True),
     # Too many taps to unroll: along w only, or not at all; longest unrolled kernel.
     problem(C3, (2, 3), (1, 7, 6, 8), kernel_size=5, padding=2, stride=2),
     problem(T2, (3, 2), (2, 3, 4), kernel_size=(9, 8), stride=(4, 3), padding=2, long=True),
@@ -239,6 +244,8 @@ SANITIZED = [
     make_problem(C2, (5, 3), ((2, 6, 17),), {"kernel_size": 3, "stride": 2, "padding": 1}),
     make_problem(C2, (2, 2), ((1, 5, 6),), {"kernel_size": 3, "dilation": 4, "padding": 4,
                                             "groups": 2}),
+    make_problem(C2, (33, 40), ((2, 5, 7),), {"kernel_size": 3, "padding": 1}),
+    make_problem(C2, (24, 48), ((2, 5, 7),), {"kernel_size": 1}),
 ]  # fmt: skip
 
 
@@ -290,6 +297,8 @@ class Call(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in "coarse fine weight bias workspace stream".split()),
         *((n, ctypes.c_int64) for n in "device batch coarse_channels fine_channels".split()),
         ("coarse_extent", ctypes.c_int64 * 3), ("fine_extent", ctypes.c_int64 * 3),
+        *((n, ctypes.c_int64) for n in "channels_last epilogue".split()),
+        *((n, ctypes.c_void_p) for n in "residual preactivation".split()),
     ]
 
 

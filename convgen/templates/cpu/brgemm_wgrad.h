@@ -17,6 +17,7 @@
 #include "bias.h"
 #include "brgemm.h"
 #include "layout.h"
+#include "lines.h"
 #include "meeting.h"
 #include "runtime.h"
 #include "scratch.h"
@@ -30,12 +31,8 @@ class BrgemmWgrad {
   using AxisD = typename Problem::AxisD;
   using AxisH = typename Problem::AxisH;
   using AxisW = typename Problem::AxisW;
-  static constexpr int64_t AXIS_TAPS[3] = {AxisD::TAPS, AxisH::TAPS, AxisW::TAPS};
+  using FineLines = Lines<AxisD, AxisH, AxisW>;
   static constexpr int64_t TAPS = int64_t(AxisD::TAPS) * AxisH::TAPS * AxisW::TAPS;
-  static constexpr int64_t STRIDE[3] = {AxisD::SOURCE_STRIDE, AxisH::SOURCE_STRIDE,
-                                        AxisW::SOURCE_STRIDE};
-  // From one position's fine element to the next in a line: a single tap's are copied side by side.
-  static constexpr int64_t LINE_STRIDE = AxisW::TAPS == 1 ? 1 : AxisW::SOURCE_STRIDE;
   static constexpr int V = LANES<Real>;
   static constexpr int64_t REAL_BYTES = sizeof(Real);
   static constexpr bool CONVERTS = !std::is_same_v<Real, Storage>;
@@ -45,25 +42,19 @@ class BrgemmWgrad {
   static constexpr int64_t PARTIAL_BYTES = 64 << 20;            // of the sums of all ranges
   static constexpr int64_t COARSE_BYTES = 192 << 10;            // of a task, packed: in L2
   static constexpr int64_t SUMS_BYTES = 192 << 10;              // of a task: in L2
-  // Lines at multiples of this lie in few sets of the L1 cache, and drive each other out.
-  static constexpr int64_t COPIED_POSITIONS = 256;  // at once
-  static constexpr int64_t CONFLICT_BYTES = 1024, APART_BYTES = 64;
 
   int64_t batch, groups;
   int64_t coarse_channels, fine_channels;  // of one group: a, b
   int64_t coarse_extent[3], fine_extent[3];
-  bool coarse_last, fine_last, weight_last;         // channels_last
-  bool copied;                                      // fine is copied
-  int64_t step[3];                                  // fine elements from one of a line to the next
-  int64_t begin[3], end[3], held[3];                // fine positions that lines hold, maybe outside
-  int64_t fine_image, fine_channel, fine_pitch[3];  // distances of what lines hold
-  int vectors;                                      // of a block of coarse channels
-  int64_t width, channel_blocks;                    // coarse channels of a block, blocks
-  int64_t part, parts;                              // blocks of coarse channels of a task, tasks
-  int64_t columns, column_part, column_parts;       // of a group, of a task, tasks
-  int64_t block[3], blocks[3], block_count;  // positions per block, blocks; of the whole batch
-  int64_t segment, chain;                    // positions of a line; lines added in registers
-  int64_t range, ranges;                     // blocks of a range, ranges
+  bool coarse_last, weight_last;  // channels_last
+  FineLines lines;
+  int vectors;                                 // of a block of coarse channels
+  int64_t width, channel_blocks;               // coarse channels of a block, blocks
+  int64_t part, parts;                         // blocks of coarse channels of a task, tasks
+  int64_t columns, column_part, column_parts;  // of a group, of a task, tasks
+  int64_t block[3], blocks[3], block_count;    // positions per block, blocks; of the whole batch
+  int64_t segment, chain;                      // positions of a line; lines added in registers
+  int64_t range, ranges;                       // blocks of a range, ranges
   int threads;
   int64_t fine_at, partial_at, threads_at, total_bytes;  // in the workspace
   int64_t lines_at, offsets_at, sums_at, thread_bytes;   // of a thread
@@ -85,24 +76,26 @@ class BrgemmWgrad {
     const double terms =
         double(batch) * double(call.coarse_channels) * double(columns) * double(coarse_volume);
     coarse_last = call.channels_last & CONVGEN_COARSE || coarse_volume == 1;
-    fine_last = call.channels_last & CONVGEN_FINE && fine_volume > 1 && call.fine_channels > 1;
+    const bool fine_last =
+        call.channels_last & CONVGEN_FINE && fine_volume > 1 && call.fine_channels > 1;
     weight_last = call.channels_last & CONVGEN_WEIGHT;
     threads = thread_count(call.device, terms);
     vectors = tile_vectors<Real>(coarse_channels);
     width = vectors * V;
     channel_blocks = ceil_div(coarse_channels, width);
-    if (is_pointwise() && coarse_volume == fine_volume)
+    if (FineLines::POINTWISE && coarse_volume == fine_volume)
       for (int axis = 0; axis < 3; ++axis)
         coarse_extent[axis] = fine_extent[axis] = axis < 2 ? 1 : coarse_volume;
-    place_fine();
+    lines =
+        FineLines(coarse_extent, call.fine_channels, fine_extent, fine_last, CONVERTS, REAL_BYTES);
     choose_tasks(coarse_volume);
     Workspace workspace;
-    fine_at = workspace.take(copied ? batch * fine_image * REAL_BYTES : 0);
+    fine_at = workspace.take(lines.copy_bytes(batch, REAL_BYTES));
     partial_at = workspace.take(ranges > 1 ? ranges * range_sums() * REAL_BYTES : 0);
     const int64_t positions = block[0] * block[1] * block[2];
     lines_at = round_up(part * positions * width * REAL_BYTES, 64);  // behind packed coarse
-    const int64_t lines = block[0] * block[1] * ceil_div(block[2], segment);
-    offsets_at = lines_at + lines * int64_t(sizeof(Line<Real>));
+    const int64_t count = block[0] * block[1] * ceil_div(block[2], segment);
+    offsets_at = lines_at + count * int64_t(sizeof(Line<Real>));
     sums_at = round_up(offsets_at + (column_part + TILE_MULTIPLE) * int64_t(sizeof(int64_t)), 64);
     const int64_t task_sums = ranges > 1 ? 0 : part * part_sums() * REAL_BYTES;
     thread_bytes = round_up(greatest(sums_at + task_sums, part_sums() * REAL_BYTES), 4096);
@@ -128,9 +121,9 @@ class BrgemmWgrad {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       char* const own = workspace + threads_at + omp_get_thread_num() * thread_bytes;
-      if (copied)
-        copy_fine(reinterpret_cast<Real*>(workspace + fine_at),
-                  static_cast<const Storage*>(call.fine));
+      if (lines.copied)
+        lines.copy(reinterpret_cast<Real*>(workspace + fine_at),
+                   static_cast<const Storage*>(call.fine), batch);
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < tasks; ++task) run_task(call, own, task);
@@ -143,42 +136,9 @@ class BrgemmWgrad {
   }
 
  private:
-  // One element at the position itself: then all positions are one line.
-  static constexpr bool is_pointwise() {
-    return TAPS == 1 && STRIDE[0] * STRIDE[1] * STRIDE[2] == 1 && AxisD::TAP[0].offset == 0 &&
-           AxisH::TAP[0].offset == 0 && AxisW::TAP[0].offset == 0;
-  }
-
   // Sums of a block of coarse channels, for a part of the columns or for all of them.
   int64_t part_sums() const { return round_up(column_part, TILE_MULTIPLE) * width; }
   int64_t range_sums() const { return groups * channel_blocks * column_parts * part_sums(); }
-
-  // Where lines of fine positions lie, and whether they are a copy: of what taps meet alone.
-  void place_fine() {
-    copied = CONVERTS || fine_last || LINE_STRIDE != STRIDE[2];
-    const AxisTap* const taps[3] = {AxisD::TAP, AxisH::TAP, AxisW::TAP};
-    for (int axis = 0; axis < 3; ++axis) {
-      begin[axis] = end[axis] = taps[axis][0].offset;
-      for (int64_t j = 0; j < AXIS_TAPS[axis]; ++j) {
-        begin[axis] = least(begin[axis], taps[axis][j].offset);
-        end[axis] = greatest(end[axis], taps[axis][j].offset);
-      }
-      end[axis] += (coarse_extent[axis] - 1) * STRIDE[axis] + 1;
-      copied = copied || begin[axis] < 0 || end[axis] > fine_extent[axis];
-    }
-    for (int axis = 0; axis < 3; ++axis) {
-      if (!copied) begin[axis] = 0, end[axis] = fine_extent[axis];
-      step[axis] = copied && AXIS_TAPS[axis] == 1 ? STRIDE[axis] : 1;
-      held[axis] = ceil_div(end[axis] - begin[axis], step[axis]);
-    }
-    fine_channel = held[0] * held[1] * held[2];
-    if (copied && fine_channel * REAL_BYTES % CONFLICT_BYTES == 0)
-      fine_channel += APART_BYTES / REAL_BYTES;
-    fine_image = groups * fine_channels * fine_channel;
-    fine_pitch[2] = 1;
-    fine_pitch[1] = held[2];
-    fine_pitch[0] = held[2] * held[1];
-  }
 
   void choose_tasks(int64_t coarse_volume) {
     // What a sum of one sign loses grows with its chains; long sums are allowed longer ones.
@@ -220,45 +180,6 @@ class BrgemmWgrad {
     }
   }
 
-  // Copies what lines hold; to be called by all threads of a team.
-  void copy_fine(Real* to, const Storage* from) const {
-    const Pitches at(groups * fine_channels, fine_extent, fine_last);
-    const int64_t channels = groups * fine_channels;
-    const int64_t together = fine_last ? channels : 1;  // channels copied at once
-    const int64_t pieces = ceil_div(held[2], COPIED_POSITIONS);
-    const int64_t planes = held[0], copies = channels / together * planes * pieces;
-#pragma omp for schedule(dynamic, 16) nowait
-    for (int64_t i = 0; i < batch * copies; ++i) {
-      const int64_t n = i / copies, c = i / (planes * pieces) % (channels / together);
-      const int64_t plane = i / pieces % planes, z = plane * step[0] + begin[0];
-      const int64_t w0 = i % pieces * COPIED_POSITIONS,
-                    width = least(COPIED_POSITIONS, held[2] - w0);
-      // Of the piece: what lies inside of the tensor.
-      const int64_t x0 = w0 * step[2] + begin[2];
-      const int64_t first = least(greatest(ceil_div(-x0, step[2]), 0), width);
-      const int64_t last = greatest(least(ceil_div(fine_extent[2] - x0, step[2]), width), first);
-      Real* line = to + n * fine_image + c * fine_channel + plane * fine_pitch[0] + w0;
-      for (int64_t row = 0; row < held[1]; ++row, line += fine_pitch[1]) {
-        const int64_t y = row * step[1] + begin[1];
-        const bool inside = z >= 0 && z < fine_extent[0] && y >= 0 && y < fine_extent[1];
-        const int64_t count = inside ? last - first : 0;
-        if (count < width)
-          for (int64_t k = 0; k < together; ++k) {
-            clear(line + k * fine_channel, first);
-            clear(line + k * fine_channel + first + count, width - first - count);
-          }
-        if (count == 0) continue;
-        const Storage* const source = from + n * at.image + c * at.channel + z * at.axis[0] +
-                                      y * at.axis[1] + (x0 + first * step[2]) * at.axis[2];
-        if (fine_last)
-          transpose<Real, true>(line + first, fine_channel, source, step[2] * channels, count,
-                                channels);
-        else
-          copy_strided<STRIDE[2] / LINE_STRIDE>(line + first, source, count);
-      }
-    }
-  }
-
   void run_task(const ConvgenCall& call, char* own, int64_t task) const {
     char* const workspace = static_cast<char*>(call.workspace);
     const int64_t part0 = task % parts * part, column_index = task / parts % column_parts;
@@ -267,7 +188,7 @@ class BrgemmWgrad {
     const int64_t channel_parts = least(part, channel_blocks - part0);
     const int64_t column0 = column_index * column_part;
     const int64_t count = least(column_part, columns - column0);
-    const Correlate<Real> correlate = correlate_of<LINE_STRIDE, Real>(vectors);
+    const Correlate<Real> correlate = correlate_of<FineLines::STRIDE, Real>(vectors);
     Real* const packed = reinterpret_cast<Real*>(own);
     Line<Real>* const line = reinterpret_cast<Line<Real>*>(own + lines_at);
     int64_t* const offset = reinterpret_cast<int64_t*>(own + offsets_at);
@@ -280,8 +201,8 @@ class BrgemmWgrad {
                    : reinterpret_cast<Real*>(own + sums_at);
     for (int64_t b = 0; b < channel_parts; ++b)
       memset(sums + b * block_sums, 0, size_t(part_sums() * REAL_BYTES));
-    const Real* const fine = copied ? reinterpret_cast<const Real*>(workspace + fine_at)
-                                    : static_cast<const Real*>(call.fine);
+    const Real* const fine = lines.copied ? reinterpret_cast<const Real*>(workspace + fine_at)
+                                          : static_cast<const Real*>(call.fine);
     for (int64_t i = index * range; i < least((index + 1) * range, block_count); ++i) {
       int64_t q0[3], extent[3];
       const int64_t n = place(i, q0);
@@ -290,10 +211,10 @@ class BrgemmWgrad {
       const int64_t positions = extent[0] * extent[1] * extent[2];
       for (int64_t b = 0; b < channel_parts; ++b)
         pack(packed + b * positions * width, call, n, group, (part0 + b) * width, q0, extent);
-      const int64_t lines = find_lines(
-          line, fine + n * fine_image + group * fine_channels * fine_channel, q0, extent);
+      const int64_t found = find_lines(
+          line, fine + n * lines.image + group * fine_channels * lines.channel, q0, extent);
       for (int64_t b = 0; b < channel_parts; ++b)
-        correlate(Columns<Real>{packed + b * positions * width, line, lines, chain, offset, count,
+        correlate(Columns<Real>{packed + b * positions * width, line, found, chain, offset, count,
                                 sums + b * block_sums});
     }
     if (ranges == 1)
@@ -318,24 +239,15 @@ class BrgemmWgrad {
   // How far a column's lines lie behind where fine lines begin. Beyond the last column, it is
   // repeated up to a whole register tile.
   void find_offsets(int64_t* offset, int64_t column0, int64_t count) const {
-    for (int jd = 0; jd < AxisD::TAPS; ++jd)
-      for (int jh = 0; jh < AxisH::TAPS; ++jh)
-        for (int jw = 0; jw < AxisW::TAPS; ++jw) {
-          const int64_t element =
-              (AxisD::TAP[jd].tap * AxisH::TAPS + AxisH::TAP[jh].tap) * AxisW::TAPS +
-              AxisW::TAP[jw].tap;
-          const int64_t at = (AxisD::TAP[jd].offset - begin[0]) * fine_pitch[0] +
-                             (AxisH::TAP[jh].offset - begin[1]) * fine_pitch[1] +
-                             AxisW::TAP[jw].offset - begin[2];
-          const int64_t first = weight_last ? element * fine_channels : element;
-          const int64_t pitch = weight_last ? 1 : TAPS;
-          const int64_t before = greatest(ceil_div(column0 - first, pitch), 0);
-          for (int64_t c = before; c < fine_channels; ++c) {
-            const int64_t i = first + c * pitch - column0;
-            if (i >= count) break;
-            offset[i] = c * fine_channel + at;
-          }
-        }
+    lines.for_elements([&](int64_t element, int64_t at) {
+      const int64_t first = weight_last ? element * fine_channels : element;
+      const int64_t pitch = weight_last ? 1 : TAPS;
+      for (int64_t c = greatest(ceil_div(column0 - first, pitch), 0); c < fine_channels; ++c) {
+        const int64_t i = first + c * pitch - column0;
+        if (i >= count) break;
+        offset[i] = c * lines.channel + at;
+      }
+    });
     for (int64_t i = count; i % TILE_MULTIPLE; ++i) offset[i] = offset[count - 1];
   }
 
@@ -346,10 +258,7 @@ class BrgemmWgrad {
     for (int64_t d = 0; d < extent[0]; ++d)
       for (int64_t h = 0; h < extent[1]; ++h)
         for (int64_t w = 0; w < extent[2]; w += segment)
-          *to++ = {fine + (q0[0] + d) * (STRIDE[0] / step[0]) * fine_pitch[0] +
-                       (q0[1] + h) * (STRIDE[1] / step[1]) * fine_pitch[1] +
-                       (q0[2] + w) * LINE_STRIDE,
-                   least(segment, extent[2] - w)};
+          *to++ = {fine + lines.at(q0[0] + d, q0[1] + h, q0[2] + w), least(segment, extent[2] - w)};
     return to - line;
   }
 
