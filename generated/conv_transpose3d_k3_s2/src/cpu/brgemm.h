@@ -158,58 +158,65 @@ CONVGEN_NOINLINE void multiply(const Chain<Real>& chain, int64_t count) {
   if (at < count) multiply_tile<UNIT, VECTORS>(chain, at);
 }
 
-// Columns of a weight gradient: fine channels of taps. sums[column][lanes] += coarse[q][lanes] *
-// fine[tap of the column][q][channel of the column], over some positions q.
+// A line of fine positions: where that of each column begins, and how many they are.
 template <class Real>
-struct Columns {
-  const Real* coarse;        // [position][lanes]
-  const Real* const* fine;   // [tap][position]: its channels
-  int64_t positions, chain;  // so many at a time are summed in registers
-  int64_t channels;          // fine ones of a tap
-  int64_t count;             // of columns
-  Real* sums;                // [column][lanes], up to a whole register tile
+struct Line {
+  const Real* fine;
+  int64_t length;
 };
 
-// A register tile of columns from `first` on. SHARED: they all belong to one tap.
-template <int COLUMNS, int VECTORS, bool SHARED, class Real>
+// Columns of a weight gradient: a fine channel and a kernel element each. sums[column][lanes] +=
+// coarse[q][lanes] * line.fine[offset[column] + q * STRIDE], over the positions q of all lines.
+template <class Real>
+struct Columns {
+  const Real* coarse;  // [position of all lines][lanes]
+  const Line<Real>* line;
+  int64_t lines, chain;   // so many lines at a time are summed in registers
+  const int64_t* offset;  // [column], up to a whole register tile
+  int64_t count;          // of columns
+  Real* sums;             // [column][lanes], up to a whole register tile
+};
+
+template <int COLUMNS, int VECTORS, int STRIDE, class Real>
 CONVGEN_NOINLINE void correlate_tile(const Columns<Real>& columns, int64_t first) {
   constexpr int V = LANES<Real>;
-  const Real* const* row[SHARED ? 1 : COLUMNS];
-  int64_t channel[SHARED ? 1 : COLUMNS];
-#pragma GCC unroll 16
-  for (int p = 0; p < (SHARED ? 1 : COLUMNS); ++p) {
-    // Beyond the last column, it is repeated.
-    const int64_t column = least(first + p, columns.count - 1);
-    row[p] = columns.fine + column / columns.channels * columns.positions;
-    channel[p] = column % columns.channels;
-  }
   const Real* coarse = columns.coarse;
-  for (int64_t q = 0; q < columns.positions;) {
+  const int64_t* const offset = columns.offset + first;
+  for (int64_t line = 0; line < columns.lines;) {
     Vector<Real> acc[COLUMNS][VECTORS];
 #pragma GCC unroll 16
     for (int p = 0; p < COLUMNS; ++p)
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; ++v) acc[p][v] = Vector<Real>{};
-    const int64_t end = least(q + columns.chain, columns.positions);
-#pragma GCC unroll 2
-    for (; q < end; ++q, coarse += VECTORS * V) {
-      Vector<Real> w[VECTORS];
+    const int64_t end = least(line + columns.chain, columns.lines);
+    for (; line < end; ++line) {
+      const Real* x[COLUMNS];
 #pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v) {
-        w[v] = load(coarse + v * V);
-        keep(w[v]);
+      for (int p = 0; p < COLUMNS; ++p) x[p] = columns.line[line].fine + offset[p];
+      const auto position = [&](int64_t q) CONVGEN_INLINE_LAMBDA {
+        Vector<Real> w[VECTORS];
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; ++v) {
+          w[v] = load(coarse + v * V);
+          keep(w[v]);
+        }
+        coarse += VECTORS * V;
+#pragma GCC unroll 16
+        for (int p = 0; p < COLUMNS; ++p) {
+          const Real value = x[p][q * STRIDE];
+#pragma GCC unroll 16
+          for (int v = 0; v < VECTORS; ++v) acc[p][v] += w[v] * value;
+        }
+      };
+      const int64_t length = columns.line[line].length;
+      int64_t q = 0;
+      for (; q + 4 <= length; q += 4) {
+        position(q);
+        position(q + 1);
+        position(q + 2);
+        position(q + 3);
       }
-      const Real* const shared = row[0][q] + channel[0];
-#pragma GCC unroll 16
-      for (int p = 0; p < COLUMNS; ++p) {
-        Real value;
-        if constexpr (SHARED)
-          value = shared[p];
-        else
-          value = row[p][q][channel[p]];
-#pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) acc[p][v] += w[v] * value;
-      }
+      for (; q < length; ++q) position(q);
     }
     Real* to = columns.sums + first * VECTORS * V;
 #pragma GCC unroll 16
@@ -219,14 +226,11 @@ CONVGEN_NOINLINE void correlate_tile(const Columns<Real>& columns, int64_t first
   }
 }
 
-template <int VECTORS, class Real>
+template <int VECTORS, int STRIDE, class Real>
 CONVGEN_NOINLINE void correlate(const Columns<Real>& columns) {
   constexpr int COLUMNS = TILE_POSITIONS<VECTORS>;
   for (int64_t at = 0; at < columns.count; at += COLUMNS)
-    if (at % columns.channels + COLUMNS <= columns.channels)
-      correlate_tile<COLUMNS, VECTORS, true>(columns, at);
-    else
-      correlate_tile<COLUMNS, VECTORS, false>(columns, at);
+    correlate_tile<COLUMNS, VECTORS, STRIDE>(columns, at);
 }
 
 // What depends on the number of vectors, so that all else is compiled once.
@@ -242,10 +246,11 @@ Multiply<Real> multiply_of(int vectors) {
   return OF[vectors - 1];
 }
 
-template <class Real>
+template <int STRIDE, class Real>
 Correlate<Real> correlate_of(int vectors) {
-  constexpr Correlate<Real> OF[] = {correlate<1, Real>, correlate<2, Real>, correlate<3, Real>,
-                                    correlate<MOST_VECTORS, Real>};
+  constexpr Correlate<Real> OF[] = {correlate<1, STRIDE, Real>, correlate<2, STRIDE, Real>,
+                                    correlate<3, STRIDE, Real>,
+                                    correlate<MOST_VECTORS, STRIDE, Real>};
   return OF[vectors - 1];
 }
 

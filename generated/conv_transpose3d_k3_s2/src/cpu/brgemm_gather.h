@@ -114,9 +114,11 @@ class BrgemmGather
   // where there are many channels, and where they would have to be given contiguous copies; these
   // where lanes or chains are short.
   bool suits() const {
-    const double used = double(outputs) / double(channel_blocks * width);
-    return channels_last ? used >= 0.5 : sources >= 16 && used >= 0.7;
+    return channels_last ? used_lanes() >= 0.5 : sources >= 16 && used_lanes() >= 0.7;
   }
+
+  // The part of a register tile's lanes that hold output channels.
+  double used_lanes() const { return double(outputs) / double(channel_blocks * width); }
 
   int64_t workspace_bytes() const { return total_bytes; }
 

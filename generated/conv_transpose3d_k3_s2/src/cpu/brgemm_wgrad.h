@@ -1,21 +1,23 @@
 // wgrad with coarse channels in the lanes: for layers with many channels.
 //
-//   fine -> rows of channels, one per element (as it lies if it is channels_last)
-//   task: a range of blocks of positions, some blocks of coarse channels, some taps of one group
+//   fine -> lines of positions, one for each channel: as they lie, or copied with zeros around them
+//   task: a range of blocks of positions, some blocks of coarse channels, some columns of one group
 //     for each block of positions:
 //       pack        coarse -> [block of coarse channels][position][lanes] (L2)
-//       point       at the fine rows that each tap meets, or at zeros
-//       correlate   (brgemm.h) -> sums [block of coarse channels][tap][fine channel][lanes]
+//       correlate   (brgemm.h) -> sums [block of coarse channels][column][lanes]
 //   then, behind a barrier, the sums of all ranges are added in order, in double.
 //
-// How positions are cut into blocks and ranges depends on the extents alone, so that results have
-// the same bits for any number of threads. Weights that come out as NaN are summed again over what
-// they meet (meeting.h), since taps that meet nothing multiply zeros.
+// A column is a fine channel and a kernel element, in the order of the weights; its lines lie at
+// one distance from those of any other. How positions are cut into blocks and ranges depends on the
+// extents alone, so that results have the same bits for any number of threads. Weights that come
+// out as NaN are summed again over what they meet (meeting.h), since taps that meet nothing
+// multiply zeros.
 #pragma once
 
 #include "bias.h"
 #include "brgemm.h"
 #include "layout.h"
+#include "lines.h"
 #include "meeting.h"
 #include "runtime.h"
 #include "scratch.h"
@@ -29,9 +31,8 @@ class BrgemmWgrad {
   using AxisD = typename Problem::AxisD;
   using AxisH = typename Problem::AxisH;
   using AxisW = typename Problem::AxisW;
+  using FineLines = Lines<AxisD, AxisH, AxisW>;
   static constexpr int64_t TAPS = int64_t(AxisD::TAPS) * AxisH::TAPS * AxisW::TAPS;
-  static constexpr int64_t STRIDE[3] = {AxisD::SOURCE_STRIDE, AxisH::SOURCE_STRIDE,
-                                        AxisW::SOURCE_STRIDE};
   static constexpr int V = LANES<Real>;
   static constexpr int64_t REAL_BYTES = sizeof(Real);
   static constexpr bool CONVERTS = !std::is_same_v<Real, Storage>;
@@ -40,32 +41,31 @@ class BrgemmWgrad {
   static constexpr int64_t RANGE_BLOCKS = 16;                   // sums of so many blocks add up
   static constexpr int64_t PARTIAL_BYTES = 64 << 20;            // of the sums of all ranges
   static constexpr int64_t COARSE_BYTES = 192 << 10;            // of a task, packed: in L2
-  static constexpr int64_t TABLE_BYTES = 64 << 10;              // of pointers to fine rows
+  static constexpr int64_t SUMS_BYTES = 192 << 10;              // of a task: in L2
 
   int64_t batch, groups;
   int64_t coarse_channels, fine_channels;  // of one group: a, b
   int64_t coarse_extent[3], fine_extent[3];
-  bool coarse_last, fine_last, weight_last;  // channels_last
-  bool repacked;                             // fine is copied to rows of channels
-  int vectors;                               // of a block of coarse channels
-  int64_t width, channel_blocks;             // coarse channels of a block, blocks
-  int64_t part, parts;                       // blocks of coarse channels of a task, tasks
-  int64_t tap_part, tap_parts;               // taps of a task, tasks
-  int64_t block[3], blocks[3], block_count;  // positions per block, blocks; of the whole batch
-  int64_t chain;                             // positions whose products are added in registers
-  int64_t range, ranges;                     // blocks of a range, ranges
+  bool coarse_last, weight_last;  // channels_last
+  FineLines lines;
+  int vectors;                                 // of a block of coarse channels
+  int64_t width, channel_blocks;               // coarse channels of a block, blocks
+  int64_t part, parts;                         // blocks of coarse channels of a task, tasks
+  int64_t columns, column_part, column_parts;  // of a group, of a task, tasks
+  int64_t block[3], blocks[3], block_count;    // positions per block, blocks; of the whole batch
+  int64_t segment, chain;                      // positions of a line; lines added in registers
+  int64_t range, ranges;                       // blocks of a range, ranges
   int threads;
-  int64_t zeros_at, fine_at, partial_at, threads_at, total_bytes;  // in the workspace
-  int64_t rows_at, thread_bytes;                                   // of a thread
+  int64_t fine_at, partial_at, threads_at, total_bytes;  // in the workspace
+  int64_t lines_at, offsets_at, sums_at, thread_bytes;   // of a thread
 
  public:
   explicit BrgemmWgrad(const ConvgenCall& call)
       : batch(call.batch),
         groups(Problem::GROUPS),
         coarse_channels(call.coarse_channels / Problem::GROUPS),
-        fine_channels(call.fine_channels / Problem::GROUPS) {
-    double terms =
-        double(batch) * double(call.coarse_channels) * double(fine_channels) * double(TAPS);
+        fine_channels(call.fine_channels / Problem::GROUPS),
+        columns(fine_channels * TAPS) {
     int64_t fine_volume = 1, coarse_volume = 1;
     for (int axis = 0; axis < 3; ++axis) {
       coarse_extent[axis] = call.coarse_extent[axis];
@@ -73,26 +73,32 @@ class BrgemmWgrad {
       coarse_volume *= coarse_extent[axis];
       fine_volume *= fine_extent[axis];
     }
-    terms *= double(coarse_volume);
-    // What a sum of one sign loses grows with its chains; long sums are allowed longer ones.
-    chain = least(greatest(batch * coarse_volume / 24, LEAST_TERMS), MOST_TERMS);
+    const double terms =
+        double(batch) * double(call.coarse_channels) * double(columns) * double(coarse_volume);
     coarse_last = call.channels_last & CONVGEN_COARSE || coarse_volume == 1;
-    fine_last = call.channels_last & CONVGEN_FINE || fine_volume == 1 || call.fine_channels == 1;
+    const bool fine_last =
+        call.channels_last & CONVGEN_FINE && fine_volume > 1 && call.fine_channels > 1;
     weight_last = call.channels_last & CONVGEN_WEIGHT;
     threads = thread_count(call.device, terms);
-    repacked = CONVERTS || !fine_last;
     vectors = tile_vectors<Real>(coarse_channels);
     width = vectors * V;
     channel_blocks = ceil_div(coarse_channels, width);
-    choose_tasks();
+    if (FineLines::POINTWISE && coarse_volume == fine_volume)
+      for (int axis = 0; axis < 3; ++axis)
+        coarse_extent[axis] = fine_extent[axis] = axis < 2 ? 1 : coarse_volume;
+    lines =
+        FineLines(coarse_extent, call.fine_channels, fine_extent, fine_last, CONVERTS, REAL_BYTES);
+    choose_tasks(coarse_volume);
     Workspace workspace;
-    zeros_at = workspace.take(fine_channels * REAL_BYTES);
-    fine_at = workspace.take(repacked ? batch * call.fine_channels * fine_volume * REAL_BYTES : 0);
-    partial_at = workspace.take(ranges * range_sums() * REAL_BYTES);
+    fine_at = workspace.take(lines.copy_bytes(batch, REAL_BYTES));
+    partial_at = workspace.take(ranges > 1 ? ranges * range_sums() * REAL_BYTES : 0);
     const int64_t positions = block[0] * block[1] * block[2];
-    rows_at = round_up(part * positions * width * REAL_BYTES, 64);  // behind packed coarse
-    const int64_t table = rows_at + positions * tap_part * int64_t(sizeof(Real*));
-    thread_bytes = round_up(greatest(table, block_sums() * REAL_BYTES), 4096);
+    lines_at = round_up(part * positions * width * REAL_BYTES, 64);  // behind packed coarse
+    const int64_t count = block[0] * block[1] * ceil_div(block[2], segment);
+    offsets_at = lines_at + count * int64_t(sizeof(Line<Real>));
+    sums_at = round_up(offsets_at + (column_part + TILE_MULTIPLE) * int64_t(sizeof(int64_t)), 64);
+    const int64_t task_sums = ranges > 1 ? 0 : part * part_sums() * REAL_BYTES;
+    thread_bytes = round_up(greatest(sums_at + task_sums, part_sums() * REAL_BYTES), 4096);
     threads_at = workspace.take(thread_bytes * threads);
     total_bytes = workspace.bytes;
   }
@@ -100,67 +106,74 @@ class BrgemmWgrad {
   // Whether it is faster than register tiles with positions in the lanes (reduce.h).
   bool suits() const {
     const double used = double(coarse_channels) / double(channel_blocks * width);
-    return used >= 0.6 && fine_channels * TAPS >= 2 * TILE_POSITIONS<MOST_VECTORS>;
+    return used >= 0.6 && columns >= 2 * TILE_POSITIONS<MOST_VECTORS>;
   }
 
   int64_t workspace_bytes() const { return total_bytes; }
 
   void run(const ConvgenCall& call) const {
     if (block_count == 0) {
-      memset(call.weight, 0,
-             size_t(groups * coarse_channels * fine_channels * TAPS) * sizeof(Storage));
+      memset(call.weight, 0, size_t(groups * coarse_channels * columns) * sizeof(Storage));
       return;
     }
     char* const workspace = static_cast<char*>(call.workspace);
-    memset(workspace + zeros_at, 0, size_t(fine_channels * REAL_BYTES));
-    const int64_t tasks = groups * parts * tap_parts * ranges;
+    const int64_t tasks = groups * parts * column_parts * ranges;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       char* const own = workspace + threads_at + omp_get_thread_num() * thread_bytes;
-      if (repacked)
-        to_rows(reinterpret_cast<Real*>(workspace + fine_at),
-                static_cast<const Storage*>(call.fine), batch, groups * fine_channels,
-                fine_extent[0] * fine_extent[1] * fine_extent[2], fine_last);
+      if (lines.copied)
+        lines.copy(reinterpret_cast<Real*>(workspace + fine_at),
+                   static_cast<const Storage*>(call.fine), batch);
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < tasks; ++task) run_task(call, own, task);
+      if (ranges > 1) {
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < groups * channel_blocks; ++i)
-        put_weights(call, reinterpret_cast<Real*>(own), i);
+        for (int64_t i = 0; i < groups * channel_blocks * column_parts; ++i)
+          add_ranges(call, reinterpret_cast<Real*>(own), i);
+      }
     }
   }
 
  private:
-  // Sums of a block of coarse channels, up to a whole register tile for each part of the taps.
-  int64_t part_sums(int64_t taps) const {
-    return round_up(taps * fine_channels, TILE_MULTIPLE) * width;
-  }
-  int64_t block_sums() const { return tap_parts * part_sums(tap_part); }
-  int64_t range_sums() const { return groups * channel_blocks * block_sums(); }
+  // Sums of a block of coarse channels, for a part of the columns or for all of them.
+  int64_t part_sums() const { return round_up(column_part, TILE_MULTIPLE) * width; }
+  int64_t range_sums() const { return groups * channel_blocks * column_parts * part_sums(); }
 
-  void choose_tasks() {
+  void choose_tasks(int64_t coarse_volume) {
+    // What a sum of one sign loses grows with its chains; long sums are allowed longer ones.
+    const int64_t terms = least(greatest(batch * coarse_volume / 24, LEAST_TERMS), MOST_TERMS);
     const bool line = coarse_extent[0] == 1 && coarse_extent[1] == 1;
-    block[2] = even_part(coarse_extent[2], line ? BLOCK_POSITIONS : BLOCK_COLUMNS);
-    block[1] = even_part(coarse_extent[1], greatest(1, BLOCK_POSITIONS / block[2]));
-    block[0] = even_part(coarse_extent[0], greatest(1, BLOCK_POSITIONS / (block[2] * block[1])));
+    segment = even_part(coarse_extent[2], line ? terms : BLOCK_COLUMNS);
+    block[2] = segment * (line ? greatest(1, BLOCK_POSITIONS / greatest(1, segment)) : 1);
+    block[2] = least(block[2], coarse_extent[2]);
+    block[1] = even_part(coarse_extent[1], greatest(1, BLOCK_POSITIONS / greatest(1, block[2])));
+    block[0] = even_part(coarse_extent[0],
+                         greatest(1, BLOCK_POSITIONS / greatest(1, block[2] * block[1])));
     for (int axis = 0; axis < 3; ++axis) blocks[axis] = ceil_div(coarse_extent[axis], block[axis]);
     block_count = batch * blocks[0] * blocks[1] * blocks[2];
+    chain = greatest(1, terms / greatest(1, segment));
     const int64_t positions = block[0] * block[1] * block[2];
-    part = even_part(channel_blocks, greatest(1, COARSE_BYTES / (positions * width * REAL_BYTES)));
+    column_part = least(
+        columns, greatest(SUMS_BYTES / (width * REAL_BYTES) / TILE_MULTIPLE, 1) * TILE_MULTIPLE);
+    column_parts = ceil_div(columns, column_part);
+    part = even_part(channel_blocks,
+                     greatest(1, least(COARSE_BYTES / greatest(1, positions * width * REAL_BYTES),
+                                       SUMS_BYTES / (part_sums() * REAL_BYTES))));
     parts = ceil_div(channel_blocks, part);
-    tap_part = even_part(TAPS, greatest(1, TABLE_BYTES / (positions * int64_t(sizeof(Real*)))));
-    tap_parts = ceil_div(TAPS, tap_part);
     // Ranges: by the extents alone.
-    const int64_t most = greatest(1, PARTIAL_BYTES / (range_sums() * REAL_BYTES));
+    const int64_t most = greatest(
+        1, PARTIAL_BYTES /
+               (groups * channel_blocks * round_up(columns, TILE_MULTIPLE) * width * REAL_BYTES));
     range = greatest(1, greatest(RANGE_BLOCKS, ceil_div(block_count, most)));
     ranges = greatest(1, ceil_div(block_count, range));
-    while (threads > 1 && groups * parts * tap_parts * ranges < TASKS_PER_THREAD * threads) {
+    while (threads > 1 && groups * parts * column_parts * ranges < TASKS_PER_THREAD * threads) {
       if (part > 1) {
         part = ceil_div(part, 2);
         parts = ceil_div(channel_blocks, part);
-      } else if (tap_part > 1) {
-        tap_part = ceil_div(tap_part, 2);
-        tap_parts = ceil_div(TAPS, tap_part);
+      } else if (column_part > 4 * TILE_MULTIPLE) {
+        column_part = round_up(ceil_div(column_part, 2), TILE_MULTIPLE);
+        column_parts = ceil_div(columns, column_part);
       } else {
         break;
       }
@@ -169,32 +182,44 @@ class BrgemmWgrad {
 
   void run_task(const ConvgenCall& call, char* own, int64_t task) const {
     char* const workspace = static_cast<char*>(call.workspace);
-    const int64_t part0 = task % parts * part, tap0 = task / parts % tap_parts * tap_part;
-    const int64_t group = task / (parts * tap_parts) % groups;
-    const int64_t index = task / (parts * tap_parts * groups);
+    const int64_t part0 = task % parts * part, column_index = task / parts % column_parts;
+    const int64_t group = task / (parts * column_parts) % groups;
+    const int64_t index = task / (parts * column_parts * groups);
     const int64_t channel_parts = least(part, channel_blocks - part0);
-    const int64_t taps = least(tap_part, TAPS - tap0);
-    const Correlate<Real> correlate = correlate_of<Real>(vectors);
+    const int64_t column0 = column_index * column_part;
+    const int64_t count = least(column_part, columns - column0);
+    const Correlate<Real> correlate = correlate_of<FineLines::STRIDE, Real>(vectors);
     Real* const packed = reinterpret_cast<Real*>(own);
-    const Real** const row_of = reinterpret_cast<const Real**>(own + rows_at);
-    Real* const sums = reinterpret_cast<Real*>(workspace + partial_at) + index * range_sums() +
-                       (group * channel_blocks + part0) * block_sums() +
-                       tap0 / tap_part * part_sums(tap_part);
+    Line<Real>* const line = reinterpret_cast<Line<Real>*>(own + lines_at);
+    int64_t* const offset = reinterpret_cast<int64_t*>(own + offsets_at);
+    find_offsets(offset, column0, count);
+    // Of block b: as `add_ranges` finds it, or in this thread's scratch.
+    const int64_t block_sums = ranges > 1 ? column_parts * part_sums() : part_sums();
+    Real* const sums =
+        ranges > 1 ? reinterpret_cast<Real*>(workspace + partial_at) + index * range_sums() +
+                         (group * channel_blocks + part0) * block_sums + column_index * part_sums()
+                   : reinterpret_cast<Real*>(own + sums_at);
     for (int64_t b = 0; b < channel_parts; ++b)
-      memset(sums + b * block_sums(), 0, size_t(part_sums(tap_part) * REAL_BYTES));
+      memset(sums + b * block_sums, 0, size_t(part_sums() * REAL_BYTES));
+    const Real* const fine = lines.copied ? reinterpret_cast<const Real*>(workspace + fine_at)
+                                          : static_cast<const Real*>(call.fine);
     for (int64_t i = index * range; i < least((index + 1) * range, block_count); ++i) {
-      int64_t q0[3], count[3];
+      int64_t q0[3], extent[3];
       const int64_t n = place(i, q0);
       for (int axis = 0; axis < 3; ++axis)
-        count[axis] = least(block[axis], coarse_extent[axis] - q0[axis]);
-      const int64_t positions = count[0] * count[1] * count[2];
+        extent[axis] = least(block[axis], coarse_extent[axis] - q0[axis]);
+      const int64_t positions = extent[0] * extent[1] * extent[2];
       for (int64_t b = 0; b < channel_parts; ++b)
-        pack(packed + b * positions * width, call, n, group, (part0 + b) * width, q0, count);
-      point(row_of, call, n, group, tap0, taps, q0, count);
+        pack(packed + b * positions * width, call, n, group, (part0 + b) * width, q0, extent);
+      const int64_t found = find_lines(
+          line, fine + n * lines.image + group * fine_channels * lines.channel, q0, extent);
       for (int64_t b = 0; b < channel_parts; ++b)
-        correlate(Columns<Real>{packed + b * positions * width, row_of, positions, chain,
-                                fine_channels, taps * fine_channels, sums + b * block_sums()});
+        correlate(Columns<Real>{packed + b * positions * width, line, found, chain, offset, count,
+                                sums + b * block_sums});
     }
+    if (ranges == 1)
+      for (int64_t b = 0; b < channel_parts; ++b)
+        put_weights(call, sums + b * block_sums, group, (part0 + b) * width, column0, count);
   }
 
   // Image and first position of a block.
@@ -203,6 +228,38 @@ class BrgemmWgrad {
     q0[1] = index / blocks[2] % blocks[1] * block[1];
     q0[2] = index % blocks[2] * block[2];
     return index / (blocks[0] * blocks[1] * blocks[2]);
+  }
+
+  // The fine channel and the kernel element of a column.
+  void column_of(int64_t column, int64_t& channel, int64_t& element) const {
+    channel = weight_last ? column % fine_channels : column / TAPS;
+    element = weight_last ? column / fine_channels : column % TAPS;
+  }
+
+  // How far a column's lines lie behind where fine lines begin. Beyond the last column, it is
+  // repeated up to a whole register tile.
+  void find_offsets(int64_t* offset, int64_t column0, int64_t count) const {
+    lines.for_elements([&](int64_t element, int64_t at) {
+      const int64_t first = weight_last ? element * fine_channels : element;
+      const int64_t pitch = weight_last ? 1 : TAPS;
+      for (int64_t c = greatest(ceil_div(column0 - first, pitch), 0); c < fine_channels; ++c) {
+        const int64_t i = first + c * pitch - column0;
+        if (i >= count) break;
+        offset[i] = c * lines.channel + at;
+      }
+    });
+    for (int64_t i = count; i % TILE_MULTIPLE; ++i) offset[i] = offset[count - 1];
+  }
+
+  // The lines of a block of positions, each as far as `segment`.
+  int64_t find_lines(Line<Real>* line, const Real* fine, const int64_t* q0,
+                     const int64_t* extent) const {
+    Line<Real>* to = line;
+    for (int64_t d = 0; d < extent[0]; ++d)
+      for (int64_t h = 0; h < extent[1]; ++h)
+        for (int64_t w = 0; w < extent[2]; w += segment)
+          *to++ = {fine + lines.at(q0[0] + d, q0[1] + h, q0[2] + w), least(segment, extent[2] - w)};
+    return to - line;
   }
 
   // A block of coarse channels at a block of positions: zeros beyond the last channel.
@@ -228,55 +285,45 @@ class BrgemmWgrad {
       }
   }
 
-  // Points at the fine rows that taps meet from a block of positions.
-  void point(const Real** to, const ConvgenCall& call, int64_t n, int64_t group, int64_t tap0,
-             int64_t taps, const int64_t* q0, const int64_t* count) const {
-    char* const workspace = static_cast<char*>(call.workspace);
-    const Real* const zeros = reinterpret_cast<const Real*>(workspace + zeros_at);
-    const Real* const rows = repacked ? reinterpret_cast<const Real*>(workspace + fine_at)
-                                      : static_cast<const Real*>(call.fine);
-    const Pitches pitch(groups * fine_channels, fine_extent, true);
-    const Real* const first_row = rows + n * pitch.image + group * fine_channels;
-    for (int64_t tap = tap0; tap < tap0 + taps; ++tap) {
-      const AxisTap at[3] = {AxisD::TAP[tap / (AxisH::TAPS * AxisW::TAPS)],
-                             AxisH::TAP[tap / AxisW::TAPS % AxisH::TAPS],
-                             AxisW::TAP[tap % AxisW::TAPS]};
-      to = point_at<AxisW::SOURCE_STRIDE>(to, first_row, zeros, pitch, fine_extent, STRIDE, at, q0,
-                                          count);
-    }
-  }
-
-  // The weights of a block of coarse channels, from the sums of all ranges.
-  void put_weights(const ConvgenCall& call, Real* total, int64_t index) const {
+  // Sums of all ranges, for a block of coarse channels and a part of the columns.
+  void add_ranges(const ConvgenCall& call, Real* total, int64_t index) const {
     const Real* const partial =
         reinterpret_cast<const Real*>(static_cast<char*>(call.workspace) + partial_at) +
-        index * block_sums();
-    for (int64_t i = 0; i < block_sums(); ++i) {
+        index * part_sums();
+    for (int64_t i = 0; i < part_sums(); ++i) {
       double sum = double(partial[i]);
       for (int64_t r = 1; r < ranges; ++r) sum += double(partial[r * range_sums() + i]);
       total[i] = Real(sum);
     }
-    const int64_t group = index / channel_blocks, a0 = index % channel_blocks * width;
-    const int64_t pitch_tap = weight_last ? fine_channels : 1;
-    const int64_t pitch_fine = weight_last ? 1 : TAPS;
-    Storage* const weight = static_cast<Storage*>(call.weight);
-    for (int64_t lane = 0; lane < least(width, coarse_channels - a0); ++lane) {
-      const int64_t row = (group * coarse_channels + a0 + lane) * fine_channels * TAPS;
-      for (int64_t tap = 0; tap < TAPS; ++tap) {
-        const Real* const sums = total + tap / tap_part * part_sums(tap_part) +
-                                 tap % tap_part * fine_channels * width + lane;
-        const int64_t element = (AxisD::TAP[tap / (AxisH::TAPS * AxisW::TAPS)].tap * AxisH::TAPS +
-                                 AxisH::TAP[tap / AxisW::TAPS % AxisH::TAPS].tap) *
-                                    AxisW::TAPS +
-                                AxisW::TAP[tap % AxisW::TAPS].tap;
-        Storage* const to = weight + row + element * pitch_tap;
-        for (int64_t b = 0; b < fine_channels; ++b) {
-          Real sum = sums[b * width];
-          if (sum != sum) sum = Real(meeting_sum<Problem>(call, row + b * TAPS + element));
-          from_real(sum, to[b * pitch_fine]);
-        }
-      }
+    const int64_t column0 = index % column_parts * column_part, of_block = index / column_parts;
+    put_weights(call, total, of_block / channel_blocks, of_block % channel_blocks * width, column0,
+                least(column_part, columns - column0));
+  }
+
+  // Sums to weights: rows of columns, one for each coarse channel.
+  void put_weights(const ConvgenCall& call, Real* sums, int64_t group, int64_t a0, int64_t column0,
+                   int64_t count) const {
+    const int64_t channels = least(width, coarse_channels - a0);
+    const int64_t row0 = group * coarse_channels + a0;
+    Vector<Real> unlike = {};  // sums of x - x: NaN, if any is no number
+    for (int64_t i = 0; i < count * width; i += V) {
+      const Vector<Real> value = load(sums + i);
+      unlike += value - value;
     }
+    bool any = false;
+    for (int lane = 0; lane < V; ++lane) any |= unlike[lane] != 0;
+    if (any)
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t lane = 0; lane < channels; ++lane) {
+          Real& sum = sums[i * width + lane];
+          int64_t channel, element;
+          column_of(column0 + i, channel, element);
+          if (sum != sum)
+            sum = Real(meeting_sum<Problem>(
+                call, ((row0 + lane) * fine_channels + channel) * TAPS + element));
+        }
+    transpose<Real, true>(static_cast<Storage*>(call.weight) + row0 * columns + column0, columns,
+                          sums, width, count, channels);
   }
 };
 

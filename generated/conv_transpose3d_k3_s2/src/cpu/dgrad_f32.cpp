@@ -8,6 +8,7 @@
 // as products and sums).
 
 #include "brgemm_gather.h"
+#include "brgemm_panels.h"
 #include "contiguous.h"
 #include "gather.h"
 
@@ -202,6 +203,8 @@ bool channels_valid(const ConvgenCall& call) {
 CONVGEN_EXPORT int64_t convgen_dgrad_f32_workspace(const ConvgenCall* call) {
   if (!channels_valid(*call)) return 0;
   const auto brgemm = plan<BrgemmGather<Problem>>(*call);
+  const auto panels = plan<BrgemmPanels<Problem>>(*call);
+  if (panels.suits(brgemm)) return panels.workspace_bytes();
   if (brgemm.suits()) return brgemm.workspace_bytes();
   const ContiguousCall<Problem> as(*call, CONVGEN_FINE);
   return as.workspace_bytes(plan<Gather<Problem>>(as.contiguous()).workspace_bytes());
@@ -210,7 +213,10 @@ CONVGEN_EXPORT int64_t convgen_dgrad_f32_workspace(const ConvgenCall* call) {
 CONVGEN_EXPORT int convgen_dgrad_f32(const ConvgenCall* call) {
   if (!channels_valid(*call)) return CONVGEN_BAD_CHANNELS;
   const auto brgemm = plan<BrgemmGather<Problem>>(*call);
-  if (brgemm.suits())
+  const auto panels = plan<BrgemmPanels<Problem>>(*call);
+  if (panels.suits(brgemm))
+    panels.run(*call, call->coarse, call->fine);
+  else if (brgemm.suits())
     brgemm.run(*call, call->coarse, call->fine);
   else
     ContiguousCall<Problem>(*call, CONVGEN_FINE).run([](const ConvgenCall& as) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "convgen_abi.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace {
@@ -118,7 +119,9 @@ CONVGEN_NOINLINE void transpose(To* to, int64_t to_pitch, const From* from, int6
 // `count` elements side by side, converted.
 template <class Real, class To, class From>
 CONVGEN_INLINE void convert(To* to, const From* from, int64_t count) {
-  if constexpr (std::is_same_v<To, From>) {
+  if constexpr (std::is_same_v<To, From> && std::is_same_v<To, Real>) {
+    copy_strided<1>(to, from, count);
+  } else if constexpr (std::is_same_v<To, From>) {
     memcpy(to, from, size_t(count) * sizeof(To));
   } else {
     for (int64_t i = 0; i < count; ++i) {
