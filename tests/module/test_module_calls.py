@@ -243,7 +243,7 @@ class TestNothingIsStale:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 k3s2.conv_transpose3d(X, W, B)
-                *_, launch = kernels._plans[kernels._key("dgrad", X, W, B, (7, 5, 9))]
+                *_, launch = kernels.plans[kernels.key_of("dgrad", X, W, B, (7, 5, 9))]
                 assert int.from_bytes(launch.numbers[:8], "little") == threads
         finally:
             torch.set_num_threads(before)
@@ -291,6 +291,6 @@ class TestWorkspace:
             x, w = torch.randn(1, channels, *(extent,) * 3), torch.randn(channels, 128, 3, 3, 3)
             y = k3s2.conv_transpose3d(x, w)
             torch.testing.assert_close(y, F.conv_transpose3d(x, w, None, 2), rtol=1e-4, atol=1e-4)
-            *_, launch = kernels._plans[kernels._key("dgrad", x, w, None, y.shape[2:])]
+            *_, launch = kernels.plans[kernels.key_of("dgrad", x, w, None, y.shape[2:])]
             assert launch.workspace_bytes
             assert launch.kept == kept
