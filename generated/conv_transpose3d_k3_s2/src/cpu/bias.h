@@ -29,7 +29,7 @@ template <class Real, class Storage>
 CONVGEN_NOINLINE void sum_rows(double* totals, const Storage* from, int64_t rows,
                                int64_t channels) {
   constexpr int WIDTH = 64;
-  constexpr int64_t CHAIN = 128;
+  constexpr int64_t CHAIN = 16;
   for (int64_t c0 = 0; c0 < channels; c0 += WIDTH) {
     const int64_t width = least(WIDTH, channels - c0);
     for (int64_t c = 0; c < width; ++c) totals[c0 + c] = 0;

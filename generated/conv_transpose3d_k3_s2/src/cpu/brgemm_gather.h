@@ -269,8 +269,11 @@ class BrgemmGather
       if (whole < width)
         for (int64_t j = 0; j < length; ++j) {
           Real* const lanes = to(j);
-          for (int64_t m = whole; m < width; ++m)
-            lanes[m] = m < channels ? to_real(from[m * pitch_m + j]) : Real(0);
+          if (all)
+            for (int64_t m = whole; m < channels; ++m) lanes[m] = to_real(from[m * pitch_m + j]);
+          else  // elements of one channel lie side by side: a distance that compilers know
+            for (int64_t m = whole; m < channels; ++m) lanes[m] = to_real(from[m * TAPS + j]);
+          for (int64_t m = channels; m < width; ++m) lanes[m] = Real(0);
         }
     }
   }
