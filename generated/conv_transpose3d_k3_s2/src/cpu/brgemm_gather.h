@@ -55,7 +55,7 @@ class BrgemmGather
   int64_t chain_channels, chain_taps;
   int64_t block[3], blocks[3];  // positions per block, blocks
   int threads;
-  int64_t weights_at, bias_at, zeros_at, places_at, source_at, threads_at,
+  int64_t weights_at, bias_at, zeros_at, places_at, chains_at, source_at, threads_at,
       total_bytes;                                   // in the workspace
   int64_t rows_at, sums_at, spare_at, thread_bytes;  // of a thread
 
@@ -98,6 +98,7 @@ class BrgemmGather
     bias_at = workspace.take(groups * channel_blocks * width * REAL_BYTES);
     zeros_at = workspace.take(sources * REAL_BYTES);
     places_at = workspace.take(TAPS * int64_t(sizeof(Place)));
+    chains_at = workspace.take(sources * int64_t(sizeof(ChainOf)));
     source_at = workspace.take(repacked ? batch * source_channels * source_volume * REAL_BYTES : 0);
     const int64_t count = block[0] * block[1] * block[2] + MOST_POSITIONS;
     const int64_t taps = least(chain_taps, TAPS);
@@ -129,7 +130,8 @@ class BrgemmGather
     const int64_t tasks = batch * groups * parts * blocks[0] * blocks[1] * blocks[2];
     if (tasks == 0) return;
     Place* const places = reinterpret_cast<Place*>(workspace + places_at);
-    find_places(places);
+    ChainOf* const chains = reinterpret_cast<ChainOf*>(workspace + chains_at);
+    find_places(places, chains);
     memset(workspace + zeros_at, 0, size_t(sources * REAL_BYTES));
     const int64_t output_volume = output_extent[0] * output_extent[1] * output_extent[2];
     advise_output(output, batch * groups * outputs * output_volume * int64_t(sizeof(Storage)));
@@ -138,7 +140,7 @@ class BrgemmGather
       char* const own = workspace + threads_at + omp_get_thread_num() * thread_bytes;
 #pragma omp for schedule(dynamic) nowait
       for (int64_t i = 0; i < groups * channel_blocks; ++i)
-        pack(weights, bias, places, call, i / channel_blocks, i % channel_blocks);
+        pack(weights, bias, places, chains, call, i / channel_blocks, i % channel_blocks);
       if (repacked)
         to_rows(reinterpret_cast<Real*>(workspace + source_at), static_cast<const Storage*>(source),
                 batch, groups * sources, source_extent[0] * source_extent[1] * source_extent[2],
@@ -194,7 +196,16 @@ class BrgemmGather
     int64_t taps, at;  // of the chain, and which of them it is
   };
 
-  void find_places(Place* places) const {
+  // The chain of a source channel: its first channel, and so many.
+  struct ChainOf {
+    int64_t first, count;
+  };
+
+  void find_places(Place* places, ChainOf* chains) const {
+    for (int64_t k = 0, first = 0; k < sources; ++k) {
+      if (k == first + chain_channels) first = k;
+      chains[k] = {first, least(chain_channels, sources - first)};
+    }
     BrgemmGather::for_phases([&](const Phase& phase) {
       int64_t tap = 0;
       BrgemmGather::for_taps(phase, [&](int jd, int jh, int jw) {
@@ -207,8 +218,8 @@ class BrgemmGather
   }
 
   // Packs the weights of a block of output channels, zeros beyond the last channel, and their bias.
-  void pack(Real* weights, Real* biases, const Place* places, const ConvgenCall& call,
-            int64_t group, int64_t channel_block) const {
+  void pack(Real* weights, Real* biases, const Place* places, const ChainOf* chains,
+            const ConvgenCall& call, int64_t group, int64_t channel_block) const {
     const int64_t m0 = channel_block * width, channels = least(width, outputs - m0);
     const Storage* const values = static_cast<const Storage*>(call.bias);
     Real* const bias = biases + (group * channel_blocks + channel_block) * width;
@@ -227,8 +238,7 @@ class BrgemmGather
     Real* const packed = weights + group * TAPS * sources * channel_blocks * width;
     const auto lanes_of = [&](int64_t element, int64_t k) {
       const Place& place = places[element];
-      const int64_t k0 = k / chain_channels * chain_channels;
-      const int64_t count = least(chain_channels, sources - k0);
+      const auto [k0, count] = chains[k];
       return packed + ((place.before + k0 * place.taps) * channel_blocks +
                        (channel_block * place.taps + place.at) * count + k - k0) *
                           width;

@@ -51,7 +51,8 @@ class BrgemmPanels {
   int64_t output_volume, terms;
   int64_t positions[3];
   bool contiguous;   // source and output are
-  bool weight_last;  // channels_last: terms are counted by element, then channel
+  bool weight_last;  // channels_last
+  bool by_element;   // terms are counted by element, then channel; else the other way
   bool packs;        // weights are copied to rows of terms
   SourceLines lines;
   int64_t chain;          // terms
@@ -86,6 +87,7 @@ class BrgemmPanels {
     }
     contiguous = !(call.channels_last & (CONVGEN_COARSE | CONVGEN_FINE));
     weight_last = call.channels_last & CONVGEN_WEIGHT;
+    by_element = Problem::SOURCE_IS_COARSE || weight_last;
     packs = CONVERTS || Problem::SOURCE_IS_COARSE;
     threads = thread_count(call.device, double(batch) * double(output_volume) *
                                             double(output_channels) * double(terms));
@@ -170,12 +172,12 @@ class BrgemmPanels {
   }
 
   // Weights are packed in parts of channels of the operand whose weights lie together.
-  static constexpr int64_t PACK_CHANNELS = 16;
+  static constexpr int64_t PACK_CHANNELS = 32;
   int64_t pack_parts() const {
     return ceil_div(Problem::SOURCE_IS_COARSE ? sources : outputs, PACK_CHANNELS);
   }
 
-  // Weights to [output channel][term], by channel and then element, or as `weight_last` says.
+  // Weights to [output channel][term].
   void pack(Real* to, const Storage* weight, int64_t group, int64_t index) const {
     to += group * outputs * terms;
     weight += group * outputs * terms;
@@ -184,20 +186,16 @@ class BrgemmPanels {
       const int64_t count = least(PACK_CHANNELS, outputs - c0) * terms;
       convert<Real>(to + c0 * terms, weight + c0 * terms, count);
     } else {
-      // (source channel, output channel, element), or the last two exchanged.
+      // From rows of a source channel: (output channel, element), or (element, output channel).
       const int64_t count = least(PACK_CHANNELS, sources - c0);
       if (weight_last)
         for (int64_t element = 0; element < TAPS; ++element)
-          transpose<Real>(to + element * sources + c0, terms,
-                          weight + (c0 * TAPS + element) * outputs, TAPS * outputs, count, outputs);
-      else if (TAPS == 1)
-        transpose<Real>(to + c0, terms, weight + c0 * outputs, outputs, count, outputs);
+          transpose<Real, true>(to + element * sources + c0, terms,
+                                weight + (c0 * TAPS + element) * outputs, TAPS * outputs, count,
+                                outputs);
       else
-        for (int64_t m = 0; m < outputs; ++m)
-          for (int64_t k = c0; k < c0 + count; ++k)
-            for (int64_t element = 0; element < TAPS; ++element)
-              to[m * terms + k * TAPS + element] =
-                  to_real(weight[(k * outputs + m) * TAPS + element]);
+        transpose<Real, true>(to + c0, sources, weight + c0 * outputs * TAPS, outputs * TAPS, count,
+                              outputs * TAPS);
     }
   }
 
@@ -289,8 +287,8 @@ class BrgemmPanels {
   CONVGEN_NOINLINE void put(Real* to, const Segment& segment, const int64_t* offsets, int64_t t0,
                             int64_t length, int64_t width) const {
     // Term t0 + j: channel k, element e.
-    int64_t k = weight_last ? t0 % sources : t0 / TAPS;
-    int64_t e = weight_last ? t0 / sources : t0 % TAPS;
+    int64_t k = by_element ? t0 % sources : t0 / TAPS;
+    int64_t e = by_element ? t0 / sources : t0 % TAPS;
     const Real* channel = segment.from + k * lines.channel;
     for (int64_t j = 0; j < length; ++j, to += width) {
       const Real* const x = channel + offsets[e];
@@ -301,7 +299,7 @@ class BrgemmPanels {
 #pragma GCC unroll 1
         for (int64_t i = 0; i < segment.count; ++i) to[i] = x[i * SourceLines::STRIDE];
       }
-      if (weight_last) {
+      if (by_element) {
         channel += lines.channel;
         if (++k == sources) k = 0, ++e, channel = segment.from;
       } else if (++e == TAPS) {
