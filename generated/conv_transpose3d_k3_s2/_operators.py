@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_fcdaaa57"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_12e59a74"
 NAMESPACE += VARIANT
 
 

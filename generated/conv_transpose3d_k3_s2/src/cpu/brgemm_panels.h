@@ -1,8 +1,8 @@
 // fprop and dgrad of contiguous tensors with positions in the lanes and weights as they lie: for
 // layers with many channels.
 //
-//   source -> lines of positions, one for each channel: as they lie, or copied with zeros around
-//   them task: a block of output positions of the batch, some output channels of one group
+//   source -> lines of positions, one for each channel (lines.h)
+//   task: a block of output positions of the batch, some output channels of one group
 //     for each chain of terms (a channel of the source and a kernel element each):
 //       panels    [tile of positions][term][lanes], from the lines (L2)
 //       multiply  each tile by rows of weights, one for each output channel (brgemm.h): the chain's
@@ -38,10 +38,11 @@ class BrgemmPanels {
   static constexpr bool CONVERTS = !std::is_same_v<Real, Storage>;
   // All positions meet the same taps.
   static constexpr bool AVAILABLE = AxisD::PHASES * AxisH::PHASES * AxisW::PHASES == 1;
-  static constexpr int64_t LEAST_TERMS = 64, MOST_TERMS = 192;   // products in a chain
-  static constexpr int64_t BLOCK_BYTES = 384;                    // of a block's row of positions
-  static constexpr int64_t SUMS_BYTES = 192 << 10;               // of a task: in L2
-  static constexpr int64_t WEIGHT_ROWS = 4 * TILE_MULTIPLE / 2;  // whose chains stay in L2
+  static constexpr int64_t LEAST_TERMS = 64, MOST_TERMS = 192;  // products in a chain
+  static constexpr int64_t BLOCK_BYTES = 384;                   // of a block's row of positions
+  static constexpr int64_t SUMS_BYTES = 192 << 10;              // of a task: in L2
+  static constexpr int64_t WEIGHT_ROWS = 2 * TILE_MULTIPLE;     // whose chains stay in L2
+  static constexpr int64_t MANY_OUTPUTS = 96;  // for which few source channels do not matter
   // Processor clocks, as measured on Zen 3: for an element of a panel that vectors copy, and for
   // others; for an element of the source or the output that is transposed, and of packed weights.
   static constexpr double COPIED = 0.35, PLACED = 1.0, TRANSPOSED = 2.0, PACKED = 0.7;
@@ -117,7 +118,7 @@ class BrgemmPanels {
   template <class Other>
   bool suits(const Other& other) const {
     if (!AVAILABLE || !contiguous || terms == 0) return false;
-    if (!other.suits()) return outputs >= 96 && terms >= LEAST_TERMS;
+    if (!other.suits()) return outputs >= MANY_OUTPUTS && terms >= LEAST_TERMS;
     const double n = double(batch) * double(output_volume);
     const double k = double(sources), m = double(outputs), clocks = m * double(terms) * n / (2 * V);
     const bool vectors = SourceLines::STRIDE == 1 && (lines.copied || positions[2] >= V);
@@ -230,15 +231,18 @@ class BrgemmPanels {
       for (int64_t m = 0; m < rows; m += WEIGHT_ROWS)
         for (int64_t lane = 0; lane < pitch; lane += TILE) {
           const int vectors = int(least(TILE, pitch - lane) / V);
+          // A single "tap", whose rows of weights do not move; the bias comes with the output.
+          const int64_t taps = 1, from_tap_to_tap = 0;
+          const bool adds = t0 > 0;
           const Chain<Real> tile{panels + lane * length,
                                  row_of + m,
-                                 0,
-                                 1,
+                                 from_tap_to_tap,
+                                 taps,
                                  t0,
                                  length,
                                  sum_of + m,
                                  lane,
-                                 t0 > 0,
+                                 adds,
                                  nullptr};
           multiply_of<Real>(vectors)(tile,
                                      round_up(least(WEIGHT_ROWS, rows - m), tile_unit(vectors)));
