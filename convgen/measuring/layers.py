@@ -69,6 +69,9 @@ class Layer:
 
     def __post_init__(self) -> None:
         name, given = documents.plain(self.name), documents.shown(list(self.input_shape))
+        if self.spec.has_epilogue:
+            # Torch's times and the reference would be those of the convolution alone.
+            raise SuiteError(f"layer {name}: layers are measured without activation and residual")
         if len(self.input_shape) != self.spec.ndim + 2:
             raise SuiteError(
                 f"layer {name}: {self.spec.op} takes a batched input of {self.spec.ndim + 2} "

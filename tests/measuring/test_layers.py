@@ -161,6 +161,8 @@ def test_a_file_may_pick_layers_of_a_suite_and_add_its_own(tmp_path: Path) -> No
         ({"layers": [{**LAYER, "kernel": 3}]}, "unknown fields in a specification: kernel"),
         ({"layers": [{**LAYER, "in_channels": 4}]}, "follows from the input"),
         ({"layers": [{k: v for k, v in LAYER.items() if k != "input"}]}, "it lacks input"),
+        ({"layers": [{**LAYER, "activation": "relu"}]}, "without activation and residual"),
+        ({"layers": [{**LAYER, "residual": True}]}, "without activation and residual"),
         ({"layers": [{**LAYER, "bias": 1}]}, "layer a: bias must be true or false"),
         ({"layers": [{**LAYER, "name": 3}]}, r"layers\[0\]: name must be a printable string"),
         ({"layers": [{**LAYER, "input": [2.0, 4, 9]}]}, r"input\[0\] must be an int"),
