@@ -4,6 +4,9 @@ Forward, the gradients of input, weight and bias, and second order (the gradient
 several shapes and in every dtype that the module was generated for: of random numbers, but also of
 constants, of one sign, beside a large bias, widely spread, and beside NaN. Memory is poisoned with
 NaN while the kernels run, so that an element that they forget cannot pass for a number.
+
+Errors have limits (:data:`LIMITS`); those of a layer with an activation may also be twice as large
+as torch's own in the same case (:data:`BESIDE_TORCH`).
 """
 
 from __future__ import annotations
@@ -12,19 +15,28 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convgen.checking import nonfinite
 from convgen.checking.cases import Case, cases, make_inputs
 from convgen.checking.memory import poisoned_memory
 from convgen.checking.nonfinite import first_order
+from convgen.checking.reference import (
+    Errors,
+    Reference,
+    double,
+    errors_between,
+    linear,
+    magnitudes,
+    of_torch,
+    quantities,
+    worse,
+)
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import DTYPES, parse_dtype
 
@@ -33,10 +45,17 @@ LIMITS = {"f64": 1e-12, "f32": 1e-5, "tf32": 1e-3, "f16": 2e-3, "bf16": 1e-2}
 rounding of each result; the reference takes the rounded inputs. tf32 rounds each operand to 10
 bits, which the reference does not."""
 
+BESIDE_TORCH = 2
+"""Behind an activation, an error beyond its limit may be so many times as large as torch's own.
+
+Torch's is that of its convolution and its activation, one after another in the dtype on the same
+inputs (:func:`convgen.checking.reference.of_torch`): derivatives may lose most of their digits
+where an activation is nearly flat, whoever computes them. Where none are lost, torch's error is
+small, and a wrong formula, sign or operand is far beyond it.
+"""
+
 _WORST = 2
 """A single element may be off by so many limits, measured by its sum of magnitudes."""
-
-Quantities = dict[str, Tensor]
 
 
 class VerificationError(RuntimeError):
@@ -48,8 +67,9 @@ class Row:
     """One quantity in one case.
 
     ``error`` is ``||out - ref|| / ||ref||`` and ``worst`` the largest ``|out - ref|`` of an
-    element against the sum of magnitudes behind it, ``sum |x| |w|``; both against float64. Both
-    are infinite where bits had to agree and do not.
+    element against the sum of magnitudes behind it, ``sum |x| |w|``, or of a layer with an
+    activation against the largest element; both against float64. Both are infinite where bits had
+    to agree and do not.
     """
 
     device: str
@@ -62,10 +82,16 @@ class Row:
     error: float
     worst: float
     limit: float
+    """That of the dtype in :data:`LIMITS`, or more beside torch (:data:`BESIDE_TORCH`)."""
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.limit and self.worst <= _WORST * self.limit
+        return _within((self.error, self.worst), self.limit)
+
+    @property
+    def beside_torch(self) -> bool:
+        """Whether the limit was had from torch's own error."""
+        return self.limit != LIMITS[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -169,32 +195,33 @@ def _verify_case(
     generator: torch.Generator,
 ) -> list[Row]:
     inputs = make_inputs(spec, case, _dtype(kind), generator)
-    exact = _reference(spec, case)
-    reference = quantities(exact, _double(inputs))
-    magnitude = quantities(exact, _magnitudes(inputs))
-    if spec.activation:
-        reference, magnitude = _with_activation(spec, exact, inputs)
-
     given = {name: _place(tensor, device, case.strided) for name, tensor in inputs.items()}
     run = _generated(module, spec, case)
     with poisoned_memory():
         first = quantities(run, given)
         second = quantities(run, given)
+        # Derivatives that nobody records may be computed otherwise. Of layers without an activation
+        # the cases with NaN are after those.
+        alone = first | (quantities(run, given, second_order=False) if spec.activation else {})
 
-    errors = {
-        name: _errors(first[name], expected, magnitude[name])
-        for name, expected in reference.items()
-    }
-    if case.values == "large bias":
-        doubles = _double(inputs)
-        products = exact(doubles["input"], doubles["weight"])
-        errors["forward"] = _errors_beside_bias(first["forward"], reference["forward"], products)
+    reference = Reference.of(spec, case, inputs)
+    errors = worse(reference.errors(first), reference.errors(alone))
+    limits = dict.fromkeys(errors, LIMITS[kind])
+    if spec.activation and not all(_within(each, LIMITS[kind]) for each in errors.values()):
+        theirs, of_theirs = of_torch(spec, case, inputs, reference, tf32=kind == "tf32")
+        # What torch cannot compute of these inputs, for numbers that are too large, is not judged.
+        judged = [reference.where_finite(theirs, each) for each in (first, alone)]
+        errors = worse(*map(reference.errors, judged))
+        limits = {
+            name: limit if _within(errors[name], limit) else _beside(of_theirs[name], limit)
+            for name, limit in limits.items()
+        }
     same = {
         "same bits twice": all(_same_bits(first[name], second[name]) for name in first),
         "inputs unmodified": all(_same_bits(given[name], inputs[name]) for name in inputs),
     }
     errors |= {name: (0.0, 0.0) if agrees else (math.inf,) * 2 for name, agrees in same.items()}
-    return _rows(module, case, device, kind, errors)
+    return _rows(module, case, device, kind, errors, limits)
 
 
 def _verify_nonfinite(
@@ -207,14 +234,14 @@ def _verify_nonfinite(
 ) -> list[Row]:
     """What is not finite in one operand comes out where that is read, and nowhere else."""
     inputs = make_inputs(spec, case, _dtype(kind), generator)
-    run, reference = _generated(module, spec, case), _reference(spec, case)
+    run, reference = _generated(module, spec, case), linear(spec, case)
     errors = {}
     for operand in nonfinite.OPERANDS:
         chosen = nonfinite.not_finite(operand, inputs, reference)
         must, may = nonfinite.reach(operand, chosen, inputs, reference)
         finite = inputs | {operand: inputs[operand].masked_fill(chosen, 0)}
-        expected = first_order(reference, _double(finite))
-        magnitude = first_order(reference, _magnitudes(finite))
+        expected = first_order(reference, double(finite))
+        magnitude = first_order(reference, magnitudes(finite))
         given = inputs | {operand: nonfinite.filled(inputs[operand], chosen)}
         with poisoned_memory():
             results = first_order(run, {k: _place(t, device, False) for k, t in given.items()})
@@ -226,7 +253,7 @@ def _verify_nonfinite(
                 found.append((math.inf, math.inf))
             else:
                 both = nonfinite.others(result, may[name], expected[name])
-                found.append(_errors(*both, magnitude[name]))
+                found.append(errors_between(*both, magnitude[name]))
         errors[f"NaN in {operand}"] = (max(e for e, _ in found), max(w for _, w in found))
     return _rows(module, case, device, kind, errors)
 
@@ -236,11 +263,13 @@ def _rows(
     case: Case,
     device: torch.device,
     kind: str,
-    errors: Mapping[str, tuple[float, float]],
+    errors: Mapping[str, Errors],
+    limits: Mapping[str, float] | None = None,
 ) -> list[Row]:
     name = "cuda interpreted" if is_interpreted(module) else device.type
+    limits = limits or {}
     return [
-        Row(name, kind, str(case), quantity, error, worst, LIMITS[kind])
+        Row(name, kind, str(case), quantity, error, worst, limits.get(quantity, LIMITS[kind]))
         for quantity, (error, worst) in errors.items()
     ]
 
@@ -250,106 +279,11 @@ def _dtype(kind: str) -> torch.dtype:
     return dtype
 
 
-def quantities(run: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> Quantities:
-    """Everything that is compared, from the inputs ``input``, ``weight``, maybe ``bias`` and
-    ``residual``, and the directions ``grad``, ``u`` and ``v`` (of the shapes of output, input and
-    weight).
-
-    Second order is the gradient of ``<grad input, u> + <grad weight, v>``. All of it is sums of
-    products, so that the inputs' magnitudes give the sums of magnitudes.
-    """
-    leaves = {
-        name: tensor.detach().requires_grad_(name not in ("u", "v"))
-        for name, tensor in inputs.items()
-    }
-    names = [name for name in ("input", "weight", "bias", "residual") if name in leaves]
-    output = run(**{name: leaves[name] for name in names})
-    gradients = torch.autograd.grad(
-        output, [leaves[name] for name in names], leaves["grad"], create_graph=True
-    )
-    scalar = (gradients[0] * leaves["u"]).sum() + (gradients[1] * leaves["v"]).sum()
-    again = ("input", "weight", "grad")
-    # torch returns plain zeros for an empty batch, without a graph behind them.
-    second = torch.autograd.grad(scalar, [leaves[name] for name in again], materialize_grads=True)
-    return {
-        "forward": output.detach(),
-        **{f"grad {n}": g.detach() for n, g in zip(names, gradients, strict=True)},
-        **{f"grad grad {n}": g for n, g in zip(again, second, strict=True)},
-    }
-
-
 def _generated(module: ModuleType, spec: ConvSpec, case: Case) -> Callable[..., Tensor]:
     function: Callable[..., Tensor] = getattr(module, spec.op)
     if not spec.transposed:
         return function
     return lambda *inputs, **others: function(*inputs, **others, output_padding=case.output_padding)
-
-
-def _reference(spec: ConvSpec, case: Case) -> Callable[..., Tensor]:
-    """torch's function for a specification, padded explicitly where before and after differ.
-
-    Without an activation.
-    """
-    function: Callable[..., Tensor] = getattr(F, spec.op)
-    arguments = {"stride": spec.stride, "dilation": spec.dilation, "groups": spec.groups}
-
-    def reference(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        # The bias comes last: torch may begin with it, and then rounds every product to its place.
-        output = function(input, weight, **arguments)
-        output = output if bias is None else output + bias.view(-1, *[1] * spec.ndim)
-        return output if residual is None else output + residual
-
-    if spec.transposed:
-        arguments |= {"padding": spec.padding_begin, "output_padding": case.output_padding}
-        return reference
-    pads = [
-        zeros
-        for both in zip(reversed(spec.padding_begin), reversed(spec.padding_end), strict=True)
-        for zeros in both
-    ]
-    return lambda input, *operands, **others: reference(F.pad(input, pads), *operands, **others)
-
-
-def _with_activation(
-    spec: ConvSpec, linear: Callable[..., Tensor], inputs: Mapping[str, Tensor]
-) -> tuple[Quantities, Quantities]:
-    """Quantities of a layer with an activation, and what single elements are measured by.
-
-    Derivatives are those at what goes into the activation, rounded to the tensors' dtype: at a
-    kink, where that decides, torch's own have it rounded, too. An element may be off by some of the
-    largest one, since no sum of magnitudes bounds what a curved function makes of a sum.
-    """
-    assert spec.epilogue
-    activation = partial(eval, compile(spec.epilogue.forward("x"), "<activation>", "eval"))
-    dtype = inputs["input"].dtype
-
-    def run(rounds: bool, **operands: Tensor) -> Tensor:
-        sums = linear(**operands)
-        if rounds:
-            sums = sums + (sums.to(dtype).double() - sums).detach()
-        result: Tensor = activation({"torch": torch, "F": F, "x": sums})
-        return result
-
-    found = quantities(partial(run, True), _double(inputs))
-    found["forward"] = quantities(partial(run, False), _double(inputs))["forward"]
-    largest = {
-        name: value.abs().max().expand_as(value) if value.numel() else value
-        for name, value in found.items()
-    }
-    return found, largest
-
-
-def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in inputs.items()}
-
-
-def _magnitudes(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.abs() for name, tensor in _double(inputs).items()}
 
 
 def _place(tensor: Tensor, device: torch.device, strided: bool) -> Tensor:
@@ -358,27 +292,14 @@ def _place(tensor: Tensor, device: torch.device, strided: bool) -> Tensor:
     return copy.movedim(-1, 0).contiguous().movedim(0, -1) if strided else copy
 
 
-def _errors(result: Tensor, expected: Tensor, magnitude: Tensor) -> tuple[float, float]:
-    """Relative norm of the error, and the worst element against its sum of magnitudes."""
-    if result.shape != expected.shape:
-        return math.inf, math.inf
-    difference = result.detach().cpu().double() - expected
-    norm = expected.norm().item()
-    off = difference.norm().item()
-    # Where nothing is summed, 0 / 0 elements are exact and anything else is infinitely wrong.
-    worst = torch.where(difference == 0, 0.0, difference.abs() / magnitude)
-    largest = worst.max().item() if worst.numel() else 0.0
-    if off == 0:
-        return 0.0, largest
-    return (off / norm if norm else math.inf), (math.inf if math.isnan(largest) else largest)
+def _beside(errors: Errors, limit: float) -> float:
+    """The limit of a quantity of which torch has such errors."""
+    return max(limit, BESIDE_TORCH * max(errors[0], errors[1] / _WORST))
 
 
-def _errors_beside_bias(result: Tensor, expected: Tensor, products: Tensor) -> tuple[float, float]:
-    """The same of sums of positive products and a bias that is large beside them: what the last
-    rounding of the result may change is no error."""
-    difference = (result.detach().cpu().double() - expected).abs()
-    difference -= torch.finfo(result.dtype).eps * expected.abs()
-    return _errors(products + difference.clamp_(min=0), products, products)
+def _within(errors: Errors, limit: float) -> bool:
+    """Whether an error in norm and that of the worst element are within a limit; NaN is not."""
+    return errors[0] <= limit and errors[1] <= _WORST * limit
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

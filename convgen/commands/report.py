@@ -150,6 +150,11 @@ def verification(module: Generated, rows: Sequence[Row], show_all: bool) -> None
     columns = ("", "quantity", cases, ">error", ">worst element", ">limit", "")
     click.echo(f"{module.name}: {len(rows)} comparisons with float64")
     print_table(columns, table, failed)
+    if any(row.beside_torch for row, _ in shown):
+        click.echo(
+            "Limits above the usual are twice the error of torch's own convolution and activation, "
+            "one after the other, in the same case.\n"
+        )
 
 
 def candidates(outcomes: Sequence[Outcome]) -> None:

@@ -109,18 +109,6 @@ def compare(module: ModuleType, given: dict[str, Tensor], limit: float = 1e-12) 
     torch.testing.assert_close(again[0], again[1], rtol=100 * limit, atol=100 * limit)
 
 
-def smooth_may_fail(activation: str) -> Any:
-    """A case of verify, whose limits are those of sums of products.
-
-    Derivatives of smooth activations lose more: in 16 bits by the rounded value that they begin
-    with, and where they saturate, since 1 - y of a result near 1 has few bits left.
-    """
-    if activation.partition(":")[0] not in ("silu", "gelu", "sigmoid", "tanh", "hardswish"):
-        return activation
-    reason = "verify has no limits of its own for derivatives of smooth activations"
-    return pytest.param(activation, marks=pytest.mark.xfail(reason=reason, strict=False))
-
-
 class TestValues:
     def test_torch_s_with_every_kind_of_operand(self, module: ModuleType) -> None:
         given = operands(module.SPEC["op"])
@@ -314,7 +302,7 @@ class TestWhatThereIs:
         torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), last)[0])
 
     @pytest.mark.long
-    @pytest.mark.parametrize("activation", [*map(smooth_may_fail, ALL), None])
+    @pytest.mark.parametrize("activation", [*ALL, None])
     @pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
     def test_every_activation_is_verified(self, op: str, activation: str | None) -> None:
         options = {"stride": 2} if "transpose" in op else {"padding": 1}
