@@ -42,5 +42,5 @@ CONVGEN_ELEMENTWISE Real gelu_tanh(Real x) {
 
 template <class Real>
 CONVGEN_ELEMENTWISE Real hardswish(Real x) {
-  return x * clamp(x + Real(3), Real(0), Real(6)) / Real(6);
+  return x * (clamp(x + Real(3), Real(0), Real(6)) / Real(6));  // x itself from 3 on
 }
