@@ -239,10 +239,18 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _excess(row: Row) -> tuple[bool, float]:
-    """Orders rows from the best to the worst; NaN is as bad as it gets."""
+def _excess(row: Row) -> tuple[bool, bool, float]:
+    """Orders rows from the best to the worst; NaN is as bad as it gets.
+
+    What is right where torch has no digit left, and anything small would be, comes first.
+    """
     largest = max(row.error, row.worst)
-    return not row.ok, math.inf if math.isnan(row.error + row.worst) else largest / row.limit
+    says_much = row.limit < 1
+    return (
+        not row.ok,
+        says_much,
+        math.inf if math.isnan(row.error + row.worst) else largest / row.limit,
+    )
 
 
 def _dtypes(dtypes: dict[str, tuple[str, ...]], built: Sequence[str]) -> str:

@@ -239,13 +239,17 @@ def test_faults_are_found(tmp_path: Path, fault: str, dtype: str) -> None:
 
 
 def test_the_table_says_which_limits_are_torch_s(capsys: pytest.CaptureFixture[str]) -> None:
-    def shown(limit: float) -> str:
-        row = Row("cpu", "f32", "", "grad input", 9e-6, 9e-6, limit)
-        print_verification(SimpleNamespace(name="a"), [row], True)  # type: ignore[arg-type]
+    def shown(*errors_and_limits: tuple[float, float]) -> str:
+        rows = [Row("cpu", "f32", "", "grad input", e, e, limit) for e, limit in errors_and_limits]
+        print_verification(SimpleNamespace(name="a"), rows, False)  # type: ignore[arg-type]
         return capsys.readouterr().out
 
-    assert "torch's own convolution and activation" in shown(4e-5)
-    assert "torch" not in shown(LIMITS["f32"])
+    usual = 1e-6, LIMITS["f32"]
+    assert "torch's own convolution and activation" in shown(usual, (1.2e-5, 4e-5))
+    assert "torch" not in shown(usual)
+    # Of several cases, one where torch has no digit left is not what a line is about.
+    assert "1.0e-06" in shown((1.0, 2.0), usual)
+    assert "FAILED" in shown(usual, (3.0, 2.0))
 
 
 class TestExact:
