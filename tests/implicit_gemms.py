@@ -20,7 +20,7 @@ from torch import Tensor
 
 from convgen.codegen.render import headers, render_unit
 from convgen.engines import abi
-from convgen.engines.implicit_gemm.common import UNPROVEN, by_taps
+from convgen.engines.implicit_gemm.common import by_taps
 from convgen.engines.implicit_gemm.gather import GATHER
 from convgen.engines.implicit_gemm.wgrad import WGRAD
 from convgen.engines.implicit_gemm.wgrad_quarters import PARTS, WGRAD_QUARTERS
@@ -36,10 +36,9 @@ Bug = tuple[str, str, str, str]
 """File, what it says, what it says instead, what is reported. PLANTED is whether it is tried."""
 
 
-def use_all(patch: pytest.MonkeyPatch) -> None:
-    """Two persistent thread blocks, with several tiles each; and what no GPU has timed, too."""
+def use_two_multiprocessors(patch: pytest.MonkeyPatch) -> None:
+    """Two persistent thread blocks, with several tiles each."""
     patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "2")
-    patch.setenv("CONVGEN_UNPROVEN", ",".join(UNPROVEN))
 
 
 def compile_with_bugs(name: str, files: dict[str, str], unit: str, bugs: Iterable[Bug]) -> Library:

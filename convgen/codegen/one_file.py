@@ -154,7 +154,6 @@ def render_one_file(
             "quoted": _quoted,
             "backward": contents.backward,
             "precision": contents.precision,
-            "gemm": implicit_gemm,
             "tensor_core_width": tensor_cores.WIDTH,
             "kinds": {
                 dtype: tuple(

@@ -63,8 +63,6 @@ def render_package(
             for plan in plans.get("cuda", ())
             if plan.family.name == implicit_gemm.NAME
         ),
-        "gemm": implicit_gemm,
-        "taps": spec.geometry.taps,
         # Whether the gradients of a layer both read what one of them packs.
         "shares_packed": spec.transposed
         and any(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,20 +12,22 @@ import torch.nn.functional as F
 from conftest import Package
 from torch import Tensor
 
-import convgen
-from convgen.engines.implicit_gemm.common import UNPROVEN
-
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
 ]
 
-LAYERS: dict[str, dict[str, Any]] = {
-    "conv3d": {"kernel_size": 3, "padding": 1},
-    "conv2d": {"kernel_size": (5, 3), "padding": 2, "dilation": 2, "groups": 2},
-    "conv1d": {"kernel_size": 7, "padding": 9, "dilation": 3},
-    "conv_transpose2d": {"kernel_size": 3, "padding": 1},
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("conv3d", {"kernel_size": 3, "padding": 1}),
+    "grouped": ("conv2d", {"kernel_size": (5, 3), "padding": 2, "dilation": 2, "groups": 2}),
+    "dilated": ("conv1d", {"kernel_size": 7, "padding": 9, "dilation": 3}),
+    "transposed": ("conv_transpose2d", {"kernel_size": 3, "padding": 1}),
+    "pointwise": ("conv2d", {"kernel_size": 1}),
+    "pointwise_grouped": ("conv1d", {"kernel_size": 1, "groups": 2}),
+    "strided": ("conv3d", {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "nonoverlapping": ("conv_transpose2d", {"kernel_size": 2, "stride": 2}),
+    "transposed_strided": ("conv_transpose3d", {"kernel_size": 3, "stride": 2, "padding": 1}),
 }
 LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 6e-4}
 
@@ -36,74 +37,27 @@ def last(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-UNPROVEN_LAYERS: dict[str, dict[str, Any]] = {
-    "conv2d": {"kernel_size": 1},
-    "conv3d": {"kernel_size": 3, "stride": 2, "padding": 1},
-    "conv_transpose2d": {"kernel_size": 2, "stride": 2},
-    "conv_transpose3d": {"kernel_size": 3, "stride": 2, "padding": 1},
-    "conv1d": {"kernel_size": 1, "groups": 2},
-}
-"""Of what no GPU has timed: see ``convgen/engines/implicit_gemm/common.py``."""
-
-
 @pytest.fixture(params=LAYERS)
 def module(request: pytest.FixtureRequest, package: Package) -> ModuleType:
-    constants = LAYERS[request.param]
-    return package(request.param, "cuda", dtypes=["f32", "bf16", "f16"], **constants)
+    op, constants = LAYERS[request.param]
+    return package(op, "cuda", dtypes=["f32", "bf16", "f16"], **constants)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_values_and_gradients_in_every_layout(module: ModuleType, dtype: torch.dtype) -> None:
-    check_values(module, dtype, LAYERS[module.SPEC["op"]])
+    check_values(module, dtype)
 
 
-def unproven(
-    op: str, layer: dict[str, Any], session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> ModuleType:
-    monkeypatch.setenv("CONVGEN_UNPROVEN", ",".join(UNPROVEN))
-    # A cache of its own: what is asked for is the same as without the variable.
-    monkeypatch.setenv("CONVGEN_CACHE_DIR", str(session_cache / "unproven"))
-    return convgen.specialize(op, backends="cuda", dtypes=["f32", "bf16", "f16"], **layer)
-
-
-WITH_UNPROVEN = pytest.mark.parametrize(
-    ("op", "layer"),
-    [*UNPROVEN_LAYERS.items(), *LAYERS.items()],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-
-
-@WITH_UNPROVEN
-def test_values_and_gradients_of_what_no_gpu_has_timed(
-    op: str, layer: dict[str, Any], session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = unproven(op, layer, session_cache, monkeypatch)
+def test_small_layers(module: ModuleType) -> None:
+    """Quick under compute-sanitizer."""
     for dtype in LIMITS:
-        check_values(module, dtype, layer)
+        check_values(module, dtype, small=True)
 
 
-@pytest.mark.parametrize("op", LAYERS)
-def test_small_layers(op: str, package: Package) -> None:
-    """Quick under compute-sanitizer, as the next."""
-    module = package(op, "cuda", dtypes=["f32", "bf16", "f16"], **LAYERS[op])
-    for dtype in LIMITS:
-        check_values(module, dtype, LAYERS[op], small=True)
-
-
-@WITH_UNPROVEN
-def test_small_layers_of_what_no_gpu_has_timed(
-    op: str, layer: dict[str, Any], session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = unproven(op, layer, session_cache, monkeypatch)
-    for dtype in LIMITS:
-        check_values(module, dtype, layer, small=True)
-
-
-def check_values(
-    module: ModuleType, dtype: torch.dtype, layer: dict[str, Any], *, small: bool = False
-) -> None:
+def check_values(module: ModuleType, dtype: torch.dtype, *, small: bool = False) -> None:
     op = module.SPEC["op"]
-    constants = {name: value for name, value in layer.items() if name != "kernel_size"}
+    names = ("stride", "padding", "dilation", "groups")
+    constants = {name: module.SPEC[name] for name in names}
     ndim, groups, transposed = int(op[-2]), module.SPEC["groups"], "transpose" in op
     draw = random.Random(op)
     with torch.backends.cudnn.flags(allow_tf32=True):
@@ -142,8 +96,8 @@ def check_values(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_windows(package: Package, value: float) -> None:
-    constants = LAYERS["conv3d"]
-    module = package("conv3d", "cuda", dtypes=["f32", "bf16", "f16"], **constants)
+    op, constants = LAYERS["plain"]
+    module = package(op, "cuda", dtypes=["f32", "bf16", "f16"], **constants)
     # 32 output channels: two planes share the rows of a product.
     x = torch.randn(1, 32, 9, 21, 13)
     for place in ((0, 0, 0), (8, 20, 12), (4, 20, 5), (3, 4, 12)):

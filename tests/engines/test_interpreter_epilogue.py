@@ -13,7 +13,7 @@ import implicit_gemms
 import pytest
 import torch
 import torch.nn.functional as F
-from implicit_gemms import LAST, laid, use_all
+from implicit_gemms import LAST, laid, use_two_multiprocessors
 from interpreted import (
     INPUT,
     LIMITS,
@@ -127,7 +127,7 @@ def solve(
 def test_activations_and_residuals_agree_with_float64(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_all(monkeypatch)
+    use_two_multiprocessors(monkeypatch)
     loaded = library(case)
     suffix = "_implicit_gemm" if len(case.layouts) > 1 else ""
     activation = case.spec.epilogue

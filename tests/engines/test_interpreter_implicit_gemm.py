@@ -20,7 +20,7 @@ from implicit_gemms import (
     solve,
     sources,
     spec,
-    use_all,
+    use_two_multiprocessors,
 )
 from interpreted import Fault, Library, problem
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("shared_cache", "settings")
 @pytest.fixture(scope="module")
 def settings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        use_all(patch)
+        use_two_multiprocessors(patch)
         yield
 
 

@@ -8,7 +8,16 @@ from functools import cache
 
 import pytest
 import torch
-from implicit_gemms import LAST, Bug, compile_with_bugs, library, solve, sources, spec, use_all
+from implicit_gemms import (
+    LAST,
+    Bug,
+    compile_with_bugs,
+    library,
+    solve,
+    sources,
+    spec,
+    use_two_multiprocessors,
+)
 from interpreted import Fault, Library, problem, without_bias
 
 from convgen.engines.implicit_gemm.common import is_pointwise
@@ -21,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("shared_cache", "settings")
 @pytest.fixture(scope="module")
 def settings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        use_all(patch)
+        use_two_multiprocessors(patch)
         yield
 
 
@@ -153,8 +162,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "fewer bytes than the boxes have": (
         "wgrad_taps",
-        "ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS>);",
-        "ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS> - 128 * PLANTED);",
+        "ring.producer_acquire(at, bytes);",
+        "ring.producer_acquire(at, bytes - 128 * PLANTED);",
         r"deadlock: .* arrivals and -128 bytes are missing",
     ),
     "registers that are never free": (

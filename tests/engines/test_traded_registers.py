@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from implicit_gemms import sources, spec, use_all
+from implicit_gemms import sources, spec, use_two_multiprocessors
 from interpreted import mostly_long
 from test_wgmma_registers import disassembler
 
@@ -100,7 +100,7 @@ def test_no_warp_uses_more_than_it_keeps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    use_all(monkeypatch)
+    use_two_multiprocessors(monkeypatch)
     nvdisasm = disassembler()
     try:
         compiler = toolchain.find_cuda()

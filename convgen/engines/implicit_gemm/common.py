@@ -8,7 +8,6 @@ same arithmetic for the sizes alone.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,14 +66,6 @@ WGRAD_QUARTERS_HEADERS: Mapping[str, str] = {
 LEAST_CHANNELS = 16
 """Of a group, of either tensor: with fewer, products of 64 x 16 elements are mostly padding."""
 
-CHANNELS = {2: 48, 4: 64}
-"""By bytes of an element: with fewer channels of a group, of either tensor, fprop and dgrad of
-contiguous tensors go to the kernels that read them as they lie (measured on an H200)."""
-GATHER_PRODUCTS, WGRAD_PRODUCTS = 256, 1728
-"""Likewise: channels times taps that pay for packing contiguous tensors."""
-WGRAD_TF32_PRODUCTS = 864
-"""Likewise in TF32 and 3xTF32, and not measured: of 32 channels and 27 taps, to be timed."""
-
 ROW_BYTES = 128
 """Of a position's channels in shared memory: a K block."""
 STEP_BYTES = 32
@@ -83,28 +74,6 @@ BLOCK_M = 64
 """Output channels of a warpgroup."""
 MAX_STEP = 8
 """Of TMA, from one element that it loads to the next."""
-
-UNPROVEN = ("pointwise", "taps", "phases", "wgrad_tf32")
-"""Ways of computing that no GPU has timed yet, and which calls therefore do not take:
-
-- ``pointwise``: kernels of one tap read contiguous 16-bit inputs as they lie, without a pack.
-- ``taps``: wgrad a tap at a time, of kernels of one tap (both layouts; TF32 contiguous) and of
-  strides (channels_last, 16 bits), instead of ``mma``, for which such tensors are transposed.
-- ``phases``: dgrad of strides (channels_last), instead of ``mma``, likewise.
-- ``wgrad_tf32``: wgrad in TF32 and 3xTF32, of kernels with several taps and any stride, in every
-  layout, from positions that are packed in quarters, instead of ``mma``.
-"""
-
-
-def proven() -> frozenset[str]:
-    """Ways that packages may take, of :data:`UNPROVEN`: none, or those that an environment variable
-    names, to time them.
-
-    ``CONVGEN_UNPROVEN=pointwise,...``, with a ``CONVGEN_CACHE_DIR`` of its own: what packages were
-    asked for does not tell them apart. What has been timed is deleted there and in the templates.
-    """
-    asked = os.environ.get("CONVGEN_UNPROVEN", "").split(",")
-    return frozenset(name for name in UNPROVEN if name in asked)
 
 
 def is_pointwise(g: Geometry) -> bool:
@@ -162,5 +131,4 @@ def context_of(problem: Problem) -> dict[str, Any]:
         "element": ELEMENTS[problem.kind],
         "gather_padding": gather_padding(problem),
         "phases": phases(problem),
-        "proven": proven(),
     }

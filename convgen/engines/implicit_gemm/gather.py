@@ -26,7 +26,6 @@ from convgen.engines.implicit_gemm.common import (
     accepts,
     context_of,
     phases,
-    proven,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
@@ -69,8 +68,6 @@ class Gather(Family[GatherSizes]):
             return reason
         stride = problem.geometry.stride
         if (count := phases(problem)) > 1:
-            if "phases" not in proven():
-                return "no GPU has timed dgrad of strides, whose outputs are phases"
             if count > MOST_PHASES:
                 return f"{count} phases: a kernel has maps for up to {MOST_PHASES}"
             return ""

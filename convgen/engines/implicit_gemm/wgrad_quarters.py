@@ -19,7 +19,6 @@ from convgen.engines.implicit_gemm.common import (
     TILE_CLOCKS,
     WGRAD_QUARTERS_HEADERS,
     accepts,
-    proven,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
@@ -123,8 +122,6 @@ class QuarterWgrad(Family[QuarterSizes]):
             return reason
         if problem.geometry.taps == 1:
             return "a kernel of one tap needs no pack"
-        if "wgrad_tf32" not in proven():
-            return "no GPU has timed wgrad from packed quarters"
         if not self._existing(problem, self._lines(problem)):
             return "tiles with their halo do not fit into shared memory twice"
         return ""
@@ -187,7 +184,6 @@ class QuarterWgrad(Family[QuarterSizes]):
         return {
             "parts": PARTS[plan.kind],
             "gather_padding": plan.geometry.padding,
-            "proven": proven(),
         }
 
 

@@ -25,19 +25,20 @@ from convgen.engines.implicit_gemm.common import (
     by_taps,
     context_of,
     is_pointwise,
-    proven,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
 
 COLUMNS = (256, 128, 64)
+CHUNK_COLUMNS = 64
+"""Of one tap."""
 ROWS = 2 * BLOCK_M
 """Coarse channels of a thread block."""
 
 
 @dataclass(frozen=True)
 class TapWgradSizes:
-    """The sizes of tiles that are compiled, in fine channels."""
+    """The sizes of tiles that are compiled, in fine channels of all their taps."""
 
     columns: Annotated[tuple[Annotated[int, Range(1, max(COLUMNS))], ...], Length(1, 8)]
 
@@ -60,8 +61,6 @@ class TapWgrad(Family[TapWgradSizes]):
         g = problem.geometry
         if not by_taps(g):
             return "neighbouring taps share what is loaded"
-        if "taps" not in proven():
-            return "no GPU has timed wgrad a tap at a time"
         if ELEMENTS[problem.kind] == "float" and not is_pointwise(g):
             return "TF32 is multiplied K-major: positions side by side, which taps move"
         if max(g.stride) > MAX_STEP:
@@ -88,7 +87,8 @@ class TapWgrad(Family[TapWgradSizes]):
         blocks = -(-call.batch * math.prod(call.coarse_extent) // block)
         clocks = []
         for columns in plan.schedule.columns:
-            pairs = g.taps * g.groups * -(-coarse // ROWS) * -(-fine // columns)
+            chunks = g.taps * -(-fine // CHUNK_COLUMNS)
+            pairs = g.groups * -(-coarse // ROWS) * -(-chunks * CHUNK_COLUMNS // columns)
             loads = (ROWS + columns) * ROW_BYTES / LEVEL2_BYTES_PER_CLOCK
             each = max(4.0 * columns, loads)
             clocks.append(-(-pairs * blocks // gpu.multiprocessors) * each)

@@ -34,6 +34,7 @@ struct Operands {
 constexpr double LEVEL2_BYTES_PER_CLOCK = 36;  // of one multiprocessor, all at work
 constexpr double TILE_CLOCKS = 5000;           // of a tile beside its products
 constexpr double LAUNCH_CLOCKS = 3500;         // of another kernel behind this one
+constexpr double LEVEL2_BYTES = 50 << 20;      // that stay there
 constexpr double CLOCKS_PER_MS = 1.72e6;
 
 constexpr int64_t FLAG_BYTES = 1024;  // behind packed weights: see Plan::unfolded
@@ -51,6 +52,22 @@ struct Plan {
   int lines;
   double clocks;
 };
+
+// Phases share what they read. Where all of it stays in the L2 cache, the tiles of the phase with
+// most taps go first, those of the least last; else all phases of a place are neighbours.
+template <typename Conv>
+void order_phases(Tiling& t, double input_bytes) {
+  static_assert(Conv::PHASES <= MOST_PHASES, "phases that a tiling has room for");
+  for (int i = 0; i < Conv::PHASES; ++i) {
+    const int taps = Phase<Conv>(i).taps();
+    int at = i;
+    for (; at > 0 && Phase<Conv>(t.phases[at - 1]).taps() < taps; --at) {
+      t.phases[at] = t.phases[at - 1];
+    }
+    t.phases[at] = static_cast<unsigned char>(i);
+  }
+  t.is_phase_major = input_bytes <= LEVEL2_BYTES / 2;
+}
 
 inline int ceil_log2(int64_t x) {
   int log2 = 0;

@@ -26,7 +26,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Without neighbours, all positions are those of one line.
   static constexpr bool POINTWISE =
       TAPS == 1 && DENSE && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 && Conv::PADDING_W == 0;
-  static constexpr bool HAS_CHANNELS = POINTWISE && Conv::READS_CHANNELS && sizeof(T) == 2;
+  static constexpr bool HAS_CHANNELS = POINTWISE && sizeof(T) == 2;
   template <typename Slab>
   static constexpr SlabKind KIND = Slab::HALO                 ? SlabKind::HALO
                                    : Slab::MAJOR == Major::MN ? SlabKind::CHANNELS
@@ -85,6 +85,13 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   }
 
   bool found() const { return best_.clocks < 1e30; }
+  // Whether what packing contiguous tensors takes is made up for, as measured on an H200: with few
+  // channels, kernels that read them as they lie take less time.
+  bool pays() const {
+    const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
+    return call_.call->channels_last || reads_channels() ||
+           (least >= (sizeof(T) == 4 ? 64 : 32) && least * TAPS >= 256);
+  }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
     constexpr int LINES = largest(TAP_LINES...);
@@ -106,11 +113,12 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     return packs_weight_ ? round_up(elements * static_cast<int64_t>(sizeof(T)), 1024) + flag : 0;
   }
   int64_t input_bytes() const {
+    const int64_t bytes = input_elements() * static_cast<int64_t>(sizeof(T));
+    return packs_input_ ? round_up(bytes, 1024) : 0;
+  }
+  int64_t input_elements() const {  // with the channels that a pack adds
     const int64_t* e = call_.input_extent;
-    return packs_input_ ? round_up(call_.batch * e[0] * e[1] * e[2] * Conv::GROUPS * padded_ *
-                                       static_cast<int64_t>(sizeof(T)),
-                                   1024)
-                        : 0;
+    return call_.batch * e[0] * e[1] * e[2] * Conv::GROUPS * padded_;
   }
   int64_t output_elements() const {
     const int64_t* e = call_.output_extent;
@@ -245,6 +253,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     t.slab_bytes =
         (Slab::HALO ? Slab::ROWS : t.extent_w * t.extent_h * t.extent_d * t.extent_n) * ROW_BYTES;
     t.rounds = sizeof(T) == 4 && as_it_lies;
+    if constexpr (PHASED) order_phases<Conv>(t, input_elements() * sizeof(T));
     const int steps = (t.blocks - 1) * (BLOCK_K / STEP_K) + t.last_steps;
     // One consumer's positions or both's, and of each one plane or two.
     for (int way = 0; way < 3; ++way) {

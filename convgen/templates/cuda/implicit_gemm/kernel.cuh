@@ -225,7 +225,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
       for (int plane = 0; plane < planes.count; ++plane) {
         slab_ring.consumer_wait(slab);
         const Operand positions = slab_operand<Slab>(slabs + slab.index * SLAB_STAGE_BYTES<Slab>);
-#pragma unroll(Slab::TAPS <= 9 ? Slab::TAPS : 1)
+#pragma unroll 1
         for (int tap = 0; tap < Slab::TAPS; ++tap) {
           weight_ring.consumer_wait(weight);
           const Operand w(weights + weight.index * weight_bytes + m * BLOCK_M * ROW_BYTES, 8);

@@ -20,6 +20,7 @@ template <int THREADS>
 constexpr int COMPILED_THREADS = HAS_WGMMA ? THREADS : 32;
 constexpr int ATOM_BYTES = 8 * ROW_BYTES;  // what the swizzle repeats after
 constexpr int MOST_STAGES = 16;
+constexpr int MOST_PHASES = 16;
 constexpr int STORE_LINES = 4;  // groups of eight positions that leave with one TMA store
 constexpr int STORE_BYTES = STORE_LINES * ATOM_BYTES;
 
@@ -51,6 +52,10 @@ struct Tiling {
   int slab_stages, weight_stages;
   int slab_bytes;  // of one load: as its box says
   bool rounds;     // whether slabs are rounded to TF32 in shared memory
+  // Of a strided dgrad: those with most taps first, and whether all tiles of one precede the
+  // next's.
+  unsigned char phases[MOST_PHASES];
+  bool is_phase_major;
 };
 
 // Of outputs with their channels side by side: one for each phase.
@@ -190,12 +195,21 @@ struct Tile {
   template <bool HALO, int PHASES>
   __device__ __forceinline__ static Tile of(const Tiling& t, int index, int p, int m) {
     Tile tile;
+    int phase = 0;
+    if (PHASES > 1 && t.is_phase_major) {
+      const int tiles = t.tiles / PHASES;
+      phase = index / tiles, index %= tiles;
+    }
     tile.split = index % t.splits, index /= t.splits;
     const int block = index % (t.channel_blocks * t.groups);
     index /= t.channel_blocks * t.groups;
     tile.group = block / t.channel_blocks;
     tile.channel = (block % t.channel_blocks * (3 - t.position_groups) + m) * BLOCK_M;
-    tile.phase = index % PHASES, index /= PHASES;
+    if (PHASES > 1 && !t.is_phase_major) {
+      // Turned from place to place: a CTA's tiles, which are a grid apart, are of all phases.
+      phase = (index + index / PHASES) % PHASES, index /= PHASES;
+    }
+    tile.phase = PHASES > 1 ? t.phases[phase] : 0;
     // Halo tiles of both consumers are neighbouring planes, which share slabs.
     if (!HALO) index = index * t.position_groups + p;
     tile.w = index % t.tiles_w * t.extent_w, index /= t.tiles_w;

@@ -28,6 +28,14 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
   }
 
   bool found() const { return clocks_ < 1e30; }
+  // Whether what the packs take is made up for, as measured on an H200. Other kernels have tensors
+  // whose channels lie side by side transposed.
+  bool pays() const {
+    const int64_t least =
+        call_.coarse_channels < call_.fine_channels ? call_.coarse_channels : call_.fine_channels;
+    const bool last = call_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE);
+    return least / Conv::GROUPS * Conv::TAPS >= (last ? 864 : 1728);
+  }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
     using Smallest = QuarterStage<Conv, -largest(-LINES...), NARROW, PARTS>;

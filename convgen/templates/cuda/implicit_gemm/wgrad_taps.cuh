@@ -8,9 +8,10 @@
 // (MN-major: channels side by side, 16 bits): either operand is read as it lies.
 //
 // A CTA is three warpgroups. Two consumers multiply 64 coarse channels each (the rows of their
-// products) by the same COLUMNS fine channels; of the third, a thread loads, and three warps round
-// what has landed to TF32. Pairs of (tap, coarse block, fine block) x K blocks are dealt evenly
-// over the CTAs, which leave partial sums; another kernel adds these up in order.
+// products) by the same COLUMNS, chunks of 64 fine channels of one tap after the other; of the
+// third, a thread loads, and three warps round what has landed to TF32. Pairs of (coarse block,
+// block of columns) x K blocks are dealt evenly over the CTAs, which leave partial sums; another
+// kernel adds these up in order.
 //
 // Positions beyond the output must not meet elements of fine, as in wgrad.cuh: last K blocks end
 // with the output. A kernel of one tap without padding has none to meet: they are beyond fine, too.
@@ -30,7 +31,9 @@ struct TapWgradTiling {
   int step_w, step_h, step_d, step_n;          // positions from one to the next
   int last_w, last_h;                          // where the last ones begin
   int groups, coarse_channels, fine_channels;  // of a group
-  int coarse_blocks, fine_blocks;              // of a group's channels
+  int coarse_blocks;                           // of a group's channels
+  int fine_chunks;                             // of them and a tap
+  int column_blocks;                           // of all taps' chunks
   int positions;                               // K blocks of a pair
   int units;                                   // pairs x K blocks
   int ctas, stages;
@@ -40,15 +43,22 @@ struct TapWgradTiling {
   }
 };
 
-// What one pair is: a tap and blocks of channels, of which the first is given.
+constexpr int CHUNK_COLUMNS = 64;
+
+// What one pair is: its first coarse channel, of a group, and its first chunk of columns.
 template <int COLUMNS>
 struct TapPair {
-  int tap, group, coarse, fine;
+  int group, coarse, chunk;
 
   __device__ __forceinline__ TapPair(const TapWgradTiling& t, int index) {
-    fine = index % t.fine_blocks * COLUMNS, index /= t.fine_blocks;
-    coarse = index % t.coarse_blocks * TAP_ROWS, index /= t.coarse_blocks;
-    group = index % t.groups, tap = index / t.groups;
+    chunk = index % t.column_blocks * (COLUMNS / CHUNK_COLUMNS), index /= t.column_blocks;
+    coarse = index % t.coarse_blocks * TAP_ROWS, group = index / t.coarse_blocks;
+  }
+  __device__ __forceinline__ int tap(const TapWgradTiling& t, int i) const {
+    return (chunk + i) / t.fine_chunks;
+  }
+  __device__ __forceinline__ int fine(const TapWgradTiling& t, int i) const {
+    return (chunk + i) % t.fine_chunks * CHUNK_COLUMNS;
   }
 };
 
@@ -81,14 +91,18 @@ __device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
     index /= t.tiles_h;
     const int d = index % t.tiles_d * t.step_d, n = index / t.tiles_d * t.step_n;
     const int coarse = pair.group * t.coarse_channels + pair.coarse;
-    const int fine = pair.group * t.fine_channels + pair.fine;
-    uint64_t* const barrier = ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS>);
+    const int fine = pair.group * t.fine_channels;
+    const int chunks = min(COLUMNS / CHUNK_COLUMNS, Conv::TAPS * t.fine_chunks - pair.chunk);
+    // In rows of positions, all columns are one load, and those that there are not are zeros.
+    const int bytes =
+        MAJOR == Major::K ? TAP_STAGE_BYTES<COLUMNS> : TAP_ROWS * ROW_BYTES + chunks * CHUNK_BYTES;
+    uint64_t* const barrier = ring.producer_acquire(at, bytes);
     unsigned char* const to = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
     unsigned char* const to_fine = to + TAP_ROWS * ROW_BYTES;
     if constexpr (MAJOR == Major::K) {
       const int first = tile_w * t.step_w;
       tma_load(to, coarse_maps.of[0], barrier, first, coarse, n);
-      tma_load(to_fine, fine_map, barrier, first, fine, n);
+      tma_load(to_fine, fine_map, barrier, first, fine + pair.fine(t, 0), n);
     } else {
       const bool last_w = tile_w == t.tiles_w - 1, last_h = tile_h == t.tiles_h - 1;
       const int w = last_w ? t.last_w : tile_w * t.step_w;
@@ -99,10 +113,11 @@ __device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
         tma_load(to + chunk * CHUNK_BYTES, coarse_map, barrier, coarse + chunk * BLOCK_M,
                  last_w ? w - tile_w * t.step_w : w, last_h ? h - tile_h * t.step_h : h, d, n);
       }
-      const int kw = pair.tap % Conv::KERNEL_W, kh = pair.tap / Conv::KERNEL_W % Conv::KERNEL_H;
-      const int kd = pair.tap / (Conv::KERNEL_W * Conv::KERNEL_H);
-      for (int chunk = 0; chunk < COLUMNS / 64; ++chunk) {
-        tma_load(to_fine + chunk * CHUNK_BYTES, fine_map, barrier, fine + chunk * 64,
+      for (int i = 0; i < chunks; ++i) {
+        const int tap = pair.tap(t, i);
+        const int kw = tap % Conv::KERNEL_W, kh = tap / Conv::KERNEL_W % Conv::KERNEL_H;
+        const int kd = tap / (Conv::KERNEL_W * Conv::KERNEL_H);
+        tma_load(to_fine + i * CHUNK_BYTES, fine_map, barrier, fine + pair.fine(t, i),
                  w * Conv::STRIDE_W + kw * Conv::DILATION_W - Conv::PADDING_W,
                  h * Conv::STRIDE_H + kh * Conv::DILATION_H - Conv::PADDING_H,
                  d * Conv::STRIDE_D + kd * Conv::DILATION_D - Conv::PADDING_D, n);
@@ -225,7 +240,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
 }
 
 // Adds up the partial sums: a thread has four fine channels of a coarse one.
-template <typename T, int COLUMNS>
+template <typename T, int COLUMNS, int TAPS>
 __global__ void __launch_bounds__(PACK_THREADS)
     add_tap_wgrad_kernel(const TapWgradTiling t, const float* __restrict__ partials,
                          const WeightOutput out, int pairs) {
@@ -233,8 +248,10 @@ __global__ void __launch_bounds__(PACK_THREADS)
   const int within = 4 * (blockIdx.x * PACK_THREADS + threadIdx.x);
   for (int index = blockIdx.y; index < pairs; index += gridDim.y) {
     const TapPair<COLUMNS> pair(t, index);
-    const int coarse = pair.coarse + within / COLUMNS, fine = pair.fine + within % COLUMNS;
-    if (coarse >= t.coarse_channels || fine >= t.fine_channels) continue;
+    const int coarse = pair.coarse + within / COLUMNS, column = within % COLUMNS;
+    const int tap = pair.tap(t, column / CHUNK_COLUMNS);
+    const int fine = pair.fine(t, column / CHUNK_COLUMNS) + column % CHUNK_COLUMNS;
+    if (coarse >= t.coarse_channels || fine >= t.fine_channels || tap >= TAPS) continue;
     // The CTAs that had units of the pair.
     const int first = index * t.positions, end = first + t.positions;
     int cta = static_cast<int>(int64_t{first} * t.ctas / t.units);
@@ -248,7 +265,7 @@ __global__ void __launch_bounds__(PACK_THREADS)
     }
     T* const to = static_cast<T*>(out.address) +
                   (int64_t{pair.group} * t.coarse_channels + coarse) * out.stride_coarse +
-                  fine * out.stride_fine + pair.tap * out.stride_tap;
+                  fine * out.stride_fine + tap * out.stride_tap;
     const float each[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -46,6 +46,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   }
 
   bool found() const { return clocks_ < 1e30; }
+  bool pays() const { return true; }  // nothing is packed
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
     constexpr Major MAJOR = HAS_POSITIONS ? Major::K : Major::MN;
@@ -130,9 +131,10 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   void consider() {
     TapWgradTiling t = t_;
     t.coarse_blocks = static_cast<int>(ceil_div(t.coarse_channels, TAP_ROWS));
-    t.fine_blocks = static_cast<int>(ceil_div(t.fine_channels, SIZE));
+    t.fine_chunks = static_cast<int>(ceil_div(t.fine_channels, CHUNK_COLUMNS));
+    t.column_blocks = static_cast<int>(ceil_div(TAPS * t.fine_chunks, SIZE / CHUNK_COLUMNS));
     const int64_t positions = int64_t{t.tiles_w} * t.tiles_h * t.tiles_d * t.tiles_n;
-    const int64_t pairs = int64_t{TAPS} * t.groups * t.coarse_blocks * t.fine_blocks;
+    const int64_t pairs = int64_t{t.groups} * t.coarse_blocks * t.column_blocks;
     if (positions > INT32_MAX / 2 || pairs > INT32_MAX / 2 || pairs * positions > INT32_MAX / 2) {
       return;
     }
@@ -171,7 +173,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
     }
     TensorView v = positions_view<T>(call_.fine_channels, call_.fine_extent, call_.batch, false);
     v.step[1] = Conv::STRIDE_W, v.step[2] = Conv::STRIDE_H, v.step[3] = Conv::STRIDE_D;
-    v.box[0] = 64, v.box[1] = best_.step_w * Conv::STRIDE_W;
+    v.box[0] = CHUNK_COLUMNS, v.box[1] = best_.step_w * Conv::STRIDE_W;
     v.box[2] = best_.step_h * Conv::STRIDE_H, v.box[3] = best_.step_d * Conv::STRIDE_D;
     v.box[4] = best_.step_n;
     return make_tensor_map<T>(fine_map, call_.fine, v, device);
@@ -215,7 +217,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
       out.address = call_.weight;
       out.stride_coarse = int64_t{best_.fine_channels} * TAPS;
       out.stride_fine = last ? 1 : TAPS, out.stride_tap = last ? best_.fine_channels : 1;
-      return launch<add_tap_wgrad_kernel<T, SIZE>, true>(
+      return launch<add_tap_wgrad_kernel<T, SIZE, TAPS>, true>(
           dim3(TAP_PARTIALS<SIZE> / 4 / PACK_THREADS, pairs_ < 65535 ? pairs_ : 65535),
           dim3(PACK_THREADS), 0, device, call_.stream, best_, static_cast<const float*>(partials),
           out, pairs_);
