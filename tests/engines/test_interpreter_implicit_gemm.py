@@ -22,7 +22,7 @@ from implicit_gemms import (
     spec,
     use_two_multiprocessors,
 )
-from interpreted import Fault, Library, problem
+from interpreted import Fault, Library, compile_interpreted, problem
 
 from convgen.engines import abi
 from convgen.engines.implicit_gemm.gather import GatherSizes
@@ -40,6 +40,7 @@ def settings() -> Iterator[None]:
 
 
 CONV3D, CONV2D = spec("conv3d", 3, 1, 1), spec("conv2d", 3, 1, 1)
+FULL = spec("conv3d", (3, 2, 2))
 POINT, STRIDED = spec("conv2d", 1), spec("conv2d", 3, 2, 1)
 GROUPS = spec("conv2d", 3, 1, 1, groups=2)
 
@@ -55,6 +56,8 @@ CASES: list[Case] = [
         ((1, (24, 24), (3, 6, 9)), (1, (72, 130), (2, 3, 5)), (1, (9, 40), (2, 5, 3))),
     ),
     (CONV3D, "dgrad", "tf32", ((1, (20, 40), (3, 6, 9)), (2, (72, 36), (2, 3, 5)))),
+    # Planes of padding alone, which are passed over: of one consumer, of both.
+    (FULL, "dgrad", "bf16tc", ((1, (72, 130), (5, 4, 6)), (1, (24, 40), (6, 5, 9)))),
     # Blocks of 64 and of 32 channels; last tiles that end with the lines.
     (CONV3D, "wgrad", "bf16tc", ((2, (40, 24), (2, 9, 11)), (1, (72, 100), (1, 8, 17)))),
     # Rows of positions: of a sample and more of them, fewer than a tile has, a padded weight; and
@@ -75,6 +78,14 @@ MORE_CASES: list[Case] = [
     (spec("conv2d", 3, 2, 1), "fprop", "bf16tc", ((3, (64, 72), (19, 13)),)),
     (spec("conv2d", 3, 2, 1, dilation=2), "fprop", "tf32", ((2, (64, 24), (19, 13)),)),
     (spec("conv2d", 1), "dgrad", "f16tc", ((3, (64, 72), (19, 13)), (2, (100, 72), (16, 20)))),
+    # Outputs that meet nothing but padding; taps that are a plane apart.
+    (spec("conv3d", 3, 1, (7, 1, 1)), "fprop", "tf32", ((1, (40, 24), (2, 6, 9)),)),
+    (
+        spec("conv3d", 3, 1, (6, 1, 1), dilation=(2, 1, 1)),
+        "fprop",
+        "f16tc",
+        ((1, (40, 72), (3, 6, 9)),),
+    ),
     (spec("conv3d", 1, groups=2), "fprop", "f16tc", ((2, (64, 96), (3, 8, 11)),)),
     (spec("conv3d", 1, groups=2), "dgrad", "bf16tc", ((2, (40, 160), (3, 8, 11)),)),
     (spec("conv2d", 3, 1, 1, groups=2), "fprop", "tf32", ((2, (64, 40), (9, 13)),)),
@@ -230,6 +241,20 @@ def test_tf32_is_rounded_to_nearest() -> None:
         solve(library(of, contraction, mode, ONE_SIZE), given, layout)
         middle = float(given.result[0, 0, 0, 1, 2])
         assert middle == pytest.approx(72 * 18 * (1 + 2.0**-10) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["true", "false"], ids=["one_after_the_other", "side_by_side"])
+def test_phases_in_either_order(order: str) -> None:
+    chosen = "t.is_phase_major = input_bytes <= LEVEL2_BYTES / 2;"
+    files = sources(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS)
+    assert files["implicit_gemm/call.cuh"].count(chosen) == 1
+    files["implicit_gemm/call.cuh"] = files["implicit_gemm/call.cuh"].replace(
+        chosen, f"t.is_phase_major = {order};"
+    )
+    loaded = Library(compile_interpreted("phases", files, "checked", architecture="90a"))
+    given = problem(STRIDED, "dgrad", "bf16tc", (37, 22), batch=2, channels=(72, 40))
+    solve(loaded, given, LAST)
+    given.check()
 
 
 # ---- Bugs -----------------------------------------------------------------------------------

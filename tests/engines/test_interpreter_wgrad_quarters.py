@@ -177,7 +177,9 @@ def test_the_model_expects_what_the_library_does(
     coarse, fine = (*lead, *of.output_extents(extents)), (*lead, *extents)
     call = Call(batch, channels[1], channels[0], coarse, fine)  # type: ignore[arg-type]
     numbers = (batch, channels[1], channels[0], *coarse, *fine)
-    packed = bytes(abi.POINTERS.size) + abi.NUMBERS.pack(0, *numbers, sum(abi.CHANNELS_LAST.values()))
+    packed = bytes(abi.POINTERS.size) + abi.NUMBERS.pack(
+        0, *numbers, sum(abi.CHANNELS_LAST.values())
+    )
     loaded = library(of, "wgrad", mode)
     expected = loaded.expected_ms(f"convgen_wgrad_{mode}_implicit_gemm", packed)
     assert WGRAD_QUARTERS.predict(plan, call, H200).ms == pytest.approx(expected, rel=0.1)

@@ -77,9 +77,9 @@ inline int ceil_log2(int64_t x) {
 
 // The tile of `positions`, a power of two, of powers of two along W, H, D and N, that covers an
 // output with the least waste. `step` is the stride of what it reads; W has 2^least_w positions or
-// more.
+// more, and of equals the tile is taken whose lines are longest, up to 2^longest_w.
 inline Tiling power_of_two_tiling(const int64_t (&extent)[3], int64_t batch, int positions,
-                                  const int (&step)[3], int least_w) {
+                                  const int (&step)[3], int least_w, int longest_w) {
   const int log2_positions = ceil_log2(positions);
   Tiling best = {};
   int64_t fewest = INT64_MAX;
@@ -91,8 +91,7 @@ inline Tiling power_of_two_tiling(const int64_t (&extent)[3], int64_t batch, int
         if ((step[2] << w) > 256 || (step[1] << h) > 256 || (step[0] << d) > 256) continue;
         const int64_t tiles = ceil_div(extent[2], 1 << w) * ceil_div(extent[1], 1 << h) *
                               ceil_div(extent[0], 1 << d) * ceil_div(batch, 1 << n);
-        // Of equals the one with the longest lines, up to a vector's length.
-        if (tiles < fewest || (tiles == fewest && best.log2_w < 3)) {
+        if (tiles < fewest || (tiles == fewest && best.log2_w < longest_w)) {
           fewest = tiles;
           best.log2_w = w, best.log2_h = h, best.log2_d = d;
           best.extent_w = 1 << w, best.extent_h = 1 << h, best.extent_d = 1 << d;

@@ -238,7 +238,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     static_assert((LINES & (LINES - 1)) == 0, "a tile of taps is a power of two");
     const bool merged = samples_are_planes();
     return power_of_two_tiling({merged ? call_.batch : of_phase(0), of_phase(1), of_phase(2)},
-                               merged ? 1 : call_.batch, 8 * LINES, Step::INPUT, least_w);
+                               merged ? 1 : call_.batch, 8 * LINES, Step::INPUT, least_w,
+                               call_.output_channels_last ? 3 : 8);  // lines that leave whole
   }
 
   template <typename Slab, int LINES>
@@ -248,6 +249,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const int64_t batch = merged ? 1 : call_.batch;
     t.groups = Conv::GROUPS;
     t.input_channels = padded_, t.output_channels = output_channels_;
+    t.input_depth = static_cast<int>(call_.input_extent[0]);
     t.blocks = ceil_div(padded_, BLOCK_K);
     t.last_steps = ceil_div(padded_ - (t.blocks - 1) * BLOCK_K, STEP_K);
     t.slab_bytes =
@@ -272,10 +274,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       const int units = t.blocks * (Slab::HALO ? 1 : (TAPS + PHASES - 1) / PHASES);
       // Loads of one unit: slabs and weights.
       const Planes<Conv, Slab> planes(t);
-      const double bytes = double(planes.slabs) * t.slab_bytes +
-                           double(planes.count) * Slab::TAPS * weight_stage_bytes(t);
+      const double met = planes.met(t);
+      const double bytes = met * (double(planes.slabs) * t.slab_bytes +
+                                  double(planes.count) * Slab::TAPS * weight_stage_bytes(t));
       // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
-      const double taps = double(TAPS) / PHASES / Slab::PLANES * planes.count;
+      const double taps = met * double(TAPS) / PHASES / Slab::PLANES * planes.count;
       const double products = taps * steps * CONSUMERS * 4 * LINES;
       const double loads = units * bytes / LEVEL2_BYTES_PER_CLOCK;
       for (int splits = 1; splits <= (t.fold == 2 || PHASED ? 1 : 32) && splits <= units;

@@ -49,6 +49,7 @@ struct Tiling {
   int splits;               // of K
   int tiles;                // of all CTAs: positions x channel blocks x groups x splits
   int first_tap, tap_step;  // of the weights' map, in the order of the gather
+  int input_depth;
   int slab_stages, weight_stages;
   int slab_bytes;  // of one load: as its box says
   bool rounds;     // whether slabs are rounded to TF32 in shared memory
@@ -248,6 +249,31 @@ struct Planes {
         step(Conv::DILATION_D == 1 ? 1 : t.position_groups),
         next((t.position_groups - 1) * t.fold + 1),
         slabs((count - 1) * step + next) {}
+
+  // Which planes of the consumers' meet the input, of a tile that begins at `d`: what no consumer
+  // has but padding is neither loaded nor multiplied.
+  struct Reach {
+    int begin, end, slabs;
+  };
+  __host__ __device__ __forceinline__ Reach reach(const Tiling& t, int d) const {
+    Reach r = {0, count, slabs};
+    if constexpr (Slab::HALO && Conv::KERNEL_D > 1) {
+      const int first = d - Conv::PADDING_D, last = first + (t.position_groups - 1) * t.fold;
+      while (r.begin < r.end && last + r.begin * Conv::DILATION_D < 0) ++r.begin;
+      while (r.begin < r.end && first + (r.end - 1) * Conv::DILATION_D >= t.input_depth) --r.end;
+      r.slabs = r.begin == r.end ? 0 : (r.end - r.begin - 1) * step + next;
+    }
+    return r;
+  }
+  // The part of them in all tiles.
+  double met(const Tiling& t) const {
+    int reached = 0;
+    for (int i = 0; i < t.tiles_d; ++i) {
+      const Reach r = reach(t, i * t.position_groups * t.fold);
+      reached += r.end - r.begin;
+    }
+    return double(reached) / (double(t.tiles_d) * count);
+  }
 };
 
 }  // namespace convgen
