@@ -160,7 +160,7 @@ LAYERS: dict[str, tuple[ConvSpec, Given]] = {
     "L1": (spec("conv3d", 3), (1, (256, 256), (6, 122, 182))),
     "L4": (spec("conv3d", 3, 1, 1), (2, (32, 32), (96, 96, 96))),
     "strided": (spec("conv3d", 3, 2, 1), (2, (64, 128), (64, 64, 64))),
-    "vocoder": (spec("conv1d", 11, 1, 15, dilation=3), (8, (64, 64), (32768,))),
+    "vocoder": (spec("conv1d", 11, 1, 15, dilation=3), (8, (128, 128), (16384,))),
 }
 
 
