@@ -301,14 +301,20 @@ BUGS: Mapping[str, Bug] = {
     ),
     "a box stored before all have written it": (
         "epilogue",
-        "    named_barrier_sync(barrier, WARPGROUP);\n    if (thread == 0 && ",
-        "    if (!PLANTED) named_barrier_sync(barrier, WARPGROUP);\n    if (thread == 0 && ",
+        "    named_barrier_sync(barrier, WARPGROUP);\n  };\n  const auto store",
+        "    if (!PLANTED) named_barrier_sync(barrier, WARPGROUP);\n  };\n  const auto store",
         r"nobody wrote|race on shared memory",
     ),
-    "a stored buffer used again too early": (
+    "stored buffers used again too early": (
         "epilogue",
-        "if (thread == 0) tma_store_wait_read<1>();",
-        "if (thread == 0) PLANTED ? tma_store_wait_read<2>() : tma_store_wait_read<1>();",
+        "if (thread == 0 && at_once) tma_store_wait_read<0>();",
+        "if (thread == 0 && at_once && !PLANTED) tma_store_wait_read<0>();",
+        "writes shared memory that products or a TMA store of thread .* still read",
+    ),
+    "one of two stored buffers used again too early": (
+        "epilogue",
+        "if (thread == 0 && !at_once) tma_store_wait_read<1>();",
+        "if (thread == 0 && !at_once && !PLANTED) tma_store_wait_read<1>();",
         "writes shared memory that products or a TMA store of thread .* still read",
     ),
     "stores that nobody waits for": (
@@ -410,11 +416,16 @@ def bugs_of(mode: str) -> Mapping[str, Bug]:
     ("mode", "bug"),
     [(mode, bug) for mode in ("bf16tc", "tf32") for bug in ("none", *bugs_of(mode))],
 )
-def test_a_planted_bug_is_caught(mode: str, bug: str) -> None:
+def test_a_planted_bug_is_caught(mode: str, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = 2
+    if "of two stored buffers" in bug:
+        # There is no room for a whole tile; and plans of a shape are remembered.
+        monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", "135000")
+        batch = 1
     loaded = buggy(mode)
     number = [*bugs_of(mode), bug].index(bug) + 1 if bug != "none" else 0
     layout = () if "staged" in bug else LAST
-    given = problem(CONV3D, "fprop", mode, (4, 9, 9), batch=2, channels=(72, 40))
+    given = problem(CONV3D, "fprop", mode, (4, 9, 9), batch=batch, channels=(72, 40))
     loaded("plant", 0)
     kept = solve(loaded, given, layout) if "earlier call" in bug else {}
     loaded("plant", number)
