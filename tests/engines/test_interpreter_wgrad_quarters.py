@@ -261,8 +261,8 @@ def buggy() -> Library:
 @pytest.mark.long
 @pytest.mark.parametrize("bug", ["none", *BUGS])
 def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two pairs of blocks: one of these thread blocks has parts of both.
-    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "3")
+    # Two pairs of blocks, of which each is several thread blocks'.
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "5")
     loaded = buggy()
     loaded("plant", [*BUGS, bug].index(bug) + 1 if bug != "none" else 0)
     given = problem(APART, "wgrad", "tf32", (15, 35), batch=2, channels=(48, 40))

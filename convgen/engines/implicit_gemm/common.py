@@ -42,7 +42,7 @@ WGRAD_HEADERS: Mapping[str, str] = {
     **HEADERS,
     **{
         f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
-        for name in ("wgrad.cuh", "wgrad_host.cuh")
+        for name in ("deal.cuh", "wgrad.cuh", "wgrad_host.cuh")
     },
 }
 
@@ -50,7 +50,7 @@ WGRAD_TAPS_HEADERS: Mapping[str, str] = {
     **HEADERS,
     **{
         f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
-        for name in ("wgrad.cuh", "wgrad_taps.cuh", "wgrad_taps_host.cuh")
+        for name in ("deal.cuh", "wgrad.cuh", "wgrad_taps.cuh", "wgrad_taps_host.cuh")
     },
 }
 

@@ -2,6 +2,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_HOST_CUH
 #define CONVGEN_IMPLICIT_GEMM_WGRAD_HOST_CUH
 
+#include "deal.cuh"
 #include "host.cuh"
 #include "wgrad.cuh"
 
@@ -133,18 +134,15 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
                             t.coarse_blocks * t.fine_blocks;
       if (pairs * positions > INT32_MAX / 2) return;
       t.units = static_cast<int>(pairs * positions);
-      t.ctas =
-          static_cast<int>(t.units < limits_.multiprocessors ? t.units : limits_.multiprocessors);
       t.stages = (limits_.shared_bytes - static_cast<int>(sizeof(WgradStorage)) - ATOM_BYTES) /
                  Stage::BYTES;
       if (t.stages > 8) t.stages = 8;
       const double products = SIZE / 2 * WGRAD_CONSUMERS * Stage::SUMS;
       const double loads = Stage::LOADED_BYTES / LEVEL2_BYTES_PER_CLOCK;
-      const double sums = 4.0 * Stage::PARTIALS * (t.ctas + pairs);
-      const double clocks = ceil_div(t.units, t.ctas) * (products > loads ? products : loads) +
-                            TILE_CLOCKS + 2 * LAUNCH_CLOCKS +
-                            2 * sums / (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors) +
-                            pack_clocks();
+      const Deal deal = deal_units(pairs, positions, products > loads ? products : loads,
+                                   4.0 * Stage::PARTIALS, limits_.multiprocessors);
+      t.ctas = deal.ctas;
+      const double clocks = deal.clocks + TILE_CLOCKS + 2 * LAUNCH_CLOCKS + pack_clocks();
       if (clocks < clocks_) {
         clocks_ = clocks, t_ = t, lines_ = SIZE, row_ = ROW, pairs_ = pairs;
         partials_ = Stage::PARTIALS;

@@ -3,6 +3,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_QUARTERS_HOST_CUH
 #define CONVGEN_IMPLICIT_GEMM_WGRAD_QUARTERS_HOST_CUH
 
+#include "deal.cuh"
 #include "host.cuh"
 #include "wgrad_quarters.cuh"
 
@@ -145,7 +146,6 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
       if (pairs * positions > INT32_MAX / 2) return;
       t.samples = static_cast<int>(samples), t.positions = static_cast<int>(positions);
       t.units = static_cast<int>(pairs * positions);
-      t.ctas = t.units < limits_.multiprocessors ? t.units : limits_.multiprocessors;
       t.stages = (limits_.shared_bytes - static_cast<int>(sizeof(WgradStorage)) - ATOM_BYTES) /
                  Stage::BYTES;
       if (t.stages > 8) t.stages = 8;
@@ -156,11 +156,10 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
           COLUMNS / 2 > (BLOCK_M + COLUMNS) / 4 ? COLUMNS / 2 : (BLOCK_M + COLUMNS) / 4;
       const double products = Stage::OWN_STEPS * WGRAD_CONSUMERS * (PARTS == 2 ? 3 : 1) * PRODUCT;
       const double loads = Stage::BYTES / LEVEL2_BYTES_PER_CLOCK;
-      const double sums = 4.0 * Stage::PARTIALS * (t.ctas + pairs);
-      const double clocks = ceil_div(t.units, t.ctas) * (products > loads ? products : loads) +
-                            TILE_CLOCKS + 2 * LAUNCH_CLOCKS +
-                            2 * sums / (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors) +
-                            pack_clocks();
+      const Deal deal = deal_units(pairs, positions, products > loads ? products : loads,
+                                   4.0 * Stage::PARTIALS, limits_.multiprocessors);
+      t.ctas = deal.ctas;
+      const double clocks = deal.clocks + TILE_CLOCKS + 2 * LAUNCH_CLOCKS + pack_clocks();
       if (clocks < clocks_) {
         clocks_ = clocks, t_ = t, lines_ = Stage::LINES, channels_ = Stage::CHANNELS;
         pairs_ = pairs, partials_ = Stage::PARTIALS;

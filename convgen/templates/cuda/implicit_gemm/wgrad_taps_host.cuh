@@ -2,6 +2,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_HOST_CUH
 #define CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_HOST_CUH
 
+#include "deal.cuh"
 #include "host.cuh"
 #include "wgrad_taps.cuh"
 
@@ -139,17 +140,16 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
       return;
     }
     t.positions = static_cast<int>(positions), t.units = static_cast<int>(pairs * positions);
-    t.ctas = t.units < limits_.multiprocessors ? t.units : limits_.multiprocessors;
     t.stages = (limits_.shared_bytes - static_cast<int>(sizeof(TapWgradStorage)) - ATOM_BYTES) /
                TAP_STAGE_BYTES<SIZE>;
     if (t.stages > MOST_STAGES) t.stages = MOST_STAGES;
     if (t.stages < 2) return;
     const double products = ROW_BYTES / STEP_BYTES * CONSUMERS * SIZE / 2.0;
     const double loads = TAP_STAGE_BYTES<SIZE> / LEVEL2_BYTES_PER_CLOCK;
-    const double sums = 4.0 * TAP_PARTIALS<SIZE> * (t.ctas + pairs);
-    const double clocks = ceil_div(t.units, t.ctas) * (products > loads ? products : loads) +
-                          TILE_CLOCKS + 2 * LAUNCH_CLOCKS +
-                          2 * sums / (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors);
+    const Deal deal = deal_units(pairs, positions, products > loads ? products : loads,
+                                 4.0 * TAP_PARTIALS<SIZE>, limits_.multiprocessors);
+    t.ctas = deal.ctas;
+    const double clocks = deal.clocks + TILE_CLOCKS + 2 * LAUNCH_CLOCKS;
     if (clocks < clocks_) {
       clocks_ = clocks, best_ = t, columns_ = SIZE, pairs_ = static_cast<int>(pairs);
     }
