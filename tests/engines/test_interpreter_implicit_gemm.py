@@ -56,6 +56,8 @@ CASES: list[Case] = [
         ((1, (24, 24), (3, 6, 9)), (1, (72, 130), (2, 3, 5)), (1, (9, 40), (2, 5, 3))),
     ),
     (CONV3D, "dgrad", "tf32", ((1, (20, 40), (3, 6, 9)), (2, (72, 36), (2, 3, 5)))),
+    # A thread block whose second consumer has no channels, now and then.
+    (CONV2D, "fprop", "bf16tc", ((1, (24, 192), (16, 8)),)),
     # Planes of padding alone, which are passed over: of one consumer, of both.
     (FULL, "dgrad", "bf16tc", ((1, (72, 130), (5, 4, 6)), (1, (24, 40), (6, 5, 9)))),
     # Blocks of 64 and of 32 channels; last tiles that end with the lines.
@@ -243,13 +245,12 @@ def test_tf32_is_rounded_to_nearest() -> None:
         assert middle == pytest.approx(72 * 18 * (1 + 2.0**-10) ** 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("order", ["true", "false"], ids=["one_after_the_other", "side_by_side"])
-def test_phases_in_either_order(order: str) -> None:
-    chosen = "t.is_phase_major = input_bytes <= LEVEL2_BYTES / 2;"
+def test_phases_of_inputs_that_no_cache_holds() -> None:
+    kept = "constexpr double LEVEL2_BYTES = 50 << 20;"
     files = sources(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS)
-    assert files["implicit_gemm/call.cuh"].count(chosen) == 1
+    assert files["implicit_gemm/call.cuh"].count(kept) == 1
     files["implicit_gemm/call.cuh"] = files["implicit_gemm/call.cuh"].replace(
-        chosen, f"t.is_phase_major = {order};"
+        kept, "constexpr double LEVEL2_BYTES = 1;"
     )
     loaded = Library(compile_interpreted("phases", files, "checked", architecture="90a"))
     given = problem(STRIDED, "dgrad", "bf16tc", (37, 22), batch=2, channels=(72, 40))

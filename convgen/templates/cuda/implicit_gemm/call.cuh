@@ -53,10 +53,10 @@ struct Plan {
   double clocks;
 };
 
-// Phases share what they read. Where all of it stays in the L2 cache, the tiles of the phase with
-// most taps go first, those of the least last; else all phases of a place are neighbours.
+// Phases share what they read: as many places as stay in the L2 cache have the tiles of the phase
+// with most taps first, those of the least last. Each phase's are a multiple of the grid.
 template <typename Conv>
-void order_phases(Tiling& t, double input_bytes) {
+void order_phases(Tiling& t, int64_t places, double input_bytes, int multiprocessors) {
   static_assert(Conv::PHASES <= MOST_PHASES, "phases that a tiling has room for");
   for (int i = 0; i < Conv::PHASES; ++i) {
     const int taps = Phase<Conv>(i).taps();
@@ -66,7 +66,11 @@ void order_phases(Tiling& t, double input_bytes) {
     }
     t.phases[at] = static_cast<unsigned char>(i);
   }
-  t.is_phase_major = input_bytes <= LEVEL2_BYTES / 2;
+  const double cached = places * (LEVEL2_BYTES / 2 / input_bytes) / multiprocessors;
+  const int64_t waves = cached < 1 ? 1 : static_cast<int64_t>(cached);
+  t.places = static_cast<int>(places);
+  t.phase_places =
+      static_cast<int>(waves * multiprocessors < places ? waves * multiprocessors : places);
 }
 
 inline int ceil_log2(int64_t x) {

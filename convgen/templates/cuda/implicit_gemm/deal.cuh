@@ -18,6 +18,7 @@ inline Deal deal_units(int64_t pairs, int64_t positions, double unit_clocks, dou
                        int multiprocessors) {
   const int64_t units = pairs * positions;
   Deal best = {0, 1e30};
+  if (units == 0) return best;
   const auto consider = [&](int64_t ctas, int64_t partials) {
     const double clocks =
         ceil_div(units, ctas) * unit_clocks +

@@ -159,12 +159,12 @@ template <typename T, int LINES>
 __device__ __forceinline__ void store_by_tma(const Tiling& t, const TensorMap& map,
                                              const Tile& tile, unsigned char* buffers,
                                              const float (&sums)[4 * LINES]) {
+  // A group may end before a consumer's channels begin: those behind it are the next group's.
+  if (tile.channel >= t.output_channels) return;
   constexpr int PARTS = LINES / STORE_LINES;
   const int thread = threadIdx.x % WARPGROUP, lane = thread % 32, warp = thread / 32;
   const int barrier = 1 + threadIdx.x / WARPGROUP;
   const bool is_narrow = t.output_channels <= BLOCK_M / 2, at_once = t.store_buffers == PARTS;
-  // A group may end before a consumer's channels begin: those behind it are the next group's.
-  const bool stores = thread == 0 && tile.channel < t.output_channels;
   const int channel = tile.group * t.output_channels + tile.channel;
   const auto buffer_of = [&](int part) {
     return buffers + (at_once ? part : part % 2) * STORE_BYTES;
@@ -201,13 +201,13 @@ __device__ __forceinline__ void store_by_tma(const Tiling& t, const TensorMap& m
     }
     if (!at_once) {
       end_writes();
-      if (stores) store(part);
+      if (thread == 0) store(part);
     }
   }
   if (at_once) {
     end_writes();
 #pragma unroll 1
-    for (int part = 0; stores && part < PARTS; ++part) store(part);
+    for (int part = 0; thread == 0 && part < PARTS; ++part) store(part);
   }
 }
 

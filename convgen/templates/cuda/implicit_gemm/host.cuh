@@ -239,7 +239,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const bool merged = samples_are_planes();
     return power_of_two_tiling({merged ? call_.batch : of_phase(0), of_phase(1), of_phase(2)},
                                merged ? 1 : call_.batch, 8 * LINES, Step::INPUT, least_w,
-                               call_.output_channels_last ? 3 : 8);  // lines that leave whole
+                               call_.output_channels_last ? 3 : 6);  // lines that leave whole
   }
 
   template <typename Slab, int LINES>
@@ -255,7 +255,6 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     t.slab_bytes =
         (Slab::HALO ? Slab::ROWS : t.extent_w * t.extent_h * t.extent_d * t.extent_n) * ROW_BYTES;
     t.rounds = sizeof(T) == 4 && as_it_lies;
-    if constexpr (PHASED) order_phases<Conv>(t, input_elements() * sizeof(T));
     const int steps = (t.blocks - 1) * (BLOCK_K / STEP_K) + t.last_steps;
     // One consumer's positions or both's, and of each one plane or two.
     for (int way = 0; way < 3; ++way) {
@@ -270,6 +269,10 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       t.tiles_n = ceil_div(batch, t.extent_n);
       int64_t places = int64_t{t.tiles_w} * t.tiles_h * t.tiles_d * t.tiles_n;
       if (!Slab::HALO) places = ceil_div(places, position_groups);
+      if constexpr (PHASED) {
+        order_phases<Conv>(t, places, double(input_elements()) * sizeof(T),
+                           limits_.multiprocessors);
+      }
       const int64_t tiles = places * t.channel_blocks * t.groups * PHASES;
       const int units = t.blocks * (Slab::HALO ? 1 : (TAPS + PHASES - 1) / PHASES);
       // Loads of one unit: slabs and weights.

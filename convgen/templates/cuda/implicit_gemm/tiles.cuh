@@ -54,10 +54,10 @@ struct Tiling {
   int slab_bytes;     // of one load: as its box says
   int store_buffers;  // of a consumer, for TMA: of a whole tile, or two
   bool rounds;        // whether slabs are rounded to TF32 in shared memory
-  // Of a strided dgrad: those with most taps first, and whether all tiles of one precede the
-  // next's.
+  // Of a strided dgrad: those with most taps first, and in how many places all tiles of one phase
+  // precede the next one's.
   unsigned char phases[MOST_PHASES];
-  bool is_phase_major;
+  int places, phase_places;
 };
 
 // Of outputs with their channels side by side: one for each phase.
@@ -197,21 +197,17 @@ struct Tile {
   template <bool HALO, int PHASES>
   __device__ __forceinline__ static Tile of(const Tiling& t, int index, int p, int m) {
     Tile tile;
-    int phase = 0;
-    if (PHASES > 1 && t.is_phase_major) {
-      const int tiles = t.tiles / PHASES;
-      phase = index / tiles, index %= tiles;
-    }
     tile.split = index % t.splits, index /= t.splits;
     const int block = index % (t.channel_blocks * t.groups);
     index /= t.channel_blocks * t.groups;
     tile.group = block / t.channel_blocks;
     tile.channel = (block % t.channel_blocks * (3 - t.position_groups) + m) * BLOCK_M;
-    if (PHASES > 1 && !t.is_phase_major) {
-      // Turned from place to place: a CTA's tiles, which are a grid apart, are of all phases.
-      phase = (index + index / PHASES) % PHASES, index /= PHASES;
+    tile.phase = 0;
+    if constexpr (PHASES > 1) {
+      const int first = index / (PHASES * t.phase_places) * t.phase_places;
+      const int places = min(t.phase_places, t.places - first), within = index - PHASES * first;
+      tile.phase = t.phases[within / places], index = first + within % places;
     }
-    tile.phase = PHASES > 1 ? t.phases[phase] : 0;
     // Halo tiles of both consumers are neighbouring planes, which share slabs.
     if (!HALO) index = index * t.position_groups + p;
     tile.w = index % t.tiles_w * t.extent_w, index /= t.tiles_w;

@@ -8,7 +8,7 @@
 
 namespace convgen {
 
-// Fine channels of a tile that are compiled.
+// Columns of a tile that are compiled.
 template <int... COLUMNS>
 struct Columns {};
 
