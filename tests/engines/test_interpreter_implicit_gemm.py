@@ -179,6 +179,16 @@ def test_groups_that_end_before_a_consumers_channels() -> None:
     given.check()
 
 
+def test_two_buffers_of_a_consumer_that_has_no_channels_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
+    monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", "135000")
+    given = problem(CONV2D, "fprop", "bf16tc", (16, 8), channels=(24, 192))
+    solve(library(CONV2D, "fprop", "bf16tc", GatherSizes((16,), (32,))), given, LAST)
+    given.check()
+
+
 @pytest.mark.parametrize("layout", [(), LAST], ids=["contiguous", "channels_last"])
 def test_a_nan_stays_in_its_windows(layout: tuple[str, ...]) -> None:
     """Folded tiles multiply what they do not read by zero, which makes NaNs: they begin again."""
