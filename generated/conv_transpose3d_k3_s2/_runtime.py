@@ -53,7 +53,7 @@ VARIANT = f"_interpreted_{crc32((__name__ + __file__).encode()):08x}" if INTERPR
 MATH_MODES = {"tf32", "tf32x3"}
 """Further CUDA kernels, on tensor cores: see :func:`_math_mode`."""
 
-IMPLICIT_GEMMS = {"fprop_tf32"}
+IMPLICIT_GEMMS = {"dgrad_tf32", "fprop_tf32", "wgrad_tf32", "wgrad_tf32x3"}
 """Contractions and math modes that Hopper's kernels serve in every layout: see :func:`prepare`."""
 
 FOLDERS = [Path(__file__).parent]
@@ -265,14 +265,7 @@ def prepare(
     mode = _math_mode(device, dtype, precision)
     if mode is not None and contraction != "bgrad" and suits:
         name = f"{contraction}_{mode}"
-        # Contiguous tensors are packed first, which few products do not pay for.
-        least = min(channels)
-        products = least * 27
-        if contraction == "wgrad":
-            pays = products >= 1728
-        else:
-            pays = products >= 256 and least >= (64 if mode == "tf32" else 48)
-        if name in IMPLICIT_GEMMS and (layout or pays):
+        if name in IMPLICIT_GEMMS:
             expected = library[f"convgen_{name}_implicit_gemm_expected"]
             expected.argtypes, expected.restype = [ctypes.c_char_p], ctypes.c_int64
             if expected(bytes(_POINTERS.size) + numbers) >= 0:

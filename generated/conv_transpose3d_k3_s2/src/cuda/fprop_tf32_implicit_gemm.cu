@@ -25,7 +25,6 @@ struct Conv {
   static constexpr bool LINEAR = false;  // one spatial dimension
   static constexpr bool HAS_EPILOGUE = false;
   static constexpr int PHASES = 1;  // of a strided dgrad
-  static constexpr bool READS_CHANNELS = false;  // of contiguous inputs
   static constexpr Major WEIGHTS = Major::K;  // as they lie
 };
 
@@ -49,7 +48,7 @@ Operands operands_of(const ConvgenCall& call) {
 
 using Gemm = ImplicitGemm<T, Conv, false, Sizes<>, Sizes<32, 16, 8>>;
 
-// Nanoseconds that the call is expected to take; -1 where it is not for this kernel.
+// Nanoseconds that the call is expected to take; -1 where it is for other kernels.
 CONVGEN_EXPORT int64_t convgen_fprop_tf32_implicit_gemm_expected(const ConvgenCall* call) {
   const int device = static_cast<int>(call->device);
   convgen::DeviceScope scope(device);
@@ -57,7 +56,7 @@ CONVGEN_EXPORT int64_t convgen_fprop_tf32_implicit_gemm_expected(const ConvgenCa
   if (scope.error() != cudaSuccess || convgen::device_limits(device, limits)) return -1;
   if (limits.major != 9 || !Gemm::is_compiled(device) || !convgen::volumes_fit(*call)) return -1;
   const Gemm gemm(operands_of(*call), limits);
-  return gemm.found() ? static_cast<int64_t>(1e6 * gemm.expected_ms()) : -1;
+  return gemm.found() && gemm.pays() ? static_cast<int64_t>(1e6 * gemm.expected_ms()) : -1;
 }
 
 CONVGEN_EXPORT int64_t convgen_fprop_tf32_implicit_gemm_workspace(const ConvgenCall* call) {

@@ -34,6 +34,7 @@ struct Operands {
 constexpr double LEVEL2_BYTES_PER_CLOCK = 36;  // of one multiprocessor, all at work
 constexpr double TILE_CLOCKS = 5000;           // of a tile beside its products
 constexpr double LAUNCH_CLOCKS = 3500;         // of another kernel behind this one
+constexpr double LEVEL2_BYTES = 50 << 20;      // that stay there
 constexpr double CLOCKS_PER_MS = 1.72e6;
 
 constexpr int64_t FLAG_BYTES = 1024;  // behind packed weights: see Plan::unfolded
@@ -52,6 +53,26 @@ struct Plan {
   double clocks;
 };
 
+// Phases share what they read: as many places as stay in the L2 cache have the tiles of the phase
+// with most taps first, those of the least last. Each phase's are a multiple of the grid.
+template <typename Conv>
+void order_phases(Tiling& t, int64_t places, double input_bytes, int multiprocessors) {
+  static_assert(Conv::PHASES <= MOST_PHASES, "phases that a tiling has room for");
+  for (int i = 0; i < Conv::PHASES; ++i) {
+    const int taps = Phase<Conv>(i).taps();
+    int at = i;
+    for (; at > 0 && Phase<Conv>(t.phases[at - 1]).taps() < taps; --at) {
+      t.phases[at] = t.phases[at - 1];
+    }
+    t.phases[at] = static_cast<unsigned char>(i);
+  }
+  const double cached = places * (LEVEL2_BYTES / 2 / input_bytes) / multiprocessors;
+  const int64_t waves = cached < 1 ? 1 : static_cast<int64_t>(cached);
+  t.places = static_cast<int>(places);
+  t.phase_places =
+      static_cast<int>(waves * multiprocessors < places ? waves * multiprocessors : places);
+}
+
 inline int ceil_log2(int64_t x) {
   int log2 = 0;
   while ((int64_t{1} << log2) < x) ++log2;
@@ -60,9 +81,9 @@ inline int ceil_log2(int64_t x) {
 
 // The tile of `positions`, a power of two, of powers of two along W, H, D and N, that covers an
 // output with the least waste. `step` is the stride of what it reads; W has 2^least_w positions or
-// more.
+// more, and of equals the tile is taken whose lines are longest, up to 2^longest_w.
 inline Tiling power_of_two_tiling(const int64_t (&extent)[3], int64_t batch, int positions,
-                                  const int (&step)[3], int least_w) {
+                                  const int (&step)[3], int least_w, int longest_w) {
   const int log2_positions = ceil_log2(positions);
   Tiling best = {};
   int64_t fewest = INT64_MAX;
@@ -74,8 +95,7 @@ inline Tiling power_of_two_tiling(const int64_t (&extent)[3], int64_t batch, int
         if ((step[2] << w) > 256 || (step[1] << h) > 256 || (step[0] << d) > 256) continue;
         const int64_t tiles = ceil_div(extent[2], 1 << w) * ceil_div(extent[1], 1 << h) *
                               ceil_div(extent[0], 1 << d) * ceil_div(batch, 1 << n);
-        // Of equals the one with the longest lines, up to a vector's length.
-        if (tiles < fewest || (tiles == fewest && best.log2_w < 3)) {
+        if (tiles < fewest || (tiles == fewest && best.log2_w < longest_w)) {
           fewest = tiles;
           best.log2_w = w, best.log2_h = h, best.log2_d = d;
           best.extent_w = 1 << w, best.extent_h = 1 << h, best.extent_d = 1 << d;

@@ -26,7 +26,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Without neighbours, all positions are those of one line.
   static constexpr bool POINTWISE =
       TAPS == 1 && DENSE && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 && Conv::PADDING_W == 0;
-  static constexpr bool HAS_CHANNELS = POINTWISE && Conv::READS_CHANNELS && sizeof(T) == 2;
+  static constexpr bool HAS_CHANNELS = POINTWISE && sizeof(T) == 2;
   template <typename Slab>
   static constexpr SlabKind KIND = Slab::HALO                 ? SlabKind::HALO
                                    : Slab::MAJOR == Major::MN ? SlabKind::CHANNELS
@@ -85,6 +85,13 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   }
 
   bool found() const { return best_.clocks < 1e30; }
+  // Whether what packing contiguous tensors takes is made up for, as measured on an H200: with few
+  // channels, kernels that read them as they lie take less time.
+  bool pays() const {
+    const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
+    return call_.call->channels_last || reads_channels() ||
+           (least >= (sizeof(T) == 4 ? 64 : 32) && least * TAPS >= 256);
+  }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
     constexpr int LINES = largest(TAP_LINES...);
@@ -106,11 +113,12 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     return packs_weight_ ? round_up(elements * static_cast<int64_t>(sizeof(T)), 1024) + flag : 0;
   }
   int64_t input_bytes() const {
+    const int64_t bytes = input_elements() * static_cast<int64_t>(sizeof(T));
+    return packs_input_ ? round_up(bytes, 1024) : 0;
+  }
+  int64_t input_elements() const {  // with the channels that a pack adds
     const int64_t* e = call_.input_extent;
-    return packs_input_ ? round_up(call_.batch * e[0] * e[1] * e[2] * Conv::GROUPS * padded_ *
-                                       static_cast<int64_t>(sizeof(T)),
-                                   1024)
-                        : 0;
+    return call_.batch * e[0] * e[1] * e[2] * Conv::GROUPS * padded_;
   }
   int64_t output_elements() const {
     const int64_t* e = call_.output_extent;
@@ -230,7 +238,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     static_assert((LINES & (LINES - 1)) == 0, "a tile of taps is a power of two");
     const bool merged = samples_are_planes();
     return power_of_two_tiling({merged ? call_.batch : of_phase(0), of_phase(1), of_phase(2)},
-                               merged ? 1 : call_.batch, 8 * LINES, Step::INPUT, least_w);
+                               merged ? 1 : call_.batch, 8 * LINES, Step::INPUT, least_w,
+                               call_.output_channels_last ? 3 : 6);  // lines that leave whole
   }
 
   template <typename Slab, int LINES>
@@ -240,6 +249,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const int64_t batch = merged ? 1 : call_.batch;
     t.groups = Conv::GROUPS;
     t.input_channels = padded_, t.output_channels = output_channels_;
+    t.input_depth = static_cast<int>(call_.input_extent[0]);
     t.blocks = ceil_div(padded_, BLOCK_K);
     t.last_steps = ceil_div(padded_ - (t.blocks - 1) * BLOCK_K, STEP_K);
     t.slab_bytes =
@@ -259,14 +269,19 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       t.tiles_n = ceil_div(batch, t.extent_n);
       int64_t places = int64_t{t.tiles_w} * t.tiles_h * t.tiles_d * t.tiles_n;
       if (!Slab::HALO) places = ceil_div(places, position_groups);
+      if constexpr (PHASED) {
+        order_phases<Conv>(t, places, double(input_elements()) * sizeof(T),
+                           limits_.multiprocessors);
+      }
       const int64_t tiles = places * t.channel_blocks * t.groups * PHASES;
       const int units = t.blocks * (Slab::HALO ? 1 : (TAPS + PHASES - 1) / PHASES);
       // Loads of one unit: slabs and weights.
       const Planes<Conv, Slab> planes(t);
-      const double bytes = double(planes.slabs) * t.slab_bytes +
-                           double(planes.count) * Slab::TAPS * weight_stage_bytes(t);
+      const double met = planes.met(t);
+      const double bytes = met * (double(planes.slabs) * t.slab_bytes +
+                                  double(planes.count) * Slab::TAPS * weight_stage_bytes(t));
       // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
-      const double taps = double(TAPS) / PHASES / Slab::PLANES * planes.count;
+      const double taps = met * double(TAPS) / PHASES / Slab::PLANES * planes.count;
       const double products = taps * steps * CONSUMERS * 4 * LINES;
       const double loads = units * bytes / LEVEL2_BYTES_PER_CLOCK;
       for (int splits = 1; splits <= (t.fold == 2 || PHASED ? 1 : 32) && splits <= units;
@@ -282,7 +297,12 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
           clocks += LAUNCH_CLOCKS + 8.0 * splits * output_elements() /
                                         (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors);
         }
-        if (clocks < best_.clocks && stages<Slab, LINES>(t)) {
+        if (clocks >= best_.clocks) continue;
+        // What leaves at once takes the time of a tile of few products, but leaves less for rings.
+        t.store_buffers = products < 16 * TILE_CLOCKS ? LINES / STORE_LINES : 2;
+        bool fits = stages<Slab, LINES>(t);
+        if (!fits && t.store_buffers > 2) t.store_buffers = 2, fits = stages<Slab, LINES>(t);
+        if (fits) {
           best_ = {t, t, KIND<Slab>, LINES, clocks};
           if (t.fold == 2) {
             Tiling& u = best_.unfolded;
@@ -298,7 +318,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   template <typename Slab, int LINES>
   bool stages(Tiling& t) const {
     int left = limits_.shared_bytes - static_cast<int>(sizeof(SharedStorage)) - ATOM_BYTES -
-               CONSUMERS * output_stage_bytes<LINES>(epilogue_of(t));
+               CONSUMERS * output_stage_bytes<LINES>(t, epilogue_of(t));
     const int slab = SLAB_STAGE_BYTES<Slab>, weight = weight_stage_bytes(t);
     if constexpr (Slab::HALO) {
       // A few taps' weights, as many slabs as fit, and weights again. Slabs are released once the
@@ -426,7 +446,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       const int shared_bytes = static_cast<int>(sizeof(SharedStorage)) + ATOM_BYTES +
                                t.slab_stages * SLAB_STAGE_BYTES<Slab> +
                                t.weight_stages * weight_stage_bytes(t) +
-                               CONSUMERS * output_stage_bytes<LINES>(out.epilogue);
+                               CONSUMERS * output_stage_bytes<LINES>(t, out.epilogue);
       const int grid = t.tiles < limits_.multiprocessors ? t.tiles : limits_.multiprocessors;
       if constexpr (Conv::HAS_EPILOGUE) {
         using Finish = typename Conv::Finish;

@@ -38,10 +38,11 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
     const Tile first = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
     const Units<Conv, Slab> units(t, first);
+    const auto reach = planes.reach(t, first.d);
     for (int unit = units.begin; unit < units.end; ++unit) {
       const int channel = first.group * t.input_channels + unit / units.taps * BLOCK_K;
       const int tap = unit % units.taps;
-      for (int i = 0; i < planes.slabs; ++i) {
+      for (int i = reach.begin * planes.step, end = i + reach.slabs; i < end; ++i) {
         uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
         unsigned char* const to = slabs + at.index * SLAB_STAGE_BYTES<Slab>;
         if constexpr (Slab::HALO) {
@@ -94,9 +95,10 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
     const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
     const Units<Conv, Slab> units(t, tile);
     const int row = tile.group * t.output_channels + tile.channel;
+    const auto reach = planes.reach(t, tile.d);
     for (int unit = units.begin; unit < units.end; ++unit) {
       const int channel = unit / units.taps * BLOCK_K, tap = unit % units.taps;
-      for (int i = 0; i < planes.count * Slab::TAPS; ++i) {
+      for (int i = reach.begin * Slab::TAPS; i < reach.end * Slab::TAPS; ++i) {
         uint64_t* const barrier = ring.producer_acquire(at, stage_bytes);
         unsigned char* const to = weights + at.index * stage_bytes;
         int gathered = tap + i;
@@ -130,8 +132,10 @@ __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint
   const Planes<Conv, Slab> planes(t);
   PipelineState at;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Units<Conv, Slab> units(t, Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0));
-    for (int i = 0; i < (units.end - units.begin) * planes.slabs; ++i) {
+    const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
+    const Units<Conv, Slab> units(t, tile);
+    const int count = (units.end - units.begin) * planes.reach(t, tile.d).slabs;
+    for (int i = 0; i < count; ++i) {
       ring.consumer_wait(at);
       uint4* const slab = reinterpret_cast<uint4*>(slabs + at.index * SLAB_STAGE_BYTES<Slab>);
 #pragma unroll 4
@@ -217,15 +221,16 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
     const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, p, m);
     const Units<Conv, Slab> units(t, tile);
+    const auto reach = planes.reach(t, tile.d - p * t.fold);
     int previous = -1;  // the weights whose products may still be under way
     int accumulates = 0;
     for (int unit = units.begin; unit < units.end; ++unit) {
       const int steps = unit / units.taps == t.blocks - 1 ? t.last_steps : ROW_BYTES / STEP_BYTES;
 #pragma unroll 1
-      for (int plane = 0; plane < planes.count; ++plane) {
+      for (int plane = reach.begin; plane < reach.end; ++plane) {
         slab_ring.consumer_wait(slab);
         const Operand positions = slab_operand<Slab>(slabs + slab.index * SLAB_STAGE_BYTES<Slab>);
-#pragma unroll(Slab::TAPS <= 9 ? Slab::TAPS : 1)
+#pragma unroll 1
         for (int tap = 0; tap < Slab::TAPS; ++tap) {
           weight_ring.consumer_wait(weight);
           const Operand w(weights + weight.index * weight_bytes + m * BLOCK_M * ROW_BYTES, 8);
@@ -239,7 +244,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
           previous = weight.index;
           weight.advance(1, t.weight_stages);
         }
-        const int onward = plane == planes.count - 1 ? planes.next : planes.step;
+        const int onward = plane == reach.end - 1 ? planes.next : planes.step;
         slab.advance(onward, t.slab_stages);
         to_release += onward;
       }
@@ -249,9 +254,9 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     for (int i = 0; i < SUMS; ++i) wgmma_settle(sums[i]);
     if (lane == 0 && previous >= 0) weight_ring.consumer_release(previous);
     release_slabs();
-    if constexpr (Conv::PHASES > 1) {
-      // A phase may meet no tap.
-      if (units.begin == units.end) {
+    if constexpr (Conv::PHASES > 1 || (Slab::HALO && Conv::KERNEL_D > 1)) {
+      // A phase may meet no tap, and a tile's planes nothing but padding.
+      if (accumulates == 0) {
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) sums[i] = 0;
       }
@@ -288,7 +293,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     } else if constexpr (sizeof(T) == 2) {
       if (out.epilogue == Epilogue::TMA) {
         store_by_tma<T, LINES>(t, output_maps.of[tile.phase], tile,
-                               staged + consumer * 2 * STORE_BYTES, sums);
+                               staged + consumer * t.store_buffers * STORE_BYTES, sums);
       } else {
         mbarrier_wait(&shared.staged_empty[consumer], staged_phase);
         staged_phase ^= 1;

@@ -20,6 +20,7 @@ template <int THREADS>
 constexpr int COMPILED_THREADS = HAS_WGMMA ? THREADS : 32;
 constexpr int ATOM_BYTES = 8 * ROW_BYTES;  // what the swizzle repeats after
 constexpr int MOST_STAGES = 16;
+constexpr int MOST_PHASES = 16;
 constexpr int STORE_LINES = 4;  // groups of eight positions that leave with one TMA store
 constexpr int STORE_BYTES = STORE_LINES * ATOM_BYTES;
 
@@ -48,9 +49,15 @@ struct Tiling {
   int splits;               // of K
   int tiles;                // of all CTAs: positions x channel blocks x groups x splits
   int first_tap, tap_step;  // of the weights' map, in the order of the gather
+  int input_depth;
   int slab_stages, weight_stages;
-  int slab_bytes;  // of one load: as its box says
-  bool rounds;     // whether slabs are rounded to TF32 in shared memory
+  int slab_bytes;     // of one load: as its box says
+  int store_buffers;  // of a consumer, for TMA: of a whole tile, or two
+  bool rounds;        // whether slabs are rounded to TF32 in shared memory
+  // Of a strided dgrad: those with most taps first, and in how many places all tiles of one phase
+  // precede the next one's.
+  unsigned char phases[MOST_PHASES];
+  int places, phase_places;
 };
 
 // Of outputs with their channels side by side: one for each phase.
@@ -135,8 +142,8 @@ template <int LINES>
 constexpr int STAGED_PITCH = LINES | 1;
 
 template <int LINES>
-constexpr int output_stage_bytes(Epilogue epilogue) {
-  return epilogue == Epilogue::TMA      ? 2 * STORE_BYTES
+int output_stage_bytes(const Tiling& t, Epilogue epilogue) {
+  return epilogue == Epilogue::TMA      ? t.store_buffers * STORE_BYTES
          : epilogue == Epilogue::STAGED ? BLOCK_M * STAGED_PITCH<LINES> * 16
                                         : 0;
 }
@@ -195,7 +202,12 @@ struct Tile {
     index /= t.channel_blocks * t.groups;
     tile.group = block / t.channel_blocks;
     tile.channel = (block % t.channel_blocks * (3 - t.position_groups) + m) * BLOCK_M;
-    tile.phase = index % PHASES, index /= PHASES;
+    tile.phase = 0;
+    if constexpr (PHASES > 1) {
+      const int first = index / (PHASES * t.phase_places) * t.phase_places;
+      const int places = min(t.phase_places, t.places - first), within = index - PHASES * first;
+      tile.phase = t.phases[within / places], index = first + within % places;
+    }
     // Halo tiles of both consumers are neighbouring planes, which share slabs.
     if (!HALO) index = index * t.position_groups + p;
     tile.w = index % t.tiles_w * t.extent_w, index /= t.tiles_w;
@@ -234,6 +246,31 @@ struct Planes {
         step(Conv::DILATION_D == 1 ? 1 : t.position_groups),
         next((t.position_groups - 1) * t.fold + 1),
         slabs((count - 1) * step + next) {}
+
+  // Which planes of the consumers' meet the input, of a tile that begins at `d`: what no consumer
+  // has but padding is neither loaded nor multiplied.
+  struct Reach {
+    int begin, end, slabs;
+  };
+  __host__ __device__ __forceinline__ Reach reach(const Tiling& t, int d) const {
+    Reach r = {0, count, slabs};
+    if constexpr (Slab::HALO && Conv::KERNEL_D > 1) {
+      const int first = d - Conv::PADDING_D, last = first + (t.position_groups - 1) * t.fold;
+      while (r.begin < r.end && last + r.begin * Conv::DILATION_D < 0) ++r.begin;
+      while (r.begin < r.end && first + (r.end - 1) * Conv::DILATION_D >= t.input_depth) --r.end;
+      r.slabs = r.begin == r.end ? 0 : (r.end - r.begin - 1) * step + next;
+    }
+    return r;
+  }
+  // The part of them in all tiles.
+  double met(const Tiling& t) const {
+    int reached = 0;
+    for (int i = 0; i < t.tiles_d; ++i) {
+      const Reach r = reach(t, i * t.position_groups * t.fold);
+      reached += r.end - r.begin;
+    }
+    return double(reached) / (double(t.tiles_d) * count);
+  }
 };
 
 }  // namespace convgen

@@ -1,0 +1,38 @@
+// How the units of a wgrad are dealt out: K blocks of all pairs of blocks of channels and taps.
+#ifndef CONVGEN_IMPLICIT_GEMM_DEAL_CUH
+#define CONVGEN_IMPLICIT_GEMM_DEAL_CUH
+
+#include "call.cuh"
+
+namespace convgen {
+
+struct Deal {
+  int ctas;
+  double clocks;  // of the products and of the partial sums
+};
+
+// The quickest: either all multiprocessors have the same number of units, and a pair's sums are
+// those of several CTAs, which have parts of two pairs; or each pair has CTAs of its own, which
+// leaves fewer sums to be written and read again.
+inline Deal deal_units(int64_t pairs, int64_t positions, double unit_clocks, double partial_bytes,
+                       int multiprocessors) {
+  const int64_t units = pairs * positions;
+  Deal best = {0, 1e30};
+  if (units == 0) return best;
+  const auto consider = [&](int64_t ctas, int64_t partials) {
+    const double clocks =
+        ceil_div(units, ctas) * unit_clocks +
+        2 * partials * partial_bytes / (LEVEL2_BYTES_PER_CLOCK / 2 * multiprocessors);
+    if (clocks < best.clocks) best = {static_cast<int>(ctas), clocks};
+  };
+  const int64_t all = units < multiprocessors ? units : multiprocessors;
+  consider(all, all + pairs);
+  for (int64_t own = 1; own <= positions && own * pairs <= multiprocessors; ++own) {
+    consider(own * pairs, own * pairs);
+  }
+  return best;
+}
+
+}  // namespace convgen
+
+#endif  // CONVGEN_IMPLICIT_GEMM_DEAL_CUH
