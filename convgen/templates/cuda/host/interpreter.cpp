@@ -6,8 +6,11 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #include "state.h"
@@ -405,17 +408,29 @@ cudaError_t run(const Launch& launch) {
   int hosts =
       setting("CONVGEN_INTERPRET_THREADS", static_cast<int>(std::thread::hardware_concurrency()));
   if (check::ENABLED) hosts = 1;  // the checks follow one block after the other
+  // Where there is no memory for one more thread's stacks, or no thread, the others do its part.
+  std::atomic<int> workers{0};
   auto work = [&] {
-    Stacks* stacks = stack_cache().take(threads);
+    Stacks* stacks;
+    try {
+      stacks = stack_cache().take(threads);
+    } catch (const std::bad_alloc&) {
+      return;
+    }
+    ++workers;
     Worker(run, *stacks).work();
     stack_cache().give_back(stacks);
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < hosts && static_cast<uint64_t>(i) < run.blocks; ++i) {
-    others.emplace_back(work);
+  try {
+    for (int i = 1; i < hosts && static_cast<uint64_t>(i) < run.blocks; ++i) {
+      others.emplace_back(work);
+    }
+  } catch (const std::system_error&) {
   }
   work();
   for (std::thread& other : others) other.join();
+  if (workers == 0) return cudaErrorMemoryAllocation;
   if (!run.failed) return cudaSuccess;
   last_fault = run.fault;
   return cudaErrorLaunchFailure;
@@ -427,6 +442,8 @@ const char* error_text(int code) {
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
     case cudaErrorInvalidDevice:
