@@ -209,8 +209,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "one thread block's sums left out": (
         "wgrad_quarters",
-        "while (t.first_unit(cta + 1) < end) ++cta;\n    last_cta",
-        "while (t.first_unit(cta + 1 + PLANTED) < end) ++cta;\n    last_cta",
+        "last_cta[i] = t.cta_of(first + t.positions - 1);",
+        "last_cta[i] = t.cta_of(first + t.positions - 1) - PLANTED;",
         "differ",
     ),
     "sums begun again that were not": (

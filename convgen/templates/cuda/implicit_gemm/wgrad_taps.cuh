@@ -26,7 +26,7 @@ constexpr int TAP_ROWS = CONSUMERS * BLOCK_M;  // coarse channels of a CTA
 constexpr int ROUNDING_WARPS = 3;
 
 // How a call is dealt out.
-struct TapWgradTiling {
+struct TapWgradTiling : DealtUnits {
   int tiles_w, tiles_h, tiles_d, tiles_n;      // K blocks of a pair
   int step_w, step_h, step_d, step_n;          // positions from one to the next
   int last_w, last_h;                          // where the last ones begin
@@ -34,13 +34,7 @@ struct TapWgradTiling {
   int coarse_blocks;                           // of a group's channels
   int fine_chunks;                             // of them and a tap
   int column_blocks;                           // of all taps' chunks
-  int positions;                               // K blocks of a pair
-  int units;                                   // pairs x K blocks
-  int ctas, stages;
-
-  __host__ __device__ int first_unit(int cta) const {
-    return static_cast<int>(int64_t{units} * cta / ctas);
-  }
+  int stages;
 };
 
 constexpr int CHUNK_COLUMNS = 64;
@@ -253,14 +247,14 @@ __global__ void __launch_bounds__(PACK_THREADS)
     const int fine = pair.fine(t, column / CHUNK_COLUMNS) + column % CHUNK_COLUMNS;
     if (coarse >= t.coarse_channels || fine >= t.fine_channels || tap >= TAPS) continue;
     // The CTAs that had units of the pair.
-    const int first = index * t.positions, end = first + t.positions;
-    int cta = static_cast<int>(int64_t{first} * t.ctas / t.units);
-    while (t.first_unit(cta + 1) <= first) ++cta;
-    const float* from = partials + (int64_t{cta} + index) * TAP_PARTIALS<COLUMNS> + within;
+    const int cta = t.cta_of(index * t.positions);
+    const int count = t.cta_of((index + 1) * t.positions - 1) - cta + 1;
+    const float* const from = partials + (int64_t{cta} + index) * TAP_PARTIALS<COLUMNS> + within;
     float4 sum = *reinterpret_cast<const float4*>(from);
-    while (t.first_unit(++cta) < end) {
-      from += TAP_PARTIALS<COLUMNS>;
-      const float4 x = *reinterpret_cast<const float4*>(from);
+#pragma unroll 8
+    for (int more = 1; more < count; ++more) {
+      const float4 x =
+          *reinterpret_cast<const float4*>(from + int64_t{more} * TAP_PARTIALS<COLUMNS>);
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
     T* const to = static_cast<T*>(out.address) +
