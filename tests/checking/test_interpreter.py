@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -49,6 +50,17 @@ def test_shared_tile(mode: str, n: int) -> None:
     x, w, y = rng.random(n + 2, "f4"), rng.random(3, "f4"), nans(n)
     library("tile.cu", mode)("tile", x, w, y, n, a2=OUTPUT)
     np.testing.assert_allclose(y, np.convolve(x, w[::-1], "valid"), rtol=1e-5)
+
+
+@pytest.mark.long
+def test_a_compiler_that_looks_for_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some distributions' define _FORTIFY_SOURCE. It ends the process."""
+    compiler = os.environ["CONVGEN_TEST_CXX"]
+    monkeypatch.setenv("CXX", f"{compiler} -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=3")
+    fortified = Library(compile_sources("plain", {"tile.cu": (FOLDER / "tile.cu").read_text()}))
+    x, w, y = np.ones(66, "f4"), np.ones(3, "f4"), nans(64)
+    fortified("tile", x, w, y, 64, a2=OUTPUT)
+    assert (y == 3).all()
 
 
 @pytest.mark.parametrize("mode", IN_PROCESS)

@@ -18,6 +18,7 @@ from convgen.building.build import build
 from convgen.checking import interpret
 from convgen.codegen.render import TEMPLATES
 from convgen.engines import abi
+from convgen.engines.implicit_gemm.common import HEADERS
 from convgen.spec import ConvSpec
 
 pytestmark = pytest.mark.gpu
@@ -101,11 +102,15 @@ def test_engines_give_the_gpus_bits(spec: ConvSpec, dtype: str) -> None:
 def compile_both(source: str) -> tuple[ctypes.CDLL, Library]:
     """A hand-written source, for the GPU and interpreted."""
     headers = {file.name: file.read_text() for file in (TEMPLATES / "cuda").rglob("*.cuh")}
-    headers["convgen_abi.h"] = (TEMPLATES / "common" / "convgen_abi.h").read_text()
+    headers |= {name: (TEMPLATES / path).read_text() for name, path in HEADERS.items()}
     text = (FOLDER / source).read_text()
-    architecture = "90a" if source == "sm90.cu" else "80"
+    # Beside the headers that it includes, whose own lie a folder above.
+    place, architecture = source, "80"
+    if source in ("sm90.cu", "maps.cu"):
+        place, architecture = f"implicit_gemm/{source}", "90a" if source == "sm90.cu" else "80"
+        headers["implicit_gemm/convgen_abi.h"] = headers["convgen_abi.h"]
     return (
-        compile_for_gpu("test", {**headers, source: text}),
+        compile_for_gpu("test", {**headers, place: text}),
         Library(compile_sources("plain", {source: text}, architecture)),
     )
 
