@@ -11,6 +11,10 @@ struct Deal {
   double clocks;  // of the products and of the partial sums
 };
 
+// Pairs whose CTAs do not begin with them meet the same positions at different times, and what
+// level 2 does not keep is read from memory again: about so much longer it takes.
+constexpr double UNALIGNED_CLOCKS = 1.1;
+
 // The quickest: either all multiprocessors have the same number of units, and a pair's sums are
 // those of several CTAs, which have parts of two pairs; or each pair has CTAs of its own, which
 // leaves fewer sums to be written and read again.
@@ -19,16 +23,16 @@ inline Deal deal_units(int64_t pairs, int64_t positions, double unit_clocks, dou
   const int64_t units = pairs * positions;
   Deal best = {0, 1e30};
   if (units == 0) return best;
-  const auto consider = [&](int64_t ctas, int64_t partials) {
+  const auto consider = [&](int64_t ctas, int64_t partials, double longer) {
     const double clocks =
-        ceil_div(units, ctas) * unit_clocks +
+        longer * ceil_div(units, ctas) * unit_clocks +
         2 * partials * partial_bytes / (LEVEL2_BYTES_PER_CLOCK / 2 * multiprocessors);
     if (clocks < best.clocks) best = {static_cast<int>(ctas), clocks};
   };
   const int64_t all = units < multiprocessors ? units : multiprocessors;
-  consider(all, all + pairs);
+  consider(all, all + pairs, UNALIGNED_CLOCKS);
   for (int64_t own = 1; own <= positions && own * pairs <= multiprocessors; ++own) {
-    consider(own * pairs, own * pairs);
+    consider(own * pairs, own * pairs, 1);
   }
   return best;
 }

@@ -151,63 +151,43 @@ __device__ __forceinline__ void finish_sums(const Tiling& t, const Output& out, 
       });
 }
 
-// 16 bits, channels side by side: transposed into buffers, which TMA copies out. A row is a
-// position with 64 channels, or with 32 where there are no more; its 16-byte vectors are swizzled
-// as TMA expects. Either there is a buffer for each part of a tile, and all of it leaves at once,
-// or there are two.
+// 16 bits, channels side by side: transposed into one of two buffers, which TMA copies out. A row
+// is a position with 64 channels, or with 32 where there are no more; its 16-byte vectors are
+// swizzled as TMA expects.
 template <typename T, int LINES>
 __device__ __forceinline__ void store_by_tma(const Tiling& t, const TensorMap& map,
                                              const Tile& tile, unsigned char* buffers,
                                              const float (&sums)[4 * LINES]) {
   // A group may end before a consumer's channels begin: those behind it are the next group's.
   if (tile.channel >= t.output_channels) return;
-  constexpr int PARTS = LINES / STORE_LINES;
   const int thread = threadIdx.x % WARPGROUP, lane = thread % 32, warp = thread / 32;
   const int barrier = 1 + threadIdx.x / WARPGROUP;
-  const bool is_narrow = t.output_channels <= BLOCK_M / 2, at_once = t.store_buffers == PARTS;
-  const int channel = tile.group * t.output_channels + tile.channel;
-  const auto buffer_of = [&](int part) {
-    return buffers + (at_once ? part : part % 2) * STORE_BYTES;
-  };
-  const auto acquire = [&] {
-    if (thread == 0 && at_once) tma_store_wait_read<0>();
-    if (thread == 0 && !at_once) tma_store_wait_read<1>();
-    named_barrier_sync(barrier, WARPGROUP);
-  };
-  const auto end_writes = [&] {
-    bulk_fence();
-    named_barrier_sync(barrier, WARPGROUP);
-  };
-  const auto store = [&](int part) {
-    int n, d, h, w;
-    position_of(t, tile, 8 * STORE_LINES * part, n, d, h, w);
-    tma_store(map, buffer_of(part), channel, w, h, d, n);
-    if (t.fold == 2) tma_store(map, buffer_of(part) + STORE_BYTES / 2, channel, w, h, d + 1, n);
-    tma_store_commit();
-  };
-  if (at_once) acquire();
+  const bool is_narrow = t.output_channels <= BLOCK_M / 2;
 #pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    if (!at_once) acquire();
+  for (int first = 0; first < LINES; first += STORE_LINES) {
+    unsigned char* const buffer = buffers + first / STORE_LINES % 2 * STORE_BYTES;
+    if (thread == 0) tma_store_wait_read<1>();
+    named_barrier_sync(barrier, WARPGROUP);
 #pragma unroll
     for (int j = 0; j < STORE_LINES; ++j) {
-      const float* const v = sums + 4 * (STORE_LINES * part + j);
+      const float* const v = sums + 4 * (first + j);
       const int row = 8 * j + lane % 8, vector = 2 * warp + lane / 8 % 2;
       const int wide = row * 128 + ((vector ^ (row % 8)) << 4);
       const int narrow =
           warp / 2 * (STORE_BYTES / 2) + row * 64 + ((vector % 4 ^ (row / 2 % 4)) << 4);
-      store_matrices<true>(buffer_of(part) + (is_narrow ? narrow : wide),
-                           narrow_pair<T>(v[0], v[1]), narrow_pair<T>(v[2], v[3]));
+      store_matrices<true>(buffer + (is_narrow ? narrow : wide), narrow_pair<T>(v[0], v[1]),
+                           narrow_pair<T>(v[2], v[3]));
     }
-    if (!at_once) {
-      end_writes();
-      if (thread == 0) store(part);
+    bulk_fence();
+    named_barrier_sync(barrier, WARPGROUP);
+    if (thread == 0) {
+      int n, d, h, w;
+      position_of(t, tile, 8 * first, n, d, h, w);
+      const int channel = tile.group * t.output_channels + tile.channel;
+      tma_store(map, buffer, channel, w, h, d, n);
+      if (t.fold == 2) tma_store(map, buffer + STORE_BYTES / 2, channel, w, h, d + 1, n);
+      tma_store_commit();
     }
-  }
-  if (at_once) {
-    end_writes();
-#pragma unroll 1
-    for (int part = 0; thread == 0 && part < PARTS; ++part) store(part);
   }
 }
 

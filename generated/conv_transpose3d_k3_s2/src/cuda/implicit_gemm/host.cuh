@@ -297,12 +297,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
           clocks += LAUNCH_CLOCKS + 8.0 * splits * output_elements() /
                                         (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors);
         }
-        if (clocks >= best_.clocks) continue;
-        // What leaves at once takes the time of a tile of few products, but leaves less for rings.
-        t.store_buffers = products < 16 * TILE_CLOCKS ? LINES / STORE_LINES : 2;
-        bool fits = stages<Slab, LINES>(t);
-        if (!fits && t.store_buffers > 2) t.store_buffers = 2, fits = stages<Slab, LINES>(t);
-        if (fits) {
+        if (clocks < best_.clocks && stages<Slab, LINES>(t)) {
           best_ = {t, t, KIND<Slab>, LINES, clocks};
           if (t.fold == 2) {
             Tiling& u = best_.unfolded;
@@ -318,7 +313,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   template <typename Slab, int LINES>
   bool stages(Tiling& t) const {
     int left = limits_.shared_bytes - static_cast<int>(sizeof(SharedStorage)) - ATOM_BYTES -
-               CONSUMERS * output_stage_bytes<LINES>(t, epilogue_of(t));
+               CONSUMERS * output_stage_bytes<LINES>(epilogue_of(t));
     const int slab = SLAB_STAGE_BYTES<Slab>, weight = weight_stage_bytes(t);
     if constexpr (Slab::HALO) {
       // A few taps' weights, as many slabs as fit, and weights again. Slabs are released once the
@@ -446,7 +441,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       const int shared_bytes = static_cast<int>(sizeof(SharedStorage)) + ATOM_BYTES +
                                t.slab_stages * SLAB_STAGE_BYTES<Slab> +
                                t.weight_stages * weight_stage_bytes(t) +
-                               CONSUMERS * output_stage_bytes<LINES>(t, out.epilogue);
+                               CONSUMERS * output_stage_bytes<LINES>(out.epilogue);
       const int grid = t.tiles < limits_.multiprocessors ? t.tiles : limits_.multiprocessors;
       if constexpr (Conv::HAS_EPILOGUE) {
         using Finish = typename Conv::Finish;

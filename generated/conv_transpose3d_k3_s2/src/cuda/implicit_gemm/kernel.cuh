@@ -293,7 +293,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     } else if constexpr (sizeof(T) == 2) {
       if (out.epilogue == Epilogue::TMA) {
         store_by_tma<T, LINES>(t, output_maps.of[tile.phase], tile,
-                               staged + consumer * t.store_buffers * STORE_BYTES, sums);
+                               staged + consumer * 2 * STORE_BYTES, sums);
       } else {
         mbarrier_wait(&shared.staged_empty[consumer], staged_phase);
         staged_phase ^= 1;

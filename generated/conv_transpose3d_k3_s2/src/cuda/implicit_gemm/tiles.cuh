@@ -51,9 +51,8 @@ struct Tiling {
   int first_tap, tap_step;  // of the weights' map, in the order of the gather
   int input_depth;
   int slab_stages, weight_stages;
-  int slab_bytes;     // of one load: as its box says
-  int store_buffers;  // of a consumer, for TMA: of a whole tile, or two
-  bool rounds;        // whether slabs are rounded to TF32 in shared memory
+  int slab_bytes;  // of one load: as its box says
+  bool rounds;     // whether slabs are rounded to TF32 in shared memory
   // Of a strided dgrad: those with most taps first, and in how many places all tiles of one phase
   // precede the next one's.
   unsigned char phases[MOST_PHASES];
@@ -142,8 +141,8 @@ template <int LINES>
 constexpr int STAGED_PITCH = LINES | 1;
 
 template <int LINES>
-int output_stage_bytes(const Tiling& t, Epilogue epilogue) {
-  return epilogue == Epilogue::TMA      ? t.store_buffers * STORE_BYTES
+constexpr int output_stage_bytes(Epilogue epilogue) {
+  return epilogue == Epilogue::TMA      ? 2 * STORE_BYTES
          : epilogue == Epilogue::STAGED ? BLOCK_M * STAGED_PITCH<LINES> * 16
                                         : 0;
 }

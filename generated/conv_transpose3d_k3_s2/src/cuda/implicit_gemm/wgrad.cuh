@@ -39,21 +39,30 @@ struct TapLines {
   static constexpr int GROUPS = (LINES + WGRAD_CONSUMERS - 1) / WGRAD_CONSUMERS;
 };
 
+// K blocks of all pairs of blocks (of channels and of taps), as they are dealt out to CTAs.
+struct DealtUnits {
+  int positions;  // K blocks of a pair
+  int units;      // pairs x K blocks
+  int ctas;
+
+  __host__ __device__ int first_unit(int cta) const {
+    return static_cast<int>(int64_t{units} * cta / ctas);
+  }
+  // Which CTA has a unit.
+  __host__ __device__ int cta_of(int unit) const {
+    return static_cast<int>(((int64_t{unit} + 1) * ctas - 1) / units);
+  }
+};
+
 // How a call is dealt out.
-struct WgradTiling {
+struct WgradTiling : DealtUnits {
   int tiles_w, tiles_h, depth, batch;          // tiles of one pair of blocks
   int last_w, last_h;                          // where the last tiles begin
   int step_w, step_h;                          // from tile to tile
   int groups, coarse_channels, fine_channels;  // of a group
   int coarse_pitch, fine_pitch;                // channels from one group's first to the next one's
   int coarse_blocks, fine_blocks;              // of a group's channels
-  int positions;                               // tiles of one pair of blocks
-  int units;                                   // pairs x tiles
-  int ctas, stages;
-
-  __host__ __device__ int first_unit(int cta) const {
-    return static_cast<int>(int64_t{units} * cta / ctas);
-  }
+  int stages;
 };
 
 // A stage: the coarse box, then the fine one.
@@ -276,12 +285,8 @@ __global__ void __launch_bounds__(PACK_THREADS)
   };
   for (int i = threadIdx.x; i < TAP_GROUPS; i += PACK_THREADS) {
     // The CTAs that had units of the pair.
-    const int first = pair_of(i) * t.positions, end = first + t.positions;
-    int cta = static_cast<int>(int64_t{first} * t.ctas / t.units);
-    while (t.first_unit(cta + 1) <= first) ++cta;
-    first_cta[i] = cta;
-    while (t.first_unit(cta + 1) < end) ++cta;
-    last_cta[i] = cta;
+    const int first = pair_of(i) * t.positions;
+    first_cta[i] = t.cta_of(first), last_cta[i] = t.cta_of(first + t.positions - 1);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < taps * CHANNELS / 4; i += PACK_THREADS) {
@@ -297,7 +302,7 @@ __global__ void __launch_bounds__(PACK_THREADS)
     const int cta = first_cta[tap_group], count = last_cta[tap_group] - cta + 1;
     const float* from = partials + (int64_t{cta} + pair_of(tap_group)) * PARTIALS + within;
     float4 sum = *reinterpret_cast<const float4*>(from);
-#pragma unroll 4
+#pragma unroll 8
     for (int more = 1; more < count; ++more) {
       const float4 x = *reinterpret_cast<const float4*>(from + more * PARTIALS);
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;

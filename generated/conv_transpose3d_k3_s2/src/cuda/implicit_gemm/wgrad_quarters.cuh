@@ -67,17 +67,11 @@ struct QuarterTaps {
 };
 
 // How a call is dealt out.
-struct QuarterTiling {
+struct QuarterTiling : DealtUnits {
   int tiles_w, tiles_h, depth, samples;        // tiles of one pair of blocks; samples x residues
   int groups, coarse_channels, fine_channels;  // of a group
   int coarse_blocks, fine_blocks;              // of a group's channels
-  int positions;                               // tiles of one pair of blocks
-  int units;                                   // pairs x tiles
-  int ctas, stages;
-
-  __host__ __device__ int first_unit(int cta) const {
-    return static_cast<int>(int64_t{units} * cta / ctas);
-  }
+  int stages;
 };
 
 // Partial sums of a CTA, [consumer][tap of a product][coarse channel][fine channel].
@@ -356,12 +350,8 @@ __global__ void __launch_bounds__(PACK_THREADS)
   };
   for (int i = threadIdx.x; i < TAP_GROUPS; i += PACK_THREADS) {
     // The CTAs that had units of the pair.
-    const int first = pair_of(i) * t.positions, end = first + t.positions;
-    int cta = static_cast<int>(int64_t{first} * t.ctas / t.units);
-    while (t.first_unit(cta + 1) <= first) ++cta;
-    first_cta[i] = cta;
-    while (t.first_unit(cta + 1) < end) ++cta;
-    last_cta[i] = cta;
+    const int first = pair_of(i) * t.positions;
+    first_cta[i] = t.cta_of(first), last_cta[i] = t.cta_of(first + t.positions - 1);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < taps * CHANNELS / 4; i += PACK_THREADS) {
