@@ -8,16 +8,17 @@ deterministic algorithms) is on; they take turns, and medians count. On a GPU ca
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convgen.measuring.reference import agreement
+from convgen.measuring.reference import Reference, agreement
 from convgen.measuring.timing import Clock, spread
 from convgen.measuring.trial import LIMITS
 from convgen.models import layers
@@ -43,7 +44,8 @@ class Times:
     torch_ms: Pair
     convgen_ms: Pair
     agrees: bool
-    """Whether all results are torch's within twice the rounding of the dtype."""
+    """Whether all results are torch's within twice the rounding of the dtype, or it is torch's that
+    are off."""
 
     @property
     def wins(self) -> bool:
@@ -77,7 +79,7 @@ def measure(
         grad_output = torch.randn(shape, device=case.device).to(dtype) if wrt else None
         runs = [_Run(each, operands, wrt, grad_output, clock) for each in calls]
         theirs, *ours = (run.results() for run in runs)
-        agrees = all(agreement(each, theirs).worst <= 2 * limit(case) for each in ours)
+        agrees = all(_agree(case, each, theirs, operands, grad_output) for each in ours)
         del theirs, ours
         end = time.monotonic() + seconds
         start = time.monotonic()
@@ -92,6 +94,41 @@ def measure(
                 run.once()
     medians = [run.medians() for run in runs]
     return Times(medians[0], medians[1] if function else (0.0, 0.0), agrees)
+
+
+def _agree(
+    case: Case,
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    operands: list[Tensor | None],
+    grad_output: Tensor | None,
+) -> bool:
+    """Whether results are torch's, but for its own errors.
+
+    cuDNN's gradient of a weight loses digits where each element sums up millions of terms: 3e-3 of
+    its norm in TF32, ten times what its operands' rounding explains. float64 tells who is off.
+    """
+    most = limit(case)
+    apart = {name: off for name, off in asdict(agreement(ours, theirs)).items() if off > 2 * most}
+    if not apart:
+        return True
+    if not all(map(math.isfinite, apart.values())):
+        return False
+    if grad_output is None:
+        grad_output = torch.zeros(case.output_shape, device=case.device)
+    rounded = [
+        each if each is None or case.autocast is None else each.to(case.autocast)
+        for each in operands
+    ]
+    x, weight, bias = rounded
+    assert x is not None
+    assert weight is not None
+    exact = Reference(case.spec, x.detach(), weight.detach(), bias, grad_output)
+    errors = {
+        name: (exact.error_of(name, ours[name]), exact.error_of(name, theirs[name]))
+        for name in apart
+    }
+    return all(mine <= most < its for mine, its in errors.values())
 
 
 def torch_function(case: Case) -> Callable[..., Tensor]:

@@ -175,6 +175,28 @@ class TestMeasured:
             )
             assert not wrong.agrees
 
+    @pytest.mark.parametrize("off", ["output", "grad_weight"])
+    def test_where_torch_is_off_convgen_may_differ(
+        self, off: str, package: Package, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As cuDNN's gradients of weights are, of millions of positions."""
+        up = package("conv_transpose1d", **LAYERS["conv_transpose1d"])
+        model, x = made(Waves)
+        (case,) = captured(model, x)["ups.0"]
+
+        def inexact(x: torch.Tensor, w: torch.Tensor, *rest: Any, **constants: Any) -> Any:
+            if off == "output":
+                return up.conv_transpose1d(x, w, *rest, **constants) * 1.001
+            # The gradient alone: the value stays.
+            w = w + (1.001 * w - (1.001 * w).detach()) - (w - w.detach())
+            return up.conv_transpose1d(x, w, *rest, **constants)
+
+        exact = up.conv_transpose1d
+        monkeypatch.setattr(beside, "torch_function", lambda case: inexact)
+        assert beside.measure(case, exact, HostClock(), 0.01).agrees
+        monkeypatch.setattr(beside, "torch_function", lambda case: exact)
+        assert not beside.measure(case, inexact, HostClock(), 0.01).agrees
+
 
 class TestPackages:
     def test_layers_that_differ_in_output_padding_share_one(self) -> None:

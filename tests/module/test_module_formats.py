@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 from typing import Any
 
@@ -87,3 +88,40 @@ def test_one_dimensional_results_are_contiguous(package: Package) -> None:
     y = module.conv1d(x, w)
     assert y.is_contiguous()
     torch.testing.assert_close(y, F.conv1d(x, w), rtol=1e-4, atol=1e-4)
+
+
+LAYERS_OF_ONE: dict[str, dict[str, int]] = {
+    "conv2d": {"kernel_size": 3},
+    "conv_transpose2d": {"kernel_size": 2, "stride": 2},
+    "conv3d": {"kernel_size": 3},
+}
+
+
+@pytest.mark.parametrize("op", LAYERS_OF_ONE)
+def test_one_channel_lies_as_its_strides_say(op: str, package: Package) -> None:
+    """Tensors of one channel are contiguous and channels_last at once: torch goes by strides."""
+    module = package(op, **LAYERS_OF_ONE[op])
+    ndim, taps = int(op[-2]), LAYERS_OF_ONE[op]["kernel_size"]
+    last = FORMATS[ndim]
+    constants = {"stride": LAYERS_OF_ONE[op].get("stride", 1)}
+    for given, made, x_last, w_last, extent in itertools.product(
+        (1, 3), (1, 4), (False, True), (False, True), (5, taps)
+    ):
+        shape = (given, made) if "transpose" in op else (made, given)
+        x, w = torch.randn(2, given, *[extent] * ndim), torch.randn(*shape, *[taps] * ndim)
+        x = (x.to(memory_format=last) if x_last else x).requires_grad_()
+        w = (w.to(memory_format=last) if w_last else w).requires_grad_()
+        results = [getattr(each, op)(x, w, **more) for each, more in ((F, constants), (module, {}))]
+        theirs, ours = results
+        assert ours.stride() == theirs.stride(), (x.stride(), w.stride())
+        torch.testing.assert_close(ours, theirs)
+        if extent == 5:
+            operators = getattr(torch.ops, module._operators.NAMESPACE)
+            first = operators.dgrad if "transpose" in op else operators.fprop
+            operands = (x.detach(), w.detach(), None, ours.shape[2:])
+            opcheck(first.default, operands, test_utils=("test_faketensor",))
+            grad = torch.randn_like(theirs)
+            pairs = zip(*(torch.autograd.grad(y, (x, w), grad) for y in results), strict=True)
+            for theirs, ours in pairs:
+                assert ours.stride() == theirs.stride(), (x.stride(), w.stride())
+                torch.testing.assert_close(ours, theirs)
