@@ -24,6 +24,7 @@ from ._layouts import (
     as_last,
     last_strides,
     layout_of,
+    lie_first,
     lies_last,
     new_result,
 )
@@ -165,8 +166,8 @@ plans: dict[tuple[Any, ...], _Plan] = {}
 
 
 def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
-    lie_first = fine.is_contiguous() and weight.is_contiguous()
-    layout = 0 if lie_first else layout_of(fine, weight, (FINE, WEIGHT, COARSE))
+    all_first = lie_first(fine, weight)
+    layout = 0 if all_first else layout_of(fine, weight, (FINE, WEIGHT, COARSE))
     key = key_of("fprop", fine, weight, bias, size, layout)
     if (plan := plans.get(key)) is None:
         if other := elsewhere(fine, weight):
@@ -182,7 +183,7 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
         coarse = new_tensor(fine, shape, strides)
     if launch is None:
         return bias_alone(coarse, bias)
-    if not lie_first:
+    if not all_first:
         fine, weight = arranged(fine), arranged(weight)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
@@ -193,8 +194,8 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
 def dgrad_kernel(
     coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> Tensor:
-    lie_first = coarse.is_contiguous() and weight.is_contiguous()
-    layout = 0 if lie_first else layout_of(coarse, weight, (COARSE, WEIGHT, FINE))
+    all_first = lie_first(coarse, weight)
+    layout = 0 if all_first else layout_of(coarse, weight, (COARSE, WEIGHT, FINE))
     key = key_of("dgrad", coarse, weight, bias, size, layout)
     if (plan := plans.get(key)) is None:
         if other := elsewhere(coarse, weight):
@@ -210,7 +211,7 @@ def dgrad_kernel(
         fine = new_tensor(coarse, shape, strides)
     if launch is None:
         return bias_alone(fine, bias)
-    if not lie_first:
+    if not all_first:
         coarse, weight = arranged(coarse), arranged(weight)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
@@ -219,8 +220,8 @@ def dgrad_kernel(
 
 
 def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
-    lie_first = coarse.is_contiguous() and fine.is_contiguous()
-    layout = 0 if lie_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
+    all_first = lie_first(coarse, fine)
+    layout = 0 if all_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
     key = key_of("wgrad", coarse, fine, None, (), layout)
     if (plan := plans.get(key)) is None:
         if other := elsewhere(coarse, fine):
@@ -236,7 +237,7 @@ def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
         weight = new_tensor(coarse, shape, strides)
     if launch is None:
         return weight.zero_()
-    if not lie_first:
+    if not all_first:
         coarse, fine = arranged(coarse), arranged(fine)
     launch.run(coarse, fine, weight, None)
     return weight
@@ -266,8 +267,8 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
 def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     if not coarse.is_cpu or INTERPRETED:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
-    lie_first = coarse.is_contiguous() and fine.is_contiguous()
-    layout = 0 if lie_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
+    all_first = lie_first(coarse, fine)
+    layout = 0 if all_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
     key = key_of("wbgrad", coarse, fine, None, (), layout)
     if (plan := plans.get(key)) is None:
         if other := elsewhere(coarse, fine):
@@ -279,7 +280,7 @@ def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     bias = new_tensor(coarse, (fine.shape[1],), (1,) if strides else ())
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
-    if not lie_first:
+    if not all_first:
         coarse, fine = arranged(coarse), arranged(fine)
     launch.run(coarse, fine, weight, bias)
     return weight, bias

@@ -21,8 +21,37 @@ COARSE, FINE, WEIGHT = 1, 2, 4  # ConvgenOperand: tensors whose channels lie sid
 
 
 def lies_last(tensor: Tensor) -> bool:
-    """Whether a tensor that is not contiguous has its channels side by side."""
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=CHANNELS_LAST)
+    """Whether a tensor has its channels side by side, as torch reads it off the strides.
+
+    Of one channel, or one position, contiguous tensors have, too.
+    """
+    if tensor.dim() != 5 or not tensor.is_contiguous(memory_format=CHANNELS_LAST):
+        return False
+    return not tensor.is_contiguous() or _strides_say_last(tensor.shape, tensor.stride())
+
+
+def _strides_say_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """What torch takes for channels_last: is_strides_like_channels_last of c10/core/MemoryFormat.h.
+
+    What could be either is contiguous.
+    """
+    least = 0
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * shape[axis]
+    return strides[1] != 0
+
+
+def lie_first(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are contiguous, and certainly not channels_last as well."""
+    return (
+        first.is_contiguous()
+        and second.is_contiguous()
+        and first.dim() == second.dim() == 5
+        and (first.stride(1) != 1 or (first.stride(-1) == 1 and first.shape[1] > 1))
+        and (second.stride(1) != 1 or (second.stride(-1) == 1 and second.shape[1] > 1))
+    )
 
 
 def new_result(shape: Sequence[int], first: Tensor, second: Tensor) -> Tensor:
@@ -53,7 +82,7 @@ def arranged(tensor: Tensor) -> Tensor:
 def as_first(tensor: Tensor) -> Tensor:
     """A contiguous tensor, for kernels that take such ones alone."""
     # A copy by torch takes three to six times as long.
-    if tensor.device.type == "cuda" and lies_last(tensor):
+    if tensor.device.type == "cuda" and not tensor.is_contiguous() and lies_last(tensor):
         positions = prod(tensor.shape[2:])
         result = tensor.new_empty(size=tensor.shape)
         return transpose(tensor, result, tensor.shape[0], positions, tensor.shape[1])
