@@ -132,7 +132,8 @@ class QuarterWgrad(Family[QuarterSizes]):
 
     def candidates(self, problem: Problem) -> list[Candidate[QuarterSizes]]:
         lines = self.default(problem).lines
-        return [Candidate(QuarterSizes(each), "") for each in (lines, *((one,) for one in lines))]
+        sizes = dict.fromkeys((lines, *((one,) for one in lines)))
+        return [Candidate(QuarterSizes(each), "") for each in sizes]
 
     def refusal(self, plan: Plan[QuarterSizes], architectures: Iterable[str] = ()) -> str:
         lines, known = plan.schedule.lines, self.default(plan.problem).lines
