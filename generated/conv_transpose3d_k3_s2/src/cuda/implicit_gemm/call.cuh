@@ -50,7 +50,7 @@ struct Plan {
   Tiling unfolded;
   SlabKind slab;
   int lines;
-  double clocks;
+  double clocks = 1e30;
 };
 
 // Phases share what they read: as many places as stay in the L2 cache have the tiles of the phase
@@ -71,6 +71,18 @@ void order_phases(Tiling& t, int64_t places, double input_bytes, int multiproces
   t.places = static_cast<int>(places);
   t.phase_places =
       static_cast<int>(waves * multiprocessors < places ? waves * multiprocessors : places);
+}
+
+// Extents and strides of an output.
+inline void lay_out(Output& out, int64_t batch, int64_t channels, const int64_t (&extent)[3],
+                    bool channels_last) {
+  out.width = static_cast<int>(extent[2]), out.height = static_cast<int>(extent[1]);
+  out.depth = static_cast<int>(extent[0]), out.batch = static_cast<int>(batch);
+  out.stride_n = channels * extent[0] * extent[1] * extent[2];
+  out.stride_c = channels_last ? 1 : out.stride_n / channels;
+  out.stride_w = channels_last ? channels : 1;
+  out.stride_h = extent[2] * out.stride_w, out.stride_d = extent[1] * out.stride_h;
+  out.elements = batch * out.stride_n;
 }
 
 inline int ceil_log2(int64_t x) {

@@ -13,8 +13,7 @@ template <typename T, typename Conv, bool COARSE_INPUT, int... HALO_LINES, int..
 class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES...>> {
  public:
   static constexpr int BLOCK_K = ROW_BYTES / sizeof(T), STEP_K = STEP_BYTES / sizeof(T);
-  static constexpr int VECTOR = 16 / sizeof(T);
-  static constexpr int TAPS = Conv::TAPS;
+  static constexpr int VECTOR = 16 / sizeof(T), TAPS = Conv::TAPS;
   static constexpr bool MN = Conv::WEIGHTS == Major::MN;
   static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
   // A halo of one tap in a plane is a tap slab as well; and a slab must leave room for two.
@@ -50,7 +49,6 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     padded_ = round_up(input_channels_, multiple);
     const bool as_it_lies = call.input_channels_last && padded_ == input_channels_;
     const bool by_channels = !call.input_channels_last && reads_channels();
-    best_.clocks = 1e30;
     // Phases lie apart: what lies along W would leave element by element. None is empty.
     if (PHASED && !(call.input_channels_last && call.output_channels_last)) return;
     for (int i = 0; i < 3; ++i) {
@@ -130,11 +128,10 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   }
   double expected_ms() const {
     double clocks = best_.clocks;
-    const int64_t* e = call_.input_extent;
-    // A pack reads and writes what it packs: 25 bytes per clock and multiprocessor.
+    // A pack reads and writes what it packs: 18 bytes per clock and multiprocessor.
     if (packs_input_) {
-      clocks += LAUNCH_CLOCKS + 2.0 * call_.batch * call_.input_channels * e[0] * e[1] * e[2] *
-                                    sizeof(T) / (18.0 * limits_.multiprocessors);
+      clocks +=
+          LAUNCH_CLOCKS + 2.0 * input_elements() * sizeof(T) / (18.0 * limits_.multiprocessors);
     }
     return clocks / CLOCKS_PER_MS;
   }
@@ -397,20 +394,10 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   }
 
   Output output_of(float* partials) const {
-    const int64_t* e = call_.output_extent;
     Output out = {};
     out.address = call_.output, out.partials = partials, out.bias = call_.bias;
-    out.width = static_cast<int>(e[2]), out.height = static_cast<int>(e[1]);
-    out.depth = static_cast<int>(e[0]), out.batch = static_cast<int>(call_.batch);
-    out.elements = output_elements();
-    const int64_t channels = call_.output_channels;
-    if (call_.output_channels_last) {
-      out.stride_c = 1, out.stride_w = channels;
-    } else {
-      out.stride_c = e[0] * e[1] * e[2], out.stride_w = 1;
-    }
-    out.stride_h = e[2] * out.stride_w, out.stride_d = e[1] * out.stride_h;
-    out.stride_n = channels * e[0] * e[1] * e[2];
+    lay_out(out, call_.batch, call_.output_channels, call_.output_extent,
+            call_.output_channels_last);
     if (samples_are_planes()) {
       out.depth = out.batch, out.stride_d = out.stride_n, out.batch = 1;
     }
@@ -421,7 +408,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if (out.stride_w == 1) {
       const bool partial = out.epilogue == Epilogue::PARTIAL;
       const void* const base = partial ? partials : out.address;
-      out.vector = access_elements(base, e[2], partial ? 4 : sizeof(T),
+      out.vector = access_elements(base, out.width, partial ? 4 : sizeof(T),
                                    out.epilogue == Epilogue::STAGED ? 8 : 2);
     }
     return out;
