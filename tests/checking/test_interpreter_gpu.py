@@ -106,8 +106,8 @@ def compile_both(source: str) -> tuple[ctypes.CDLL, Library]:
     text = (FOLDER / source).read_text()
     # Beside the headers that it includes, whose own lie a folder above.
     place, architecture = source, "80"
-    if source in ("sm90.cu", "maps.cu"):
-        place, architecture = f"implicit_gemm/{source}", "90a" if source == "sm90.cu" else "80"
+    if source == "sm90.cu":
+        place, architecture = f"implicit_gemm/{source}", "90a"
         headers["implicit_gemm/convgen_abi.h"] = headers["convgen_abi.h"]
     return (
         compile_for_gpu("test", {**headers, place: text}),
