@@ -264,8 +264,7 @@ def prepare(
     suits = 8 * channels[0] * channels[1] >= padded[0] * padded[1]
     mode = _math_mode(device, dtype, precision)
     if mode is not None and contraction != "bgrad" and suits:
-        name = f"{contraction}_{mode}"
-        if name in IMPLICIT_GEMMS:
+        if (name := f"{contraction}_{mode}") in IMPLICIT_GEMMS:
             expected = library[f"convgen_{name}_implicit_gemm_expected"]
             expected.argtypes, expected.restype = [ctypes.c_char_p], ctypes.c_int64
             if expected(bytes(_POINTERS.size) + numbers) >= 0:

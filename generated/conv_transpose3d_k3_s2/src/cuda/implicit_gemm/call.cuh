@@ -37,6 +37,14 @@ constexpr double LAUNCH_CLOCKS = 3500;         // of another kernel behind this 
 constexpr double LEVEL2_BYTES = 50 << 20;      // that stay there
 constexpr double CLOCKS_PER_MS = 1.72e6;
 
+// Contiguous tensors are packed first. As measured on an H200, that pays from so many channels of a
+// group on, of the tensor with fewer, and from so many channels times taps.
+template <typename T>
+constexpr int PAYING_CHANNELS = sizeof(T) == 4 ? 64 : 32;
+constexpr int PAYING_PRODUCTS = 256, PAYING_WGRAD_PRODUCTS = 1728;
+// Of TF32's wgrad, where other kernels have channels_last tensors transposed.
+constexpr int PAYING_LAST_PRODUCTS = 864;
+
 constexpr int64_t FLAG_BYTES = 1024;  // behind packed weights: see Plan::unfolded
 
 // See tiles.cuh.

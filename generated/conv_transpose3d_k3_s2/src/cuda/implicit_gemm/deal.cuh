@@ -6,6 +6,13 @@
 
 namespace convgen {
 
+// Channels of a group, of the tensor with fewer, times taps: what packs are weighed against.
+template <typename Conv>
+int64_t least_products(const ConvgenCall& call) {
+  const int64_t coarse = call.coarse_channels, fine = call.fine_channels;
+  return (coarse < fine ? coarse : fine) / Conv::GROUPS * Conv::TAPS;
+}
+
 struct Deal {
   int ctas;
   double clocks;  // of the products and of the partial sums

@@ -88,7 +88,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   bool pays() const {
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
     return call_.call->channels_last || reads_channels() ||
-           (least >= (sizeof(T) == 4 ? 64 : 32) && least * TAPS >= 256);
+           (least >= PAYING_CHANNELS<T> && least * TAPS >= PAYING_PRODUCTS);
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {

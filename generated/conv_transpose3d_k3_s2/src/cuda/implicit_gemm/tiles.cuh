@@ -47,7 +47,7 @@ struct Tiling {
   int blocks;               // K blocks of a group's input channels
   int last_steps;           // products of the last one, 1 to 4
   int splits;               // of K
-  int tiles;                // of all CTAs: positions x channel blocks x groups x splits
+  int tiles;                // of all CTAs: positions x channel blocks x groups x phases or splits
   int first_tap, tap_step;  // of the weights' map, in the order of the gather
   int input_depth;
   int slab_stages, weight_stages;
@@ -263,6 +263,7 @@ struct Planes {
   }
   // The part of them in all tiles.
   double met(const Tiling& t) const {
+    if constexpr (!Slab::HALO || Conv::KERNEL_D == 1) return 1;
     int reached = 0;
     for (int i = 0; i < t.tiles_d; ++i) {
       const Reach r = reach(t, i * t.position_groups * t.fold);

@@ -31,10 +31,8 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
   bool found() const { return clocks_ < 1e30; }
   // Whether what packing contiguous tensors takes is made up for, as measured on an H200.
   bool pays() const {
-    const int64_t least =
-        call_.coarse_channels < call_.fine_channels ? call_.coarse_channels : call_.fine_channels;
     return (call_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE)) ||
-           least / Conv::GROUPS * Conv::TAPS >= 1728;
+           least_products<Conv>(call_) >= PAYING_WGRAD_PRODUCTS;
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {

@@ -32,10 +32,8 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
   // Whether what the packs take is made up for, as measured on an H200. Other kernels have tensors
   // whose channels lie side by side transposed.
   bool pays() const {
-    const int64_t least =
-        call_.coarse_channels < call_.fine_channels ? call_.coarse_channels : call_.fine_channels;
     const bool last = call_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE);
-    return least / Conv::GROUPS * Conv::TAPS >= (last ? 864 : 1728);
+    return least_products<Conv>(call_) >= (last ? PAYING_LAST_PRODUCTS : PAYING_WGRAD_PRODUCTS);
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
