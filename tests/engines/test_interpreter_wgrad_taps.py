@@ -42,8 +42,8 @@ CASES: list[Case] = [
     # Rows of positions, a sample's last one cut off; several blocks of channels; fewer than a row.
     (POINT, "bf16tc", ((3, (72, 40), (8, 13)), (2, (160, 200), (4, 4)), (1, (64, 24), (16, 20)))),
     (POINT, "tf32", ((3, (72, 40), (8, 13)), (2, (100, 36), (4, 4)))),
-    # Blocks of positions that end with the output, or divide it.
-    (STRIDED, "bf16tc", ((2, (160, 72), (9, 20)), (4, (32, 24), (10, 7)))),
+    # Blocks of positions that end with the output, divide it, or are smaller than their rows.
+    (STRIDED, "bf16tc", ((2, (160, 72), (9, 20)), (3, (32, 24), (10, 7)), (1, (24, 40), (9, 9)))),
 ]
 MORE_CASES: list[Case] = [
     (spec("conv2d", 1, 2), "f16tc", ((3, (72, 40), (7, 13)),)),
@@ -51,6 +51,9 @@ MORE_CASES: list[Case] = [
     (spec("conv_transpose2d", 2, 2), "f16tc", ((2, (80, 48), (9, 9)),)),
     (spec("conv_transpose3d", 3, 2, 1, 1), "bf16tc", ((1, (24, 40), (3, 9, 8)),)),
     (spec("conv1d", 5, 3, 4, dilation=2, groups=2), "bf16tc", ((2, (64, 32), (200,)),)),
+    # Boxes of 49, 25, 54 and 60 positions: less than rows of 64, several planes and samples.
+    (STRIDED, "bf16tc", ((3, (40, 24), (14, 14)), (7, (24, 40), (9, 9)))),
+    (spec("conv3d", 3, 2, 1), "f16tc", ((2, (40, 24), (11, 12, 11)), (5, (24, 72), (5, 6, 4)))),
     (spec("conv3d", 1, groups=3), "tf32", ((2, (60, 48), (2, 4, 6)),)),
     (spec("conv1d", 1), "f16tc", ((2, (304, 264), (72,)),)),
 ]
@@ -90,13 +93,12 @@ def test_all_sizes_and_convolutions_agree_with_float64(case: Case) -> None:
 
 
 def test_a_layout_without_kernels_is_refused() -> None:
-    """Mixed layouts, TF32 with its channels side by side, and extents that no block ends with."""
+    """Mixed layouts, TF32 with its channels side by side, and lines of no multiple of 16 bytes."""
     for of, mode, layout, extents in (
         (POINT, "bf16tc", ("coarse",), (8, 8)),
         (POINT, "tf32", LAST, (8, 8)),
         (POINT, "bf16tc", (), (3, 5)),
         (STRIDED, "bf16tc", (), (16, 16)),
-        (STRIDED, "bf16tc", LAST, (9, 9)),
     ):
         given = problem(of, "wgrad", mode, extents, channels=(32, 32))
         with pytest.raises(Fault, match=r"\(-1\)"):
@@ -106,14 +108,35 @@ def test_a_layout_without_kernels_is_refused() -> None:
 @pytest.mark.parametrize("of", [STRIDED, POINT], ids=lambda of: of.name)
 def test_a_nan_reaches_the_taps_that_meet_it(of: ConvSpec) -> None:
     """Positions beyond the output are multiplied, too: they must meet zeros that are no NaNs."""
-    given = problem(of, "wgrad", "bf16tc", (18, 36), batch=2, channels=(24, 40))
-    clean = given.reference.clone()
     # Corners, the last line that is met, and beside where the last blocks begin.
-    places = [(0, 0), (17, 35), (17, 0), (0, 35), (2, 34), (16, 14), (9, 31)]
+    check_nan(of, (18, 36), 2, [(0, 0), (17, 35), (17, 0), (0, 35), (2, 34), (16, 14), (9, 31)])
+
+
+@pytest.mark.parametrize(
+    ("of", "extents", "batch"),
+    [
+        (STRIDED, (8, 8), 1),
+        pytest.param(STRIDED, (14, 10), 3, marks=pytest.mark.long),
+        pytest.param(spec("conv3d", 3, 2, 1), (6, 8, 5), 2, marks=pytest.mark.long),
+        pytest.param(spec("conv3d", (3, 1, 1), 1, (1, 0, 0)), (3, 3, 5), 3, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_a_nan_beside_a_small_output(of: ConvSpec, extents: tuple[int, ...], batch: int) -> None:
+    """Blocks as large as an output, or that end with it: none reads beyond a tap's own elements."""
+    check_nan(of, extents, batch, [(0,) * len(extents), tuple(e - 1 for e in extents)])
+
+
+def check_nan(
+    of: ConvSpec, extents: tuple[int, ...], batch: int, places: list[tuple[int, ...]]
+) -> None:
+    given = problem(of, "wgrad", "bf16tc", extents, batch=batch, channels=(24, 40))
+    clean = given.reference.clone()
     ones = {name: torch.ones(t.shape, dtype=torch.float64) for name, t in given.operands.items()}
-    for channel, (h, w) in enumerate(places):
-        given.operands["fine"][1, channel, 0, h, w] = torch.nan
-        ones["fine"][1, channel, 0, h, w] = 1e100
+    for channel, place in enumerate(places):
+        at = (batch - 1, channel, *(0,) * (3 - len(place)), *place)
+        given.operands["fine"][at] = torch.nan
+        ones["fine"][at] = 1e100
     reached = without_bias(of, "wgrad", ones) > 1e50
     assert reached.any()
     assert not reached.all()
@@ -188,8 +211,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "a block of channels too far": (
         "wgrad_taps_host",
-        "v.box[0] = BLOCK_K, v.box[1] = columns_, v.box[2] = 1;",
-        "v.box[0] = BLOCK_K, v.box[1] = columns_ / (1 + PLANTED), v.box[2] = 1;",
+        "v.box[0] = BLOCK_K, v.box[1] = best_.columns, v.box[2] = 1;",
+        "v.box[0] = BLOCK_K, v.box[1] = best_.columns / (1 + PLANTED), v.box[2] = 1;",
         r"deadlock: .* bytes are missing",
     ),
 }

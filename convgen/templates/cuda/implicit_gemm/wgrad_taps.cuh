@@ -14,7 +14,8 @@
 // kernel adds these up in order.
 //
 // Positions beyond the output must not meet elements of fine, as in wgrad.cuh: last K blocks end
-// with the output. A kernel of one tap without padding has none to meet: they are beyond fine, too.
+// with the output, unless what lies beyond it meets nothing. A K block of channels side by side is
+// a box of up to 64 positions, whatever its extents; the rows that it leaves are zeros.
 #ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH
 #define CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH
 
@@ -29,6 +30,7 @@ constexpr int ROUNDING_WARPS = 3;
 struct TapWgradTiling : DealtUnits {
   int tiles_w, tiles_h, tiles_d, tiles_n;      // K blocks of a pair
   int step_w, step_h, step_d, step_n;          // positions from one to the next
+  int rows;                                    // positions of one whose rows are channels
   int last_w, last_h;                          // where the last ones begin
   int groups, coarse_channels, fine_channels;  // of a group
   int coarse_blocks;                           // of a group's channels
@@ -89,7 +91,7 @@ __device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
     const int chunks = min(COLUMNS / CHUNK_COLUMNS, Conv::TAPS * t.fine_chunks - pair.chunk);
     // In rows of positions, all columns are one load, and those that there are not are zeros.
     const int bytes =
-        MAJOR == Major::K ? TAP_STAGE_BYTES<COLUMNS> : TAP_ROWS * ROW_BYTES + chunks * CHUNK_BYTES;
+        MAJOR == Major::K ? TAP_STAGE_BYTES<COLUMNS> : (CONSUMERS + chunks) * t.rows * ROW_BYTES;
     uint64_t* const barrier = ring.producer_acquire(at, bytes);
     unsigned char* const to = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
     unsigned char* const to_fine = to + TAP_ROWS * ROW_BYTES;
@@ -193,6 +195,20 @@ __device__ __forceinline__ void consume_tap_wgrad(const TapWgradTiling& t, Pipel
   }
 }
 
+// All threads clear the rows of K that no box fills: of a K block with fewer positions than rows.
+template <int COLUMNS>
+__device__ __forceinline__ void clear_rows(const TapWgradTiling& t, unsigned char* stages) {
+  constexpr int VECTORS = ROW_BYTES / 16;
+  const int chunks = t.stages * (TAP_STAGE_BYTES<COLUMNS> / CHUNK_BYTES);
+  const int count = (CHUNK_ROWS - t.rows) * VECTORS;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    uint4* const first =
+        reinterpret_cast<uint4*>(stages + chunk * CHUNK_BYTES + t.rows * ROW_BYTES);
+    for (int i = threadIdx.x; i < count; i += GEMM_THREADS) first[i] = make_uint4(0, 0, 0, 0);
+  }
+  bulk_fence();
+}
+
 template <typename T, int COLUMNS, Major MAJOR, typename Conv>
 __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     tap_wgrad_kernel(const __grid_constant__ CoarseMaps coarse_maps,
@@ -212,6 +228,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
       }
       mbarrier_fence();
     }
+    if (MAJOR == Major::MN && t.rows < CHUNK_ROWS) clear_rows<COLUMNS>(t, stages);
     __syncthreads();
     await_earlier_kernel();
     const Pipeline ring = {shared.full, shared.empty};

@@ -20,10 +20,9 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
  public:
   static constexpr int VECTOR = 16 / sizeof(T), BLOCK_K = ROW_BYTES / sizeof(T);
   static constexpr int TAPS = Conv::TAPS;
-  static constexpr bool UNPADDED =
-      TAPS == 1 && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 && Conv::PADDING_W == 0;
-  static constexpr bool POINTWISE =
-      UNPADDED && Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
+  static constexpr bool POINTWISE = TAPS == 1 && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 &&
+                                    Conv::PADDING_W == 0 && Conv::STRIDE_D == 1 &&
+                                    Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
 
   static_assert(!Conv::LINEAR || Conv::KERNEL_D * Conv::KERNEL_H == 1, "a line of taps");
   static_assert(Conv::DILATION_D > 0 && Conv::DILATION_H > 0 && Conv::DILATION_W > 0,
@@ -41,12 +40,21 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
     t_.groups = Conv::GROUPS;
     t_.coarse_channels = static_cast<int>(call.coarse_channels / Conv::GROUPS);
     t_.fine_channels = static_cast<int>(call.fine_channels / Conv::GROUPS);
-    if (is_last() ? deal_rows_of_channels() : deal_rows_of_positions()) {
-      (consider<COLUMNS>(), ...);
+    // Some hundred boxes are considered: once for each shape.
+    thread_local ShapeCache<Plan> plans;
+    bool known;
+    const int64_t extra = call.channels_last + int64_t{8} * limits.multiprocessors;
+    Plan& plan = plans.find(call, extra, known);
+    if (!known) {
+      if (is_last() ? deal_rows_of_channels() : deal_rows_of_positions()) {
+        (consider<COLUMNS>(), ...);
+      }
+      plan = best_;
     }
+    best_ = plan;
   }
 
-  bool found() const { return clocks_ < 1e30; }
+  bool found() const { return best_.clocks < 1e30; }
   bool pays() const { return true; }  // nothing is packed
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
@@ -56,22 +64,31 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
                device, threads) == cudaSuccess &&
            threads == GEMM_THREADS;
   }
-  double expected_ms() const { return clocks_ / CLOCKS_PER_MS; }
+  double expected_ms() const { return best_.clocks / CLOCKS_PER_MS; }
   int64_t workspace_bytes() const {
-    return (int64_t{best_.ctas} + pairs_) * TAP_PARTIALS<1> * columns_ * sizeof(float);
+    return (int64_t{best_.tiling.ctas} + best_.pairs) * TAP_PARTIALS<1> * best_.columns *
+           sizeof(float);
   }
 
   int run() const {
     int error = CONVGEN_TOO_LARGE;
     const bool last = is_last();
     const bool found =
-        ((!last && columns_ == COLUMNS && (error = launch_with<COLUMNS, Major::K>(), true)) ||
+        ((!last && best_.columns == COLUMNS && (error = launch_with<COLUMNS, Major::K>(), true)) ||
          ...) ||
-        ((last && columns_ == COLUMNS && (error = launch_with<COLUMNS, Major::MN>(), true)) || ...);
+        ((last && best_.columns == COLUMNS && (error = launch_with<COLUMNS, Major::MN>(), true)) ||
+         ...);
     return found ? error : CONVGEN_TOO_LARGE;
   }
 
  private:
+  // How one call is computed.
+  struct Plan {
+    TapWgradTiling tiling;
+    double clocks = 1e30;
+    int columns, pairs;
+  };
+
   // Of which layouts there are kernels.
   static constexpr bool HAS_POSITIONS = POINTWISE, HAS_CHANNELS = sizeof(T) == 2;
 
@@ -88,43 +105,59 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
     return true;
   }
 
-  // K blocks are boxes of positions whose channels lie side by side.
+  // Whether positions beyond the output along an axis meet nothing but zeros: of the first one, the
+  // first tap lies beyond fine.
+  bool ends_with_fine(int axis, int stride, int padding) const {
+    return call_.coarse_extent[axis] * stride - padding >= call_.fine_extent[axis];
+  }
+
+  // Boxes of one size that cover an extent, none of them smaller than it need be.
+  static bool is_even(int64_t extent, int64_t size) {
+    return ceil_div(extent, ceil_div(extent, size)) == size;
+  }
+
+  // K blocks are boxes of up to 64 positions whose channels lie side by side. Those are taken with
+  // which the fewest cover the output, and of these the smallest. Where positions beyond the output
+  // would meet elements of fine, the last boxes along W and H end with it, and all along D do.
   bool deal_rows_of_channels() {
     if (!HAS_CHANNELS || !(call_.channels_last & CONVGEN_FINE) ||
-        t_.coarse_channels % VECTOR != 0 || t_.fine_channels % VECTOR != 0) {
+        t_.coarse_channels % VECTOR != 0 || t_.fine_channels % VECTOR != 0 || call_.batch == 0) {
       return false;
     }
-    const int64_t* e = call_.coarse_extent;
+    const int64_t *e = call_.coarse_extent, batch = call_.batch;
+    const bool free_w = ends_with_fine(2, Conv::STRIDE_W, Conv::PADDING_W);
+    const bool free_h = ends_with_fine(1, Conv::STRIDE_H, Conv::PADDING_H);
+    const bool free_d = ends_with_fine(0, Conv::STRIDE_D, Conv::PADDING_D);
+    // Boxes have up to 256 elements along a dimension, skipped ones included.
+    const auto most = [&](int axis, int stride, int64_t left) {
+      const int64_t size = left < 256 / stride ? left : 256 / stride;
+      return size < e[axis] ? size : e[axis];
+    };
     int64_t fewest = INT64_MAX;
-    constexpr int LOG2 = 6;  // of BLOCK_K
-    for (int w = 0; w <= LOG2; ++w) {
-      for (int h = 0; w + h <= LOG2; ++h) {
-        for (int d = 0; w + h + d <= LOG2; ++d) {
-          const int n = LOG2 - w - h - d;
-          // Boxes have up to 256 elements along a dimension, skipped ones included.
-          if ((Conv::STRIDE_W << w) > 256 || (Conv::STRIDE_H << h) > 256 ||
-              (Conv::STRIDE_D << d) > 256) {
-            continue;
-          }
-          // Where what lies beyond the output may be read, blocks end with it.
-          if (!UNPADDED && ((1 << w) > e[2] || (1 << h) > e[1] || e[0] % (1 << d) != 0 ||
-                            call_.batch % (1 << n) != 0)) {
-            continue;
-          }
-          const int64_t tiles_w = ceil_div(e[2], 1 << w), tiles_h = ceil_div(e[1], 1 << h);
-          const int64_t tiles_d = ceil_div(e[0], 1 << d), tiles_n = ceil_div(call_.batch, 1 << n);
-          const int64_t tiles = tiles_w * tiles_h * tiles_d * tiles_n;
-          if (tiles >= fewest || tiles > INT32_MAX) continue;
+    for (int64_t w = most(2, Conv::STRIDE_W, CHUNK_ROWS); w > 0; --w) {
+      if (!is_even(e[2], w)) continue;
+      for (int64_t h = most(1, Conv::STRIDE_H, CHUNK_ROWS / w); h > 0; --h) {
+        if (!is_even(e[1], h)) continue;
+        for (int64_t d = most(0, Conv::STRIDE_D, CHUNK_ROWS / (w * h)); d > 0; --d) {
+          if (free_d ? !is_even(e[0], d) : e[0] % d != 0) continue;
+          const int64_t samples = CHUNK_ROWS / (w * h * d);
+          const int64_t tiles_n = ceil_div(batch, samples), n = ceil_div(batch, tiles_n);
+          const int64_t tiles_w = ceil_div(e[2], w), tiles_h = ceil_div(e[1], h);
+          const int64_t tiles_d = ceil_div(e[0], d), tiles = tiles_w * tiles_h * tiles_d * tiles_n;
+          if (tiles > fewest || tiles > INT32_MAX) continue;
+          if (tiles == fewest && w * h * d * n >= t_.rows) continue;
           fewest = tiles;
-          t_.step_w = 1 << w, t_.step_h = 1 << h, t_.step_d = 1 << d, t_.step_n = 1 << n;
+          t_.step_w = static_cast<int>(w), t_.step_h = static_cast<int>(h);
+          t_.step_d = static_cast<int>(d), t_.step_n = static_cast<int>(n);
           t_.tiles_w = static_cast<int>(tiles_w), t_.tiles_h = static_cast<int>(tiles_h);
           t_.tiles_d = static_cast<int>(tiles_d), t_.tiles_n = static_cast<int>(tiles_n);
+          t_.rows = static_cast<int>(w * h * d * n);
         }
       }
     }
     const int first_w = (t_.tiles_w - 1) * t_.step_w, first_h = (t_.tiles_h - 1) * t_.step_h;
-    t_.last_w = UNPADDED ? first_w : static_cast<int>(e[2] - t_.step_w);
-    t_.last_h = UNPADDED ? first_h : static_cast<int>(e[1] - t_.step_h);
+    t_.last_w = free_w ? first_w : static_cast<int>(e[2] - t_.step_w);
+    t_.last_h = free_h ? first_h : static_cast<int>(e[1] - t_.step_h);
     return fewest < INT64_MAX;
   }
 
@@ -150,32 +183,31 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
                                  4.0 * TAP_PARTIALS<SIZE>, limits_.multiprocessors);
     t.ctas = deal.ctas;
     const double clocks = deal.clocks + TILE_CLOCKS + 2 * LAUNCH_CLOCKS;
-    if (clocks < clocks_) {
-      clocks_ = clocks, best_ = t, columns_ = SIZE, pairs_ = static_cast<int>(pairs);
-    }
+    if (clocks < best_.clocks) best_ = {t, clocks, SIZE, static_cast<int>(pairs)};
   }
 
   // Maps of coarse for the K blocks before the last ones along W, and H, and for those: see
   // CoarseMaps.
   int encode_channels(CoarseMaps& coarse_maps, TensorMap& fine_map) const {
+    const TapWgradTiling& t = best_.tiling;
     const int device = static_cast<int>(call_.device);
     for (int i = 0; i < 4; ++i) {
       TensorView v =
           positions_view<T>(call_.coarse_channels, call_.coarse_extent, call_.batch, false);
-      const int64_t w = i % 2 ? int64_t{best_.tiles_w - 1} * best_.step_w : 0;
-      const int64_t h = i / 2 ? int64_t{best_.tiles_h - 1} * best_.step_h : 0;
+      const int64_t w = i % 2 ? int64_t{t.tiles_w - 1} * t.step_w : 0;
+      const int64_t h = i / 2 ? int64_t{t.tiles_h - 1} * t.step_h : 0;
       v.extent[1] -= w, v.extent[2] -= h;
-      v.box[0] = BLOCK_M, v.box[1] = best_.step_w, v.box[2] = best_.step_h;
-      v.box[3] = best_.step_d, v.box[4] = best_.step_n;
+      v.box[0] = BLOCK_M, v.box[1] = t.step_w, v.box[2] = t.step_h;
+      v.box[3] = t.step_d, v.box[4] = t.step_n;
       const T* const first = static_cast<const T*>(call_.coarse) +
                              (w + h * call_.coarse_extent[2]) * call_.coarse_channels;
       if (const int error = make_tensor_map<T>(coarse_maps.of[i], first, v, device)) return error;
     }
     TensorView v = positions_view<T>(call_.fine_channels, call_.fine_extent, call_.batch, false);
     v.step[1] = Conv::STRIDE_W, v.step[2] = Conv::STRIDE_H, v.step[3] = Conv::STRIDE_D;
-    v.box[0] = CHUNK_COLUMNS, v.box[1] = best_.step_w * Conv::STRIDE_W;
-    v.box[2] = best_.step_h * Conv::STRIDE_H, v.box[3] = best_.step_d * Conv::STRIDE_D;
-    v.box[4] = best_.step_n;
+    v.box[0] = CHUNK_COLUMNS, v.box[1] = t.step_w * Conv::STRIDE_W;
+    v.box[2] = t.step_h * Conv::STRIDE_H, v.box[3] = t.step_d * Conv::STRIDE_D;
+    v.box[4] = t.step_n;
     return make_tensor_map<T>(fine_map, call_.fine, v, device);
   }
 
@@ -188,7 +220,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
       return error;
     }
     v = channels_view<T>(positions, call_.fine_channels, call_.batch);
-    v.box[0] = BLOCK_K, v.box[1] = columns_, v.box[2] = 1;
+    v.box[0] = BLOCK_K, v.box[1] = best_.columns, v.box[2] = 1;
     return make_tensor_map<T>(fine_map, call_.fine, v, device);
   }
 
@@ -203,32 +235,32 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
                                               : encode_channels(coarse_maps, fine_map)) {
         return error;
       }
+      const TapWgradTiling& t = best_.tiling;
       float* const partials = static_cast<float*>(call_.workspace);
       const int device = static_cast<int>(call_.device);
-      const int shared_bytes = static_cast<int>(sizeof(TapWgradStorage)) + ATOM_BYTES +
-                               best_.stages * TAP_STAGE_BYTES<SIZE>;
+      const int shared_bytes =
+          static_cast<int>(sizeof(TapWgradStorage)) + ATOM_BYTES + t.stages * TAP_STAGE_BYTES<SIZE>;
       if (const int error = launch<tap_wgrad_kernel<T, SIZE, MAJOR, Conv>, true>(
-              dim3(best_.ctas), dim3(GEMM_THREADS), shared_bytes, device, call_.stream, coarse_maps,
-              fine_map, best_, partials)) {
+              dim3(t.ctas), dim3(GEMM_THREADS), shared_bytes, device, call_.stream, coarse_maps,
+              fine_map, t, partials)) {
         return error;
       }
       const bool last = call_.channels_last & CONVGEN_WEIGHT;
       WeightOutput out;
       out.address = call_.weight;
-      out.stride_coarse = int64_t{best_.fine_channels} * TAPS;
-      out.stride_fine = last ? 1 : TAPS, out.stride_tap = last ? best_.fine_channels : 1;
+      out.stride_coarse = int64_t{t.fine_channels} * TAPS;
+      out.stride_fine = last ? 1 : TAPS, out.stride_tap = last ? t.fine_channels : 1;
       return launch<add_tap_wgrad_kernel<T, SIZE, TAPS>, true>(
-          dim3(TAP_PARTIALS<SIZE> / 4 / PACK_THREADS, pairs_ < 65535 ? pairs_ : 65535),
-          dim3(PACK_THREADS), 0, device, call_.stream, best_, static_cast<const float*>(partials),
-          out, pairs_);
+          dim3(TAP_PARTIALS<SIZE> / 4 / PACK_THREADS, best_.pairs < 65535 ? best_.pairs : 65535),
+          dim3(PACK_THREADS), 0, device, call_.stream, t, static_cast<const float*>(partials), out,
+          best_.pairs);
     }
   }
 
   ConvgenCall call_;
   DeviceLimits limits_;
-  TapWgradTiling t_ = {}, best_ = {};
-  double clocks_ = 1e30;
-  int columns_ = 0, pairs_ = 0;
+  TapWgradTiling t_ = {};
+  Plan best_;
 };
 
 }  // namespace convgen
