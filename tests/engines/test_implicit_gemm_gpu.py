@@ -28,6 +28,9 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "strided": ("conv3d", {"kernel_size": 3, "stride": 2, "padding": 1}),
     "nonoverlapping": ("conv_transpose2d", {"kernel_size": 2, "stride": 2}),
     "transposed_strided": ("conv_transpose3d", {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "strided_line": ("conv1d", {"kernel_size": 3, "stride": 2}),
+    "strided_pointwise": ("conv2d", {"kernel_size": 1, "stride": 2}),
+    "transposed_line": ("conv_transpose1d", {"kernel_size": 8, "stride": 4, "padding": 2}),
 }
 LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 6e-4}
 
@@ -111,6 +114,30 @@ def test_what_is_not_finite_stays_in_its_windows(package: Package, value: float)
         assert torch.equal(y.isfinite().cpu(), expected.isfinite())
         (found,) = torch.autograd.grad(y, given[1], layout(grad.cuda().bfloat16()))
         assert torch.equal(found.isfinite().cpu(), of_weight.isfinite())
+
+
+@pytest.mark.parametrize("layer", ["strided", "transposed_line"])
+def test_what_is_not_finite_stays_in_its_phases(package: Package, layer: str) -> None:
+    op, constants = LAYERS[layer]
+    module = package(op, "cuda", dtypes=["f32", "bf16", "f16"], **constants)
+    transposed = "transpose" in op
+    x = torch.randn(2, 256, 33) if transposed else torch.randn(2, 256, 9, 13, 13)
+    w = torch.randn(256, 128, 8) if transposed else torch.randn(128, 256, 3, 3, 3)
+    names = ("stride", "padding")
+    given = {name: constants[name] for name in names}
+    grad = torch.randn_like(getattr(F, op)(x, w, **given))
+    read = x if transposed else grad  # by phases
+    read[0, 5].view(-1)[0] = torch.nan
+    read[1, 7].view(-1)[-1] = torch.inf
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    y = getattr(F, op)(*leaves, **given)
+    expected = y if transposed else torch.autograd.grad(y, x, grad)[0]
+    for layout in (last, Tensor.contiguous):
+        operands = [layout(e.detach().cuda().bfloat16()).requires_grad_() for e in (x, w)]
+        found = getattr(module, op)(*operands)
+        if not transposed:
+            (found,) = torch.autograd.grad(found, operands[0], layout(grad.cuda().bfloat16()))
+        assert torch.equal(found.isfinite().cpu(), expected.isfinite())
 
 
 def test_groups_of_64_channels(package: Package) -> None:

@@ -72,6 +72,8 @@ CASES = [
     case("conv3d", "bf16tc", 3, ((1, (16, 8), (3, 8, 8)),), stride=2, padding=1),
     case("conv2d", "bf16tc", 3, ((2, (64, 72), (9, 17)), (1, (40, 24), (8, 8))), *GEMM, padding=1),
     case("conv2d", "tf32", 3, ((1, (32, 40), (9, 16)),), *GEMM, padding=1, activation="hardswish"),
+    # Phases, whose sums leave with their channels side by side in every layout.
+    case("conv_transpose2d", "bf16tc", 4, ((2, (40, 24), (5, 6)),), *GEMM, stride=2, padding=1),
     # Few positions of many channels: sums of several parts.
     case("conv2d", "f16tc", 1, ((1, (512, 64), (5, 7)),), *GEMM, activation="gelu:tanh"),
 ]
@@ -84,8 +86,8 @@ def library(case: Case) -> Library:
     if len(case.layouts) == 1:
         sources = engine_sources(case.spec, case.kind, (contraction,), small=True)
         return Library(compile_interpreted(case.spec.name, sources))
-    taps = case.spec.kernel_size[0] > 1
-    sizes = GatherSizes((16,) if taps else (), (16,))
+    has_halo = case.spec.kernel_size[0] > 1 and case.spec.stride[0] == 1
+    sizes = GatherSizes((16,) if has_halo else (), (16,))
     return implicit_gemms.library(case.spec, contraction, case.kind, sizes)
 
 

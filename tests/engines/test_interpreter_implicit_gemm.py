@@ -109,6 +109,10 @@ MORE_CASES: list[Case] = [
         ((2, (20, 36), (10, 13)),),
     ),
     (spec("conv1d", 16, 8, 4, groups=2), "dgrad", "bf16tc", ((2, (96, 64), (100,)),)),
+    # Lines that are transposed behind the products, of channels that TMA does not store; bias.
+    (spec("conv_transpose1d", 8, 4, 2), "dgrad", "bf16tc", ((2, (72, 40), (37,)),)),
+    (spec("conv_transpose2d", 4, 2, 1, 1), "dgrad", "f16tc", ((3, (24, 21), (5, 6)),)),
+    (spec("conv2d", 1, 2), "dgrad", "bf16tc", ((2, (40, 24), (9, 12)),)),
     (spec("conv1d", 7, 1, 3), "fprop", "bf16tc", ((2, (64, 40), (300,)), (2, (32, 200), (77,)))),
     (spec("conv1d", 3, 1, 2, dilation=2), "dgrad", "tf32", ((2, (64, 40), (300,)),)),
     (spec("conv2d", 3, 1, 1, groups=2), "wgrad", "f16tc", ((2, (40, 136), (17, 9)),)),
@@ -132,10 +136,8 @@ ONE_SIZE_OF_WGRAD = WgradSizes((8,))
 
 def check(case: Case, schedule: object = None) -> None:
     of, contraction, mode, calls = case
-    phased = contraction == "dgrad" and max(of.geometry.stride) > 1
     for batch, channels, extents in calls:
-        # Phases are for outputs and inputs whose channels lie side by side.
-        for index, layout in enumerate((LAST, ("coarse", "fine")) if phased else LAYOUTS):
+        for index, layout in enumerate(LAYOUTS):
             given = problem(
                 of, contraction, mode, extents, batch=batch, channels=channels, bias=index < 2
             )
@@ -222,12 +224,13 @@ def test_a_kernel_of_one_tap_reads_contiguous_tensors_as_they_lie() -> None:
     assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
 
 
-def test_a_nan_stays_in_the_phases_that_meet_it() -> None:
+@pytest.mark.parametrize("layout", [(), LAST], ids=["contiguous", "channels_last"])
+def test_a_nan_stays_in_the_phases_that_meet_it(layout: tuple[str, ...]) -> None:
     given = problem(STRIDED, "dgrad", "bf16tc", (9, 12), batch=2, channels=(40, 24))
     clean = given.reference.clone()
     given.operands["coarse"][1, 7, 0, 2, 3] = torch.nan
     given.operands["coarse"][0, 3, 0, 0, 0] = torch.inf
-    solve(library(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS), given, LAST)
+    solve(library(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS), given, layout)
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[1, :, 0, 3:6, 5:8] = reached[0, :, 0, :2, :2] = True
     result = given.result.double()
@@ -235,11 +238,15 @@ def test_a_nan_stays_in_the_phases_that_meet_it() -> None:
     assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
 
 
-def test_phases_are_not_for_contiguous_tensors() -> None:
-    given = problem(STRIDED, "dgrad", "bf16tc", (9, 12), channels=(40, 24))
-    for layout in ((), ("coarse",), ("fine", "weight")):
-        with pytest.raises(Fault, match=r"\(-1\)"):
-            solve(library(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS), given, layout)
+def test_phases_of_contiguous_tensors_pay_where_products_take_longer_than_packs() -> None:
+    loaded = library(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS)
+    for channels, pays in ((256, True), (16, False)):
+        # Batch, channels, extents of coarse and fine.
+        numbers = [2, channels, channels, 1, 64, 64, 1, 128, 128]
+        for layout in (0, 7):
+            call = bytes(abi.POINTERS.size) + abi.NUMBERS.pack(0, *numbers, layout)
+            expected = loaded.expected_ms("convgen_dgrad_bf16tc_implicit_gemm", call)
+            assert (expected > 0) == (pays or layout != 0)
 
 
 def test_tf32_is_rounded_to_nearest() -> None:

@@ -21,6 +21,7 @@ HEADERS: Mapping[str, str] = {
     "convgen_abi.h": "common/convgen_abi.h",
     "device.cuh": "cuda/device.cuh",
     "common.cuh": "cuda/simt/common.cuh",
+    "transpose.cuh": "cuda/simt/transpose.cuh",
     "pipeline.cuh": "cuda/pipeline.cuh",
     "mma.cuh": "cuda/mma/mma.cuh",
     **{
@@ -34,6 +35,7 @@ HEADERS: Mapping[str, str] = {
             "maps.cuh",
             "pack.cuh",
             "call.cuh",
+            "turned.cuh",
             "host.cuh",
         )
     },
