@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(TRANSPOSE_THREADS)
   const int64_t row = blockIdx.x / across * TRANSPOSE_TILE;
   const int64_t column = blockIdx.x % across * TRANSPOSE_TILE;
   const int x = threadIdx.x % TRANSPOSE_TILE, y = threadIdx.x / TRANSPOSE_TILE;
+  await_earlier_kernel();
   from += blockIdx.y * rows * columns, to += blockIdx.y * rows * columns;
   if (column + x < columns) {
 #pragma unroll
@@ -36,29 +37,33 @@ __global__ void __launch_bounds__(TRANSPOSE_THREADS)
   }
 }
 
-// (batch, rows, columns) in `coarse` -> (batch, columns, rows) in `fine`; rows and columns are
-// coarse_channels and fine_channels.
+// (batch, rows, columns) -> (batch, columns, rows), on the current device.
 template <typename T>
-int transpose(const ConvgenCall& call) {
-  const int64_t rows = call.coarse_channels, columns = call.fine_channels;
+int transpose(T* to, const T* from, int64_t batch, int64_t rows, int64_t columns, int device,
+              void* stream) {
   const int64_t tiles = ceil_div(rows, TRANSPOSE_TILE) * ceil_div(columns, TRANSPOSE_TILE);
   if (tiles > INDEX_LIMIT) return CONVGEN_TOO_LARGE;
-  const int device = static_cast<int>(call.device);
-  const DeviceScope scope(device);
-  if (scope.error() != cudaSuccess) return scope.error();
-  const T* from = static_cast<const T*>(call.coarse);
-  T* to = static_cast<T*>(call.fine);
   constexpr int64_t MOST = 65535;  // of a grid's second dimension
-  for (int64_t done = 0; done < call.batch; done += MOST) {
-    const int64_t count = call.batch - done < MOST ? call.batch - done : MOST;
+  for (int64_t done = 0; done < batch; done += MOST) {
+    const int64_t count = batch - done < MOST ? batch - done : MOST;
     const int64_t offset = done * rows * columns;
-    if (const int error =
-            launch<transpose_kernel<T>>(dim3(tiles, count), dim3(TRANSPOSE_THREADS), 0, device,
-                                        call.stream, to + offset, from + offset, rows, columns)) {
+    if (const int error = launch<transpose_kernel<T>, true>(
+            dim3(tiles, count), dim3(TRANSPOSE_THREADS), 0, device, stream, to + offset,
+            from + offset, rows, columns)) {
       return error;
     }
   }
   return CONVGEN_OK;
+}
+
+// The same of `coarse`, into `fine`; rows and columns are coarse_channels and fine_channels.
+template <typename T>
+int transpose(const ConvgenCall& call) {
+  const int device = static_cast<int>(call.device);
+  const DeviceScope scope(device);
+  if (scope.error() != cudaSuccess) return scope.error();
+  return transpose(static_cast<T*>(call.fine), static_cast<const T*>(call.coarse), call.batch,
+                   call.coarse_channels, call.fine_channels, device, call.stream);
 }
 
 }  // namespace convgen

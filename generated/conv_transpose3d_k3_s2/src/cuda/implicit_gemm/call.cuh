@@ -218,6 +218,39 @@ WeightShape weight_shape(int taps, bool last, const int (&counts)[3], int padded
   return s;
 }
 
+// Launches of pack_weights_kernel, and of pack_folded_weights_kernel.
+template <typename T, typename Conv, bool COARSE_INPUT>
+int pack_weights(const Operands& call, T* to, const WeightShape& s, int64_t rows, int64_t columns) {
+  const int64_t blocks = ceil_div(rows, 8);
+  return launch<pack_weights_kernel<T, Conv::TAPS, COARSE_INPUT, Conv::WEIGHTS>, true>(
+      dim3(static_cast<unsigned>(ceil_div(columns, 32)),
+           static_cast<unsigned>(blocks < 65535 ? blocks : 65535)),
+      dim3(PACK_THREADS), 0, call.device, call.stream, static_cast<const T*>(call.weight), to, s);
+}
+template <typename T, typename Conv, bool COARSE_INPUT>
+int pack_folded_weights(const Operands& call, T* to, const WeightShape& s, int* flag,
+                        int multiprocessors) {
+  return launch<pack_folded_weights_kernel<T, Conv::KERNEL_D, Conv::TAPS / Conv::KERNEL_D,
+                                           COARSE_INPUT, Conv::WEIGHTS>,
+                true>(dim3(2 * multiprocessors), dim3(PACK_THREADS), 0, call.device, call.stream,
+                      static_cast<const T*>(call.weight), to, s, flag);
+}
+
+template <typename T, typename Conv>
+int add_partials(const Operands& call, const Output& out, int splits) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(out.elements, PACK_THREADS)));
+  const int channels = static_cast<int>(call.output_channels);
+  if constexpr (Conv::HAS_EPILOGUE) {
+    using Finish = typename Conv::Finish;
+    return launch<add_partials_kernel<T, Finish>, true>(grid, dim3(PACK_THREADS), 0, call.device,
+                                                        call.stream, out, splits, channels,
+                                                        Finish(*call.call, call.output));
+  } else {
+    return launch<add_partials_kernel<T>, true>(grid, dim3(PACK_THREADS), 0, call.device,
+                                                call.stream, out, splits, channels);
+  }
+}
+
 // The elements of `size` bytes that one access may have, up to `widest`, at any whole number of
 // them behind `base` in lines of `extent`.
 inline int access_elements(const void* base, int64_t extent, int size, int widest) {

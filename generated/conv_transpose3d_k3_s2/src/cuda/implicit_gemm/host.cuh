@@ -2,7 +2,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_HOST_CUH
 #define CONVGEN_IMPLICIT_GEMM_HOST_CUH
 
-#include "call.cuh"
+#include "turned.cuh"
 
 namespace convgen {
 
@@ -50,14 +50,16 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const bool as_it_lies = call.input_channels_last && padded_ == input_channels_;
     const bool by_channels = !call.input_channels_last && reads_channels();
     // Phases lie apart: what lies along W would leave element by element. None is empty.
-    if (PHASED && !(call.input_channels_last && call.output_channels_last)) return;
+    turns_ = PHASED && !call.output_channels_last && (leaves_by_tma() || !reads_beside());
+    call_.output_channels_last |= turns_;
+    if (PHASED && !call_.output_channels_last) return;
     for (int i = 0; i < 3; ++i) {
       if (call.output_extent[i] < Step::OUTPUT[i]) return;
     }
     // Some hundred ways are considered: once for each shape.
     thread_local ShapeCache<Plan> plans;
     bool known;
-    Plan& plan = plans.find(*call.call, call.call->channels_last, known);
+    Plan& plan = plans.find(*call.call, call.call->channels_last | (turns_ ? 8 : 0), known);
     if (!known) {
       (consider<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
       if (by_channels) {
@@ -86,9 +88,10 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Whether what packing contiguous tensors takes is made up for, as measured on an H200: with few
   // channels, kernels that read them as they lie take less time.
   bool pays() const {
+    if (call_.call->channels_last || reads_channels()) return true;
+    if (PHASED) return expected_ms() < strided_ms<T, Conv>(*call_.call, limits_.multiprocessors);
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
-    return call_.call->channels_last || reads_channels() ||
-           (least >= PAYING_CHANNELS<T> && least * TAPS >= PAYING_PRODUCTS);
+    return least >= PAYING_CHANNELS<T> && least * TAPS >= PAYING_PRODUCTS;
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
@@ -123,16 +126,15 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     return call_.batch * call_.output_channels * e[0] * e[1] * e[2];
   }
   int64_t workspace_bytes() const {
-    const int splits = best_.tiling.splits;
-    return weight_bytes() + input_bytes() + (splits > 1 ? splits * output_elements() * 4 : 0);
+    const int64_t turned = turns_ ? output_elements() * static_cast<int64_t>(sizeof(T)) : 0;
+    const int splits = best_.tiling.splits;  // one, where an output is turned
+    return weight_bytes() + input_bytes() + turned +
+           (splits > 1 ? splits * output_elements() * 4 : 0);
   }
   double expected_ms() const {
     double clocks = best_.clocks;
-    // A pack reads and writes what it packs: 18 bytes per clock and multiprocessor.
-    if (packs_input_) {
-      clocks +=
-          LAUNCH_CLOCKS + 2.0 * input_elements() * sizeof(T) / (18.0 * limits_.multiprocessors);
-    }
+    if (packs_input_) clocks += pack_clocks<T>(input_elements(), limits_.multiprocessors);
+    if (turns_) clocks += pack_clocks<T>(output_elements(), limits_.multiprocessors);
     return clocks / CLOCKS_PER_MS;
   }
 
@@ -149,8 +151,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       if (const int error = pack_input(packed)) return error;
       input = packed;
     }
-    float* const partials = reinterpret_cast<float*>(workspace + weight_bytes() + input_bytes());
-    Output out = output_of(partials);
+    void* const rest = workspace + weight_bytes() + input_bytes();
+    Output out = output_of(rest);
     if (best_.tiling.fold == 2) {
       int* const flag = reinterpret_cast<int*>(workspace + weight_bytes() - FLAG_BYTES);
       out.saw_nonfinite = flag;
@@ -159,18 +161,9 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       return multiply(best_.unfolded, input, weight, out);
     }
     const int error = multiply(best_.tiling, input, weight, out);
+    if constexpr (PHASED) return error || !turns_ ? error : turn_output<T>(call_, rest);
     if (error || best_.tiling.splits == 1) return error;
-    const dim3 grid(static_cast<unsigned>(ceil_div(out.elements, PACK_THREADS)));
-    const int splits = best_.tiling.splits, channels = static_cast<int>(call_.output_channels);
-    if constexpr (Conv::HAS_EPILOGUE) {
-      using Finish = typename Conv::Finish;
-      return launch<add_partials_kernel<T, Finish>, true>(grid, dim3(PACK_THREADS), 0, call_.device,
-                                                          call_.stream, out, splits, channels,
-                                                          Finish(*call_.call, call_.output));
-    } else {
-      return launch<add_partials_kernel<T>, true>(grid, dim3(PACK_THREADS), 0, call_.device,
-                                                  call_.stream, out, splits, channels);
-    }
+    return add_partials<T, Conv>(call_, out, best_.tiling.splits);
   }
 
  private:
@@ -334,12 +327,17 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   Epilogue epilogue_of(const Tiling& t) const {
     if (t.splits > 1) return Epilogue::PARTIAL;
     if (sizeof(T) == 4) return Epilogue::STRIDED;
-    if (call_.output_channels_last) {
-      const bool fits = call_.output_channels % VECTOR == 0 &&
-                        (Conv::GROUPS == 1 || output_channels_ % BLOCK_M == 0);
-      return fits ? Epilogue::TMA : Epilogue::STRIDED;
-    }
+    if (call_.output_channels_last) return leaves_by_tma() ? Epilogue::TMA : Epilogue::STRIDED;
     return t.log2_w >= 3 ? Epilogue::STAGED : Epilogue::STRIDED;
+  }
+  bool leaves_by_tma() const {  // with its channels side by side
+    return sizeof(T) == 2 && call_.output_channels % VECTOR == 0 &&
+           (Conv::GROUPS == 1 || output_channels_ % BLOCK_M == 0);
+  }
+  // Whether an epilogue has tensors that lie as the result does.
+  bool reads_beside() const {
+    return Conv::HAS_EPILOGUE &&
+           (call_.call->epilogue & (CONVGEN_RESIDUAL | CONVGEN_PREACTIVATION)) != 0;
   }
 
   // ---- Launches ---------------------------------------------------------------------------------
@@ -372,17 +370,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if (best_.tiling.fold == 2) {
       int* const flag = reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(to) +
                                                weight_bytes() - FLAG_BYTES);
-      return launch<pack_folded_weights_kernel<T, Conv::KERNEL_D, TAPS / Conv::KERNEL_D,
-                                               COARSE_INPUT, Conv::WEIGHTS>,
-                    true>(dim3(2 * limits_.multiprocessors), dim3(PACK_THREADS), 0, call_.device,
-                          call_.stream, static_cast<const T*>(call_.weight), to, s, flag);
+      return pack_folded_weights<T, Conv, COARSE_INPUT>(call_, to, s, flag,
+                                                        limits_.multiprocessors);
     }
-    const int64_t rows = ceil_div(packed_weight_rows(), 8);
-    return launch<pack_weights_kernel<T, TAPS, COARSE_INPUT, Conv::WEIGHTS>, true>(
-        dim3(static_cast<unsigned>(ceil_div(packed_weight_columns(), 32)),
-             static_cast<unsigned>(rows < 65535 ? rows : 65535)),
-        dim3(PACK_THREADS), 0, call_.device, call_.stream, static_cast<const T*>(call_.weight), to,
-        s);
+    return pack_weights<T, Conv, COARSE_INPUT>(call_, to, s, packed_weight_rows(),
+                                               packed_weight_columns());
   }
 
   int pack_input(T* to) const {
@@ -393,11 +385,16 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
                                call_.stream, limits_.multiprocessors);
   }
 
-  Output output_of(float* partials) const {
+  // `rest` of the workspace has partial sums, or an output that is turned. Where that leaves by
+  // TMA, its maps say where to, and what lies beside the result is found by the result's own
+  // strides.
+  Output output_of(void* rest) const {
     Output out = {};
-    out.address = call_.output, out.partials = partials, out.bias = call_.bias;
+    const bool elsewhere = turns_ && !leaves_by_tma();
+    out.address = elsewhere ? rest : call_.output;
+    out.partials = static_cast<float*>(rest), out.bias = call_.bias;
     lay_out(out, call_.batch, call_.output_channels, call_.output_extent,
-            call_.output_channels_last);
+            turns_ ? elsewhere : call_.output_channels_last);
     if (samples_are_planes()) {
       out.depth = out.batch, out.stride_d = out.stride_n, out.batch = 1;
     }
@@ -407,7 +404,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     out.vector = 1;
     if (out.stride_w == 1) {
       const bool partial = out.epilogue == Epilogue::PARTIAL;
-      const void* const base = partial ? partials : out.address;
+      const void* const base = partial ? rest : out.address;
       out.vector = access_elements(base, out.width, partial ? 4 : sizeof(T),
                                    out.epilogue == Epilogue::STAGED ? 8 : 2);
     }
@@ -485,7 +482,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const bool narrow = output_channels_ <= BLOCK_M / 2;
     o.box[0] = narrow ? BLOCK_M / 2 : BLOCK_M, o.swizzle = narrow ? 64 : 128;
     set_store_box(o, t, Slab::HALO);
-    return make_output_maps<T>(output_maps, out.address, o, Step::OUTPUT, call_.device);
+    void* const address = turns_ ? out.partials : out.address;
+    return make_output_maps<T>(output_maps, address, o, Step::OUTPUT, call_.device);
   }
 
   Operands call_;
@@ -493,6 +491,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   Plan best_;
   int output_channels_, input_channels_, padded_, padded_outputs_;
   bool packs_input_, packs_weight_;
+  bool turns_;  // the output, which leaves with its channels side by side first
 };
 
 }  // namespace convgen
