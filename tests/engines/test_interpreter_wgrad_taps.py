@@ -20,6 +20,7 @@ from implicit_gemms import (
 )
 from interpreted import Fault, Library, problem, without_bias
 
+from convgen.engines import abi
 from convgen.engines.implicit_gemm.common import is_pointwise
 from convgen.engines.implicit_gemm.wgrad_taps import TapWgradSizes
 from convgen.spec import ConvSpec
@@ -103,6 +104,41 @@ def test_a_layout_without_kernels_is_refused() -> None:
         given = problem(of, "wgrad", mode, extents, channels=(32, 32))
         with pytest.raises(Fault, match=r"\(-1\)"):
             solve(library(of, "wgrad", mode, ONE_SIZE), given, layout)
+
+
+@pytest.mark.parametrize(
+    ("of", "mode", "call", "is_whole"),
+    [
+        # Lines of weights of a multiple of 16 bytes, and of less; rows and columns beyond them.
+        (POINT, "bf16tc", (2, (72, 200), (8, 8)), True),
+        (POINT, "bf16tc", (2, (25, 40), (8, 8)), True),
+        (POINT, "tf32", (1, (28, 40), (4, 8)), True),
+        (POINT, "tf32", (1, (27, 150), (4, 8)), True),
+        (POINT, "bf16tc", (2, (24, 40), (64, 16)), False),
+        # Neighbouring taps of a contiguous weight, whose chunks begin with any tap.
+        (STRIDED, "bf16tc", (1, (72, 136), (9, 9)), True),
+        (STRIDED, "bf16tc", (2, (24, 40), (64, 47)), False),
+    ],
+    ids=str,
+)
+def test_whole_sums_are_stored_without_a_workspace(
+    of: ConvSpec, mode: str, call: Call, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_whole:
+        monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "10")
+    batch, channels, extents = call
+    schedule = TapWgradSizes((128,)) if of is STRIDED else ONE_SIZE
+    loaded = library(of, "wgrad", mode, schedule)
+    for layout in layouts_of(of, mode):
+        given = problem(of, "wgrad", mode, extents, batch=batch, channels=channels)
+        if layout and min(channels) % 8:
+            continue
+        flags = sum(abi.CHANNELS_LAST[name] for name in layout)
+        numbers = bytes(abi.POINTERS.size) + abi.NUMBERS.pack(0, *given.numbers, flags)
+        size = loaded.workspace_bytes(f"{given.symbol}_implicit_gemm", numbers)
+        assert (size == 0) == is_whole
+        solve(loaded, given, layout)
+        given.check()
 
 
 @pytest.mark.parametrize("of", [STRIDED, POINT], ids=lambda of: of.name)

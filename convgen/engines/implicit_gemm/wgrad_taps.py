@@ -34,6 +34,8 @@ CHUNK_COLUMNS = 64
 """Of one tap."""
 ROWS = 2 * BLOCK_M
 """Coarse channels of a thread block."""
+STORED_BYTES_PER_CLOCK = 16.0
+"""Of results, where a thread block has all positions of its channels."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,11 @@ class TapWgrad(Family[TapWgradSizes]):
             pairs = g.groups * -(-coarse // ROWS) * -(-chunks * CHUNK_COLUMNS // columns)
             loads = (ROWS + columns) * ROW_BYTES / LEVEL2_BYTES_PER_CLOCK
             each = max(4.0 * columns, loads)
-            clocks.append(-(-pairs * blocks // gpu.multiprocessors) * each)
-        ms = (min(clocks) + TILE_CLOCKS + 2 * LAUNCH_CLOCKS) / CLOCKS_PER_MS
+            waves = -(-pairs // gpu.multiprocessors)
+            store = ROWS * columns * plan.problem.element_bytes / STORED_BYTES_PER_CLOCK
+            dealt = -(-pairs * blocks // gpu.multiprocessors) * each + LAUNCH_CLOCKS
+            clocks += [dealt, waves * (blocks * each + store)]
+        ms = (min(clocks) + TILE_CLOCKS + LAUNCH_CLOCKS) / CLOCKS_PER_MS
         least = memory_ms(plan.problem, call, gpu)
         return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
 

@@ -11,7 +11,7 @@
 // products) by the same COLUMNS, chunks of 64 fine channels of one tap after the other; of the
 // third, a thread loads, and three warps round what has landed to TF32. Pairs of (coarse block,
 // block of columns) x K blocks are dealt evenly over the CTAs, which leave partial sums; another
-// kernel adds these up in order.
+// kernel adds these up in order. Or a CTA has all K blocks of its pairs, and stores the result.
 //
 // Positions beyond the output must not meet elements of fine, as in wgrad.cuh: last K blocks end
 // with the output, unless what lies beyond it meets nothing. A K block of channels side by side is
@@ -36,6 +36,8 @@ struct TapWgradTiling : DealtUnits {
   int coarse_blocks;                           // of a group's channels
   int fine_chunks;                             // of them and a tap
   int column_blocks;                           // of all taps' chunks
+  bool taps_first;  // whether all taps of a chunk of fine channels precede the next chunk
+  bool is_whole;    // whether a CTA has all K blocks of a pair: it stores the result
   int stages;
 };
 
@@ -50,11 +52,13 @@ struct TapPair {
     chunk = index % t.column_blocks * (COLUMNS / CHUNK_COLUMNS), index /= t.column_blocks;
     coarse = index % t.coarse_blocks * TAP_ROWS, group = index / t.coarse_blocks;
   }
+  template <int TAPS>
   __device__ __forceinline__ int tap(const TapWgradTiling& t, int i) const {
-    return (chunk + i) / t.fine_chunks;
+    return t.taps_first ? (chunk + i) % TAPS : (chunk + i) / t.fine_chunks;
   }
+  template <int TAPS>
   __device__ __forceinline__ int fine(const TapWgradTiling& t, int i) const {
-    return (chunk + i) % t.fine_chunks * CHUNK_COLUMNS;
+    return (t.taps_first ? (chunk + i) / TAPS : (chunk + i) % t.fine_chunks) * CHUNK_COLUMNS;
   }
 };
 
@@ -98,7 +102,7 @@ __device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
     if constexpr (MAJOR == Major::K) {
       const int first = tile_w * t.step_w;
       tma_load(to, coarse_maps.of[0], barrier, first, coarse, n);
-      tma_load(to_fine, fine_map, barrier, first, fine + pair.fine(t, 0), n);
+      tma_load(to_fine, fine_map, barrier, first, fine + pair.chunk * CHUNK_COLUMNS, n);
     } else {
       const bool last_w = tile_w == t.tiles_w - 1, last_h = tile_h == t.tiles_h - 1;
       const int w = last_w ? t.last_w : tile_w * t.step_w;
@@ -110,10 +114,11 @@ __device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
                  last_w ? w - tile_w * t.step_w : w, last_h ? h - tile_h * t.step_h : h, d, n);
       }
       for (int i = 0; i < chunks; ++i) {
-        const int tap = pair.tap(t, i);
+        const int tap = pair.template tap<Conv::TAPS>(t, i);
         const int kw = tap % Conv::KERNEL_W, kh = tap / Conv::KERNEL_W % Conv::KERNEL_H;
         const int kd = tap / (Conv::KERNEL_W * Conv::KERNEL_H);
-        tma_load(to_fine + i * CHUNK_BYTES, fine_map, barrier, fine + pair.fine(t, i),
+        tma_load(to_fine + i * CHUNK_BYTES, fine_map, barrier,
+                 fine + pair.template fine<Conv::TAPS>(t, i),
                  w * Conv::STRIDE_W + kw * Conv::DILATION_W - Conv::PADDING_W,
                  h * Conv::STRIDE_H + kh * Conv::DILATION_H - Conv::PADDING_H,
                  d * Conv::STRIDE_D + kd * Conv::DILATION_D - Conv::PADDING_D, n);
@@ -143,9 +148,105 @@ __device__ __forceinline__ void round_stages(const TapWgradTiling& t, Pipeline r
   }
 }
 
-template <typename T, int COLUMNS, Major MAJOR>
-__device__ __forceinline__ void consume_tap_wgrad(const TapWgradTiling& t, Pipeline ring,
-                                                  const unsigned char* stages, float* partials) {
+// Eight rows of results on their way out, of each warp of the consumers. A row more of 16 bytes,
+// and chunks that are rotated by 16 bytes each, spread what is read together over the banks.
+template <int COLUMNS>
+constexpr int STAGED_ROW = COLUMNS + 8;
+template <int COLUMNS>
+constexpr int STAGED_ROWS_BYTES = CONSUMER_WARPS * 8 * STAGED_ROW<COLUMNS> * 2;
+
+template <int COLUMNS>
+__device__ __forceinline__ int staged_at(int row, int chunk, int column) {
+  return row * STAGED_ROW<COLUMNS> + chunk * CHUNK_COLUMNS + (column + 8 * chunk) % CHUNK_COLUMNS;
+}
+
+// A warp copies eight rows of results out, `first` of which is a group's coarse channel. Lanes have
+// neighbouring fine channels, WIDTH each, or where TAPS_FIRST the neighbouring taps of one.
+template <int WIDTH, bool TAPS_FIRST, int COLUMNS, typename Conv, typename T>
+__device__ __forceinline__ void copy_rows(const TapWgradTiling& t, const WeightOutput& out,
+                                          const TapPair<COLUMNS>& pair, int first,
+                                          const T* staged) {
+  constexpr int CHUNKS = COLUMNS / CHUNK_COLUMNS, VECTORS = CHUNK_COLUMNS / WIDTH;
+  // Whether a lane has the same chunk throughout.
+  constexpr bool OWN_CHUNK = TAPS_FIRST || CHUNKS * VECTORS <= 32;
+  const int lane = threadIdx.x % 32;
+#pragma unroll 2
+  for (int i = lane; i < 8 * CHUNKS * VECTORS; i += 32) {
+    const int at = OWN_CHUNK ? lane : i;
+    const int chunk = (TAPS_FIRST ? at : at / VECTORS) % CHUNKS;
+    const int column = (TAPS_FIRST ? i / CHUNKS : i) % VECTORS * WIDTH;
+    const int row = i / (CHUNKS * VECTORS), coarse = first + row;
+    const int tap = pair.template tap<Conv::TAPS>(t, chunk);
+    const int fine = pair.template fine<Conv::TAPS>(t, chunk) + column;
+    if (coarse >= t.coarse_channels || fine >= t.fine_channels || tap >= Conv::TAPS) continue;
+    T* const to = static_cast<T*>(out.address) +
+                  (int64_t{pair.group} * t.coarse_channels + coarse) * out.stride_coarse +
+                  fine * out.stride_fine + tap * out.stride_tap;
+    const T* const from = staged + staged_at<COLUMNS>(row, chunk, column);
+    if constexpr (WIDTH == 8) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      *to = *from;
+    }
+  }
+}
+
+// Stores a pair's sums, which are whole. `staged` is 16 bits' alone.
+template <typename T, int COLUMNS, typename Conv>
+__device__ __forceinline__ void store_result(const TapWgradTiling& t, const WeightOutput& out,
+                                             const TapPair<COLUMNS>& pair, unsigned char* staged,
+                                             const float (&sums)[COLUMNS / 2]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {  // rows 0 to 7 and 8 to 15 of the warp's
+    const auto sum = [&](int i) { return half == 0 ? sums[i] : sums[i + 2]; };
+    const int first = pair.coarse + warp * 16 + 8 * half;
+    if constexpr (sizeof(T) == 2) {
+      T* const rows = reinterpret_cast<T*>(staged) + warp * 8 * STAGED_ROW<COLUMNS>;
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; ++j) {
+        constexpr int GROUPS = CHUNK_COLUMNS / 8;
+        T* const at =
+            rows + staged_at<COLUMNS>(lane / 4, j / GROUPS, j % GROUPS * 8) + lane % 4 * 2;
+        T two[2];
+        narrow(two[0], sum(4 * j)), narrow(two[1], sum(4 * j + 1));
+        uint32_t bits;
+        memcpy(&bits, two, 4);
+        *reinterpret_cast<uint32_t*>(at) = bits;
+      }
+      __syncwarp();
+      if (t.taps_first) {
+        if constexpr (Conv::TAPS > 1) copy_rows<1, true, COLUMNS, Conv>(t, out, pair, first, rows);
+      } else if (out.vector == 8) {
+        copy_rows<8, false, COLUMNS, Conv>(t, out, pair, first, rows);
+      } else {
+        copy_rows<1, false, COLUMNS, Conv>(t, out, pair, first, rows);
+      }
+    } else {
+      // One tap: neighbouring fine channels.
+      const int coarse = first + lane / 4, fine = pair.chunk * CHUNK_COLUMNS + lane % 4 * 2;
+      if (coarse >= t.coarse_channels) continue;
+      T* const to = static_cast<T*>(out.address) +
+                    (int64_t{pair.group} * t.coarse_channels + coarse) * out.stride_coarse + fine;
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; ++j) {
+        const float x = sum(4 * j), y = sum(4 * j + 1);
+        if (out.vector > 1 && fine + 8 * j < t.fine_channels) {
+          *reinterpret_cast<float2*>(to + 8 * j) = make_float2(x, y);
+        } else {
+          if (fine + 8 * j < t.fine_channels) to[8 * j] = x;
+          if (fine + 8 * j + 1 < t.fine_channels) to[8 * j + 1] = y;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int COLUMNS, Major MAJOR, typename Conv>
+__device__ __forceinline__ void consume_tap_wgrad(const TapWgradTiling& t, const WeightOutput& out,
+                                                  Pipeline ring, const unsigned char* stages,
+                                                  unsigned char* staged, float* partials) {
   constexpr int SUMS = COLUMNS / 2;
   constexpr int NEXT = MAJOR == Major::K ? STEP_BYTES : 16 * ROW_BYTES;
   constexpr int CHUNK_PITCH = MAJOR == Major::K ? 0 : CHUNK_ROWS;
@@ -182,6 +283,10 @@ __device__ __forceinline__ void consume_tap_wgrad(const TapWgradTiling& t, Pipel
     for (int i = 0; i < SUMS; ++i) wgmma_settle(sums[i]);
     if (lane == 0) ring.consumer_release(previous);
 
+    if (t.is_whole) {
+      store_result<T, COLUMNS, Conv>(t, out, TapPair<COLUMNS>(t, index), staged, sums);
+      continue;
+    }
     // Where each CTA's sums of each pair lie, [coarse][fine]: no two have the same place.
     const int row = consumer * BLOCK_M + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
     float* const to = partials + (int64_t{blockIdx.x} + index) * TAP_PARTIALS<COLUMNS> +
@@ -213,7 +318,7 @@ template <typename T, int COLUMNS, Major MAJOR, typename Conv>
 __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     tap_wgrad_kernel(const __grid_constant__ CoarseMaps coarse_maps,
                      const __grid_constant__ TensorMap fine_map, const TapWgradTiling t,
-                     float* partials) {
+                     const WeightOutput out, float* partials) {
   if constexpr (HAS_WGMMA) {
     constexpr bool ROUNDS = sizeof(T) == 4;
     unsigned char* const dynamic = dynamic_shared<unsigned char>();
@@ -245,7 +350,8 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     } else {
       claim_registers<CONSUMER_REGISTERS>();
       const Pipeline ready = {ROUNDS ? shared.rounded : shared.full, shared.empty};
-      consume_tap_wgrad<T, COLUMNS, MAJOR>(t, ready, stages, partials);
+      consume_tap_wgrad<T, COLUMNS, MAJOR, Conv>(
+          t, out, ready, stages, stages + t.stages * TAP_STAGE_BYTES<COLUMNS>, partials);
     }
   }
 }
@@ -256,12 +362,17 @@ __global__ void __launch_bounds__(PACK_THREADS)
     add_tap_wgrad_kernel(const TapWgradTiling t, const float* __restrict__ partials,
                          const WeightOutput out, int pairs) {
   await_earlier_kernel();
-  const int within = 4 * (blockIdx.x * PACK_THREADS + threadIdx.x);
+  constexpr int CHUNKS = COLUMNS / CHUNK_COLUMNS;
+  const int fours = COLUMNS / 4, at = blockIdx.x * PACK_THREADS + threadIdx.x;
+  // Neighbouring threads have neighbouring taps where these lie side by side.
+  const int four =
+      t.taps_first ? at % CHUNKS * (CHUNK_COLUMNS / 4) + at % fours / CHUNKS : at % fours;
+  const int column = 4 * four, within = at / fours * COLUMNS + column;
   for (int index = blockIdx.y; index < pairs; index += gridDim.y) {
     const TapPair<COLUMNS> pair(t, index);
-    const int coarse = pair.coarse + within / COLUMNS, column = within % COLUMNS;
-    const int tap = pair.tap(t, column / CHUNK_COLUMNS);
-    const int fine = pair.fine(t, column / CHUNK_COLUMNS) + column % CHUNK_COLUMNS;
+    const int coarse = pair.coarse + within / COLUMNS;
+    const int tap = pair.template tap<TAPS>(t, column / CHUNK_COLUMNS);
+    const int fine = pair.template fine<TAPS>(t, column / CHUNK_COLUMNS) + column % CHUNK_COLUMNS;
     if (coarse >= t.coarse_channels || fine >= t.fine_channels || tap >= TAPS) continue;
     // The CTAs that had units of the pair.
     const int cta = t.cta_of(index * t.positions);

@@ -66,6 +66,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   }
   double expected_ms() const { return best_.clocks / CLOCKS_PER_MS; }
   int64_t workspace_bytes() const {
+    if (best_.tiling.is_whole) return 0;
     return (int64_t{best_.tiling.ctas} + best_.pairs) * TAP_PARTIALS<1> * best_.columns *
            sizeof(float);
   }
@@ -165,6 +166,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   void consider() {
     TapWgradTiling t = t_;
     t.coarse_blocks = static_cast<int>(ceil_div(t.coarse_channels, TAP_ROWS));
+    t.taps_first = TAPS > 1 && !(call_.channels_last & CONVGEN_WEIGHT);
     t.fine_chunks = static_cast<int>(ceil_div(t.fine_channels, CHUNK_COLUMNS));
     t.column_blocks = static_cast<int>(ceil_div(TAPS * t.fine_chunks, SIZE / CHUNK_COLUMNS));
     const int64_t positions = int64_t{t.tiles_w} * t.tiles_h * t.tiles_d * t.tiles_n;
@@ -173,17 +175,32 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
       return;
     }
     t.positions = static_cast<int>(positions), t.units = static_cast<int>(pairs * positions);
-    t.stages = (limits_.shared_bytes - static_cast<int>(sizeof(TapWgradStorage)) - ATOM_BYTES) /
-               TAP_STAGE_BYTES<SIZE>;
-    if (t.stages > MOST_STAGES) t.stages = MOST_STAGES;
-    if (t.stages < 2) return;
     const double products = ROW_BYTES / STEP_BYTES * CONSUMERS * SIZE / 2.0;
     const double loads = TAP_STAGE_BYTES<SIZE> / LEVEL2_BYTES_PER_CLOCK;
-    const Deal deal = deal_units(pairs, positions, products > loads ? products : loads,
-                                 4.0 * TAP_PARTIALS<SIZE>, limits_.multiprocessors);
-    t.ctas = deal.ctas;
-    const double clocks = deal.clocks + TILE_CLOCKS + 2 * LAUNCH_CLOCKS;
+    const Deal deal =
+        deal_units(pairs, positions, products > loads ? products : loads, 4.0 * TAP_PARTIALS<SIZE>,
+                   limits_.multiprocessors, store_clocks<SIZE>(t));
+    t.ctas = deal.ctas, t.is_whole = deal.whole, t.grain = deal.whole ? t.positions : 1;
+    t.stages = (limits_.shared_bytes - shared_bytes<SIZE>(t, 0)) / TAP_STAGE_BYTES<SIZE>;
+    if (t.stages > MOST_STAGES) t.stages = MOST_STAGES;
+    if (t.stages < 2) return;
+    const double clocks = deal.clocks + TILE_CLOCKS + LAUNCH_CLOCKS;
     if (clocks < best_.clocks) best_ = {t, clocks, SIZE, static_cast<int>(pairs)};
+  }
+
+  template <int SIZE>
+  static int shared_bytes(const TapWgradTiling& t, int stages) {
+    return static_cast<int>(sizeof(TapWgradStorage)) + ATOM_BYTES + stages * TAP_STAGE_BYTES<SIZE> +
+           (t.is_whole && sizeof(T) == 2 ? STAGED_ROWS_BYTES<SIZE> : 0);
+  }
+
+  // Of a pair's results, counted as sectors of 32 bytes that a warp's stores touch, one in a clock;
+  // where a warp's are neighbours, half of that.
+  template <int SIZE>
+  static double store_clocks(const TapWgradTiling& t) {
+    constexpr int CHUNKS = SIZE / CHUNK_COLUMNS;
+    if (!t.taps_first) return TAP_PARTIALS<SIZE> * sizeof(T) / 16.0;
+    return TAP_PARTIALS<SIZE> / 32.0 * (TAPS <= CHUNKS ? 3 : 32 / CHUNKS + 1);
   }
 
   // Maps of coarse for the K blocks before the last ones along W, and H, and for those: see
@@ -238,18 +255,17 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
       const TapWgradTiling& t = best_.tiling;
       float* const partials = static_cast<float*>(call_.workspace);
       const int device = static_cast<int>(call_.device);
-      const int shared_bytes =
-          static_cast<int>(sizeof(TapWgradStorage)) + ATOM_BYTES + t.stages * TAP_STAGE_BYTES<SIZE>;
-      if (const int error = launch<tap_wgrad_kernel<T, SIZE, MAJOR, Conv>, true>(
-              dim3(t.ctas), dim3(GEMM_THREADS), shared_bytes, device, call_.stream, coarse_maps,
-              fine_map, t, partials)) {
-        return error;
-      }
-      const bool last = call_.channels_last & CONVGEN_WEIGHT;
       WeightOutput out;
       out.address = call_.weight;
       out.stride_coarse = int64_t{t.fine_channels} * TAPS;
-      out.stride_fine = last ? 1 : TAPS, out.stride_tap = last ? t.fine_channels : 1;
+      out.stride_fine = t.taps_first ? TAPS : 1;
+      out.stride_tap = t.taps_first ? 1 : t.fine_channels;
+      out.vector =
+          access_elements(call_.weight, t.fine_channels, sizeof(T), sizeof(T) == 2 ? 8 : 2);
+      const int error = launch<tap_wgrad_kernel<T, SIZE, MAJOR, Conv>, true>(
+          dim3(t.ctas), dim3(GEMM_THREADS), shared_bytes<SIZE>(t, t.stages), device, call_.stream,
+          coarse_maps, fine_map, t, out, partials);
+      if (error || t.is_whole) return error;
       return launch<add_tap_wgrad_kernel<T, SIZE, TAPS>, true>(
           dim3(TAP_PARTIALS<SIZE> / 4 / PACK_THREADS, best_.pairs < 65535 ? best_.pairs : 65535),
           dim3(PACK_THREADS), 0, device, call_.stream, t, static_cast<const float*>(partials), out,
