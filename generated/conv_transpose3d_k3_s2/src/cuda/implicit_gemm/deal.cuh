@@ -16,6 +16,7 @@ int64_t least_products(const ConvgenCall& call) {
 struct Deal {
   int ctas;
   double clocks;  // of the products and of the partial sums
+  bool whole;     // whether each CTA has all of its pairs' units, and no sums are partial
 };
 
 // Pairs whose CTAs do not begin with them meet the same positions at different times, and what
@@ -24,17 +25,25 @@ constexpr double UNALIGNED_CLOCKS = 1.1;
 
 // The quickest: either all multiprocessors have the same number of units, and a pair's sums are
 // those of several CTAs, which have parts of two pairs; or each pair has CTAs of its own, which
-// leaves fewer sums to be written and read again.
+// leaves fewer sums to be written and read again; or, where a kernel can store results, in
+// `store_clocks` for a pair, each CTA has pairs of its own, and no other kernel adds anything up.
 inline Deal deal_units(int64_t pairs, int64_t positions, double unit_clocks, double partial_bytes,
-                       int multiprocessors) {
+                       int multiprocessors, double store_clocks = -1) {
   const int64_t units = pairs * positions;
-  Deal best = {0, 1e30};
+  Deal best = {0, 1e30, false};
   if (units == 0) return best;
+  double added = LAUNCH_CLOCKS;
+  if (store_clocks >= 0) {
+    const int64_t ctas = pairs < multiprocessors ? pairs : multiprocessors;
+    const double clocks = ceil_div(pairs, ctas) * (positions * unit_clocks + store_clocks);
+    best = {static_cast<int>(ctas), clocks, true};
+    added += pairs * store_clocks / multiprocessors;
+  }
   const auto consider = [&](int64_t ctas, int64_t partials, double longer) {
     const double clocks =
-        longer * ceil_div(units, ctas) * unit_clocks +
+        longer * ceil_div(units, ctas) * unit_clocks + added +
         2 * partials * partial_bytes / (LEVEL2_BYTES_PER_CLOCK / 2 * multiprocessors);
-    if (clocks < best.clocks) best = {static_cast<int>(ctas), clocks};
+    if (clocks < best.clocks) best = {static_cast<int>(ctas), clocks, false};
   };
   const int64_t all = units < multiprocessors ? units : multiprocessors;
   consider(all, all + pairs, UNALIGNED_CLOCKS);

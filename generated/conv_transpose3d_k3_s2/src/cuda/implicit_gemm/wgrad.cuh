@@ -44,11 +44,12 @@ struct DealtUnits {
   int positions;  // K blocks of a pair
   int units;      // pairs x K blocks
   int ctas;
+  int grain = 1;  // neighbours that one CTA has: all of a pair, where nobody adds its sums up
 
   __host__ __device__ int first_unit(int cta) const {
-    return static_cast<int>(int64_t{units} * cta / ctas);
+    return static_cast<int>(int64_t{units / grain} * cta / ctas) * grain;
   }
-  // Which CTA has a unit.
+  // Which CTA has a unit, of a grain of one.
   __host__ __device__ int cta_of(int unit) const {
     return static_cast<int>(((int64_t{unit} + 1) * ctas - 1) / units);
   }
@@ -258,6 +259,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<WGRAD_THREADS>, 1)
 struct WeightOutput {
   void* address;
   int64_t stride_coarse, stride_fine, stride_tap;
+  int vector;  // fine channels that one access may have, where they lie side by side
 };
 
 constexpr int ADD_TAPS = 32;

@@ -140,7 +140,7 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
       const Deal deal = deal_units(pairs, positions, products > loads ? products : loads,
                                    4.0 * Stage::PARTIALS, limits_.multiprocessors);
       t.ctas = deal.ctas;
-      const double clocks = deal.clocks + TILE_CLOCKS + 2 * LAUNCH_CLOCKS + pack_clocks();
+      const double clocks = deal.clocks + TILE_CLOCKS + LAUNCH_CLOCKS + pack_clocks();
       if (clocks < clocks_) {
         clocks_ = clocks, t_ = t, lines_ = SIZE, row_ = ROW, pairs_ = pairs;
         partials_ = Stage::PARTIALS;
@@ -198,7 +198,7 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
               fine_map, t_, partials)) {
         return error;
       }
-      WeightOutput out;
+      WeightOutput out = {};
       out.address = call_.weight;
       const bool last = call_.channels_last & CONVGEN_WEIGHT;
       out.stride_coarse = int64_t{t_.fine_channels} * TAPS;
