@@ -52,7 +52,13 @@ WGRAD_TAPS_HEADERS: Mapping[str, str] = {
     **HEADERS,
     **{
         f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
-        for name in ("deal.cuh", "wgrad.cuh", "wgrad_taps.cuh", "wgrad_taps_host.cuh")
+        for name in (
+            "deal.cuh",
+            "wgrad.cuh",
+            "wgrad_taps.cuh",
+            "wgrad_packs.cuh",
+            "wgrad_taps_host.cuh",
+        )
     },
 }
 

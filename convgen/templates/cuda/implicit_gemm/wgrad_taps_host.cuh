@@ -4,6 +4,7 @@
 
 #include "deal.cuh"
 #include "host.cuh"
+#include "wgrad_packs.cuh"
 #include "wgrad_taps.cuh"
 
 namespace convgen {
@@ -28,8 +29,11 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   static_assert(Conv::DILATION_D > 0 && Conv::DILATION_H > 0 && Conv::DILATION_W > 0,
                 "distances of taps");
 
-  TapWgrad(const ConvgenCall& call, const DeviceLimits& limits) : call_(call), limits_(limits) {
-    if (POINTWISE) {
+  TapWgrad(const ConvgenCall& call, const DeviceLimits& limits)
+      : given_(call), call_(call), limits_(limits), packs_(call, limits.multiprocessors) {
+    if (PACKS) {
+      call_ = packs_.packed(call);
+    } else if (POINTWISE) {
       // Without neighbours, all positions are those of one line, and channels_last of all samples'.
       for (int64_t (*e)[3] : {&call_.coarse_extent, &call_.fine_extent}) {
         (*e)[2] *= (*e)[0] * (*e)[1], (*e)[0] = (*e)[1] = 1;
@@ -55,7 +59,10 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   }
 
   bool found() const { return best_.clocks < 1e30; }
-  bool pays() const { return true; }  // nothing is packed
+  bool pays() const {
+    return !PACKS || !packs_.any() ||
+           expected_ms() < other_ms<T, Conv>(given_, limits_.multiprocessors);
+  }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
     constexpr Major MAJOR = HAS_POSITIONS ? Major::K : Major::MN;
@@ -64,15 +71,21 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
                device, threads) == cudaSuccess &&
            threads == GEMM_THREADS;
   }
-  double expected_ms() const { return best_.clocks / CLOCKS_PER_MS; }
+  double expected_ms() const {
+    return (best_.clocks + (PACKS ? packs_.clocks() : 0)) / CLOCKS_PER_MS;
+  }
   int64_t workspace_bytes() const {
-    if (best_.tiling.is_whole) return 0;
-    return (int64_t{best_.tiling.ctas} + best_.pairs) * TAP_PARTIALS<1> * best_.columns *
-           sizeof(float);
+    const int64_t packed = PACKS ? packs_.bytes() : 0;
+    if (best_.tiling.is_whole) return packed;
+    return packed + (int64_t{best_.tiling.ctas} + best_.pairs) * TAP_PARTIALS<1> * best_.columns *
+                        sizeof(float);
   }
 
   int run() const {
     int error = CONVGEN_TOO_LARGE;
+    if constexpr (PACKS) {
+      if ((error = packs_.run(given_))) return error;
+    }
     const bool last = is_last();
     const bool found =
         ((!last && best_.columns == COLUMNS && (error = launch_with<COLUMNS, Major::K>(), true)) ||
@@ -92,8 +105,10 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   // Of which layouts there are kernels.
   static constexpr bool HAS_POSITIONS = POINTWISE, HAS_CHANNELS = sizeof(T) == 2;
+  // Whether what does not lie as these need it is packed.
+  static constexpr bool PACKS = !HAS_POSITIONS;
 
-  // Both tensors lie alike (see deal_...): nothing is packed.
+  // Both tensors lie alike (see deal_...), or are packed so.
   bool is_last() const { return (call_.channels_last & CONVGEN_COARSE) != 0; }
 
   // K blocks are parts of the lines of a contiguous tensor.
@@ -122,7 +137,8 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   // would meet elements of fine, the last boxes along W and H end with it, and all along D do.
   bool deal_rows_of_channels() {
     if (!HAS_CHANNELS || !(call_.channels_last & CONVGEN_FINE) ||
-        t_.coarse_channels % VECTOR != 0 || t_.fine_channels % VECTOR != 0 || call_.batch == 0) {
+        call_.coarse_channels / Conv::GROUPS % VECTOR != 0 ||
+        call_.fine_channels / Conv::GROUPS % VECTOR != 0 || call_.batch == 0) {
       return false;
     }
     const int64_t *e = call_.coarse_extent, batch = call_.batch;
@@ -273,8 +289,9 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
     }
   }
 
-  ConvgenCall call_;
+  ConvgenCall given_, call_;  // the second with operands as they lie when they are packed
   DeviceLimits limits_;
+  WgradPacks<T, Conv::GROUPS> packs_;
   TapWgradTiling t_ = {};
   Plan best_;
 };
