@@ -89,7 +89,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // channels, kernels that read them as they lie take less time.
   bool pays() const {
     if (call_.call->channels_last || reads_channels()) return true;
-    if (PHASED) return expected_ms() < strided_ms<T, Conv>(*call_.call, limits_.multiprocessors);
+    if (PHASED) return expected_ms() < other_ms<T, Conv>(*call_.call, limits_.multiprocessors);
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
     return least >= PAYING_CHANNELS<T> && least * TAPS >= PAYING_PRODUCTS;
   }

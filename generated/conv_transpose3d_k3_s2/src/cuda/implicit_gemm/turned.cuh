@@ -21,21 +21,23 @@ double pack_clocks(int64_t elements, int multiprocessors) {
   return LAUNCH_CLOCKS + 2.0 * elements * sizeof(T) / (18.0 * multiprocessors);
 }
 
-// Products per clock and multiprocessor of the kernels that read contiguous tensors as they lie.
-// 16 bits: the most of a strided layer's backward, hunyuan-vae-down's, measured on an H200. TF32:
-// what they reach without strides.
-template <typename T>
-constexpr double OTHER_PRODUCTS = sizeof(T) == 4 ? 520 : 310;
+// Products per clock and multiprocessor of the kernels that read contiguous tensors as they lie, as
+// measured on an H200: of strided layers in 16 bits the most of any backward (hunyuan-vae-down), of
+// others a large layer's forward in TF32.
+template <typename T, bool STRIDED>
+constexpr double OTHER_PRODUCTS = STRIDED && sizeof(T) == 2 ? 310 : 520;
 
-// What these are expected to take for a strided layer.
+// What these are expected to take.
 template <typename T, typename Conv>
-double strided_ms(const ConvgenCall& call, int multiprocessors) {
+double other_ms(const ConvgenCall& call, int multiprocessors) {
   const int64_t* const c = call.coarse_extent;
   const int64_t* const f = call.fine_extent;
   const double coarse = double(call.batch) * call.coarse_channels * c[0] * c[1] * c[2];
   const double fine = double(call.batch) * call.fine_channels * f[0] * f[1] * f[2];
   const double products = coarse * (call.fine_channels / Conv::GROUPS) * Conv::TAPS;
-  const double arithmetic = products / OTHER_PRODUCTS<T>, memory = (coarse + fine) * sizeof(T) / 18;
+  constexpr bool STRIDED = Conv::STRIDE_D * Conv::STRIDE_H * Conv::STRIDE_W > 1;
+  const double arithmetic = products / OTHER_PRODUCTS<T, STRIDED>;
+  const double memory = (coarse + fine) * sizeof(T) / 18;
   return (arithmetic > memory ? arithmetic : memory) / multiprocessors / CLOCKS_PER_MS;
 }
 
