@@ -87,9 +87,11 @@ def laid(tensor: Tensor, last: bool) -> Tensor:
     return tensor.movedim(1, -1).contiguous() if last else tensor.contiguous()
 
 
-def solve(loaded: Library, given: Problem, layout: tuple[str, ...]) -> dict[str, Tensor]:
+def solve(
+    loaded: Library, given: Problem, layout: tuple[str, ...], family: str = "_implicit_gemm"
+) -> dict[str, Tensor]:
     """Calls the contraction with some tensors' channels side by side, and returns those."""
-    symbol, result = f"{given.symbol}_implicit_gemm", RESULT[given.contraction]
+    symbol, result = given.symbol + family, RESULT[given.contraction]
     stored = {name: laid(tensor, name in layout) for name, tensor in given.operands.items()}
     stored[result] = torch.full_like(stored[result], torch.nan)
     flags = sum(abi.CHANNELS_LAST[name] for name in layout)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import struct
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,11 @@ class Library:
         function = self._library[f"{symbol}_expected"]
         function.restype = ctypes.c_int64
         return int(function(call)) / 1e6
+
+    def takes_layout(self, symbol: str, call: bytes) -> bool:
+        function = self._library[f"{symbol}_takes_layout"]
+        function.restype = ctypes.c_int64
+        return bool(function(call))
 
     def call(self, symbol: str, call: bytes) -> None:
         self.check(self._library[symbol](call))
@@ -289,8 +294,16 @@ def without_bias(spec: ConvSpec, contraction: str, operands: Mapping[str, Tensor
     return reference
 
 
-def check_nonfinite(library: Library, spec: ConvSpec, given: Problem) -> None:
-    """What is not finite in an operand comes out where that is read, and nowhere else."""
+def check_nonfinite(
+    library: Library,
+    spec: ConvSpec,
+    given: Problem,
+    call: Callable[[Library, Problem], object] | None = None,
+) -> None:
+    """What is not finite in an operand comes out where that is read, and nowhere else.
+
+    ``call`` solves a problem, by default :func:`solve`.
+    """
     for name in {"coarse", "fine", "weight"} - {RESULT[given.contraction]}:
         tensor = given.operands[name].clone()
         chosen = torch.zeros(tensor.shape, dtype=torch.bool)
@@ -302,7 +315,7 @@ def check_nonfinite(library: Library, spec: ConvSpec, given: Problem) -> None:
         operands = {**given.operands, name: tensor}
         operands[RESULT[given.contraction]] = torch.full_like(given.result, math.nan)
         case = Problem(given.contraction, given.dtype, operands, given.reference)
-        solve(library, case)
+        (call or solve)(library, case)
         # Sums of ones are far below what stands for the elements chosen.
         ones = {key: torch.ones(t.shape, dtype=torch.float64) for key, t in operands.items()}
         ones[name][chosen] = 1e100

@@ -121,7 +121,7 @@ class InterpretedLibrary:
     def __getitem__(self, symbol: str) -> Any:
         function = self._library[symbol]
         function.argtypes = [ctypes.c_char_p]
-        if symbol.endswith(("_workspace", "_expected")):
+        if symbol.endswith(("_workspace", "_expected", "_takes_layout")):
             function.restype = ctypes.c_int64
             return _Function(lambda call: int(function(_on_device(call))))
         is_packed = symbol.endswith("_packed")  # by an earlier call, in the same workspace

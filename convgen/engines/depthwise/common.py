@@ -15,12 +15,20 @@ from convgen.spec.geometry import Geometry
 NAME = "depthwise"
 HOST = "simt"
 
-HEADERS: Mapping[str, str] = {"depthwise.cuh": "cuda/simt/depthwise.cuh"}
+HEADERS: Mapping[str, str] = {
+    "depthwise.cuh": "cuda/simt/depthwise.cuh",
+    "depthwise_last.cuh": "cuda/simt/depthwise_last.cuh",
+}
 
 # Longer windows that no neighbours share go to the other kernels, which stage them.
 LONGEST_LINE = 8
 # Channels of a group of the one tensor for one of the other (DEPTHWISE_RATIO in depthwise.cuh).
 MOST_CHANNELS = 2
+# Registers of 16 bytes of channels, for calls in channels_last: see ``depthwise_last.cuh``.
+LAST_CHANNELS = 4
+# 32-bit registers of sums, and of these and what a line of a window is held in, of such calls.
+LAST_SUMS = 64
+LAST_REGISTERS = 128
 # Warps of columns of a step, where neighbours along H share nothing.
 BLOCKS_W = 4
 
@@ -38,6 +46,18 @@ def refusal_of(geometry: Geometry, read: tuple[int | None, ...]) -> str:
     if geometry.kernel[:2] == (1, 1) and geometry.kernel[2] > LONGEST_LINE:
         return f"no neighbours share a line of {geometry.kernel[2]} taps"
     return ""
+
+
+def ratios_of(geometry: Geometry) -> list[tuple[int, int]]:
+    """Coarse and fine channels of a group that depthwise calls may have."""
+    coarse, fine = geometry.channels_per_group
+    counts = range(1, MOST_CHANNELS + 1)
+    return [
+        (a, b)
+        for a in counts
+        for b in counts
+        if min(a, b) == 1 and coarse in (None, a) and fine in (None, b)
+    ]
 
 
 def channels_of(problem: Problem, call: Call) -> tuple[int, int]:

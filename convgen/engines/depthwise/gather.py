@@ -12,10 +12,14 @@ from convgen.engines.depthwise.common import (
     BLOCKS_W,
     HEADERS,
     HOST,
+    LAST_CHANNELS,
+    LAST_REGISTERS,
+    LAST_SUMS,
     MOST_CHANNELS,
     NAME,
     channels_of,
     prediction,
+    ratios_of,
     refusal_of,
 )
 from convgen.engines.family import Candidate, Family, Plan
@@ -34,13 +38,18 @@ MOST_PHASES = 64
 
 
 Count = Annotated[int, Range(1, REGISTERS)]
+LastCount = Annotated[int, Range(1, LAST_SUMS)]
 
 
 @dataclass(frozen=True)
 class GatherRows:
-    """Positions of a thread along D and H, and its warps of columns."""
+    """Positions of a thread along D and H, and its warps of columns.
+
+    In channels_last its channels, and its positions along D, H and W.
+    """
 
     rows: tuple[Count, Count, Count]
+    last: tuple[LastCount, LastCount, LastCount, LastCount]
 
 
 class DepthwiseGather(Family[GatherRows]):
@@ -67,7 +76,7 @@ class DepthwiseGather(Family[GatherRows]):
 
     def default(self, problem: Problem) -> GatherRows:
         budget = REGISTERS // problem.accumulator_registers
-        return GatherRows(_rows(problem.geometry, _phases(problem), budget))
+        return GatherRows(_rows(problem.geometry, _phases(problem), budget), _last_rows(problem))
 
     def candidates(self, problem: Problem) -> list[Candidate[GatherRows]]:
         return [Candidate(self.default(problem), "")]
@@ -95,6 +104,9 @@ class DepthwiseGather(Family[GatherRows]):
         axes = plan.problem.axes
         return {
             "rows": plan.schedule.rows,
+            "last_channels": plan.schedule.last[0],
+            "last_rows": plan.schedule.last[1:],
+            "ratios": [max(pair) for pair in ratios_of(plan.geometry) if _reads_one(plan, pair)],
             "steps": [axis.step for axis in axes],
             "phases": [len(axis.phases) for axis in axes],
             "first": [axis.first_offset for axis in axes],
@@ -134,6 +146,46 @@ def _rows(geometry: Geometry, phases: int, budget: int) -> Triple:
         if h <= most_h and w <= most_w and fits(d, h, w)
     ]
     return max(choices, key=lambda rows: (math.prod(rows), rows[1]), default=(1, 1, 1))
+
+
+def _reads_one(plan: Plan[GatherRows], pair: tuple[int, int]) -> bool:
+    """Whether coarse and fine channels of a group are one that is read, and others."""
+    return pair[plan.problem.input == "fine"] == 1
+
+
+def _last_rows(problem: Problem) -> tuple[int, int, int, int]:
+    """Channels of a thread in channels_last, and its positions along D, H and W.
+
+    Those with which it loads least for each sum: columns of its window, and weights, which all
+    positions along W share.
+    """
+    kernel, width, phases = problem.geometry.kernel, problem.accumulator_registers, _phases(problem)
+    most_d, most_h = (2 if kernel[0] > 1 else 1), (4 if kernel[1] > 1 else 1)
+
+    def window(axis: int, rows: int) -> int:
+        step, phases = problem.axes[axis].step, problem.axes[axis].phases
+        offsets = {tap.offset for phase in phases for tap in phase.taps}
+        return len({row * step + offset for row in range(rows) for offset in offsets})
+
+    def fits(channels: int, d: int, h: int, w: int) -> bool:
+        sums = channels * width * d * h * w * phases
+        columns = channels * width * window(2, w)
+        return sums <= LAST_SUMS and sums + columns <= LAST_REGISTERS
+
+    def loads(rows: tuple[int, int, int, int]) -> float:
+        channels, d, h, w = rows
+        columns = window(0, d) * window(1, h) * window(2, w) / (d * h * w)
+        return (columns + problem.geometry.taps / w) / channels
+
+    choices = [
+        (channels, d, h, w)
+        for channels in (LAST_CHANNELS // width, LAST_CHANNELS // width // 2, 1)
+        for d in (1, 2)
+        for h in (1, 2, 4)
+        for w in (1, 2, 4, 8, 16)
+        if channels > 0 and d <= most_d and h <= most_h and fits(channels, d, h, w)
+    ]
+    return min(choices, key=loads, default=(1, 1, 1, 1))
 
 
 def _last(axis: Axis) -> int:
