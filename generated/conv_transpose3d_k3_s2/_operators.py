@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_e5a4f659"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_47e3a406"
 NAMESPACE += VARIANT
 
 

@@ -166,7 +166,7 @@ class Launch:
         Raises:
             RuntimeError: where CUDA or the kernel refuses the call.
         """
-        # The copy engine begins at multiples of 16 bytes; results do.
+        # Copy engine and vectors of channels begin at multiples of 16 bytes; results do.
         begins_anywhere = (self.gpu is None and not INTERPRETED) or not self.takes_layouts
         if not begins_anywhere and any(
             each is not None and each.data_ptr() & 15 for each in (coarse, fine, weight)
@@ -270,6 +270,11 @@ def prepare(
             if expected(bytes(_POINTERS.size) + numbers) >= 0:
                 return replace(launch(f"{mode}_implicit_gemm"), takes_layouts=True)
         return launch(mode, plain)
+    if layout and contraction != "bgrad":
+        takes_layout = library[f"convgen_{contraction}_{BACKENDS[device.type][dtype]}_takes_layout"]
+        takes_layout.argtypes, takes_layout.restype = [ctypes.c_char_p], ctypes.c_int64
+        if takes_layout(bytes(_POINTERS.size) + numbers):
+            return replace(plain, takes_layouts=True)
     return plain
 
 

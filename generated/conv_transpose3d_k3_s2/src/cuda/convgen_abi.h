@@ -24,10 +24,11 @@
 // coarse for a convolution and fine for a transposed one.
 //
 // All tensors are contiguous, (N, C, D, H, W) and (A, B / groups, KD, KH, KW), but for those that
-// `channels_last` names, where a function takes such: all of the CPU's, bgrad on CUDA, and those of
-// implicit GEMMs, convgen_<contraction>_<math mode>_implicit_gemm, of which ..._expected says in
-// nanoseconds what a call is to take, or -1 if it is not for them. Every element of the output is
-// written. Extents of one- and two-dimensional operators have leading ones.
+// `channels_last` names, where a function takes such: all of the CPU's, bgrad on CUDA, others of a
+// dtype on CUDA where ..._takes_layout says so of a call (of tensors at multiples of 16 bytes), and
+// those of implicit GEMMs, convgen_<contraction>_<math mode>_implicit_gemm, of which ..._expected
+// says in nanoseconds what a call is to take, or -1 if it is not for them. Every element of the
+// output is written. Extents of one- and two-dimensional operators have leading ones.
 //
 // CUDA's library has convgen_transpose_<dtype>, too, from one memory format to the other.
 //

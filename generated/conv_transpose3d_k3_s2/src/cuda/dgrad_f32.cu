@@ -451,3 +451,7 @@ CONVGEN_EXPORT int convgen_dgrad_f32(const ConvgenCall* call) {
       return run<8>(*call, limits);
   }
 }
+
+CONVGEN_EXPORT int64_t convgen_dgrad_f32_takes_layout(const ConvgenCall*) {
+  return 0;
+}

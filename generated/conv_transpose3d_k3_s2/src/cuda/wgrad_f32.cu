@@ -252,6 +252,10 @@ CONVGEN_EXPORT int convgen_wgrad_f32(const ConvgenCall* call) {
   }
 }
 
+CONVGEN_EXPORT int64_t convgen_wgrad_f32_takes_layout(const ConvgenCall*) {
+  return 0;
+}
+
 CONVGEN_EXPORT int64_t convgen_bgrad_f32_workspace(const ConvgenCall* call) {
   return call->batch * bias_parts(*call) * call->coarse_channels * sizeof(Acc);
 }
