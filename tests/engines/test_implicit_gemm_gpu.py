@@ -59,9 +59,7 @@ def test_small_layers(module: ModuleType) -> None:
 
 def check_values(module: ModuleType, dtype: torch.dtype, *, small: bool = False) -> None:
     op = module.SPEC["op"]
-    names = ("stride", "padding", "dilation", "groups")
-    constants = {name: module.SPEC[name] for name in names}
-    ndim, groups, transposed = int(op[-2]), module.SPEC["groups"], "transpose" in op
+    ndim, groups = int(op[-2]), module.SPEC["groups"]
     draw = random.Random(op)
     with torch.backends.cudnn.flags(allow_tf32=True):
         for _ in range(2 if small else 6):
@@ -71,30 +69,86 @@ def check_values(module: ModuleType, dtype: torch.dtype, *, small: bool = False)
             extents = [draw.randint(10, 10 if ndim == 3 else 40) + 6 for _ in range(ndim)]
             if small:
                 extents = [draw.randint(6, 12) for _ in range(ndim)]
-            x = torch.randn(draw.randint(1, 3), given, *extents, device="cuda").to(dtype)
-            shape = (given, made // groups) if transposed else (made, given // groups)
-            w = torch.randn(*shape, *module.SPEC["kernel_size"], device="cuda").to(dtype) / 10
-            b = torch.randn(made, device="cuda").to(dtype)
-            where = "cpu" if small else "cuda"
-            double = [each.double().to(where).requires_grad_() for each in (x, w, b)]
-            expected = getattr(F, op)(*double, **constants)
-            grad = torch.randn(expected.shape, device="cuda").to(dtype)
-            of_operands = torch.autograd.grad(expected, double, grad.double().to(where))
-            wanted = [each.cuda() for each in (expected, *of_operands)]
-            for x_last, w_last, grad_last in ((0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 1)):
-                operands = [
-                    (last(each) if is_last else each).requires_grad_()
-                    for each, is_last in ((x, x_last), (w, w_last), (b, False))
-                ]
-                out = last(grad) if grad_last else grad
-                runs = []
-                for _ in range(2):
-                    y = getattr(module, op)(*operands)
-                    runs.append((y, *torch.autograd.grad(y, operands, out)))
-                for one, other, right in zip(*runs, wanted, strict=True):
-                    assert torch.equal(one, other)
-                    error = (one.double() - right).norm() / right.norm()
-                    assert error < LIMITS[dtype], (x.shape, w.shape, x_last, w_last, grad_last)
+            check_call(module, dtype, (draw.randint(1, 3), given, made, extents), small=small)
+
+
+def check_call(
+    module: ModuleType,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, list[int]],
+    *,
+    small: bool = False,
+) -> None:
+    """``shape`` is batch, channels in and out, and extents."""
+    op = module.SPEC["op"]
+    batch, given, made, extents = shape
+    constants = {name: module.SPEC[name] for name in ("stride", "padding", "dilation", "groups")}
+    groups = module.SPEC["groups"]
+    x = torch.randn(batch, given, *extents, device="cuda").to(dtype)
+    channels = (given, made // groups) if "transpose" in op else (made, given // groups)
+    w = torch.randn(*channels, *module.SPEC["kernel_size"], device="cuda").to(dtype) / 10
+    b = torch.randn(made, device="cuda").to(dtype)
+    where = "cpu" if small else "cuda"
+    double = [each.double().to(where).requires_grad_() for each in (x, w, b)]
+    expected = getattr(F, op)(*double, **constants)
+    grad = torch.randn(expected.shape, device="cuda").to(dtype)
+    of_operands = torch.autograd.grad(expected, double, grad.double().to(where))
+    wanted = [each.cuda() for each in (expected, *of_operands)]
+    for x_last, w_last, grad_last in ((0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 1)):
+        operands = [
+            (last(each) if is_last else each).requires_grad_()
+            for each, is_last in ((x, x_last), (w, w_last), (b, False))
+        ]
+        out = last(grad) if grad_last else grad
+        runs = []
+        for _ in range(2):
+            y = getattr(module, op)(*operands)
+            runs.append((y, *torch.autograd.grad(y, operands, out)))
+        for one, other, right in zip(*runs, wanted, strict=True):
+            assert torch.equal(one, other)
+            error = (one.double() - right).norm() / right.norm()
+            assert error < LIMITS[dtype], (x.shape, w.shape, x_last, w_last, grad_last)
+
+
+SMALL: list[tuple[str, dict[str, Any], tuple[int, int, int, list[int]]]] = [
+    ("conv3d", {"kernel_size": 3, "padding": 1}, (2, 320, 320, [4, 4, 4])),
+    ("conv3d", {"kernel_size": 3, "padding": 1}, (3, 72, 200, [6, 5, 3])),
+    ("conv3d", {"kernel_size": 3, "stride": 2, "padding": 1}, (2, 320, 320, [8, 8, 8])),
+    ("conv2d", {"kernel_size": 3, "padding": 1}, (5, 136, 264, [7, 7])),
+    ("conv2d", {"kernel_size": 3, "padding": 1}, (2, 35, 72, [5, 9])),
+    ("conv2d", {"kernel_size": 1}, (32, 320, 1280, [7, 7])),
+    ("conv2d", {"kernel_size": 1}, (3, 100, 264, [14, 14])),
+    ("conv1d", {"kernel_size": 3, "padding": 1}, (16, 64, 3072, [40])),
+]
+
+
+@pytest.mark.parametrize(("op", "constants", "shape"), SMALL, ids=str)
+def test_few_positions(
+    package: Package,
+    op: str,
+    constants: dict[str, Any],
+    shape: tuple[int, int, int, list[int]],
+) -> None:
+    module = package(op, "cuda", dtypes=["f32", "bf16", "f16"], **constants)
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        for dtype in LIMITS:
+            check_call(module, dtype, shape)
+
+
+def test_a_nan_beside_a_small_output_reaches_no_other_tap(package: Package) -> None:
+    for op, constants, (_, given, made, extents) in SMALL[:3]:
+        module = package(op, "cuda", dtypes=["f32", "bf16", "f16"], **constants)
+        x = torch.randn(1, given, *extents)
+        x[(0, 5, *(end - 1 for end in extents))] = torch.nan
+        w = torch.randn(made, given, 3, 3, 3)
+        kept = {name: each for name, each in constants.items() if name != "kernel_size"}
+        grad = torch.randn_like(F.conv3d(x, w, **kept))
+        expected = torch.nn.grad.conv3d_weight(x, w.shape, grad, **kept)
+        for layout in (last, Tensor.contiguous):
+            operands = [layout(each.cuda().bfloat16()).requires_grad_() for each in (x, w)]
+            y = module.conv3d(*operands)
+            (found,) = torch.autograd.grad(y, operands[1], layout(grad.cuda().bfloat16()))
+            assert torch.equal(found.isfinite().cpu(), expected.isfinite())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -40,14 +40,6 @@ HEADERS: Mapping[str, str] = {
         )
     },
 }
-WGRAD_HEADERS: Mapping[str, str] = {
-    **HEADERS,
-    **{
-        f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
-        for name in ("deal.cuh", "wgrad.cuh", "wgrad_host.cuh")
-    },
-}
-
 WGRAD_TAPS_HEADERS: Mapping[str, str] = {
     **HEADERS,
     **{
@@ -62,12 +54,26 @@ WGRAD_TAPS_HEADERS: Mapping[str, str] = {
     },
 }
 
+WGRAD_HEADERS: Mapping[str, str] = {
+    **WGRAD_TAPS_HEADERS,
+    **{
+        f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
+        for name in ("wgrad_host.cuh", "wgrad_either.cuh")
+    },
+}
+
 WGRAD_QUARTERS_HEADERS: Mapping[str, str] = {
-    **WGRAD_HEADERS,
+    **HEADERS,
     "meeting.cuh": "cuda/meeting.cuh",
     **{
         f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
-        for name in ("quarters.cuh", "wgrad_quarters.cuh", "wgrad_quarters_host.cuh")
+        for name in (
+            "deal.cuh",
+            "wgrad.cuh",
+            "quarters.cuh",
+            "wgrad_quarters.cuh",
+            "wgrad_quarters_host.cuh",
+        )
     },
 }
 

@@ -1,4 +1,7 @@
-"""wgrad of stride 1, in 16 bits: ``templates/cuda/implicit_gemm/wgrad.cuh``."""
+"""wgrad of stride 1, in 16 bits: ``templates/cuda/implicit_gemm/wgrad.cuh``.
+
+Calls whose outputs are smaller than its tiles, or few, go to ``wgrad_taps.cuh``.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from convgen.engines.implicit_gemm.common import (
     accepts,
     context_of,
 )
+from convgen.engines.implicit_gemm.wgrad_taps import clocks as tap_clocks
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
 
@@ -27,6 +31,8 @@ CONSUMERS = 3
 PRODUCT_TAPS = 3
 WIDE, NARROW = 64, 32
 """Channels of a block, of either tensor."""
+TAP_COLUMNS = (256,)
+"""The sizes that are compiled of the kernel that multiplies a tap at a time, for small outputs."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,13 @@ class Wgrad(Family[WgradSizes]):
                 )
                 products = lines // 2 * CONSUMERS * columns * channels // 2
                 clocks.append(-(-pairs * tiles // gpu.multiprocessors) * products)
-        ms = (min(clocks) + TILE_CLOCKS + 2 * LAUNCH_CLOCKS) / CLOCKS_PER_MS
+        halo = min(clocks) + TILE_CLOCKS + 2 * LAUNCH_CLOCKS
+        ms = min(halo, tap_clocks(plan.problem, TAP_COLUMNS, call, gpu)) / CLOCKS_PER_MS
         least = memory_ms(plan.problem, call, gpu)
         return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
 
     def context(self, plan: Plan[WgradSizes]) -> dict[str, Any]:
-        return context_of(plan.problem)
+        return context_of(plan.problem) | {"tap_columns": TAP_COLUMNS}
 
 
 WGRAD = Wgrad()

@@ -83,26 +83,31 @@ class TapWgrad(Family[TapWgradSizes]):
         return ""
 
     def predict(self, plan: Plan[TapWgradSizes], call: Call, gpu: Gpu) -> Prediction:
-        g = plan.geometry
-        coarse, fine = call.coarse_channels // g.groups, call.fine_channels // g.groups
-        block = ROW_BYTES // plan.problem.element_bytes
-        blocks = -(-call.batch * math.prod(call.coarse_extent) // block)
-        clocks = []
-        for columns in plan.schedule.columns:
-            chunks = g.taps * -(-fine // CHUNK_COLUMNS)
-            pairs = g.groups * -(-coarse // ROWS) * -(-chunks * CHUNK_COLUMNS // columns)
-            loads = (ROWS + columns) * ROW_BYTES / LEVEL2_BYTES_PER_CLOCK
-            each = max(4.0 * columns, loads)
-            waves = -(-pairs // gpu.multiprocessors)
-            store = ROWS * columns * plan.problem.element_bytes / STORED_BYTES_PER_CLOCK
-            dealt = -(-pairs * blocks // gpu.multiprocessors) * each + LAUNCH_CLOCKS
-            clocks += [dealt, waves * (blocks * each + store)]
-        ms = (min(clocks) + TILE_CLOCKS + LAUNCH_CLOCKS) / CLOCKS_PER_MS
+        ms = clocks(plan.problem, plan.schedule.columns, call, gpu) / CLOCKS_PER_MS
         least = memory_ms(plan.problem, call, gpu)
         return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
 
     def context(self, plan: Plan[TapWgradSizes]) -> dict[str, Any]:
         return context_of(plan.problem)
+
+
+def clocks(problem: Problem, sizes: Iterable[int], call: Call, gpu: Gpu) -> float:
+    """What a call is expected to take with the best of some sizes, nothing packed."""
+    g = problem.geometry
+    coarse, fine = call.coarse_channels // g.groups, call.fine_channels // g.groups
+    block = ROW_BYTES // problem.element_bytes
+    blocks = -(-call.batch * math.prod(call.coarse_extent) // block)
+    best = math.inf
+    for columns in sizes:
+        chunks = g.taps * -(-fine // CHUNK_COLUMNS)
+        pairs = g.groups * -(-coarse // ROWS) * -(-chunks * CHUNK_COLUMNS // columns)
+        loads = (ROWS + columns) * ROW_BYTES / LEVEL2_BYTES_PER_CLOCK
+        each = max(4.0 * columns, loads)
+        waves = -(-pairs // gpu.multiprocessors)
+        store = ROWS * columns * problem.element_bytes / STORED_BYTES_PER_CLOCK
+        dealt = -(-pairs * blocks // gpu.multiprocessors) * each + LAUNCH_CLOCKS
+        best = min(best, dealt, waves * (blocks * each + store))
+    return best + TILE_CLOCKS + LAUNCH_CLOCKS
 
 
 WGRAD_TAPS = TapWgrad()

@@ -31,9 +31,8 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   TapWgrad(const ConvgenCall& call, const DeviceLimits& limits)
       : given_(call), call_(call), limits_(limits), packs_(call, limits.multiprocessors) {
-    if (PACKS) {
-      call_ = packs_.packed(call);
-    } else if (POINTWISE) {
+    if (packs()) call_ = packs_.packed(call);
+    if (POINTWISE) {
       // Without neighbours, all positions are those of one line, and channels_last of all samples'.
       for (int64_t (*e)[3] : {&call_.coarse_extent, &call_.fine_extent}) {
         (*e)[2] *= (*e)[0] * (*e)[1], (*e)[0] = (*e)[1] = 1;
@@ -60,8 +59,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   bool found() const { return best_.clocks < 1e30; }
   bool pays() const {
-    return !PACKS || !packs_.any() ||
-           expected_ms() < other_ms<T, Conv>(given_, limits_.multiprocessors);
+    return !packs() || expected_ms() < other_wgrad_ms<T, Conv>(given_, limits_.multiprocessors);
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
@@ -72,10 +70,10 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
            threads == GEMM_THREADS;
   }
   double expected_ms() const {
-    return (best_.clocks + (PACKS ? packs_.clocks() : 0)) / CLOCKS_PER_MS;
+    return (best_.clocks + (packs() ? packs_.clocks() : 0)) / CLOCKS_PER_MS;
   }
   int64_t workspace_bytes() const {
-    const int64_t packed = PACKS ? packs_.bytes() : 0;
+    const int64_t packed = packs() ? packs_.bytes() : 0;
     if (best_.tiling.is_whole) return packed;
     return packed + (int64_t{best_.tiling.ctas} + best_.pairs) * TAP_PARTIALS<1> * best_.columns *
                         sizeof(float);
@@ -83,8 +81,8 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   int run() const {
     int error = CONVGEN_TOO_LARGE;
-    if constexpr (PACKS) {
-      if ((error = packs_.run(given_))) return error;
+    if constexpr (HAS_CHANNELS) {
+      if (packs() && (error = packs_.run(given_))) return error;
     }
     const bool last = is_last();
     const bool found =
@@ -105,8 +103,13 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   // Of which layouts there are kernels.
   static constexpr bool HAS_POSITIONS = POINTWISE, HAS_CHANNELS = sizeof(T) == 2;
-  // Whether what does not lie as these need it is packed.
-  static constexpr bool PACKS = !HAS_POSITIONS;
+  // Whether what does not lie as these need it is packed: channels side by side.
+  bool packs() const {
+    const int64_t* e = given_.coarse_extent;
+    const bool lies = HAS_POSITIONS && e[0] * e[1] * e[2] % VECTOR == 0 &&
+                      !(given_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE));
+    return HAS_CHANNELS && !lies && packs_.any();
+  }
 
   // Both tensors lie alike (see deal_...), or are packed so.
   bool is_last() const { return (call_.channels_last & CONVGEN_COARSE) != 0; }
