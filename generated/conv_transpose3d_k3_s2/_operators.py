@@ -66,7 +66,7 @@ from ._runtime import (
     is_freed,
 )
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_47e3a406"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_17bda3fe"
 NAMESPACE += VARIANT
 
 
