@@ -1,7 +1,7 @@
 """What a generated package loads instead of ``lib/cuda.so`` when it is interpreted.
 
 ``CONVGEN_INTERPRET=1`` (or a mode of :data:`convgen.checking.interpret.MODES`) in the environment
-lets a package's CUDA kernels serve the CPU's tensors: its ``_runtime.py`` then calls
+lets a package's CUDA kernels serve the CPU's tensors: its ``_library.py`` then calls
 :func:`open_package`.
 """
 
@@ -54,7 +54,7 @@ def load(package: Path, mode: str = "checked", *, progress: Progress | None = No
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InterpretedWarning)
             # Its kernels are opened now, while the variable is set.
-            module._runtime._load("cpu")
+            module._library.load("cpu")
         return module
     finally:
         os.environ.pop(VARIABLE)

@@ -161,7 +161,7 @@ def _kinds(module: ModuleType, on_cuda: bool, dtypes: Iterable[str]) -> list[str
 
 def is_interpreted(module: ModuleType) -> bool:
     """Whether a module was imported with ``CONVGEN_INTERPRET`` set: see docs/interpreter.md."""
-    interpreted: bool = module._runtime.INTERPRETED
+    interpreted: bool = module._library.INTERPRETED
     return interpreted
 
 

@@ -24,8 +24,8 @@ from convgen.spec.dtypes import DTYPES, MODES
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 PYTHON = (
-    *("__init__.py", "_operators.py", "_integration.py"),
-    *("_kernels.py", "_layouts.py", "_supplement.py", "_runtime.py"),
+    *("__init__.py", "_operators.py", "_dispatch.py", "_integration.py"),
+    *("_kernels.py", "_layouts.py", "_supplement.py", "_runtime.py", "_library.py"),
 )
 """The modules of a package, each with a template of its own."""
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
+from ._dispatch import is_plain
 from ._integration import as_own, by_others, count_as_torch
-from ._operators import dgrad, dgrad_op, dgrad_plain, is_plain
+from ._operators import PLAIN, dgrad, dgrad_op
 from ._runtime import BACKENDS, NAME, check_memory
 
 __all__ = ["BACKENDS", "SPEC", "ConvTranspose3d", "conv_transpose3d"]
@@ -114,7 +115,7 @@ def _convolve(
         height * 2 + 1 + output_padding[1],
         width * 2 + 1 + output_padding[2],
     )
-    return (dgrad_plain if plain else dgrad)(input, weight, bias, size)
+    return (PLAIN.dgrad if plain else dgrad)(input, weight, bias, size)
 
 
 class ConvTranspose3d(torch.nn.ConvTranspose3d):

@@ -22,14 +22,14 @@ from ._layouts import (
     arranged,
     as_first,
     as_last,
+    first_strides,
     last_strides,
+    layout_by_strides,
     layout_of,
-    lie_first,
     lies_last,
-    new_result,
 )
+from ._library import INTERPRETED
 from ._runtime import (
-    INTERPRETED,
     NAME,
     Launch,
     fp32_precision,
@@ -157,36 +157,34 @@ def _by(extents: Sequence[int]) -> str:
     return f"({' x '.join(map(str, extents))})"
 
 
-# Kernels, for the CPU and CUDA alike. What follows from shapes, dtypes and devices is checked and
-# computed once for each combination of them, and remembered: the shape of the result, its strides
-# for `new_tensor`, and its kernel, if its sums have terms.
+# Kernels, for the CPU and CUDA alike. What follows from shapes, layouts, dtypes and devices is
+# checked and computed once for each combination of them, and remembered: the result's shape and
+# strides, its kernel, if its sums have terms, and the layout that this is for. Where contiguous
+# operands may be channels_last as well (one channel, one position), strides tell: their plan has
+# those of contiguous ones, for a call to compare.
 
-_Plan = tuple[tuple[int, ...], tuple[int, ...], Launch | None]
+_Strides = tuple[tuple[int, ...], tuple[int, ...]]
+_Plan = tuple[tuple[int, ...], tuple[int, ...], Launch | None, int, _Strides | None]
 plans: dict[tuple[Any, ...], _Plan] = {}
 
 
 def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
-    all_first = lie_first(fine, weight)
-    layout = 0 if all_first else layout_of(fine, weight, (FINE, WEIGHT, COARSE))
-    key = key_of("fprop", fine, weight, bias, size, layout)
-    if (plan := plans.get(key)) is None:
+    key, plan, lie_first = find("fprop", fine, weight, bias, size)
+    if plan is None:
         if other := elsewhere(fine, weight):
             return other.fprop_kernel(fine, weight, bias, size)  # type: ignore[no-any-return]
         shape = fprop_shape(fine, weight, bias, size)
-        plan = remember(key, fine, shape, coarse=shape, fine=fine.shape, layout=layout)
-    shape, strides, launch = plan
+        plan = remember(key, fine, shape, coarse=shape, fine=fine.shape)
+    shape, strides, launch, layout, _ = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(fprop_kernel(as_first(fine), as_first(weight), bias, size))
-    if layout and not strides:
-        coarse = new_result(shape, fine, weight)
-    else:
-        coarse = new_tensor(fine, shape, strides)
+    coarse = new_tensor(fine, shape, strides, launch)
     if launch is None:
         return bias_alone(coarse, bias)
-    if not all_first:
-        fine, weight = arranged(fine), arranged(weight)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    if not lie_first:
+        fine, weight = arranged(fine), arranged(weight)
     launch.run(coarse, fine, weight, bias)
     return coarse
 
@@ -194,50 +192,40 @@ def fprop_kernel(fine: Tensor, weight: Tensor, bias: Tensor | None, size: Sequen
 def dgrad_kernel(
     coarse: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> Tensor:
-    all_first = lie_first(coarse, weight)
-    layout = 0 if all_first else layout_of(coarse, weight, (COARSE, WEIGHT, FINE))
-    key = key_of("dgrad", coarse, weight, bias, size, layout)
-    if (plan := plans.get(key)) is None:
+    key, plan, lie_first = find("dgrad", coarse, weight, bias, size)
+    if plan is None:
         if other := elsewhere(coarse, weight):
             return other.dgrad_kernel(coarse, weight, bias, size)  # type: ignore[no-any-return]
         shape = dgrad_shape(coarse, weight, bias, size)
-        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=shape, layout=layout)
-    shape, strides, launch = plan
+        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=shape)
+    shape, strides, launch, layout, _ = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(dgrad_kernel(as_first(coarse), as_first(weight), bias, size))
-    if layout and not strides:
-        fine = new_result(shape, coarse, weight)
-    else:
-        fine = new_tensor(coarse, shape, strides)
+    fine = new_tensor(coarse, shape, strides, launch)
     if launch is None:
         return bias_alone(fine, bias)
-    if not all_first:
-        coarse, weight = arranged(coarse), arranged(weight)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    if not lie_first:
+        coarse, weight = arranged(coarse), arranged(weight)
     launch.run(coarse, fine, weight, bias)
     return fine
 
 
 def wgrad_kernel(coarse: Tensor, fine: Tensor) -> Tensor:
-    all_first = lie_first(coarse, fine)
-    layout = 0 if all_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
-    key = key_of("wgrad", coarse, fine, None, (), layout)
-    if (plan := plans.get(key)) is None:
+    key, plan, lie_first = find("wgrad", coarse, fine)
+    if plan is None:
         if other := elsewhere(coarse, fine):
             return other.wgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
-        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
-    shape, strides, launch = plan
+        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+    shape, strides, launch, layout, _ = plan
     if layout and launch is not None and not launch.takes_layouts:
         return as_last(wgrad_kernel(as_first(coarse), as_first(fine)))
-    if layout and not strides:
-        weight = new_result(shape, coarse, fine)
-    else:
-        weight = new_tensor(coarse, shape, strides)
+    weight = new_tensor(coarse, shape, strides, launch)
     if launch is None:
         return weight.zero_()
-    if not all_first:
+    if not lie_first:
         coarse, fine = arranged(coarse), arranged(fine)
     launch.run(coarse, fine, weight, None)
     return weight
@@ -255,9 +243,9 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
         if other := elsewhere(grad, grad):
             return other.bgrad_kernel(grad)  # type: ignore[no-any-return]
         shape = bgrad_shape(grad)
-        plan = remember(key, grad, shape, coarse=grad.shape, fine=grad.shape, layout=layout)
-    shape, strides, launch = plan
-    bias = new_tensor(grad, shape, strides)
+        plan = remember(key, grad, shape, coarse=grad.shape, fine=grad.shape)
+    shape, strides, launch, *_ = plan
+    bias = new_tensor(grad, shape, strides, launch)
     if launch is None:
         return bias.zero_()
     launch.run(grad, None, None, bias)
@@ -267,20 +255,18 @@ def bgrad_kernel(grad: Tensor) -> Tensor:
 def wbgrad_kernel(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     if not coarse.is_cpu or INTERPRETED:
         return wgrad_kernel(coarse, fine), bgrad_kernel(fine)
-    all_first = lie_first(coarse, fine)
-    layout = 0 if all_first else layout_of(coarse, fine, (COARSE, FINE, WEIGHT))
-    key = key_of("wbgrad", coarse, fine, None, (), layout)
-    if (plan := plans.get(key)) is None:
+    key, plan, lie_first = find("wbgrad", coarse, fine)
+    if plan is None:
         if other := elsewhere(coarse, fine):
             return other.wbgrad_kernel(coarse, fine)  # type: ignore[no-any-return]
         shape = wgrad_shape(coarse, fine)
-        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape, layout=layout)
-    shape, strides, launch = plan
-    weight = new_tensor(coarse, shape, strides)
-    bias = new_tensor(coarse, (fine.shape[1],), (1,) if strides else ())
+        plan = remember(key, coarse, shape, coarse=coarse.shape, fine=fine.shape)
+    shape, strides, launch, *_ = plan
+    weight = new_tensor(coarse, shape, strides, launch)
+    bias = new_tensor(coarse, (fine.shape[1],), (1,), launch)
     if launch is None:
         return weight.zero_(), bgrad_kernel(fine)
-    if not all_first:
+    if not lie_first:
         coarse, fine = arranged(coarse), arranged(fine)
     launch.run(coarse, fine, weight, bias)
     return weight, bias
@@ -291,6 +277,36 @@ def elsewhere(first: Tensor, second: Tensor) -> Any:
     if first.dtype != second.dtype or first.device != second.device:
         return None  # a mistake, of which the shapes' checks speak
     return kernels_elsewhere(first.device, first.dtype)
+
+
+def find(
+    contraction: str,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    size: Sequence[int] = (),
+) -> tuple[tuple[Any, ...], _Plan | None, bool]:
+    """The key of a call, its plan if there is one yet, and whether both operands are contiguous."""
+    lie_first = first.is_contiguous() and second.is_contiguous()
+    if lie_first:
+        key = key_of(contraction, first, second, bias, size, 0)
+        plan = plans.get(key)
+        if plan is not None and (plan[4] is None or plan[4] == (first.stride(), second.stride())):
+            return key, plan, True
+        if not (layout_by_strides(first.shape) or layout_by_strides(second.shape)):
+            return key, None, True
+    layout = layout_of(first, second, _BITS[contraction])
+    key = key_of(contraction, first, second, bias, size, layout)
+    return key, plans.get(key), lie_first
+
+
+_BITS = {
+    "fprop": (FINE, WEIGHT, COARSE),
+    "dgrad": (COARSE, WEIGHT, FINE),
+    "wgrad": (COARSE, FINE, WEIGHT),
+    "wbgrad": (COARSE, FINE, WEIGHT),
+}
+"""Of each contraction, the bits of its operands and its result."""
 
 
 def key_of(
@@ -326,22 +342,23 @@ def remember(
     *,
     coarse: Sequence[int],
     fine: Sequence[int],
-    layout: int = 0,
 ) -> _Plan:
     for extents in (coarse, fine):
         if prod(extents) >= 1 << 63:  # not in a C struct either
             raise RuntimeError(f"{NAME}: size {list(extents)} has more elements than a tensor can")
+    contraction, layout, operands = key[0], key[9], (key[2], key[4])
     launch = None
     if 0 not in coarse and 0 not in fine:
-        launch = prepare(key[0], operand.device, operand.dtype, coarse, fine, key[-1], layout)
+        launch = prepare(contraction, operand.device, operand.dtype, coarse, fine, key[-1], layout)
     if len(plans) >= 4096:  # extents that never repeat must not fill the memory
         plans.clear()
-    strides: tuple[int, ...] = ()
-    if launch is not None and launch.gpu is None:  # on the CPU
-        strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        if layout and len(shape) == 5:
-            strides = last_strides(shape)
-    plan = plans[key] = (shape, strides, launch)
+    strides = first_strides(shape)
+    if layout and len(shape) == 5:
+        strides = last_strides(shape)
+    read = None
+    if not layout and any(map(layout_by_strides, operands)):
+        read = first_strides(operands[0]), first_strides(operands[1])
+    plan = plans[key] = (shape, strides, launch, layout, read)
     return plan
 
 

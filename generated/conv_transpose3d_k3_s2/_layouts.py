@@ -43,15 +43,14 @@ def _strides_say_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return strides[1] != 0
 
 
-def lie_first(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are contiguous, and certainly not channels_last as well."""
-    return (
-        first.is_contiguous()
-        and second.is_contiguous()
-        and first.dim() == second.dim() == 5
-        and (first.stride(1) != 1 or (first.stride(-1) == 1 and first.shape[1] > 1))
-        and (second.stride(1) != 1 or (second.stride(-1) == 1 and second.shape[1] > 1))
-    )
+def layout_by_strides(shape: Sequence[int]) -> bool:
+    """Whether tensors of a shape may be contiguous and channels_last at once."""
+    return len(shape) == 5 and (shape[1] == 1 or prod(shape[2:]) <= 1 or shape[0] == 0)
+
+
+def first_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def new_result(shape: Sequence[int], first: Tensor, second: Tensor) -> Tensor:

@@ -1,34 +1,34 @@
-"""The C kernels of the package: finding, loading and calling them.
+"""The C kernels of the package: choosing and calling them.
 
 Written by convgen 0.1.0; regenerate with
     convgen generate --kernel 3 --stride 2
 
 Each library exports functions over one struct, ConvgenCall (src/*/convgen_abi.h), which is packed
-here. Nothing is loaded before the first tensor of a device type arrives.
+here. A library is loaded when the first tensor of its device type arrives.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch._C import _get_deterministic_algorithms
-from torch._C._dynamo.guards import _empty_strided_cpu  # type: ignore[attr-defined]
+from torch._C._dynamo.guards import (  # type: ignore[attr-defined]
+    _empty_strided_cpu,
+    _empty_strided_cuda,
+)
 from torch.compiler import is_dynamo_compiling
 
+from ._library import INTERPRETED, load
+
 NAME = "conv_transpose3d_k3_s2"
-COMMAND = "convgen generate --kernel 3 --stride 2"
 
 BACKENDS: dict[str, dict[torch.dtype, str]] = {
     "cpu": {
@@ -41,14 +41,8 @@ BACKENDS: dict[str, dict[torch.dtype, str]] = {
 }
 """Device types and dtypes that kernels were generated for, and the symbols' suffix for each."""
 
-INTERPRETED = os.environ.get("CONVGEN_INTERPRET", "") not in ("", "0")
-"""Whether the CUDA kernels serve the CPU's tensors, interpreted: to debug them, not to use them."""
-
 if INTERPRETED:
     BACKENDS["cpu"] = BACKENDS["cuda"]
-
-VARIANT = f"_interpreted_{crc32((__name__ + __file__).encode()):08x}" if INTERPRETED else ""
-"""Marks the operators of interpreted kernels: no other copy shares them, sources may be edited."""
 
 MATH_MODES = {"tf32", "tf32x3"}
 """Further CUDA kernels, on tensor cores: see :func:`_math_mode`."""
@@ -56,17 +50,11 @@ MATH_MODES = {"tf32", "tf32x3"}
 IMPLICIT_GEMMS = {"dgrad_tf32", "fprop_tf32", "wgrad_tf32", "wgrad_tf32x3"}
 """Contractions and math modes that Hopper's kernels serve in every layout: see :func:`prepare`."""
 
-FOLDERS = [Path(__file__).parent]
-"""Folders with a copy of this package: kernels are loaded from the first whose library loads."""
-
 _POINTERS = struct.Struct("6Q")  # ConvgenCall: coarse, fine, weight, bias, workspace, stream
 # ConvgenCall: device, batch, channels, extents, channels_last; of an epilogue it has nothing
 _NUMBERS = struct.Struct("11q24x")
 
 _TOO_LARGE = -1  # CONVGEN_TOO_LARGE
-
-_libraries: dict[str, ctypes.CDLL] = {}
-
 
 LEAST_ADDRESS = 1 << 40
 """Below it, an address is hardly one of a tensor with memory: see :func:`is_freed`."""
@@ -105,17 +93,25 @@ def contiguous(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def new_tensor(like: Tensor, shape: Sequence[int], strides: tuple[int, ...]) -> Tensor:
-    """Memory for a result: on the CPU, and with elements, if `strides` are given; else contiguous.
+def new_tensor(
+    like: Tensor,
+    shape: Sequence[int],
+    strides: tuple[int, ...],
+    launch: Launch | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Memory for what a launch writes; there is no launch where there is nothing to add up.
 
-    Those torch makes in half the time of new_empty, as for the code that Inductor writes, but
-    without filling them where torch is asked to fill new memory.
+    It is made as by the code that Inductor writes, in half the time of new_empty, but for who asks
+    torch to fill new memory, and on a GPU that is not the current one.
     """
-    if not strides:
-        return like.new_empty(size=shape)
-    if _get_deterministic_algorithms():
-        return like.new_empty_strided(size=shape, stride=strides)
-    return _empty_strided_cpu(shape, strides, like.dtype)  # type: ignore[no-any-return]
+    dtype = dtype or like.dtype
+    if launch is not None and not _get_deterministic_algorithms():
+        if launch.gpu is None:
+            return _empty_strided_cpu(shape, strides, dtype)  # type: ignore[no-any-return]
+        if launch.gpu == torch._C._cuda_getDevice():
+            return _empty_strided_cuda(shape, strides, dtype)  # type: ignore[no-any-return]
+    return like.new_empty_strided(size=shape, stride=strides, dtype=dtype)
 
 
 _KEPT_BYTES = 1 << 20
@@ -152,6 +148,8 @@ class Launch:
     """Takes the calls whose tiles do not fit into the GPU's shared memory."""
     takes_layouts: bool = False
     """Whether it takes tensors as they lie, channels side by side or contiguous."""
+    aligned: bool = False
+    """Whether it takes tensors alone that begin at multiples of 16 bytes."""
 
     def run(
         self,
@@ -166,11 +164,13 @@ class Launch:
         Raises:
             RuntimeError: where CUDA or the kernel refuses the call.
         """
-        # Copy engine and vectors of channels begin at multiples of 16 bytes; results do.
-        begins_anywhere = (self.gpu is None and not INTERPRETED) or not self.takes_layouts
-        if not begins_anywhere and any(
-            each is not None and each.data_ptr() & 15 for each in (coarse, fine, weight)
-        ):
+        addresses = (
+            coarse.data_ptr(),
+            0 if fine is None else fine.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+        )
+        # The copy engine begins at multiples of 16 bytes; results do.
+        if self.aligned and (addresses[0] | addresses[1] | addresses[2]) & 15:
             self.run(*map(_aligned, (coarse, fine, weight)), bias)
             return
         stream = workspace = 0
@@ -181,15 +181,10 @@ class Launch:
         elif self.workspace_bytes:
             # Aligned to 256 bytes. The caching allocator gives the memory to later work of the
             # same stream only, so that it may be released before the kernel has run.
-            scratch = coarse.new_empty(size=(self.workspace_bytes + 255,), dtype=torch.uint8)
+            scratch = new_tensor(coarse, (self.workspace_bytes + 255,), (1,), self, torch.uint8)
             workspace = (scratch.data_ptr() + 255) & -256
         pointers = _POINTERS.pack(
-            coarse.data_ptr(),
-            0 if fine is None else fine.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            workspace,
-            stream,
+            *addresses, 0 if bias is None else bias.data_ptr(), workspace, stream
         )
         if code := self.function(pointers + self.numbers):
             if code == _TOO_LARGE and self.fallback is not None:
@@ -204,7 +199,7 @@ class Launch:
 
 def transpose(source: Tensor, result: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """Copies (batch, rows, columns) to (batch, columns, rows), as both lie in memory, on CUDA."""
-    library = _libraries.get(source.device.type) or _load(source.device.type)
+    library = load(source.device.type)
     function = library[f"convgen_transpose_{BACKENDS[source.device.type][source.dtype]}"]
     function.argtypes = [ctypes.c_char_p]
     index = source.device.index
@@ -235,7 +230,7 @@ def prepare(
     Raises:
         RuntimeError: where the library of the device cannot be loaded.
     """
-    library = _libraries.get(device.type) or _load(device.type)
+    library = load(device.type)
     gpu = device.index if device.type == "cuda" else None
     numbers = _NUMBERS.pack(
         torch.get_num_threads() if gpu is None else gpu,
@@ -268,19 +263,14 @@ def prepare(
             expected = library[f"convgen_{name}_implicit_gemm_expected"]
             expected.argtypes, expected.restype = [ctypes.c_char_p], ctypes.c_int64
             if expected(bytes(_POINTERS.size) + numbers) >= 0:
-                return replace(launch(f"{mode}_implicit_gemm"), takes_layouts=True)
+                return replace(launch(f"{mode}_implicit_gemm"), takes_layouts=True, aligned=True)
         return launch(mode, plain)
-    if layout and contraction != "bgrad":
-        takes_layout = library[f"convgen_{contraction}_{BACKENDS[device.type][dtype]}_takes_layout"]
-        takes_layout.argtypes, takes_layout.restype = [ctypes.c_char_p], ctypes.c_int64
-        if takes_layout(bytes(_POINTERS.size) + numbers):
-            return replace(plain, takes_layouts=True)
     return plain
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor | None) -> Tensor | None:
     """A tensor that begins at a multiple of 16 bytes, with the same strides."""
-    return tensor.clone() if tensor.data_ptr() & 15 else tensor
+    return tensor.clone() if tensor is not None and tensor.data_ptr() & 15 else tensor
 
 
 fp32_precision = partial(torch._C._get_fp32_precision_getter, "cuda", "conv")
@@ -308,47 +298,3 @@ def _has_tensor_cores(device: torch.device) -> bool:
     return INTERPRETED
 
 
-def _load(backend: str) -> ctypes.CDLL:
-    if INTERPRETED and backend == "cpu":
-        # Compiles src/cuda as it is on disk, with convgen's interpreter.
-        from convgen.checking.interpreted import open_package
-
-        _libraries[backend] = open_package(FOLDERS[0])
-        _libraries[backend].convgen_error_string.restype = ctypes.c_char_p
-        return _libraries[backend]
-    file = f"lib/{backend}.so"
-    refused = []
-    for folder in FOLDERS:
-        path = folder / file
-        try:
-            if not path.is_file():
-                continue
-            _check_digest(path)
-            library = ctypes.CDLL(str(path))
-            library.convgen_error_string.restype = ctypes.c_char_p
-        except (OSError, AttributeError) as error:
-            # Another copy of the package may have a library that serves.
-            refused.append(f"{path} cannot be loaded ({error})")
-            continue
-        _libraries[backend] = library
-        return library
-    raise RuntimeError(
-        f"{'; '.join(refused) or file}: it was compiled for another kind of machine, or is "
-        f"damaged; run `{COMMAND} --backend auto`"
-    )
-
-
-def _check_digest(path: Path) -> None:
-    """Raises OSError unless a library is what was linked: one cut short would end the process.
-
-    Its SHA-256 is in a file beside it, which build.ninja writes as sha256sum does.
-    """
-    beside = path.with_name(f"{path.name}.sha256")
-    if not beside.is_file():
-        raise OSError(f"{beside.name} is missing beside it")
-    with path.open("rb") as library, beside.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := library.read(1 << 20):
-            digest.update(block)
-        if file.read(64) != digest.hexdigest().encode():
-            raise OSError(f"its {path.stat().st_size} bytes are not those that were linked")

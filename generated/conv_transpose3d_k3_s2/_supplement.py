@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ._runtime import BACKENDS, COMMAND, FOLDERS, INTERPRETED, NAME
+from ._library import COMMAND, FOLDERS, INTERPRETED
+from ._runtime import BACKENDS, NAME
 
 VERSION = "0.1.0"
 

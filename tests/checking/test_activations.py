@@ -116,7 +116,8 @@ class Layer:
             SPEC=self.spec.to_dict(),
             BACKENDS={"cpu": {name: name for name in DTYPES}},
             __file__=str(folder / "__init__.py"),
-            _runtime=SimpleNamespace(INTERPRETED=tf32, MATH_MODES=("tf32",)),
+            _library=SimpleNamespace(INTERPRETED=tf32),
+            _runtime=SimpleNamespace(MATH_MODES=("tf32",)),
             conv2d=self.__call__,
         )
         report = verify(module, dtypes=["f32" if tf32 else dtype], **options)

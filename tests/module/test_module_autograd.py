@@ -65,11 +65,12 @@ class TestDerivatives:
         x, w, b = operands(op, device)
         y = getattr(module, op)(x, w, b).sum()
         called: list[str] = []
-        for name in ("fprop", "dgrad", "wgrad", "bgrad", "wbgrad"):
-            function = getattr(operators, name)
-            monkeypatch.setattr(
-                operators, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1]
-            )
+        for way in ("CALLS", "PLAIN"):
+            functions = {
+                name: lambda *a, f=function, n=name: (called.append(n), f(*a))[1]
+                for name, function in getattr(operators, way)._asdict().items()
+            }
+            monkeypatch.setattr(operators, way, operators.Calls(**functions))
         of_x = "fprop" if op.startswith("conv_transpose") else "dgrad"
         for asked, expected in (
             ([x], [of_x]),

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -99,7 +99,7 @@ class TestShortWay:
             y = layer(x)
             y.sum().backward()
         assert y.grad_fn is not None
-        assert len(found) >= 3
+        assert len(found) >= 2
         assert all(found)
 
     def test_equals_the_operator_to_the_bit(self, k3s2: ModuleType) -> None:
@@ -243,25 +243,19 @@ class TestNothingIsStale:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 k3s2.conv_transpose3d(X, W, B)
-                *_, launch = kernels.plans[kernels.key_of("dgrad", X, W, B, (7, 5, 9))]
+                _, _, launch, *_ = kernels.plans[kernels.key_of("dgrad", X, W, B, (7, 5, 9))]
                 assert int.from_bytes(launch.numbers[:8], "little") == threads
         finally:
             torch.set_num_threads(before)
 
     def test_switch_of_tf32(self) -> None:
-        source = Path(__file__).parents[2] / "generated/conv_transpose3d_k3_s2/_runtime.py"
-        runtime: dict[str, Any] = {"__name__": "example", "__file__": str(source)}
-        sys.modules["example"] = ModuleType("example")
-        try:
-            exec(compile(source.read_text(), source, "exec"), runtime)
-        finally:
-            del sys.modules["example"]
+        runtime = import_module("generated.conv_transpose3d_k3_s2._runtime")
         cudnn: Any = torch.backends.cudnn
         before = cudnn.conv.fp32_precision
         try:
             for precision in ("tf32", "ieee"):
                 cudnn.conv.fp32_precision = precision
-                assert runtime["fp32_precision"]() == precision
+                assert runtime.fp32_precision() == precision
         finally:
             cudnn.conv.fp32_precision = before
 
@@ -291,6 +285,6 @@ class TestWorkspace:
             x, w = torch.randn(1, channels, *(extent,) * 3), torch.randn(channels, 128, 3, 3, 3)
             y = k3s2.conv_transpose3d(x, w)
             torch.testing.assert_close(y, F.conv_transpose3d(x, w, None, 2), rtol=1e-4, atol=1e-4)
-            *_, launch = kernels.plans[kernels.key_of("dgrad", x, w, None, y.shape[2:])]
+            _, _, launch, *_ = kernels.plans[kernels.key_of("dgrad", x, w, None, y.shape[2:])]
             assert launch.workspace_bytes
             assert launch.kept == kept
