@@ -346,7 +346,7 @@ def remember(
     for extents in (coarse, fine):
         if prod(extents) >= 1 << 63:  # not in a C struct either
             raise RuntimeError(f"{NAME}: size {list(extents)} has more elements than a tensor can")
-    contraction, layout, operands = key[0], key[9], (key[2], key[4])
+    contraction, layout = key[0], key[9]
     launch = None
     if 0 not in coarse and 0 not in fine:
         launch = prepare(contraction, operand.device, operand.dtype, coarse, fine, key[-1], layout)
@@ -355,7 +355,7 @@ def remember(
     strides = first_strides(shape)
     if layout and len(shape) == 5:
         strides = last_strides(shape)
-    read = None
+    read, operands = None, (key[2], key[4])
     if not layout and any(map(layout_by_strides, operands)):
         read = first_strides(operands[0]), first_strides(operands[1])
     plan = plans[key] = (shape, strides, launch, layout, read)

@@ -63,7 +63,7 @@ from ._kernels import (
 from ._layouts import arranged, new_result
 from ._library import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_e2e04f1c"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_38a41e92"
 NAMESPACE += VARIANT
 
 
@@ -222,6 +222,7 @@ class Wbgrad(Function):
 
 # Registration. torch.library.register_autograd would do, but its operators fail under torch.func
 # and take twice as long to call.
+
 
 def define(
     library: Library,

@@ -169,7 +169,7 @@ class Launch:
             0 if fine is None else fine.data_ptr(),
             0 if weight is None else weight.data_ptr(),
         )
-        # The copy engine begins at multiples of 16 bytes; results do.
+        # Copy engine and vectors of channels begin at multiples of 16 bytes; results do.
         if self.aligned and (addresses[0] | addresses[1] | addresses[2]) & 15:
             self.run(*map(_aligned, (coarse, fine, weight)), bias)
             return
@@ -265,6 +265,11 @@ def prepare(
             if expected(bytes(_POINTERS.size) + numbers) >= 0:
                 return replace(launch(f"{mode}_implicit_gemm"), takes_layouts=True, aligned=True)
         return launch(mode, plain)
+    if layout and contraction != "bgrad":
+        takes_layout = library[f"convgen_{contraction}_{BACKENDS[device.type][dtype]}_takes_layout"]
+        takes_layout.argtypes, takes_layout.restype = [ctypes.c_char_p], ctypes.c_int64
+        if takes_layout(bytes(_POINTERS.size) + numbers):
+            return replace(plain, takes_layouts=True, aligned=True)
     return plain
 
 
@@ -296,5 +301,3 @@ def _has_tensor_cores(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return INTERPRETED
-
-
