@@ -74,6 +74,9 @@ CASES: list[Case] = [
     (STRIDED, "dgrad", "bf16tc", ((2, (72, 40), (8, 13)), (1, (40, 24), (5, 6)))),
 ]
 MORE_CASES: list[Case] = [
+    # Planes of one tile of 8 x 8; many channels of few positions.
+    (CONV3D, "fprop", "bf16tc", ((2, (136, 72), (4, 8, 8)),)),
+    (spec("conv1d", 3, 1, 1), "dgrad", "bf16tc", ((3, (40, 520), (10,)),)),
     (CONV3D, "fprop", "tf32", ((2, (40, 24), (5, 6, 9)), (1, (100, 130), (2, 3, 5)))),
     (CONV3D, "dgrad", "f16tc", ((1, (24, 40), (5, 6, 9)), (1, (72, 64), (2, 9, 17)))),
     (CONV2D, "fprop", "f16tc", ((2, (64, 72), (19, 13)), (1, (17, 9), (5, 33)))),

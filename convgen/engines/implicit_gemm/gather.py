@@ -30,7 +30,7 @@ from convgen.engines.implicit_gemm.common import (
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
 
-HALO_LINES = (32, 24, 16)
+HALO_LINES = (32, 24, 16, 8)
 TAP_LINES = (32, 16, 8)
 CONSUMERS = 2
 MAX_SPLITS = 32
