@@ -42,6 +42,9 @@ constexpr double CLOCKS_PER_MS = 1.72e6;
 template <typename T>
 constexpr int PAYING_CHANNELS = sizeof(T) == 4 ? 64 : 32;
 constexpr int PAYING_PRODUCTS = 256, PAYING_WGRAD_PRODUCTS = 1728;
+// With so few positions whatever the products: others have too few thread blocks for deep sums, and
+// read wide weights again and again.
+constexpr int PAYING_POSITIONS = 1024;
 // Of TF32's wgrad, where other kernels have channels_last tensors transposed.
 constexpr int PAYING_LAST_PRODUCTS = 864;
 

@@ -91,7 +91,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if (call_.call->channels_last || reads_channels()) return true;
     if (PHASED) return expected_ms() < other_ms<T, Conv>(*call_.call, limits_.multiprocessors);
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
-    return least >= PAYING_CHANNELS<T> && least * TAPS >= PAYING_PRODUCTS;
+    const bool few = output_elements() <= call_.output_channels * PAYING_POSITIONS;
+    return least >= PAYING_CHANNELS<T> && (few || least * TAPS >= PAYING_PRODUCTS);
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
