@@ -31,8 +31,10 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
   bool found() const { return clocks_ < 1e30; }
   // Whether what packing contiguous tensors takes is made up for, as measured on an H200.
   bool pays() const {
-    return (call_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE)) ||
-           least_products<Conv>(call_) >= PAYING_WGRAD_PRODUCTS;
+    if (call_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE)) {
+      return expected_ms() < other_wgrad_ms<T, Conv>(call_, limits_.multiprocessors);
+    }
+    return least_products<Conv>(call_) >= PAYING_WGRAD_PRODUCTS;
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {

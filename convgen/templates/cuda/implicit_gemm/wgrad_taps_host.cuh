@@ -59,7 +59,9 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   bool found() const { return best_.clocks < 1e30; }
   bool pays() const {
-    return !packs() || expected_ms() < other_wgrad_ms<T, Conv>(given_, limits_.multiprocessors);
+    const bool last = given_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE);
+    return (!packs() && !last) ||
+           expected_ms() < other_wgrad_ms<T, Conv>(given_, limits_.multiprocessors);
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
