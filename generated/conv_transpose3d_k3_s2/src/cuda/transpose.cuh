@@ -8,6 +8,9 @@
 namespace convgen {
 
 constexpr int TRANSPOSE_TILE = 64, TRANSPOSE_THREADS = 256;
+// Rows, or columns, of a narrow matrix, at most: of fewer than half a tile's, other kernels are
+// quicker. And the elements that a block of these copies.
+constexpr int NARROW = 32, NARROW_ELEMENTS = 4096;
 
 // to[n][column][row] = from[n][row][column]. A thread block has a tile of both, by way of shared
 // memory whose lines are one element longer, so that columns lie in different banks.
@@ -37,6 +40,49 @@ __global__ void __launch_bounds__(TRANSPOSE_THREADS)
   }
 }
 
+// to[n][few][long] = from[n][long][few], or back, of matrices with few columns. A thread block has
+// `length` of the long axis: of one tensor what lies side by side, of the other `few` lines.
+template <bool BACK, typename T>
+__global__ void __launch_bounds__(TRANSPOSE_THREADS)
+    transpose_narrow_kernel(T* to, const T* from, int64_t rows, Divisor few, Divisor length) {
+  __shared__ T tile[NARROW_ELEMENTS + NARROW];  // lines, one element longer
+  const int columns = static_cast<int>(few.divisor), longest = static_cast<int>(length.divisor);
+  const int64_t first = int64_t{blockIdx.x} * longest, sample = blockIdx.y * rows * columns;
+  const int there = static_cast<int>(min(int64_t{longest}, rows - first));
+  const int64_t side_by_side = sample + first * columns, lines = sample + first;
+  await_earlier_kernel();
+  for (int stage = 0; stage < 2; ++stage) {
+    const bool by_lines = (stage == 0) == BACK;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < longest * columns; i += TRANSPOSE_THREADS) {
+      int row = i, column = i;  // one of both becomes the remainder, one the quotient
+      if (by_lines) {
+        row = length.split(column);
+      } else {
+        column = few.split(row);
+      }
+      if (row >= there) continue;
+      T& staged = tile[column * (longest + 1) + row];
+      const int64_t at = by_lines ? lines + column * rows + row : side_by_side + i;
+      if (stage == 0) {
+        staged = from[at];
+      } else {
+        to[at] = staged;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <bool BACK, typename T>
+int transpose_narrow(T* to, const T* from, int64_t batch, int64_t rows, int64_t few, int device,
+                     void* stream) {
+  const int64_t length = NARROW_ELEMENTS / few, blocks = ceil_div(rows, length);
+  return launch<transpose_narrow_kernel<BACK, T>, true>(
+      dim3(blocks, batch), dim3(TRANSPOSE_THREADS), 0, device, stream, to, from, rows, Divisor(few),
+      Divisor(length));
+}
+
 // (batch, rows, columns) -> (batch, columns, rows), on the current device.
 template <typename T>
 int transpose(T* to, const T* from, int64_t batch, int64_t rows, int64_t columns, int device,
@@ -47,11 +93,19 @@ int transpose(T* to, const T* from, int64_t batch, int64_t rows, int64_t columns
   for (int64_t done = 0; done < batch; done += MOST) {
     const int64_t count = batch - done < MOST ? batch - done : MOST;
     const int64_t offset = done * rows * columns;
-    if (const int error = launch<transpose_kernel<T>, true>(
-            dim3(tiles, count), dim3(TRANSPOSE_THREADS), 0, device, stream, to + offset,
-            from + offset, rows, columns)) {
-      return error;
+    int error;
+    if (columns <= NARROW && rows > columns) {
+      error =
+          transpose_narrow<false>(to + offset, from + offset, count, rows, columns, device, stream);
+    } else if (rows <= NARROW) {
+      error =
+          transpose_narrow<true>(to + offset, from + offset, count, columns, rows, device, stream);
+    } else {
+      error =
+          launch<transpose_kernel<T>, true>(dim3(tiles, count), dim3(TRANSPOSE_THREADS), 0, device,
+                                            stream, to + offset, from + offset, rows, columns);
     }
+    if (error) return error;
   }
   return CONVGEN_OK;
 }

@@ -48,6 +48,15 @@ constexpr int PAYING_POSITIONS = 1024;
 // Of TF32's wgrad, where other kernels have channels_last tensors transposed.
 constexpr int PAYING_LAST_PRODUCTS = 864;
 
+// Bytes of rows per clock that a multiprocessor loads, of so many channels. Boxes that step over
+// positions of 16 bytes come at half the rate (resnet50-stem and convnext-stem, 3 channels packed
+// to 8).
+template <typename T>
+double load_rate(int channels, const int (&step)[3]) {
+  const bool slow = channels * sizeof(T) <= 16 && step[0] * step[1] * step[2] > 1;
+  return slow ? LEVEL2_BYTES_PER_CLOCK / 2 : LEVEL2_BYTES_PER_CLOCK;
+}
+
 constexpr int64_t FLAG_BYTES = 1024;  // behind packed weights: see Plan::unfolded
 
 // See tiles.cuh.

@@ -85,11 +85,12 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   }
 
   bool found() const { return best_.clocks < 1e30; }
-  // Whether what packing contiguous tensors takes is made up for, as measured on an H200: with few
-  // channels, kernels that read them as they lie take less time.
+  // Whether kernels that read contiguous tensors as they lie take longer, as measured on an H200.
   bool pays() const {
-    if (call_.call->channels_last || reads_channels()) return true;
-    if (PHASED) return expected_ms() < other_ms<T, Conv>(*call_.call, limits_.multiprocessors);
+    const ConvgenCall& c = *call_.call;
+    if (c.channels_last) return expected_ms() < transposed_ms<T, Conv>(c, limits_.multiprocessors);
+    if (reads_channels()) return true;
+    if (PHASED) return expected_ms() < other_ms<T, Conv>(c, limits_.multiprocessors);
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
     const bool few = output_elements() <= call_.output_channels * PAYING_POSITIONS;
     return least >= PAYING_CHANNELS<T> && (few || least * TAPS >= PAYING_PRODUCTS);
@@ -133,7 +134,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
            (splits > 1 ? splits * output_elements() * 4 : 0);
   }
   double expected_ms() const {
-    double clocks = best_.clocks;
+    double clocks = best_.clocks + loose_store_clocks<T>(call_, leaves_by_tma(), limits_);
     if (packs_input_) clocks += pack_clocks<T>(input_elements(), limits_.multiprocessors);
     if (turns_) clocks += pack_clocks<T>(output_elements(), limits_.multiprocessors);
     return clocks / CLOCKS_PER_MS;
@@ -274,7 +275,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
       const double taps = met * double(TAPS) / PHASES / Slab::PLANES * planes.count;
       const double products = taps * steps * CONSUMERS * 4 * LINES;
-      const double loads = units * bytes / LEVEL2_BYTES_PER_CLOCK;
+      const double loads = units * bytes / load_rate<T>(padded_, Step::INPUT);
       for (int splits = 1; splits <= (t.fold == 2 || PHASED ? 1 : 32) && splits <= units;
            ++splits) {
         if (splits > 1 && tiles * splits > 2 * limits_.multiprocessors) break;

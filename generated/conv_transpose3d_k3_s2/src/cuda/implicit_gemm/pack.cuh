@@ -96,16 +96,24 @@ template <typename T>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_channels_kernel(const T* __restrict__ from, T* __restrict__ to, const PackShape s) {
   await_earlier_kernel();
-  const int64_t row_channels = int64_t{s.groups} * s.padded, rows = s.batch * s.positions;
-  const int64_t count = rows * row_channels, step = int64_t{gridDim.x} * PACK_THREADS;
+  constexpr int VECTOR = 16 / sizeof(T);  // which divides what a group is padded to
+  struct alignas(16) Vector {
+    T element[VECTOR];
+  };
+  const int vectors = s.groups * s.padded / VECTOR;  // of a position
+  const int64_t count = s.batch * s.positions * vectors;
+  const int64_t step = int64_t{gridDim.x} * PACK_THREADS;
   for (int64_t i = int64_t{blockIdx.x} * PACK_THREADS + threadIdx.x; i < count; i += step) {
-    const int64_t row = i / row_channels;
-    const int channel = static_cast<int>(i % row_channels);
-    const int group = channel / s.padded, within = channel % s.padded;
-    const int64_t n = row / s.positions, p = row % s.positions;
-    to[i] = within < s.channels
-                ? as_operand(from[n * s.stride_n + p * s.stride_p + group * s.channels + within])
-                : T{};
+    const int64_t row = i / vectors;
+    const int channel = static_cast<int>(i - row * vectors) * VECTOR;
+    const int group = channel / s.padded, within = channel - group * s.padded;
+    const T* const at = from + (row * s.groups + group) * s.channels + within;
+    Vector packed;
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+      packed.element[j] = within + j < s.channels ? as_operand(at[j]) : T{};
+    }
+    reinterpret_cast<Vector*>(to)[i] = packed;
   }
 }
 

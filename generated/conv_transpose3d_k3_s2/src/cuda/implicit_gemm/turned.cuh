@@ -41,6 +41,64 @@ double other_ms(const ConvgenCall& call, int multiprocessors) {
   return (arithmetic > memory ? arithmetic : memory) / multiprocessors / CLOCKS_PER_MS;
 }
 
+// ---- Calls in channels_last -------------------------------------------------------------------
+//
+// With few channels the kernels that read contiguous tensors as they lie may be quicker, though
+// tensors are transposed for them, and the result. What follows is for 16 bits what an H200 took
+// (figures/h200_networks_bf16.json), and for TF32 half of that rate.
+
+// Products per clock and multiprocessor with channels padded to sixteens: 16 -> 16 channels, k3, of
+// 224 x 224 x 144 positions (segresnet-1) take 817 us; 3 -> 64, k7 s2 (resnet50-stem), are quicker,
+// 96 -> 3, k3 (wan-vae-out), slower.
+template <typename T>
+constexpr double FEW_PRODUCTS = sizeof(T) == 2 ? 264 : 132;
+constexpr int FEW_MULTIPLE = 16;
+// Of their bytes, one kernel's after another: 32 -> 3, k1 (nnunet-head), takes 117 us, 1.6 times
+// what its tensors take at the speed of memory.
+constexpr double FEW_TRAFFIC = 1.6;
+// What a small call takes beside that, and beside what these kernels take unforeseen: 16 -> 32, k3
+// s2, at 24^3 positions (monai-unet-down) takes 35 us, and 45 where 35 were foreseen.
+constexpr double FEW_CLOCKS = 12e-3 * CLOCKS_PER_MS;
+// Of a transposition: 3.8 TB/s, and 3.5 us with its launch.
+constexpr double TRANSPOSED_BYTES_PER_CLOCK = 16.7, TRANSPOSE_CLOCKS = 3.5e-3 * CLOCKS_PER_MS;
+// Of a multiprocessor for a position, where results of 16 bits leave element by element into lines
+// of channels: so much longer nnunet-head's and wan-vae-out's tiles take than those that leave
+// whole.
+constexpr double LOOSE_STORE_CLOCKS = 9.4;
+
+template <typename T>
+double loose_store_clocks(const Operands& call, bool leaves_by_tma, const DeviceLimits& limits) {
+  if (sizeof(T) == 4 || !call.output_channels_last || leaves_by_tma) return 0;
+  const int64_t* const e = call.output_extent;
+  return LOOSE_STORE_CLOCKS * call.batch * e[0] * e[1] * e[2] / limits.multiprocessors;
+}
+
+// What a call takes if its tensors are transposed where they lie channels_last. The weight is
+// small: it only costs a launch.
+template <typename T, typename Conv>
+double transposed_ms(const ConvgenCall& call, int multiprocessors) {
+  const auto elements = [&](int64_t channels, const int64_t (&extent)[3]) {
+    return double(call.batch) * channels * extent[0] * extent[1] * extent[2];
+  };
+  const auto padded = [&](int64_t channels) {
+    return double(round_up(channels / Conv::GROUPS, FEW_MULTIPLE));
+  };
+  const double coarse = elements(call.coarse_channels, call.coarse_extent);
+  const double fine = elements(call.fine_channels, call.fine_extent);
+  const double products = elements(Conv::GROUPS, call.coarse_extent) * Conv::TAPS *
+                          padded(call.coarse_channels) * padded(call.fine_channels);
+  const double arithmetic = products / FEW_PRODUCTS<T>;
+  const double memory = FEW_TRAFFIC * (coarse + fine) * sizeof(T) / 18;
+  double clocks = arithmetic > memory ? arithmetic : memory, launches = 0;
+  for (const int operand : {CONVGEN_COARSE, CONVGEN_FINE, CONVGEN_WEIGHT}) {
+    if (!(call.channels_last & operand)) continue;
+    ++launches;
+    const double moved = operand == CONVGEN_COARSE ? coarse : operand == CONVGEN_FINE ? fine : 0;
+    clocks += 2 * moved * sizeof(T) / TRANSPOSED_BYTES_PER_CLOCK;
+  }
+  return (clocks / multiprocessors + launches * TRANSPOSE_CLOCKS + FEW_CLOCKS) / CLOCKS_PER_MS;
+}
+
 }  // namespace convgen
 
 #endif  // CONVGEN_IMPLICIT_GEMM_TURNED_CUH
