@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,11 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "transposed_strided": ("conv_transpose3d", {"kernel_size": 3, "stride": 2, "padding": 1}),
     "strided_line": ("conv1d", {"kernel_size": 3, "stride": 2}),
     "strided_pointwise": ("conv2d", {"kernel_size": 1, "stride": 2}),
+    "patches": ("conv2d", {"kernel_size": 4, "stride": 4}),
+    "large_patches": ("conv2d", {"kernel_size": 16, "stride": 16}),
+    "line_patches": ("conv1d", {"kernel_size": 10, "stride": 10}),
+    "volume_patches": ("conv3d", {"kernel_size": (2, 4, 4), "stride": (2, 4, 4)}),
+    "transposed_patches": ("conv_transpose2d", {"kernel_size": 4, "stride": 4}),
     "transposed_line": ("conv_transpose1d", {"kernel_size": 8, "stride": 4, "padding": 2}),
 }
 LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 6e-4}
@@ -168,6 +174,53 @@ def test_what_is_not_finite_stays_in_its_windows(package: Package, value: float)
         assert torch.equal(y.isfinite().cpu(), expected.isfinite())
         (found,) = torch.autograd.grad(y, given[1], layout(grad.cuda().bfloat16()))
         assert torch.equal(found.isfinite().cpu(), of_weight.isfinite())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "channels", "extents"),
+    [
+        (16, 3, (100, 113)),
+        (4, 3, (57, 226)),
+        (14, 1, (70, 64)),
+        (16, 80, (64, 48)),
+        (7, 40, (30, 22)),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_patches_of_any_channels(
+    package: Package, kernel: int, channels: int, extents: tuple[int, int], transposed: bool
+) -> None:
+    """In every layout, with NaNs and infinities where no window reads."""
+    op = "conv_transpose2d" if transposed else "conv2d"
+    module = package(op, "cuda", dtypes=["bf16"], kernel_size=kernel, stride=kernel)
+    coarse = torch.randn(3, 96, *(extent // kernel for extent in extents)).bfloat16()
+    fine = torch.randn(3, channels, *extents).bfloat16()
+    w = torch.randn(96, channels, kernel, kernel).bfloat16() / 10
+    bias = torch.randn(channels if transposed else 96).bfloat16()
+    options = {"stride": kernel}
+    if transposed:
+        options["output_padding"] = tuple(extent % kernel for extent in extents)
+    leaves = [each.double().requires_grad_() for each in (coarse if transposed else fine, w, bias)]
+    expected = getattr(F, op)(*leaves, **options)
+    grad = fine if transposed else coarse
+    wanted = [expected, *torch.autograd.grad(expected, leaves, grad.double())]
+    met = [extent // kernel * kernel for extent in extents]
+    fine[:, :, met[0] :] = torch.nan
+    fine[:, :, :, met[1] :] = torch.inf
+    for layouts in itertools.product((last, Tensor.contiguous), repeat=3):
+        x, y, g = (
+            lay(each.cuda())
+            for lay, each in zip(layouts, (coarse if transposed else fine, w, grad), strict=True)
+        )
+        given = [x.requires_grad_(), y.requires_grad_(), bias.cuda().requires_grad_()]
+        if transposed:
+            found = [module.conv_transpose2d(*given, output_padding=options["output_padding"])]
+        else:
+            found = [module.conv2d(*given)]
+        found += torch.autograd.grad(found[0], given, g)
+        for one, right in zip(found[: 3 if transposed else 4], wanted, strict=False):
+            error = (one.detach().double().cpu() - right).norm() / right.norm()
+            assert error < LIMITS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("layer", ["strided", "transposed_line"])

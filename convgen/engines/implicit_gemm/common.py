@@ -37,6 +37,9 @@ HEADERS: Mapping[str, str] = {
             "call.cuh",
             "turned.cuh",
             "host.cuh",
+            "either.cuh",
+            "patches.cuh",
+            "patches_host.cuh",
         )
     },
 }
@@ -50,16 +53,14 @@ WGRAD_TAPS_HEADERS: Mapping[str, str] = {
             "wgrad_taps.cuh",
             "wgrad_packs.cuh",
             "wgrad_taps_host.cuh",
+            "wgrad_patches_host.cuh",
         )
     },
 }
 
 WGRAD_HEADERS: Mapping[str, str] = {
     **WGRAD_TAPS_HEADERS,
-    **{
-        f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
-        for name in ("wgrad_host.cuh", "wgrad_either.cuh")
-    },
+    "implicit_gemm/wgrad_host.cuh": "cuda/implicit_gemm/wgrad_host.cuh",
 }
 
 WGRAD_QUARTERS_HEADERS: Mapping[str, str] = {
@@ -80,6 +81,11 @@ WGRAD_QUARTERS_HEADERS: Mapping[str, str] = {
 LEAST_CHANNELS = 16
 """Of a group, of either tensor: with fewer, products of 64 x 16 elements are mostly padding."""
 
+FEW_CHANNELS = 32
+"""Below it, packed windows have fewer K blocks than single taps have."""
+LEAST_PATCH_TAPS, MOST_PATCH_TAPS = 9, 1024
+"""Of a window: of a layer whose channels are not known, and that a tile has room for."""
+
 ROW_BYTES = 128
 """Of a position's channels in shared memory: a K block."""
 STEP_BYTES = 32
@@ -98,6 +104,36 @@ def is_pointwise(g: Geometry) -> bool:
 def by_taps(g: Geometry) -> bool:
     """Whether wgrad multiplies a tap at a time: neighbours share nothing of what is loaded."""
     return max(g.stride) > 1 or g.kernel[1] * g.kernel[2] == 1
+
+
+def has_patches(problem: Problem) -> bool:
+    """Whether windows are rows of a matrix, and a layer is packed into one (``patches.cuh``).
+
+    That is for windows that neither overlap nor leave gaps, of few channels: the other kernels
+    multiply whole rows of channels for each tap, and pack as much. What has channels that are not
+    known, and few taps, may well have many.
+    """
+    g = problem.geometry
+    coarse, fine = g.coarse_channels_per_group, g.fine_channels_per_group
+    if g.kernel != g.stride or max(g.padding) > 0 or max(g.dilation) > 1 or g.groups > 1:
+        return False
+    if not 1 < g.taps <= MOST_PATCH_TAPS or (coarse or LEAST_CHANNELS) < LEAST_CHANNELS:
+        return False
+    if fine is None:
+        return g.taps >= LEAST_PATCH_TAPS
+    return fine * g.taps >= LEAST_CHANNELS and (fine < FEW_CHANNELS or bool(refuses_taps(problem)))
+
+
+def refuses_taps(problem: Problem) -> str:
+    """Why no kernel that loads each tap's positions by themselves suits a layer; else empty."""
+    if reason := accepts(problem):
+        return reason
+    stride = problem.geometry.stride
+    if (count := phases(problem)) > MOST_PHASES:
+        return f"{count} phases: a kernel has maps for up to {MOST_PHASES}"
+    if problem.contraction != "dgrad" and max(stride) > MAX_STEP:
+        return f"TMA steps over up to {MAX_STEP} elements, not {max(stride)}"
+    return ""
 
 
 LEVEL2_BYTES_PER_CLOCK = 36.0
@@ -145,4 +181,6 @@ def context_of(problem: Problem) -> dict[str, Any]:
         "element": ELEMENTS[problem.kind],
         "gather_padding": gather_padding(problem),
         "phases": phases(problem),
+        "patches": has_patches(problem),
+        "by_taps": not refuses_taps(problem),
     }

@@ -16,16 +16,15 @@ from convgen.engines.implicit_gemm.common import (
     HEADERS,
     LAUNCH_CLOCKS,
     LEVEL2_BYTES_PER_CLOCK,
-    MAX_STEP,
-    MOST_PHASES,
     NAME,
     ROW_BYTES,
     STEP_BYTES,
     SUFFIX,
     TILE_CLOCKS,
-    accepts,
     context_of,
+    has_patches,
     phases,
+    refuses_taps,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
@@ -64,16 +63,7 @@ class Gather(Family[GatherSizes]):
     suffix = SUFFIX
 
     def accepts(self, problem: Problem) -> str:
-        if reason := accepts(problem):
-            return reason
-        stride = problem.geometry.stride
-        if (count := phases(problem)) > 1:
-            if count > MOST_PHASES:
-                return f"{count} phases: a kernel has maps for up to {MOST_PHASES}"
-            return ""
-        if max(stride) > MAX_STEP:
-            return f"TMA steps over up to {MAX_STEP} elements, not {max(stride)}"
-        return ""
+        return "" if has_patches(problem) else refuses_taps(problem)
 
     def default(self, problem: Problem) -> GatherSizes:
         return GatherSizes(HALO_LINES if _has_halo(problem) else (), TAP_LINES)

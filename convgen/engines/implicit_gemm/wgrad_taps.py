@@ -15,16 +15,16 @@ from convgen.engines.implicit_gemm.common import (
     ELEMENTS,
     LAUNCH_CLOCKS,
     LEVEL2_BYTES_PER_CLOCK,
-    MAX_STEP,
     NAME,
     ROW_BYTES,
     SUFFIX,
     TILE_CLOCKS,
     WGRAD_TAPS_HEADERS,
-    accepts,
     by_taps,
     context_of,
+    has_patches,
     is_pointwise,
+    refuses_taps,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
@@ -58,16 +58,12 @@ class TapWgrad(Family[TapWgradSizes]):
     suffix = SUFFIX
 
     def accepts(self, problem: Problem) -> str:
-        if reason := accepts(problem):
-            return reason
         g = problem.geometry
         if not by_taps(g):
             return "neighbouring taps share what is loaded"
         if ELEMENTS[problem.kind] == "float" and not is_pointwise(g):
             return "TF32 is multiplied K-major: positions side by side, which taps move"
-        if max(g.stride) > MAX_STEP:
-            return f"TMA steps over up to {MAX_STEP} elements, not {max(g.stride)}"
-        return ""
+        return "" if has_patches(problem) else refuses_taps(problem)
 
     def default(self, problem: Problem) -> TapWgradSizes:
         return TapWgradSizes(COLUMNS)

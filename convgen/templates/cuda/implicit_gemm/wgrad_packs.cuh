@@ -11,7 +11,9 @@ namespace convgen {
 template <typename T, int GROUPS>
 class WgradPacks {
  public:
-  WgradPacks(const ConvgenCall& call, int multiprocessors) : multiprocessors_(multiprocessors) {
+  // `reads_patches`: fine is packed already.
+  WgradPacks(const ConvgenCall& call, bool reads_patches, int multiprocessors)
+      : multiprocessors_(multiprocessors) {
     const bool fits = GROUPS == 1 || (call.coarse_channels / GROUPS % VECTOR == 0 &&
                                       call.fine_channels / GROUPS % VECTOR == 0);
     const auto lies = [&](int operand, int64_t channels) {
@@ -19,8 +21,9 @@ class WgradPacks {
     };
     coarse_ = elements(!lies(CONVGEN_COARSE, call.coarse_channels), call.batch,
                        call.coarse_channels, call.coarse_extent);
-    fine_ = elements(!lies(CONVGEN_FINE, call.fine_channels), call.batch, call.fine_channels,
-                     call.fine_extent);
+    fine_ = elements(!reads_patches && !lies(CONVGEN_FINE, call.fine_channels), call.batch,
+                     call.fine_channels, call.fine_extent);
+    pads_fine_ = reads_patches || fine_ > 0;
   }
 
   bool any() const { return coarse_ + fine_ > 0; }
@@ -39,8 +42,8 @@ class WgradPacks {
     }
     if (fine_ > 0) {
       call.fine = workspace + bytes_of(coarse_), call.channels_last |= CONVGEN_FINE;
-      call.fine_channels = round_up(call.fine_channels, VECTOR);
     }
+    if (pads_fine_) call.fine_channels = round_up(call.fine_channels, VECTOR);
     call.workspace = workspace + bytes();
     return call;
   }
@@ -77,6 +80,7 @@ class WgradPacks {
   }
 
   int64_t coarse_, fine_;  // elements, of what is packed
+  bool pads_fine_;
   int multiprocessors_;
 };
 

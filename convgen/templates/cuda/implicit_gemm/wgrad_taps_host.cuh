@@ -30,8 +30,11 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
                 "distances of taps");
 
   TapWgrad(const ConvgenCall& call, const DeviceLimits& limits)
-      : given_(call), call_(call), limits_(limits), packs_(call, limits.multiprocessors) {
-    if (packs()) call_ = packs_.packed(call);
+      : given_(call),
+        call_(call),
+        limits_(limits),
+        packs_(call, READS_PATCHES<Conv>, limits.multiprocessors) {
+    if (packs() || READS_PATCHES<Conv>) call_ = packs_.packed(call);
     if (POINTWISE) {
       // Without neighbours, all positions are those of one line, and channels_last of all samples'.
       for (int64_t (*e)[3] : {&call_.coarse_extent, &call_.fine_extent}) {
@@ -104,7 +107,8 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   };
 
   // Of which layouts there are kernels.
-  static constexpr bool HAS_POSITIONS = POINTWISE, HAS_CHANNELS = sizeof(T) == 2;
+  static constexpr bool HAS_POSITIONS = POINTWISE && !READS_PATCHES<Conv>;
+  static constexpr bool HAS_CHANNELS = sizeof(T) == 2;
   // Whether what does not lie as these need it is packed: channels side by side.
   bool packs() const {
     const int64_t* e = given_.coarse_extent;

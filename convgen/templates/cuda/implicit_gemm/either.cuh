@@ -1,17 +1,17 @@
-// A wgrad that two families of kernels compute.
-#ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_EITHER_CUH
-#define CONVGEN_IMPLICIT_GEMM_WGRAD_EITHER_CUH
+// A contraction that two kinds of kernels compute.
+#ifndef CONVGEN_IMPLICIT_GEMM_EITHER_CUH
+#define CONVGEN_IMPLICIT_GEMM_EITHER_CUH
 
-#include "wgrad_host.cuh"
-#include "wgrad_taps_host.cuh"
+#include <stdint.h>
 
 namespace convgen {
 
 // For each call the one that is expected to take less time, of those whose packs pay.
 template <typename First, typename Second>
-class EitherWgrad {
+class Either {
  public:
-  EitherWgrad(const ConvgenCall& call, const DeviceLimits& limits)
+  template <typename Call, typename Limits>
+  Either(const Call& call, const Limits& limits)
       : first_(call, limits), second_(call, limits), takes_first_(prefers_first()) {}
 
   bool found() const { return first_.found() || second_.found(); }
@@ -23,7 +23,7 @@ class EitherWgrad {
   int64_t workspace_bytes() const {
     return takes_first_ ? first_.workspace_bytes() : second_.workspace_bytes();
   }
-  int run() const { return takes_first_ ? first_.run() : second_.run(); }
+  int run() { return takes_first_ ? first_.run() : second_.run(); }
 
  private:
   bool prefers_first() const {
@@ -39,4 +39,4 @@ class EitherWgrad {
 
 }  // namespace convgen
 
-#endif  // CONVGEN_IMPLICIT_GEMM_WGRAD_EITHER_CUH
+#endif  // CONVGEN_IMPLICIT_GEMM_EITHER_CUH
