@@ -30,6 +30,10 @@ struct Operands {
   bool input_channels_last, output_channels_last, weight_channels_last;
 };
 
+// Whether a convolution's input is packed already: see patches_host.cuh.
+template <typename Conv>
+constexpr bool READS_PATCHES = false;
+
 // Rates of an H200, as measured; other GPUs of its kind have the same proportions.
 constexpr double LEVEL2_BYTES_PER_CLOCK = 36;  // of one multiprocessor, all at work
 constexpr double TILE_CLOCKS = 5000;           // of a tile beside its products

@@ -25,7 +25,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Without neighbours, all positions are those of one line.
   static constexpr bool POINTWISE =
       TAPS == 1 && DENSE && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 && Conv::PADDING_W == 0;
-  static constexpr bool HAS_CHANNELS = POINTWISE && sizeof(T) == 2;
+  static constexpr bool HAS_CHANNELS = POINTWISE && sizeof(T) == 2 && !READS_PATCHES<Conv>;
   template <typename Slab>
   static constexpr SlabKind KIND = Slab::HALO                 ? SlabKind::HALO
                                    : Slab::MAJOR == Major::MN ? SlabKind::CHANNELS
@@ -47,7 +47,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     // Of a group's last product no channel may be the next group's.
     const int multiple = Conv::GROUPS > 1 ? STEP_K : VECTOR;
     padded_ = round_up(input_channels_, multiple);
-    const bool as_it_lies = call.input_channels_last && padded_ == input_channels_;
+    const bool as_it_lies =
+        READS_PATCHES<Conv> || (call.input_channels_last && padded_ == input_channels_);
     const bool by_channels = !call.input_channels_last && reads_channels();
     // Phases lie apart: what lies along W would leave element by element. None is empty.
     turns_ = PHASED && !call.output_channels_last && (leaves_by_tma() || !reads_beside());
@@ -246,7 +247,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     t.last_steps = ceil_div(padded_ - (t.blocks - 1) * BLOCK_K, STEP_K);
     t.slab_bytes =
         (Slab::HALO ? Slab::ROWS : t.extent_w * t.extent_h * t.extent_d * t.extent_n) * ROW_BYTES;
-    t.rounds = sizeof(T) == 4 && as_it_lies;
+    t.rounds = sizeof(T) == 4 && as_it_lies && !READS_PATCHES<Conv>;
     const int steps = (t.blocks - 1) * (BLOCK_K / STEP_K) + t.last_steps;
     // One consumer's positions or both's, and of each one plane or two.
     for (int way = 0; way < 3; ++way) {
