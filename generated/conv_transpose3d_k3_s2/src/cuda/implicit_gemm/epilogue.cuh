@@ -258,6 +258,21 @@ __device__ __forceinline__ void copy_out(const Tiling& t, const Output& out, Sha
           store_eight(to, eight(row, line), count, out.vector);
         }
       }
+    } else if constexpr (32 % LINES == 0) {
+      // A lane has a group of eight positions, and one channel after the other: from one to the
+      // next it adds a stride.
+      constexpr int STEP = 32 / LINES;
+      int n, d, h, w;
+      position_of(t, tile, 8 * (lane % LINES), n, d, h, w);
+      if (is_inside(out, n, d, h) && w < out.width) {
+        const int64_t step = STEP * out.stride_c;
+        T* to = first + lane / LINES * out.stride_c + n * out.stride_n + d * out.stride_d +
+                h * out.stride_h + w;
+#pragma unroll 4
+        for (int row = lane / LINES; row < rows; row += STEP, to += step) {
+          store_eight(to, eight(row, lane % LINES), out.width - w, out.vector);
+        }
+      }
     } else {
       // Neighbouring lanes have neighbouring groups of eight positions.
       for (int i = lane; i < rows * LINES; i += 32) {
