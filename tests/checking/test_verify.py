@@ -57,13 +57,15 @@ def test_every_operator_passes(package: Package, device: str, op: str) -> None:
     assert {row.shapes for row in report.rows} == {str(case) for case in cases(spec)}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("shared_cache", "optimized")
-@pytest.mark.parametrize("op", mostly_long(list(LAYERS), 5))
+@pytest.mark.parametrize("op", list(LAYERS))
 def test_every_operator_passes_as_it_is_compiled_for_users(op: str) -> None:
     spec = ConvSpec.make(op, **LAYERS[op])
     assert verify(load(generate(spec, dtypes=("f32",), backends="cpu"))).ok
 
 
+@pytest.mark.long
 def test_half_precision_passes(package: Package, device: str) -> None:
     module = package("conv_transpose3d", device, kernel_size=3, stride=2, dtypes=ALL_DTYPES)
     report = verify(module, device=device, dtypes=["float16", "bf16"], quick=True)

@@ -451,6 +451,7 @@ class TestVerify:
         assert re.search(r"^cpu f32  forward .* FAILED$", result.stdout, re.MULTILINE)
         assert result.stderr.splitlines()[-1].endswith("conv1d_k3 failed.")
 
+    @pytest.mark.long
     def test_a_module_that_cannot_run_says_why(self, run, tmp_path: Path) -> None:
         assert run(*SMALL).returncode == 0
         library = tmp_path / "generated" / "conv1d_k3" / "lib" / "cpu.so"

@@ -185,9 +185,10 @@ PAIRS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "style", "architecture"),
-    mostly_long([(*given, a) for given in PAIRS for a in ("80", "90a")], 7),
+    [(*given, a) for given in PAIRS for a in ("80", "90a")],
     ids=str,
 )
 def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architecture: str) -> None:
@@ -301,7 +302,7 @@ OTHER_SCHEDULES = [
 
 
 @pytest.mark.parametrize(
-    ("case", "style", "rows", "channels"), mostly_long(OTHER_SCHEDULES, 1, 5), ids=str
+    ("case", "style", "rows", "channels"), mostly_long(OTHER_SCHEDULES, 1), ids=str
 )
 def test_other_schedules_agree_with_float64(
     case: Case, style: str, rows: int, channels: int
@@ -353,9 +354,10 @@ def tiles_of(case: Case, style: str) -> dict[tuple[str, str], object]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "style", "architecture"),
-    mostly_long([(*given, a) for given in ROWS_CASES for a in ("80", "90a")], 0),
+    [(*given, a) for given in ROWS_CASES for a in ("80", "90a")],
     ids=str,
 )
 def test_every_number_of_channels_has_rows_of_its_own(
@@ -367,6 +369,7 @@ def test_every_number_of_channels_has_rows_of_its_own(
     check_calls(loaded, case)
 
 
+@pytest.mark.long
 def test_a_call_takes_the_rows_of_its_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tap that is wrong for one number of rows is wrong in the calls with its channels alone."""
     # Calls for which no other tile promises more: of fewer thread blocks, or with fewer of them.

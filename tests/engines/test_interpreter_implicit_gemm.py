@@ -165,6 +165,7 @@ ORDERS = (0, 1, 2)
 """Of threads and of copies that land: see CONVGEN_INTERPRET_ORDER."""
 
 
+@pytest.mark.long
 def test_copies_land_and_warps_go_on_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded and single planes, whose consumers pass over slabs of each other's."""
     of, contraction, mode, _ = CASES[0]

@@ -153,6 +153,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         return interpreted.load(folder, "plain")
 
 
+@pytest.mark.long
 def test_gradients_share_what_is_packed(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

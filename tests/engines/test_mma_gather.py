@@ -128,7 +128,8 @@ def test_unaligned_lines_agree_with_float64(
         given.check()
 
 
-@pytest.mark.parametrize("kind", mostly_long(["tf32", "bf16tc"], 1))
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
 def test_small_buffers_hold_parts_of_planes(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,9 +159,8 @@ def test_lines_that_are_moved_too_early_are_caught(statement: str, report: str) 
         solve(Library(path), problems(2, "bf16tc", "fprop")[0])
 
 
-@pytest.mark.parametrize(
-    ("architecture", "kind"), mostly_long([("80", "bf16tc"), ("90a", "tf32")], 1)
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("architecture", "kind"), [("80", "bf16tc"), ("90a", "tf32")])
 def test_granules_may_be_handed_over_by_mbarriers(architecture: str, kind: str) -> None:
     """As compiled for racecheck, which follows no named barrier at which a warp only arrives."""
     files = sources(2, kind, "fprop", architecture, granules=True)

@@ -333,8 +333,9 @@ def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
     assert made.error() <= LIMITS["bf16tc"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("architecture", "processors"), mostly_long([(a, n) for a in ("80", "90a") for n in (1, 3)], 3)
+    ("architecture", "processors"), [(a, n) for a in ("80", "90a") for n in (1, 3)]
 )
 def test_tiles_are_dealt_to_splits_in_turn(
     architecture: str, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import plans
 import pytest
-from interpreted import engine_sources, mostly_long
+from interpreted import engine_sources
 
 from convgen.building import toolchain
 from convgen.spec import ConvSpec
@@ -24,9 +24,10 @@ COMPILED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("spec", "mode", "architecture"),
-    mostly_long([(*unit, a) for unit in COMPILED for a in ("80", "90a")], 5),
+    [(*unit, a) for unit in COMPILED for a in ("80", "90a")],
     ids=lambda x: getattr(x, "name", x),
 )
 def test_kernels_compile_without_spills(

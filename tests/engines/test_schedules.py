@@ -49,6 +49,7 @@ def plan_of(layer: Layer, contraction: str, kind: str) -> tuple[Unit, AnyPlan]:
 
 
 class TestSpace:
+    @pytest.mark.long
     def test_defaults_are_legal_for_every_layer_of_the_suites(self) -> None:
         for layer in {layer for name in suites() for layer in read_suite(name)}:
             for spec in (layer.spec, layer.fixed()):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from implicit_gemms import sources, spec, use_two_multiprocessors
-from interpreted import mostly_long
 from test_wgmma_registers import disassembler
 
 from convgen.building import toolchain
@@ -91,7 +90,8 @@ def test_registers_are_followed_along_branches() -> None:
     assert most_registers(code) == [(24, 24)]
 
 
-@pytest.mark.parametrize(("of", "contraction", "mode", "sizes"), mostly_long(CASES, 0))
+@pytest.mark.long
+@pytest.mark.parametrize(("of", "contraction", "mode", "sizes"), CASES)
 def test_no_warp_uses_more_than_it_keeps(
     of: ConvSpec,
     contraction: str,

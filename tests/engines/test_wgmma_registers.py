@@ -16,7 +16,7 @@ from pathlib import Path
 
 import plans
 import pytest
-from interpreted import engine_sources, mostly_long
+from interpreted import engine_sources
 
 from convgen.building import toolchain
 from convgen.spec import ConvSpec
@@ -128,9 +128,10 @@ def search(path: Path) -> tuple[int, list[str]]:
     return sum(count for count, _ in results), [line for _, found in results for line in found]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("spec", "contraction"),
-    mostly_long([(s, c) for s in SPECS for c in ("fprop", "dgrad", "wgrad")], 1),
+    [(s, c) for s in SPECS for c in ("fprop", "dgrad", "wgrad")],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_nothing_writes_what_products_read(

@@ -106,6 +106,7 @@ class TestCompile:
         with pytest.raises(RuntimeError, match="to have 4 channels"):
             compiled(torch.randn(1, 3, 3, 3, 3), torch.randn(4, 2, 3, 3, 3))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     def test_backward_writes_the_incoming_gradient_once(
         self, package: Package, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch

@@ -58,6 +58,7 @@ torch.save(model(x), result)
 print(type(model[0]).__module__)
 """
 
+    @pytest.mark.long
     def test_load_on_a_machine_with_an_empty_cache(
         self, module: ModuleType, tmp_path: Path
     ) -> None:

@@ -284,6 +284,7 @@ class TestRace:
             assert wrong.spread is None
             assert outcome.best is default
 
+    @pytest.mark.long
     def test_a_kernel_that_refuses_the_call_cannot_win(self) -> None:
         layer = replace(LAYER, input_shape=(2, 4, 12, 19), out_channels=4)
         found = outcomes(1)
