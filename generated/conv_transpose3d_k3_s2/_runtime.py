@@ -164,13 +164,11 @@ class Launch:
         Raises:
             RuntimeError: where CUDA or the kernel refuses the call.
         """
-        addresses = (
-            coarse.data_ptr(),
-            0 if fine is None else fine.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-        )
+        of_coarse = coarse.data_ptr()
+        of_fine = 0 if fine is None else fine.data_ptr()
+        of_weight = 0 if weight is None else weight.data_ptr()
         # Copy engine and vectors of channels begin at multiples of 16 bytes; results do.
-        if self.aligned and (addresses[0] | addresses[1] | addresses[2]) & 15:
+        if self.aligned and (of_coarse | of_fine | of_weight) & 15:
             self.run(*map(_aligned, (coarse, fine, weight)), bias)
             return
         stream = workspace = 0
@@ -183,9 +181,8 @@ class Launch:
             # same stream only, so that it may be released before the kernel has run.
             scratch = new_tensor(coarse, (self.workspace_bytes + 255,), (1,), self, torch.uint8)
             workspace = (scratch.data_ptr() + 255) & -256
-        pointers = _POINTERS.pack(
-            *addresses, 0 if bias is None else bias.data_ptr(), workspace, stream
-        )
+        of_bias = 0 if bias is None else bias.data_ptr()
+        pointers = _POINTERS.pack(of_coarse, of_fine, of_weight, of_bias, workspace, stream)
         if code := self.function(pointers + self.numbers):
             if code == _TOO_LARGE and self.fallback is not None:
                 self.fallback.run(coarse, fine, weight, bias)
