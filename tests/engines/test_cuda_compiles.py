@@ -23,6 +23,7 @@ from convgen.codegen.render import headers, render_unit
 from convgen.engines import tuned
 from convgen.engines.gather.schedule import GatherSchedule
 from convgen.engines.implicit_gemm.gather import GATHER as GEMM_GATHER
+from convgen.engines.implicit_gemm.wgrad_taps import WGRAD_TAPS
 from convgen.engines.mma.fit import GatherTiles
 from convgen.engines.mma.wgrad import WgradSchedule as ProductSchedule
 from convgen.engines.registry import AnyFamily, AnyPlan, Unit, families, unit_of
@@ -250,6 +251,16 @@ def check_on_hopper(folder: Path, layer: ConvSpec, unit: Unit, plan: AnyPlan) ->
 def test_implicit_gemms_with_an_epilogue_compile_without_spills(kind: str, tmp_path: Path) -> None:
     layer = spec("conv2d", 3, 1, 1, activation="gelu", residual=True)
     unit = unit_of(GEMM_GATHER, layer.geometry, "fprop", kind)
+    check_on_hopper(tmp_path, layer, unit, unit.with_schedule(one_size(unit.default().schedule)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", [4, 16], ids=["either", "patches"])
+@pytest.mark.parametrize("contraction", CONTRACTIONS)
+def test_patches_compile_without_spills(contraction: str, kernel: int, tmp_path: Path) -> None:
+    layer = spec("conv2d", kernel, kernel)
+    family = WGRAD_TAPS if contraction == "wgrad" else GEMM_GATHER
+    unit = unit_of(family, layer.geometry, contraction, "bf16tc")
     check_on_hopper(tmp_path, layer, unit, unit.with_schedule(one_size(unit.default().schedule)))
 
 
