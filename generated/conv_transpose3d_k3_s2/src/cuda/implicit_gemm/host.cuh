@@ -45,8 +45,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     output_channels_ = static_cast<int>(call.output_channels / Conv::GROUPS);
     input_channels_ = static_cast<int>(call.input_channels / Conv::GROUPS);
     // Of a group's last product no channel may be the next group's.
-    const int multiple = Conv::GROUPS > 1 ? STEP_K : VECTOR;
-    padded_ = round_up(input_channels_, multiple);
+    padded_ = round_up(input_channels_, Conv::GROUPS > 1 ? STEP_K : VECTOR);
     const bool as_it_lies =
         READS_PATCHES<Conv> || (call.input_channels_last && padded_ == input_channels_);
     const bool by_channels = !call.input_channels_last && reads_channels();
@@ -76,9 +75,9 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     packs_input_ = !as_it_lies && !by_channels;
     padded_outputs_ = static_cast<int>(round_up(output_channels_, VECTOR));
     // TF32 is rounded, and read K-major: taps, then a row of input channels for each output.
-    const bool weight_lies = call.weight_channels_last || TAPS == 1;
-    packs_weight_ = best_.tiling.fold == 2 || sizeof(T) == 4 || !weight_lies ||
-                    padded_ != input_channels_ || (MN && padded_outputs_ != output_channels_);
+    packs_weight_ = best_.tiling.fold == 2 || sizeof(T) == 4 || padded_ != input_channels_ ||
+                    (TAPS > 1 && !call.weight_channels_last) ||
+                    (MN && padded_outputs_ != output_channels_);
     const bool reversed = COARSE_INPUT && !packs_weight_;
     for (Tiling* t : {&best_.tiling, &best_.unfolded}) {
       t->first_tap = reversed ? TAPS - 1 : 0, t->tap_step = reversed ? -1 : 1;
@@ -91,7 +90,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const ConvgenCall& c = *call_.call;
     if (c.channels_last) return expected_ms() < transposed_ms<T, Conv>(c, limits_.multiprocessors);
     if (reads_channels()) return true;
-    if (PHASED) return expected_ms() < other_ms<T, Conv>(c, limits_.multiprocessors);
+    if (PHASED) return expected_ms() < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
     const bool few = output_elements() <= call_.output_channels * PAYING_POSITIONS;
     return least >= PAYING_CHANNELS<T> && (few || least * TAPS >= PAYING_PRODUCTS);
@@ -493,8 +492,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   DeviceLimits limits_;
   Plan best_;
   int output_channels_, input_channels_, padded_, padded_outputs_;
-  bool packs_input_, packs_weight_;
-  bool turns_;  // the output, which leaves with its channels side by side first
+  bool packs_input_, packs_weight_, turns_;  // the output: see turned.cuh
 };
 
 }  // namespace convgen

@@ -86,7 +86,7 @@ __device__ __forceinline__ void copy_fine(const PatchTiles& s, const PatchTile& 
   const int length = !LAST ? columns : is_whole ? columns * tile.channels : tile.channels;
   const int vectors = length / s.fine_vector;
   for (int i = threadIdx.x; i < lines * vectors; i += PATCH_THREADS) {
-    const int line = i / vectors, first = i % vectors * s.fine_vector;
+    const int line = i / vectors, first = (i - line * vectors) * s.fine_vector;
     int c = first, column = first, plane_line = line;
     int64_t at = first;
     if constexpr (!LAST) {
@@ -102,20 +102,38 @@ __device__ __forceinline__ void copy_fine(const PatchTiles& s, const PatchTile& 
     int window = column / KERNEL_W, kw = column % KERNEL_W;
     alignas(16) T x[VECTOR];
     if constexpr (PACKS) copy_elements(x, fine + at, s.fine_vector);
-#pragma unroll
-    for (int q = 0; q < VECTOR; ++q) {
-      if (q >= s.fine_vector) break;
+    const auto place = [&] {
       const int tap = plane_line * KERNEL_W + kw;
-      T& place =
-          shared[window * s.pitch + (CHANNELS_FIRST ? c * TAPS + tap : tap * tile.channels + c)];
-      if constexpr (PACKS) {
-        place = as_operand(x[q]);
-      } else {
-        x[q] = place;
+      return shared + window * s.pitch +
+             (CHANNELS_FIRST ? c * TAPS + tap : tap * tile.channels + c);
+    };
+    // Of a line's neighbours that lie in one word of the tile, a word at a time.
+    constexpr int WORD = 4 / sizeof(T);
+    constexpr bool HAS_WORDS = !LAST && CHANNELS_FIRST && WORD > 1 && KERNEL_W % WORD == 0;
+    if (HAS_WORDS && s.fine_vector > 1) {
+#pragma unroll
+      for (int q = 0; q < VECTOR; q += WORD) {
+        if (q >= s.fine_vector) break;
+        if constexpr (PACKS) {
+          copy_elements(place(), x + q, WORD);
+        } else {
+          copy_elements(x + q, place(), WORD);
+        }
+        if ((kw += WORD) == KERNEL_W) kw = 0, ++window;
       }
-      if (LAST && ++c < tile.channels) continue;
-      if (LAST) c = 0;
-      if (++kw == KERNEL_W) kw = 0, ++window;
+    } else {
+#pragma unroll
+      for (int q = 0; q < VECTOR; ++q) {
+        if (q >= s.fine_vector) break;
+        if constexpr (PACKS) {
+          *place() = as_operand(x[q]);
+        } else {
+          x[q] = *place();
+        }
+        if (LAST && ++c < tile.channels) continue;
+        if (LAST) c = 0;
+        if (++kw == KERNEL_W) kw = 0, ++window;
+      }
     }
     if constexpr (!PACKS) copy_elements(fine + at, x, s.fine_vector);
   }
@@ -128,15 +146,15 @@ __device__ __forceinline__ void copy_packed(const PatchTiles& s, const PatchTile
                                             Packed* packed) {
   constexpr int TAPS = Conv::TAPS, VECTOR = 16 / sizeof(T);
   const bool by_taps = !CHANNELS_FIRST && s.chunks > 1;
-  const int runs = by_taps ? TAPS : 1, next = by_taps ? s.channels : 0;
   const int begin = CHANNELS_FIRST ? tile.first_channel * TAPS : tile.first_channel;
   const int length = by_taps ? tile.channels : tile.is_last ? s.row - begin : tile.channels * TAPS;
   const int vectors = length / s.packed_vector;
-  for (int i = threadIdx.x; i < tile.windows * runs * vectors; i += PATCH_THREADS) {
-    const int window = i / (runs * vectors), run = i / vectors % runs;
-    const int first = i % vectors * s.packed_vector;
-    T* const place = shared + window * s.pitch + run * length + first;
-    Packed* const at = packed + int64_t{window} * s.row + int64_t{run} * next + begin + first;
+  const int runs = tile.windows * (by_taps ? TAPS : 1);
+  for (int i = threadIdx.x; i < runs * vectors; i += PATCH_THREADS) {
+    const int run = i / vectors, first = (i - run * vectors) * s.packed_vector;
+    const int window = by_taps ? run / TAPS : run, tap = by_taps ? run % TAPS : 0;
+    T* const place = shared + window * s.pitch + tap * length + first;
+    Packed* const at = packed + int64_t{window} * s.row + int64_t{tap} * s.channels + begin + first;
     if (s.packed_vector == 1) {
       if constexpr (PACKS) {
         *at = *place;

@@ -199,7 +199,7 @@ class PatchGemm {
     return matrix_.fits() && product_.found() && !finishes;
   }
   bool pays() const {
-    return expected_ms() < other_ms<T, Conv>(*call_.call, limits_.multiprocessors);
+    return expected_ms() < other_gather_ms<T, Conv>(*call_.call, limits_.multiprocessors);
   }
   static bool is_compiled(int device) { return Product::is_compiled(device); }
   double expected_ms() const {

@@ -23,9 +23,13 @@ double pack_clocks(int64_t elements, int multiprocessors) {
 
 // Products per clock and multiprocessor of the kernels that read contiguous tensors as they lie,
 // with channels in whole sixteens, as measured on an H200: of strided layers in 16 bits the most of
-// any backward (hunyuan-vae-down), of others a large layer's forward in TF32.
-template <typename T, bool STRIDED>
-constexpr double OTHER_PRODUCTS = STRIDED && sizeof(T) == 2 ? 310 : 520;
+// any backward (hunyuan-vae-down; of one tap, resnet50-shortcut), of others a large layer's forward
+// in TF32.
+template <typename T, typename Conv>
+constexpr double OTHER_PRODUCTS =
+    sizeof(T) == 4 || Conv::STRIDE_D * Conv::STRIDE_H * Conv::STRIDE_W == 1 ? 520
+    : Conv::TAPS == 1                                                       ? 73
+                                                                            : 310;
 
 // What these are expected to take.
 template <typename T, typename Conv>
@@ -37,10 +41,15 @@ double other_ms(const ConvgenCall& call, int multiprocessors) {
   const double positions = double(call.batch) * Conv::GROUPS * c[0] * c[1] * c[2];
   const double products = positions * round_up(call.coarse_channels / Conv::GROUPS, 16) *
                           round_up(call.fine_channels / Conv::GROUPS, 16) * Conv::TAPS;
-  constexpr bool STRIDED = Conv::STRIDE_D * Conv::STRIDE_H * Conv::STRIDE_W > 1;
-  const double arithmetic = products / OTHER_PRODUCTS<T, STRIDED>;
+  const double arithmetic = products / OTHER_PRODUCTS<T, Conv>;
   const double memory = (coarse + fine) * sizeof(T) / 18;
   return (arithmetic > memory ? arithmetic : memory) / multiprocessors / CLOCKS_PER_MS;
+}
+// The same of a gather, with what it takes beside: the least of all layers (segresnet-up) takes 12
+// us.
+template <typename T, typename Conv>
+double other_gather_ms(const ConvgenCall& call, int multiprocessors) {
+  return other_ms<T, Conv>(call, multiprocessors) + 0.008;
 }
 
 // ---- Calls in channels_last -------------------------------------------------------------------
