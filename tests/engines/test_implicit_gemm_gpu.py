@@ -119,11 +119,13 @@ def check_call(
 SMALL: list[tuple[str, dict[str, Any], tuple[int, int, int, list[int]]]] = [
     ("conv3d", {"kernel_size": 3, "padding": 1}, (2, 320, 320, [4, 4, 4])),
     ("conv3d", {"kernel_size": 3, "padding": 1}, (3, 72, 200, [6, 5, 3])),
+    ("conv3d", {"kernel_size": 3, "padding": 1}, (2, 320, 320, [8, 8, 8])),
     ("conv3d", {"kernel_size": 3, "stride": 2, "padding": 1}, (2, 320, 320, [8, 8, 8])),
     ("conv2d", {"kernel_size": 3, "padding": 1}, (5, 136, 264, [7, 7])),
     ("conv2d", {"kernel_size": 3, "padding": 1}, (2, 35, 72, [5, 9])),
     ("conv2d", {"kernel_size": 1}, (32, 320, 1280, [7, 7])),
     ("conv2d", {"kernel_size": 1}, (3, 100, 264, [14, 14])),
+    ("conv2d", {"kernel_size": 1}, (4, 64, 256, [56, 56])),
     ("conv1d", {"kernel_size": 3, "padding": 1}, (16, 64, 3072, [40])),
 ]
 
@@ -142,7 +144,7 @@ def test_few_positions(
 
 
 def test_a_nan_beside_a_small_output_reaches_no_other_tap(package: Package) -> None:
-    for op, constants, (_, given, made, extents) in SMALL[:3]:
+    for op, constants, (_, given, made, extents) in (SMALL[0], SMALL[1], SMALL[3]):
         module = package(op, "cuda", dtypes=["f32", "bf16", "f16"], **constants)
         x = torch.randn(1, given, *extents)
         x[(0, 5, *(end - 1 for end in extents))] = torch.nan

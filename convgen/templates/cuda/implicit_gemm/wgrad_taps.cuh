@@ -325,6 +325,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     TapWgradStorage& shared = *reinterpret_cast<TapWgradStorage*>(dynamic);
     unsigned char* const stages = dynamic + aligned_offset(dynamic, sizeof(TapWgradStorage));
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    if (threadIdx.x == 32) prefetch_map(coarse_maps.of[0]), prefetch_map(fine_map);
     if (threadIdx.x == 0) {
       for (int i = 0; i < t.stages; ++i) {
         mbarrier_init(&shared.full[i], 1);
