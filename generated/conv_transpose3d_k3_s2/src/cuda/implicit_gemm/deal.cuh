@@ -13,12 +13,12 @@ int64_t least_products(const ConvgenCall& call) {
   return (coarse < fine ? coarse : fine) / Conv::GROUPS * Conv::TAPS;
 }
 
-// What the kernels that read contiguous tensors as they lie are expected to take for a wgrad, of
-// channels_last ones with their transpositions. With few positions they are slow: 20 to 25 products
-// per clock and multiprocessor with 128 to 1568 of them, 85 with 6272, as measured on an H200.
+// What the kernels that read contiguous tensors as they lie are expected to take for a wgrad. With
+// few positions they are slow: of 16-bit layers of stride 1, an H200 made 430 products per clock
+// and multiprocessor with 100352 positions, 85 with 6272, and 20 or less with 1568 and fewer.
 template <typename T, typename Conv>
 double other_wgrad_ms(const ConvgenCall& call, int multiprocessors) {
-  constexpr double POSITIONS = 40000, MOST = 25;
+  constexpr double POSITIONS = 20000, MOST = 25;
   const int64_t* const e = call.coarse_extent;
   const double slower = 1 + POSITIONS / (double(call.batch) * e[0] * e[1] * e[2] + 1);
   const double ms = other_ms<T, Conv>(call, multiprocessors) * (slower < MOST ? slower : MOST);

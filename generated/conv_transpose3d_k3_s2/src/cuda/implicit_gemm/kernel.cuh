@@ -331,6 +331,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     unsigned char* const staged = weights + t.weight_stages * weight_bytes;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
+    if (threadIdx.x == 32) prefetch_map(slab_map), prefetch_map(weight_map);
     if (threadIdx.x == 0) {
       for (int i = 0; i < t.slab_stages; ++i) {
         mbarrier_init(&shared.slab_full[i], 1);

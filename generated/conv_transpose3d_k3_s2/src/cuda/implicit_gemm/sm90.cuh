@@ -86,6 +86,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
+// One thread has a map on its way before the first copy needs it. Maps are parameters of kernels,
+// which no earlier kernel writes.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
+}
+
 // One thread copies a box to `to`, a multiple of 128 bytes; what lies outside of the tensor is
 // zeros. The current phase of `barrier` counts the bytes of the whole box.
 __device__ __forceinline__ void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int c0,

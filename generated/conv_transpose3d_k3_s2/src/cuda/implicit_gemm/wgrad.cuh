@@ -233,6 +233,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<WGRAD_THREADS>, 1)
     unsigned char* const dynamic = dynamic_shared<unsigned char>();
     WgradStorage& shared = *reinterpret_cast<WgradStorage*>(dynamic);
     unsigned char* const stages = dynamic + aligned_offset(dynamic, sizeof(WgradStorage));
+    if (threadIdx.x == 32) prefetch_map(coarse_maps.of[0]), prefetch_map(fine_map);
     if (threadIdx.x == 0) {
       for (int i = 0; i < t.stages; ++i) {
         mbarrier_init(&shared.full[i], 1);
