@@ -77,6 +77,9 @@ CASES = [
     # Few positions of many channels: sums of several parts.
     case("conv2d", "f16tc", 1, ((1, (512, 64), (5, 7)),), *GEMM, activation="gelu:tanh"),
 ]
+# Kernels of one tap and few channels, of channels_last.
+POINTWISE = case("conv2d", "f32", 1, ((2, (32, 3), (5, 9)), (1, (3, 8), (4, 5))))
+CASES.append(POINTWISE)
 QUICK = (CASES[2], CASES[4])
 
 
@@ -146,6 +149,8 @@ def test_activations_and_residuals_agree_with_float64(
         layouts = case.layouts
         if case is CASES[2] and channels[0] == case.spec.groups:
             layouts = (*layouts, LAST)  # Depthwise kernels, too.
+        if case is POINTWISE:
+            layouts = (*layouts, LAST)
         for layout in layouts:
             for flags, result, before in (
                 (everything, expected, sums),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from convgen.engines.problem import Problem
 from convgen.spec.dtypes import DTYPES
+from convgen.spec.geometry import Geometry
 
 NAME = "simt"
 
@@ -22,9 +23,14 @@ HEADERS: Mapping[str, str] = {
     "wgrad.cuh": "cuda/simt/wgrad.cuh",
     "transpose.cuh": "cuda/simt/transpose.cuh",
     "depthwise.cuh": "cuda/simt/depthwise.cuh",
+    "pointwise.cuh": "cuda/simt/pointwise.cuh",
 }
 
 CHANNELS_PER_THREAD = 8
+
+# Channels of a tensor that has few of them, for kernels of one tap (POINTWISE_FEW in
+# pointwise.cuh).
+POINTWISE_FEW = 8
 
 _TYPES = {"f32": "float", "f64": "double", "f16": "half", "bf16": "bfloat16"}
 
@@ -53,6 +59,13 @@ def channels_refusal(channels: tuple[int, ...], problem: Problem) -> str:
 def best_block(blocks: tuple[int, ...], channels: int) -> int:
     """The compiled channels per thread that a call takes: those that pad least, then the most."""
     return min(blocks, key=lambda c: (-(-channels // c) * c, -c))
+
+
+def may_be_pointwise(geometry: Geometry) -> bool:
+    """Whether a call in channels_last may be for ``pointwise.cuh``: one tap, and few channels."""
+    known = [count for count in geometry.channels_per_group if count is not None]
+    one_tap = geometry.taps == 1 and max(geometry.stride) == 1 and max(geometry.padding) == 0
+    return geometry.groups == 1 and one_tap and (len(known) < 2 or min(known) <= POINTWISE_FEW)
 
 
 def types_of(problem: Problem) -> dict[str, str]:

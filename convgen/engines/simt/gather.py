@@ -28,6 +28,7 @@ from convgen.engines.simt.common import (
     channel_blocks,
     channel_choices,
     channels_refusal,
+    may_be_pointwise,
     types_of,
 )
 from convgen.spec.dtypes import DTYPES
@@ -152,7 +153,8 @@ class SimtGather(Family[GatherSchedule]):
         return gather_prediction(problem, schedule, call, gpu, warp, word_bytes=4 * width)
 
     def context(self, plan: Plan[GatherSchedule]) -> dict[str, Any]:
-        return types_of(plan.problem) | gather_context(plan.problem, plan.schedule)
+        pointwise = {"pointwise": may_be_pointwise(plan.geometry)}
+        return types_of(plan.problem) | gather_context(plan.problem, plan.schedule) | pointwise
 
 
 GATHER = SimtGather()

@@ -18,6 +18,7 @@ from convgen.engines.simt.common import (
     channel_blocks,
     channel_choices,
     channels_refusal,
+    may_be_pointwise,
     types_of,
 )
 from convgen.spec.documents import Length, Range
@@ -172,7 +173,8 @@ class SimtWgrad(Family[WgradSchedule]):
     def context(self, plan: Plan[WgradSchedule]) -> dict[str, Any]:
         schedule = plan.schedule
         window = _window(plan.geometry, schedule.taps_w, schedule.positions)
-        return types_of(plan.problem) | {"window": window}
+        pointwise = may_be_pointwise(plan.geometry)
+        return types_of(plan.problem) | {"window": window, "pointwise": pointwise}
 
 
 WGRAD = SimtWgrad()
