@@ -251,6 +251,11 @@ def prepare(
     plain = launch(BACKENDS[device.type][dtype])
     if gpu is None and not INTERPRETED:
         return replace(plain, takes_layouts=True)
+    if layout and contraction != "bgrad":
+        takes_layout = library[f"convgen_{contraction}_{BACKENDS[device.type][dtype]}_takes_layout"]
+        takes_layout.argtypes, takes_layout.restype = [ctypes.c_char_p], ctypes.c_int64
+        if takes_layout(bytes(_POINTERS.size) + numbers):
+            return replace(plain, takes_layouts=True, aligned=True)
     channels = (coarse_shape[1], fine_shape[1])
     padded = [-(-count // 8) * 8 for count in channels]
     suits = 8 * channels[0] * channels[1] >= padded[0] * padded[1]
@@ -262,11 +267,6 @@ def prepare(
             if expected(bytes(_POINTERS.size) + numbers) >= 0:
                 return replace(launch(f"{mode}_implicit_gemm"), takes_layouts=True, aligned=True)
         return launch(mode, plain)
-    if layout and contraction != "bgrad":
-        takes_layout = library[f"convgen_{contraction}_{BACKENDS[device.type][dtype]}_takes_layout"]
-        takes_layout.argtypes, takes_layout.restype = [ctypes.c_char_p], ctypes.c_int64
-        if takes_layout(bytes(_POINTERS.size) + numbers):
-            return replace(plain, takes_layouts=True, aligned=True)
     return plain
 
 
