@@ -74,6 +74,8 @@ CASES = [
     case("conv2d", "tf32", 3, ((1, (32, 40), (9, 16)),), *GEMM, padding=1, activation="hardswish"),
     # Phases, whose sums leave with their channels side by side in every layout.
     case("conv_transpose2d", "bf16tc", 4, ((2, (40, 24), (5, 6)),), *GEMM, stride=2, padding=1),
+    # Patches.
+    case("conv2d", "bf16tc", 10, ((2, (3, 24), (21, 34)),), *GEMM, stride=10),
     # Few positions of many channels: sums of several parts.
     case("conv2d", "f16tc", 1, ((1, (512, 64), (5, 7)),), *GEMM, activation="gelu:tanh"),
 ]
