@@ -76,7 +76,17 @@ def transposing() -> Library:
 
 def test_matrices_are_transposed_narrow_ones_too() -> None:
     loaded = transposing()
-    cases = ((2, 3, 2800), (2, 2800, 3), (1, 32, 300), (3, 33, 70), (2, 1, 5), (1, 5, 5), (1, 7, 1))
+    cases = (
+        (2, 66, 130),
+        (1, 34, 64),
+        (2, 3, 2800),
+        (2, 2800, 3),
+        (1, 32, 300),
+        (3, 33, 70),
+        (2, 1, 5),
+        (1, 5, 5),
+        (1, 7, 1),
+    )
     for kind, name in ((torch.float16, "f16"), (torch.float64, "f64")):
         for batch, rows, columns in cases:
             source = torch.randn(batch, rows, columns).to(kind)
