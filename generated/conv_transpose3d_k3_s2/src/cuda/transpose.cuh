@@ -40,6 +40,42 @@ __global__ void __launch_bounds__(TRANSPOSE_THREADS)
   }
 }
 
+// The same of 16-bit elements and an even number of rows and columns, two of them at a time: lines
+// of shared memory are an odd number of words.
+template <typename T>
+__global__ void __launch_bounds__(TRANSPOSE_THREADS)
+    transpose_pairs_kernel(T* to, const T* from, int64_t rows, int64_t columns) {
+  static_assert(sizeof(T) == 2, "two elements of a word");
+  constexpr int STEP = TRANSPOSE_THREADS / 32, PITCH = TRANSPOSE_TILE + 2;
+  __shared__ uint32_t tile[TRANSPOSE_TILE * PITCH / 2];
+  const T* const elements = reinterpret_cast<const T*>(tile);
+  const int64_t across = (columns + TRANSPOSE_TILE - 1) / TRANSPOSE_TILE;
+  const int64_t row = blockIdx.x / across * TRANSPOSE_TILE;
+  const int64_t column = blockIdx.x % across * TRANSPOSE_TILE;
+  const int x = threadIdx.x % 32 * 2, y = threadIdx.x / 32;
+  await_earlier_kernel();
+  from += blockIdx.y * rows * columns, to += blockIdx.y * rows * columns;
+  if (column + x < columns) {
+#pragma unroll
+    for (int i = 0; i < TRANSPOSE_TILE; i += STEP) {
+      if (row + y + i >= rows) continue;
+      const T* const at = from + (row + y + i) * columns + column + x;
+      tile[((y + i) * PITCH + x) / 2] = *reinterpret_cast<const uint32_t*>(at);
+    }
+  }
+  __syncthreads();
+  if (row + x < rows) {
+#pragma unroll
+    for (int i = 0; i < TRANSPOSE_TILE; i += STEP) {
+      if (column + y + i >= columns) continue;
+      const T pair[2] = {elements[x * PITCH + y + i], elements[(x + 1) * PITCH + y + i]};
+      uint32_t bits;
+      memcpy(&bits, pair, 4);
+      *reinterpret_cast<uint32_t*>(to + (column + y + i) * rows + row + x) = bits;
+    }
+  }
+}
+
 // to[n][few][long] = from[n][long][few], or back, of matrices with few columns. A thread block has
 // `length` of the long axis: of one tensor what lies side by side, of the other `few` lines.
 template <bool BACK, typename T>
@@ -101,9 +137,20 @@ int transpose(T* to, const T* from, int64_t batch, int64_t rows, int64_t columns
       error =
           transpose_narrow<true>(to + offset, from + offset, count, columns, rows, device, stream);
     } else {
-      error =
-          launch<transpose_kernel<T>, true>(dim3(tiles, count), dim3(TRANSPOSE_THREADS), 0, device,
-                                            stream, to + offset, from + offset, rows, columns);
+      const dim3 grid(tiles, count), block(TRANSPOSE_THREADS);
+      bool pairs = false;
+      if constexpr (sizeof(T) == 2) {
+        pairs = rows % 2 == 0 && columns % 2 == 0 &&
+                (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 4 == 0;
+        if (pairs) {
+          error = launch<transpose_pairs_kernel<T>, true>(
+              grid, block, 0, device, stream, to + offset, from + offset, rows, columns);
+        }
+      }
+      if (!pairs) {
+        error = launch<transpose_kernel<T>, true>(grid, block, 0, device, stream, to + offset,
+                                                  from + offset, rows, columns);
+      }
     }
     if (error) return error;
   }
