@@ -135,22 +135,44 @@ __device__ __forceinline__ int64_t weight_at(const WeightShape& s, int group, in
 
 // weight -> (taps, groups x output channels, padded input channels) or, MN-major, -> (taps, groups
 // x padded input channels, padded output channels). For dgrad (`COARSE_INPUT`) the taps come in
-// reverse: i = o + PADDING - t * DILATION.
+// reverse: i = o + PADDING - t * DILATION. A warp has 32 columns of a row.
 template <typename T, int TAPS, bool COARSE_INPUT, Major MAJOR>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_weights_kernel(const T* __restrict__ from, T* __restrict__ to, const WeightShape s) {
   constexpr bool K_MAJOR = MAJOR == Major::K;
+  // Where columns are fine channels, those of a contiguous weight are one run with their taps.
+  constexpr bool HAS_RUNS = TAPS > 1 && TAPS <= 32 && K_MAJOR != COARSE_INPUT;
+  __shared__ T runs[HAS_RUNS ? PACK_THREADS * TAPS : 1];
   await_earlier_kernel();
-  const int column = blockIdx.x * 32 + threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = blockIdx.x * 32, column = first + lane;
   const int columns = K_MAJOR ? s.padded_inputs : s.padded_outputs;
+  const int existing = K_MAJOR ? s.input_channels : s.output_channels;
   const int group_rows = K_MAJOR ? s.output_channels : s.padded_inputs;
   const int rows = s.groups * group_rows;
-  if (column >= columns) return;
-  for (int row = blockIdx.y * 8 + threadIdx.x / 32; row < rows; row += gridDim.y * 8) {
+  const bool is_run = HAS_RUNS && s.stride_tap == 1;
+  for (int row = blockIdx.y * 8 + warp; row < rows; row += gridDim.y * 8) {
     const int group = row / group_rows, within = row % group_rows;
-    const int output = K_MAJOR ? within : column, input = K_MAJOR ? column : within;
-    const bool exists = output < s.output_channels && input < s.input_channels;
-    const T* const weight = from + weight_at<COARSE_INPUT>(s, group, output, input);
+    const auto weight_of = [&](int at) {
+      const int output = K_MAJOR ? within : at, input = K_MAJOR ? at : within;
+      return from + weight_at<COARSE_INPUT>(s, group, output, input);
+    };
+    const bool has_row = within < (K_MAJOR ? s.output_channels : s.input_channels);
+    const bool exists = has_row && column < existing;
+    const T* weight = weight_of(column);
+    if constexpr (HAS_RUNS) {
+      if (is_run) {
+        T* const run = runs + warp * 32 * TAPS;
+        const int count = has_row ? min(32, existing - first) * TAPS : 0;
+        const T* const begin = weight_of(first);
+        __syncwarp();
+#pragma unroll 9
+        for (int i = lane; i < count; i += 32) run[i] = begin[i];
+        __syncwarp();
+        weight = run + lane * TAPS;
+      }
+    }
+    if (column >= columns) continue;
     T* const at = to + int64_t{row} * columns + column;
 #pragma unroll 9
     for (int tap = 0; tap < TAPS; ++tap) {
