@@ -75,6 +75,7 @@ def check_values(module: ModuleType, dtype: torch.dtype, *, small: bool = False)
             extents = [draw.randint(10, 10 if ndim == 3 else 40) + 6 for _ in range(ndim)]
             if small:
                 extents = [draw.randint(6, 12) for _ in range(ndim)]
+            extents = [max(pair) for pair in zip(extents, module.SPEC["kernel_size"], strict=True)]
             check_call(module, dtype, (draw.randint(1, 3), given, made, extents), small=small)
 
 

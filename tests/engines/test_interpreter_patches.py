@@ -60,8 +60,8 @@ FEW_UP = spec("conv_transpose2d", (4, 3), (4, 3), 0, (3, 2), in_channels=24, out
 
 def check(case: Case, contraction: str, sizes: Any = None, layouts: Any = ALL_LAYOUTS) -> None:
     of, mode, calls = case
-    for batch, channels, extents in calls:
-        for index, layout in enumerate(layouts):
+    for call, (batch, channels, extents) in enumerate(calls):
+        for index, layout in enumerate(LAYOUTS if call else layouts):
             given = problem(
                 of, contraction, mode, extents, batch=batch, channels=channels, bias=index % 2 == 0
             )
