@@ -90,10 +90,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const ConvgenCall& c = *call_.call;
     if (c.channels_last) return expected_ms() < transposed_ms<T, Conv>(c, limits_.multiprocessors);
     if (reads_channels()) return true;
-    if (PHASED) return expected_ms() < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
-    const bool few = output_elements() <= call_.output_channels * PAYING_POSITIONS;
-    return least >= PAYING_CHANNELS<T> && (few || least * TAPS >= PAYING_PRODUCTS);
+    const bool suits = least >= PAYING_CHANNELS<T>;
+    if (suits && output_elements() <= call_.output_channels * PAYING_POSITIONS) return true;
+    if (PHASED) return expected_ms() < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
+    return suits && least * TAPS >= PAYING_PRODUCTS;
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
