@@ -482,8 +482,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
 
     TensorView o =
         positions_view<T>(call_.output_channels, call_.output_extent, call_.batch, merged);
-    const bool narrow = output_channels_ <= BLOCK_M / 2;
-    o.box[0] = narrow ? BLOCK_M / 2 : BLOCK_M, o.swizzle = narrow ? 64 : 128;
+    o.swizzle = output_channels_ <= BLOCK_M / 2 ? 64 : 128, o.box[0] = o.swizzle / 2;
     set_store_box(o, t, Slab::HALO);
     void* const address = turns_ ? out.partials : out.address;
     return make_output_maps<T>(output_maps, address, o, Step::OUTPUT, call_.device);
