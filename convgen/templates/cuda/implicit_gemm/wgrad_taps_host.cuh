@@ -36,12 +36,17 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
         packs_(call, READS_PATCHES<Conv>, limits.multiprocessors) {
     if (packs() || READS_PATCHES<Conv>) call_ = packs_.packed(call);
     if (POINTWISE) {
+      for (int i = 0; i < 3; ++i) {  // output padding
+        if (call_.coarse_extent[i] != call_.fine_extent[i]) return;
+      }
       // Without neighbours, all positions are those of one line, and channels_last of all samples'.
+      const int64_t* const c = call_.coarse_extent;
+      const bool merges = is_last() && call_.batch * c[0] * c[1] * c[2] <= INDEX_LIMIT;
       for (int64_t (*e)[3] : {&call_.coarse_extent, &call_.fine_extent}) {
         (*e)[2] *= (*e)[0] * (*e)[1], (*e)[0] = (*e)[1] = 1;
-        if (is_last()) (*e)[2] *= call_.batch;
+        if (merges) (*e)[2] *= call_.batch;
       }
-      if (is_last()) call_.batch = 1;
+      if (merges) call_.batch = 1;
     }
     t_.groups = Conv::GROUPS;
     t_.coarse_channels = static_cast<int>(call.coarse_channels / Conv::GROUPS);
