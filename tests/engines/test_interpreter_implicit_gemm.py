@@ -310,8 +310,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "more stages filled than there are": (
         "kernel",
-        "        at.advance(1, t.slab_stages);\n",
-        "        at.advance(1, t.slab_stages + PLANTED);\n",
+        "first.n);\n          }\n          at.advance(1, t.slab_stages);\n",
+        "first.n);\n          }\n          at.advance(1, t.slab_stages + PLANTED);\n",
         r"on memory that is no mbarrier",
     ),
     "no fence before a store": (

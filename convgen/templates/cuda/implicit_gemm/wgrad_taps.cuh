@@ -75,56 +75,88 @@ struct TapWgradStorage {
   uint64_t full[MOST_STAGES], rounded[MOST_STAGES], empty[MOST_STAGES];
 };
 
+// Where a K block lies, in tiles along each axis. One after the other is found by counting: a
+// thread that divides for each block takes longer than its products.
+struct TapBlock {
+  int w, h, d, n;
+
+  __device__ __forceinline__ TapBlock(const TapWgradTiling& t, int index) {
+    w = index % t.tiles_w, index /= t.tiles_w;
+    h = index % t.tiles_h, index /= t.tiles_h;
+    d = index % t.tiles_d, n = index / t.tiles_d;
+  }
+  __device__ __forceinline__ void advance(const TapWgradTiling& t) {
+    if (++w < t.tiles_w) return;
+    w = 0;
+    if (++h < t.tiles_h) return;
+    h = 0;
+    if (++d < t.tiles_d) return;
+    d = 0, ++n;
+  }
+};
+
 template <typename T, int COLUMNS, Major MAJOR, typename Conv>
 __device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
                                                const CoarseMaps& coarse_maps,
                                                const TensorMap& fine_map, Pipeline ring,
                                                unsigned char* stages) {
+  constexpr int CHUNKS = COLUMNS / CHUNK_COLUMNS;
   PipelineState at;
   int unit = t.first_unit(blockIdx.x);
-  for (const int end = t.first_unit(blockIdx.x + 1); unit < end; ++unit) {
+  const int end = t.first_unit(blockIdx.x + 1);
+  while (unit < end) {
     const TapPair<COLUMNS> pair(t, unit / t.positions);
-    int index = unit % t.positions;
-    const int tile_w = index % t.tiles_w;
-    index /= t.tiles_w;
-    const int tile_h = index % t.tiles_h;
-    index /= t.tiles_h;
-    const int d = index % t.tiles_d * t.step_d, n = index / t.tiles_d * t.step_n;
+    TapBlock block(t, unit % t.positions);
+    const int count = min(end - unit, t.positions - unit % t.positions);
+    unit += count;
     const int coarse = pair.group * t.coarse_channels + pair.coarse;
-    const int fine = pair.group * t.fine_channels;
-    const int chunks = min(COLUMNS / CHUNK_COLUMNS, Conv::TAPS * t.fine_chunks - pair.chunk);
+    const int chunks = min(CHUNKS, Conv::TAPS * t.fine_chunks - pair.chunk);
     // In rows of positions, all columns are one load, and those that there are not are zeros.
     const int bytes =
         MAJOR == Major::K ? TAP_STAGE_BYTES<COLUMNS> : (CONSUMERS + chunks) * t.rows * ROW_BYTES;
-    uint64_t* const barrier = ring.producer_acquire(at, bytes);
-    unsigned char* const to = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
-    unsigned char* const to_fine = to + TAP_ROWS * ROW_BYTES;
-    if constexpr (MAJOR == Major::K) {
-      const int first = tile_w * t.step_w;
-      tma_load(to, coarse_maps.of[0], barrier, first, coarse, n);
-      tma_load(to_fine, fine_map, barrier, first, fine + pair.chunk * CHUNK_COLUMNS, n);
-    } else {
-      const bool last_w = tile_w == t.tiles_w - 1, last_h = tile_h == t.tiles_h - 1;
-      const int w = last_w ? t.last_w : tile_w * t.step_w;
-      const int h = last_h ? t.last_h : tile_h * t.step_h;
-      // The maps of last tiles begin where the tiles before end.
-      const TensorMap& coarse_map = coarse_maps.of[last_w + 2 * last_h];
-      for (int chunk = 0; chunk < CONSUMERS; ++chunk) {
-        tma_load(to + chunk * CHUNK_BYTES, coarse_map, barrier, coarse + chunk * BLOCK_M,
-                 last_w ? w - tile_w * t.step_w : w, last_h ? h - tile_h * t.step_h : h, d, n);
-      }
-      for (int i = 0; i < chunks; ++i) {
-        const int tap = pair.template tap<Conv::TAPS>(t, i);
-        const int kw = tap % Conv::KERNEL_W, kh = tap / Conv::KERNEL_W % Conv::KERNEL_H;
-        const int kd = tap / (Conv::KERNEL_W * Conv::KERNEL_H);
-        tma_load(to_fine + i * CHUNK_BYTES, fine_map, barrier,
-                 fine + pair.template fine<Conv::TAPS>(t, i),
-                 w * Conv::STRIDE_W + kw * Conv::DILATION_W - Conv::PADDING_W,
-                 h * Conv::STRIDE_H + kh * Conv::DILATION_H - Conv::PADDING_H,
-                 d * Conv::STRIDE_D + kd * Conv::DILATION_D - Conv::PADDING_D, n);
-      }
+    // Of each chunk, its fine channels, and how far its tap is from the first position's element.
+    int fine[CHUNKS], shift_w[CHUNKS], shift_h[CHUNKS], shift_d[CHUNKS];
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      const int tap = pair.template tap<Conv::TAPS>(t, i);
+      fine[i] = pair.group * t.fine_channels + pair.template fine<Conv::TAPS>(t, i);
+      shift_w[i] = tap % Conv::KERNEL_W * Conv::DILATION_W - Conv::PADDING_W;
+      shift_h[i] = tap / Conv::KERNEL_W % Conv::KERNEL_H * Conv::DILATION_H - Conv::PADDING_H;
+      shift_d[i] = tap / (Conv::KERNEL_W * Conv::KERNEL_H) * Conv::DILATION_D - Conv::PADDING_D;
     }
-    at.advance(1, t.stages);
+#pragma unroll 1
+    for (int k = 0; k < count; ++k, block.advance(t)) {
+      uint64_t* const barrier = ring.producer_acquire(at, bytes);
+      unsigned char* const to = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
+      unsigned char* const to_fine = to + TAP_ROWS * ROW_BYTES;
+      const int n = block.n * t.step_n;
+      if constexpr (MAJOR == Major::K) {
+        const int first = block.w * t.step_w;
+        tma_load(to, coarse_maps.of[0], barrier, first, coarse, n);
+        tma_load(to_fine, fine_map, barrier, first,
+                 pair.group * t.fine_channels + pair.chunk * CHUNK_COLUMNS, n);
+      } else {
+        const bool last_w = block.w == t.tiles_w - 1, last_h = block.h == t.tiles_h - 1;
+        const int tile_w = block.w * t.step_w, tile_h = block.h * t.step_h;
+        const int w = last_w ? t.last_w : tile_w, h = last_h ? t.last_h : tile_h;
+        const int d = block.d * t.step_d;
+        // The maps of last tiles begin where the tiles before end.
+        const TensorMap& coarse_map = coarse_maps.of[last_w + 2 * last_h];
+#pragma unroll
+        for (int chunk = 0; chunk < CONSUMERS; ++chunk) {
+          tma_load(to + chunk * CHUNK_BYTES, coarse_map, barrier, coarse + chunk * BLOCK_M,
+                   last_w ? w - tile_w : w, last_h ? h - tile_h : h, d, n);
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+          if (i >= chunks) break;
+          tma_load(to_fine + i * CHUNK_BYTES, fine_map, barrier, fine[i],
+                   w * Conv::STRIDE_W + shift_w[i], h * Conv::STRIDE_H + shift_h[i],
+                   d * Conv::STRIDE_D + shift_d[i], n);
+        }
+      }
+      at.advance(1, t.stages);
+    }
   }
 }
 
