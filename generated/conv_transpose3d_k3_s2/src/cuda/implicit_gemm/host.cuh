@@ -21,7 +21,6 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   static constexpr bool HAS_HALO =
       DENSE && TAPS > 1 && 2 * SLAB_STAGE_BYTES<HaloSlab<Conv, LINES>> <= 160 * 1024 &&
       HaloSlab<Conv, LINES>::BOX_H <= 256 && (Conv::LINEAR || HaloSlab<Conv, LINES>::LOADS == 1);
-
   // Without neighbours, all positions are those of one line.
   static constexpr bool POINTWISE =
       TAPS == 1 && DENSE && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 && Conv::PADDING_W == 0;
@@ -54,6 +53,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     call_.output_channels_last |= turns_;
     if (PHASED && !call_.output_channels_last) return;
     for (int i = 0; i < 3; ++i) {
+      if (POINTWISE && call.input_extent[i] != call.output_extent[i]) return;  // output padding
       if (call.output_extent[i] < Step::OUTPUT[i]) return;
     }
     // Some hundred ways are considered: once for each shape.

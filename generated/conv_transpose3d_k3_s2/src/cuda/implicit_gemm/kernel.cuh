@@ -38,14 +38,41 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
     const Tile first = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
     const Units<Conv, Slab> units(t, first);
-    const auto reach = planes.reach(t, first.d);
-    for (int unit = units.begin; unit < units.end; ++unit) {
-      const int channel = first.group * t.input_channels + unit / units.taps * BLOCK_K;
-      const int tap = unit % units.taps;
-      for (int i = reach.begin * planes.step, end = i + reach.slabs; i < end; ++i) {
-        uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
-        unsigned char* const to = slabs + at.index * SLAB_STAGE_BYTES<Slab>;
-        if constexpr (Slab::HALO) {
+    if (units.begin == units.end) continue;
+    int channel = first.group * t.input_channels + units.begin / units.taps * BLOCK_K;
+    if constexpr (!Slab::HALO) {
+      const Tile second =
+          t.position_groups == 1 ? first : Tile::of<false, Conv::PHASES>(t, index, 1, 0);
+      TapCursor<Conv> tap(first.phase, units.begin % units.taps);
+      for (int unit = units.begin; unit < units.end; ++unit) {
+        for (int p = 0; p < t.position_groups; ++p) {
+          const Tile tile = p == 0 ? first : second;
+          uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
+          unsigned char* const to = slabs + at.index * SLAB_STAGE_BYTES<Slab>;
+          if constexpr (Slab::MAJOR == Major::MN) {
+#pragma unroll
+            for (int chunk = 0; chunk < Slab::CHUNKS; ++chunk) {
+              // Positions of one line: planes are samples (see ImplicitGemm::samples_are_planes).
+              int n, d, h, w;
+              position_of(t, tile, chunk * Slab::CHUNK_ROWS, n, d, h, w);
+              tma_load(to + chunk * Slab::CHUNK_ROWS * ROW_BYTES, map, barrier, w, channel, d);
+            }
+          } else {
+            constexpr int STEP_D = Steps<Conv>::INPUT[0], STEP_H = Steps<Conv>::INPUT[1],
+                          STEP_W = Steps<Conv>::INPUT[2];
+            tma_load(to, map, barrier, channel, tile.w * STEP_W + tap.offset_w(),
+                     tile.h * STEP_H + tap.offset_h(), tile.d * STEP_D + tap.offset_d(), tile.n);
+          }
+          at.advance(1, t.slab_stages);
+        }
+        if (tap.advance()) channel += BLOCK_K;
+      }
+    } else {
+      const auto reach = planes.reach(t, first.d);
+      for (int unit = units.begin; unit < units.end; ++unit, channel += BLOCK_K) {
+        for (int i = reach.begin * planes.step, end = i + reach.slabs; i < end; ++i) {
+          uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
+          unsigned char* const to = slabs + at.index * SLAB_STAGE_BYTES<Slab>;
           const int plane = i / planes.step * Conv::DILATION_D + i % planes.step;
           const int d = first.d + plane - Conv::PADDING_D;
 #pragma unroll
@@ -54,30 +81,8 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
                      first.w - Conv::PADDING_W + load * Slab::LOAD_W, first.h - Conv::PADDING_H, d,
                      first.n);
           }
-        } else if constexpr (Slab::MAJOR == Major::MN) {
-          const Tile tile = Tile::of<false, Conv::PHASES>(t, index, i, 0);
-#pragma unroll
-          for (int chunk = 0; chunk < Slab::CHUNKS; ++chunk) {
-            // Positions of one line: planes are samples (see ImplicitGemm::samples_are_planes).
-            int n, d, h, w;
-            position_of(t, tile, chunk * Slab::CHUNK_ROWS, n, d, h, w);
-            tma_load(to + chunk * Slab::CHUNK_ROWS * ROW_BYTES, map, barrier, w, channel, d);
-          }
-        } else if constexpr (Conv::PHASES > 1) {
-          const Tile tile = Tile::of<false, Conv::PHASES>(t, index, i, 0);
-          const Phase<Conv> phase(tile.phase);
-          tma_load(to, map, barrier, channel, tile.w + phase.offset_w(tap),
-                   tile.h + phase.offset_h(tap), tile.d + phase.offset_d(tap), tile.n);
-        } else {
-          const Tile tile = Tile::of<false, Conv::PHASES>(t, index, i, 0);
-          const int kw = tap % Conv::KERNEL_W, kh = tap / Conv::KERNEL_W % Conv::KERNEL_H;
-          const int kd = tap / (Conv::KERNEL_W * Conv::KERNEL_H);
-          tma_load(to, map, barrier, channel,
-                   tile.w * Conv::STRIDE_W + kw * Conv::DILATION_W - Conv::PADDING_W,
-                   tile.h * Conv::STRIDE_H + kh * Conv::DILATION_H - Conv::PADDING_H,
-                   tile.d * Conv::STRIDE_D + kd * Conv::DILATION_D - Conv::PADDING_D, tile.n);
+          at.advance(1, t.slab_stages);
         }
-        at.advance(1, t.slab_stages);
       }
     }
   }
@@ -95,15 +100,15 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
     const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
     const Units<Conv, Slab> units(t, tile);
     const int row = tile.group * t.output_channels + tile.channel;
+    if (units.begin == units.end) continue;
     const auto reach = planes.reach(t, tile.d);
+    int channel = units.begin / units.taps * BLOCK_K;
+    TapCursor<Conv> tap(tile.phase, Slab::HALO ? 0 : units.begin % units.taps);
     for (int unit = units.begin; unit < units.end; ++unit) {
-      const int channel = unit / units.taps * BLOCK_K, tap = unit % units.taps;
       for (int i = reach.begin * Slab::TAPS; i < reach.end * Slab::TAPS; ++i) {
         uint64_t* const barrier = ring.producer_acquire(at, stage_bytes);
         unsigned char* const to = weights + at.index * stage_bytes;
-        int gathered = tap + i;
-        if constexpr (Conv::PHASES > 1) gathered = Phase<Conv>(tile.phase).tap(tap);
-        const int at_tap = t.first_tap + gathered * t.tap_step;
+        const int at_tap = t.first_tap + (Slab::HALO ? i : tap.tap()) * t.tap_step;
         if constexpr (Conv::WEIGHTS == Major::K) {
           tma_load(to, map, barrier, channel, row, at_tap);
         } else {
@@ -114,6 +119,7 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
         }
         at.advance(1, t.weight_stages);
       }
+      if (Slab::HALO || tap.advance()) channel += BLOCK_K;
     }
   }
 }
@@ -224,8 +230,9 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     const auto reach = planes.reach(t, tile.d - p * t.fold);
     int previous = -1;  // the weights whose products may still be under way
     int accumulates = 0;
+    const int last_block = (t.blocks - 1) * units.taps;  // the first unit of the last K block
     for (int unit = units.begin; unit < units.end; ++unit) {
-      const int steps = unit / units.taps == t.blocks - 1 ? t.last_steps : ROW_BYTES / STEP_BYTES;
+      const int steps = unit >= last_block ? t.last_steps : ROW_BYTES / STEP_BYTES;
 #pragma unroll 1
       for (int plane = reach.begin; plane < reach.end; ++plane) {
         slab_ring.consumer_wait(slab);

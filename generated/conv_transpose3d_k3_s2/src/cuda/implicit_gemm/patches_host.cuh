@@ -33,6 +33,10 @@ class PatchMatrix {
     channels_first_ = (call.channels_last & CONVGEN_WEIGHT) == 0;
     const int64_t channels = call.fine_channels, *e = call.fine_extent;
     if (call.batch < 1 || channels < 1 || row > INT32_MAX / 2) return;
+    constexpr int KERNEL[3] = {Conv::KERNEL_D, Conv::KERNEL_H, Conv::KERNEL_W};
+    for (int i = 0; i < 3; ++i) {  // windows beyond the tensor
+      if (call.coarse_extent[i] * KERNEL[i] > e[i]) return;
+    }
     PatchTiles& s = tiles_;
     s.channels = static_cast<int>(channels), s.row = static_cast<int>(row);
     s.depth = static_cast<int>(call.coarse_extent[0]);

@@ -48,21 +48,55 @@ struct Phase {
         w(index_w) {}
 
   __host__ __device__ __forceinline__ int taps() const { return d.count * h.count * w.count; }
-  // Which tap of the kernel, in reverse, the m-th is: as gathers count them.
-  __device__ __forceinline__ int tap(int m) const {
-    const int kw = w.first_tap + m % w.count * w.NEXT_TAP;
-    const int kh = h.first_tap + m / w.count % h.count * h.NEXT_TAP;
-    const int kd = d.first_tap + m / (w.count * h.count) * d.NEXT_TAP;
+};
+
+// The taps that a tile's outputs meet, those of its phase or all, in turn, the innermost axis
+// fastest. They are counted: a thread that divided for each would take longer than its products.
+template <typename Conv>
+struct TapCursor {
+  static constexpr bool PHASED = Conv::PHASES > 1;
+  using OfPhase = Phase<Conv>;
+  OfPhase phase;
+  int d, h, w;
+
+  // From the `tap`-th on, of a phase's `index`.
+  __device__ __forceinline__ TapCursor(int index, int tap) : phase(index) {
+    w = tap % width(), tap /= width();
+    h = tap % height(), d = tap / height();
+  }
+  // Whether the next one is the first again.
+  __device__ __forceinline__ bool advance() {
+    if (++w < width()) return false;
+    w = 0;
+    if (++h < height()) return false;
+    h = 0;
+    if (++d < depth()) return false;
+    d = 0;
+    return true;
+  }
+  // Where its inputs begin for outputs that begin at 0.
+  __device__ __forceinline__ int offset_d() const {
+    return PHASED ? phase.d.offset - d * phase.d.STEP : d * Conv::DILATION_D - Conv::PADDING_D;
+  }
+  __device__ __forceinline__ int offset_h() const {
+    return PHASED ? phase.h.offset - h * phase.h.STEP : h * Conv::DILATION_H - Conv::PADDING_H;
+  }
+  __device__ __forceinline__ int offset_w() const {
+    return PHASED ? phase.w.offset - w * phase.w.STEP : w * Conv::DILATION_W - Conv::PADDING_W;
+  }
+  // Which tap of the kernel it is; a phase's in reverse, as gathers count them.
+  __device__ __forceinline__ int tap() const {
+    if (!PHASED) return (d * Conv::KERNEL_H + h) * Conv::KERNEL_W + w;
+    const int kw = phase.w.first_tap + w * phase.w.NEXT_TAP;
+    const int kh = phase.h.first_tap + h * phase.h.NEXT_TAP;
+    const int kd = phase.d.first_tap + d * phase.d.NEXT_TAP;
     return Conv::TAPS - 1 - ((kd * Conv::KERNEL_H + kh) * Conv::KERNEL_W + kw);
   }
-  // Where the m-th tap's inputs begin for outputs that begin at j = 0.
-  __device__ __forceinline__ int offset_d(int m) const {
-    return d.offset - m / (w.count * h.count) * d.STEP;
-  }
-  __device__ __forceinline__ int offset_h(int m) const {
-    return h.offset - m / w.count % h.count * h.STEP;
-  }
-  __device__ __forceinline__ int offset_w(int m) const { return w.offset - m % w.count * w.STEP; }
+
+ private:
+  __device__ __forceinline__ int depth() const { return PHASED ? phase.d.count : Conv::KERNEL_D; }
+  __device__ __forceinline__ int height() const { return PHASED ? phase.h.count : Conv::KERNEL_H; }
+  __device__ __forceinline__ int width() const { return PHASED ? phase.w.count : Conv::KERNEL_W; }
 };
 
 // Along D, H and W, from one output of a tile to the next: of inputs, and of outputs.
