@@ -147,6 +147,7 @@ def test_a_fault_can_stop_the_process_for_a_debugger(make: Make) -> None:
     assert re.search(r"convgen interpreter: kernel dgrad_kernel<\d>, block \(0", done.stderr)
 
 
+@pytest.mark.long
 def test_the_command_line_verifies_interpreted(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

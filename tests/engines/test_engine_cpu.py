@@ -26,7 +26,6 @@ from cpu_kernels import (
     make_tensors,
     problem,
 )
-from interpreted import mostly_long
 
 from convgen.codegen.render import render_kernels
 from convgen.engines.cpu import GatherSchedule, ReduceSchedule
@@ -223,6 +222,7 @@ def test_wrong_channel_counts_are_refused(library: Callable[[Problem], Library])
     assert b"channel" in describe(-2)
 
 
+@pytest.mark.long
 def test_half_conversions_are_exact(tmp_path: Path) -> None:
     """Every half and bfloat16 survives a 1x1x1 kernel of weight 1; results round to even."""
     case = make_problem(C1, (1, 1), ((1, 1),), {"kernel_size": 1, "dtypes": ("f16", "bf16")})
@@ -249,8 +249,9 @@ SANITIZED = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD of the sanitizer")
-@pytest.mark.parametrize("case", mostly_long(SANITIZED, 0), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SANITIZED, ids=lambda case: case.name)
 def test_memory_accesses_and_arithmetic_are_clean_under_sanitizers(
     case: Problem, tmp_path: Path
 ) -> None:

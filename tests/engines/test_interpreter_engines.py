@@ -274,6 +274,7 @@ def test_all_modes_and_thread_counts_give_the_same_bits(
         assert all(map(torch.equal, results[0], others))
 
 
+@pytest.mark.long
 def test_small_gpus_cut_other_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU with 48 KiB of shared memory per block and one multiprocessor."""
     monkeypatch.setenv("CONVGEN_INTERPRET_SHARED_BYTES", str(48 * 1024))

@@ -147,6 +147,7 @@ def test_a_nan_reaches_the_taps_that_meet_it(of: ConvSpec) -> None:
     check_nan(of, (18, 36), 2, [(0, 0), (17, 35), (17, 0), (0, 35), (2, 34), (16, 14), (9, 31)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("of", "extents", "batch"),
     [

@@ -187,6 +187,7 @@ def test_gradients_share_what_is_packed(
         torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-1)
 
 
+@pytest.mark.long
 def test_gradients_of_gradients_are_of_operators(module: ModuleType) -> None:
     """What packs once is none, and stays aside where gradients are recorded."""
     layer = module.ConvTranspose1d(8, 8, bias=False, dtype=torch.bfloat16)

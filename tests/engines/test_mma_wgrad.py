@@ -173,9 +173,10 @@ def test_checked_kernels_agree_with_float64(
         assert made.error() <= LIMITS[mode]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("tiles", "taps"),
-    mostly_long([(((2, 2),), (1, 3)), (((1, 3),), (3, 1)), (((1, 8),), (1, 2))], 0),
+    [(((2, 2),), (1, 3)), (((1, 3),), (3, 1)), (((1, 8),), (1, 2))],
 )
 def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[int, int]) -> None:
     """Several tiles of fine channels, several rows of taps, blocks beyond the kernel."""
@@ -190,12 +191,13 @@ def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[i
         assert made.error() <= LIMITS["bf16tc"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [24, 25])
 @pytest.mark.parametrize(
     ("mode", "architecture"),
-    mostly_long([(mode, a) for mode in ("tf32", "bf16tc") for a in ("80", "90a")], 3),
+    [(mode, a) for mode in ("tf32", "bf16tc") for a in ("80", "90a")],
 )
-@pytest.mark.parametrize("skipped", mostly_long([1, 2], 0))
+@pytest.mark.parametrize("skipped", [1, 2])
 def test_tensors_may_start_anywhere(mode: str, skipped: int, architecture: str, width: int) -> None:
     """Rows that 16-byte accesses divide, at addresses that they do not: several per place. And odd
     rows."""
@@ -321,6 +323,7 @@ def test_loads_from_loose_lines_have_few_bank_conflicts(
     assert tile.loose_loads == 2 * taps[0] * loads
 
 
+@pytest.mark.long
 def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
     """As compiled for racecheck, whose tool does not follow named barriers."""
     case = GROUP_CASES[0]

@@ -143,6 +143,7 @@ torch.save(program(x), result)
         """The package beside the archive, as it is handed over."""
         return export(Path(str(module.__file__)).parent, tmp_path)
 
+    @pytest.mark.long
     def test_exported_programs(self, module: Any, copied: Path, tmp_path: Path) -> None:
         model = network(module)
         archive, result = tmp_path / "model.pt2", tmp_path / "y.pt"

@@ -245,6 +245,7 @@ class TestRace:
             assert (winner.device, winner.architecture) == (processor_name(), "")
             json.dumps(outcome.to_dict(), allow_nan=False)
 
+    @pytest.mark.long
     def test_layers_that_combine_compile_and_race_once_more(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -264,6 +265,7 @@ class TestRace:
             assert new.spread is not None
         assert winners[0].schedule == winners[1].schedule
 
+    @pytest.mark.long
     def test_a_wrong_schedule_cannot_win(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = tune.render_unit
         other = replace(SPEC, padding=2)
