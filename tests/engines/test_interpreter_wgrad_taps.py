@@ -222,8 +222,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "fewer bytes than the boxes have": (
         "wgrad_taps",
-        "ring.producer_acquire(at, bytes);",
-        "ring.producer_acquire(at, bytes - 128 * PLANTED);",
+        "ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS>);",
+        "ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS> - 128 * PLANTED);",
         r"deadlock: .* arrivals and -128 bytes are missing",
     ),
     "registers that are never free": (

@@ -95,11 +95,12 @@ struct TapBlock {
   }
 };
 
-template <typename T, int COLUMNS, Major MAJOR, typename Conv>
-__device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
-                                               const CoarseMaps& coarse_maps,
-                                               const TensorMap& fine_map, Pipeline ring,
-                                               unsigned char* stages) {
+// Of tensors whose channels lie side by side.
+template <int COLUMNS, typename Conv>
+__device__ __forceinline__ void load_channels(const TapWgradTiling& t,
+                                              const CoarseMaps& coarse_maps,
+                                              const TensorMap& fine_map, Pipeline ring,
+                                              unsigned char* stages) {
   constexpr int CHUNKS = COLUMNS / CHUNK_COLUMNS;
   PipelineState at;
   int unit = t.first_unit(blockIdx.x);
@@ -111,9 +112,7 @@ __device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
     unit += count;
     const int coarse = pair.group * t.coarse_channels + pair.coarse;
     const int chunks = min(CHUNKS, Conv::TAPS * t.fine_chunks - pair.chunk);
-    // In rows of positions, all columns are one load, and those that there are not are zeros.
-    const int bytes =
-        MAJOR == Major::K ? TAP_STAGE_BYTES<COLUMNS> : (CONSUMERS + chunks) * t.rows * ROW_BYTES;
+    const int bytes = (CONSUMERS + chunks) * t.rows * ROW_BYTES;
     // Of each chunk, its fine channels, and how far its tap is from the first position's element.
     int fine[CHUNKS], shift_w[CHUNKS], shift_h[CHUNKS], shift_d[CHUNKS];
 #pragma unroll
@@ -129,34 +128,49 @@ __device__ __forceinline__ void load_tap_wgrad(const TapWgradTiling& t,
       uint64_t* const barrier = ring.producer_acquire(at, bytes);
       unsigned char* const to = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
       unsigned char* const to_fine = to + TAP_ROWS * ROW_BYTES;
-      const int n = block.n * t.step_n;
-      if constexpr (MAJOR == Major::K) {
-        const int first = block.w * t.step_w;
-        tma_load(to, coarse_maps.of[0], barrier, first, coarse, n);
-        tma_load(to_fine, fine_map, barrier, first,
-                 pair.group * t.fine_channels + pair.chunk * CHUNK_COLUMNS, n);
-      } else {
-        const bool last_w = block.w == t.tiles_w - 1, last_h = block.h == t.tiles_h - 1;
-        const int tile_w = block.w * t.step_w, tile_h = block.h * t.step_h;
-        const int w = last_w ? t.last_w : tile_w, h = last_h ? t.last_h : tile_h;
-        const int d = block.d * t.step_d;
-        // The maps of last tiles begin where the tiles before end.
-        const TensorMap& coarse_map = coarse_maps.of[last_w + 2 * last_h];
+      const bool last_w = block.w == t.tiles_w - 1, last_h = block.h == t.tiles_h - 1;
+      const int tile_w = block.w * t.step_w, tile_h = block.h * t.step_h;
+      const int w = last_w ? t.last_w : tile_w, h = last_h ? t.last_h : tile_h;
+      const int d = block.d * t.step_d, n = block.n * t.step_n;
+      // The maps of last tiles begin where the tiles before end.
+      const TensorMap& coarse_map = coarse_maps.of[last_w + 2 * last_h];
 #pragma unroll
-        for (int chunk = 0; chunk < CONSUMERS; ++chunk) {
-          tma_load(to + chunk * CHUNK_BYTES, coarse_map, barrier, coarse + chunk * BLOCK_M,
-                   last_w ? w - tile_w : w, last_h ? h - tile_h : h, d, n);
-        }
+      for (int chunk = 0; chunk < CONSUMERS; ++chunk) {
+        tma_load(to + chunk * CHUNK_BYTES, coarse_map, barrier, coarse + chunk * BLOCK_M,
+                 last_w ? w - tile_w : w, last_h ? h - tile_h : h, d, n);
+      }
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) {
-          if (i >= chunks) break;
-          tma_load(to_fine + i * CHUNK_BYTES, fine_map, barrier, fine[i],
-                   w * Conv::STRIDE_W + shift_w[i], h * Conv::STRIDE_H + shift_h[i],
-                   d * Conv::STRIDE_D + shift_d[i], n);
-        }
+      for (int i = 0; i < CHUNKS; ++i) {
+        if (i >= chunks) break;
+        tma_load(to_fine + i * CHUNK_BYTES, fine_map, barrier, fine[i],
+                 w * Conv::STRIDE_W + shift_w[i], h * Conv::STRIDE_H + shift_h[i],
+                 d * Conv::STRIDE_D + shift_d[i], n);
       }
       at.advance(1, t.stages);
     }
+  }
+}
+
+// Of contiguous tensors, by a kernel of one tap: all columns are one load, and those that there are
+// not are zeros.
+template <int COLUMNS>
+__device__ __forceinline__ void load_positions(const TapWgradTiling& t,
+                                               const CoarseMaps& coarse_maps,
+                                               const TensorMap& fine_map, Pipeline ring,
+                                               unsigned char* stages) {
+  PipelineState at;
+  int unit = t.first_unit(blockIdx.x);
+  for (const int end = t.first_unit(blockIdx.x + 1); unit < end; ++unit) {
+    const TapPair<COLUMNS> pair(t, unit / t.positions);
+    const TapBlock block(t, unit % t.positions);
+    const int first = block.w * t.step_w, n = block.n * t.step_n;
+    const int coarse = pair.group * t.coarse_channels + pair.coarse;
+    const int fine = pair.group * t.fine_channels + pair.chunk * CHUNK_COLUMNS;
+    uint64_t* const barrier = ring.producer_acquire(at, TAP_STAGE_BYTES<COLUMNS>);
+    unsigned char* const to = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
+    tma_load(to, coarse_maps.of[0], barrier, first, coarse, n);
+    tma_load(to + TAP_ROWS * ROW_BYTES, fine_map, barrier, first, fine, n);
+    at.advance(1, t.stages);
   }
 }
 
@@ -374,7 +388,11 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
       release_registers<PRODUCER_REGISTERS>();
       if (warp == CONSUMER_WARPS) {
         if (lane == 0) {
-          load_tap_wgrad<T, COLUMNS, MAJOR, Conv>(t, coarse_maps, fine_map, ring, stages);
+          if constexpr (MAJOR == Major::K) {
+            load_positions<COLUMNS>(t, coarse_maps, fine_map, ring, stages);
+          } else {
+            load_channels<COLUMNS, Conv>(t, coarse_maps, fine_map, ring, stages);
+          }
         }
       } else if (ROUNDS) {
         round_stages<COLUMNS>(t, ring, shared.rounded, stages,
