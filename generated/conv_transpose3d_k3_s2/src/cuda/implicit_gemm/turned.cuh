@@ -55,15 +55,16 @@ double other_gather_ms(const ConvgenCall& call, int multiprocessors) {
 // ---- Calls in channels_last -------------------------------------------------------------------
 //
 // With few channels the kernels that read contiguous tensors as they lie may be quicker, though
-// tensors are transposed for them, and the result. What follows is for 16 bits what an H200 took
-// (figures/h200_networks_bf16.json), and for TF32 half of that rate.
+// tensors are transposed for them, and the result. What follows is what an H200 took
+// (figures/h200_networks_bf16.json, figures/h200_networks_tf32.json).
 
-// Products per clock and multiprocessor with channels padded to sixteens: 16 -> 16 channels, k3, of
-// 224 x 224 x 144 positions (segresnet-1) take 817 us; 3 -> 64, k7 s2 (resnet50-stem), are quicker,
-// 96 -> 3, k3 (wan-vae-out), slower.
+// Products per clock and multiprocessor with channels padded to eights: 16 -> 16 channels, k3, of
+// 224 x 224 x 144 positions (segresnet-1) take 817 us, in TF32 1186. Of 1 -> 32, k3 (nnunet-stem),
+// and 3 -> 64, k7 s2 (resnet50-stem), they are 200 to 300 in both, of 96 -> 3, k3 (wan-vae-out),
+// fewer.
 template <typename T>
-constexpr double FEW_PRODUCTS = sizeof(T) == 2 ? 264 : 132;
-constexpr int FEW_MULTIPLE = 16;
+constexpr double FEW_PRODUCTS = sizeof(T) == 2 ? 264 : 182;
+constexpr int FEW_MULTIPLE = 8;
 // Of their bytes, one kernel's after another: 32 -> 3, k1 (nnunet-head), takes 117 us, 1.6 times
 // what its tensors take at the speed of memory.
 constexpr double FEW_TRAFFIC = 1.6;
