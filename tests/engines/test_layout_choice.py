@@ -26,8 +26,8 @@ def layer(op: str, *rest: Any) -> ConvSpec:
     return ConvSpec(op, *rest)
 
 
-# Specification, batch, channels in and out, extents; contractions, and whether they are taken, as an
-# H200's times have it.
+# Specification, batch, channels in and out, extents; contractions, and whether they are taken, as
+# an H200 has it.
 ROWS = [
     (layer("conv3d", 1), 2, (32, 3), (128, 128, 128), {"fprop": False, "dgrad": False}),
     (layer("conv2d", 7, 2, 3), 32, (3, 64), (224, 224), {"fprop": False}),
