@@ -100,3 +100,22 @@ def test_matrices_are_transposed_narrow_ones_too() -> None:
             finally:
                 loaded.forget()
             assert torch.equal(result, source.transpose(1, 2)), (batch, rows, columns)
+
+
+REFUSED = [
+    # Output padding of a kernel of one tap: its tensors have different extents.
+    (layer("conv_transpose2d", 1, 1, 0, 1, 2), (7, 7), (8, 8)),
+    # Windows beyond the tensor, which raw operators may ask for.
+    (layer("conv2d", (9, 10), (9, 10)), (2, 3), (17, 34)),
+]
+
+
+@pytest.mark.parametrize("contraction", mostly_long(["fprop", "dgrad", "wgrad"], 0))
+@pytest.mark.parametrize(("spec", "coarse", "fine"), REFUSED, ids=["output padding", "windows"])
+def test_extents_that_do_not_fit_are_refused(
+    spec: ConvSpec, coarse: tuple[int, int], fine: tuple[int, int], contraction: str
+) -> None:
+    loaded = implicit_gemms.library(spec, contraction, "bf16tc")
+    symbol = f"convgen_{contraction}_bf16tc_implicit_gemm"
+    numbers = abi.NUMBERS.pack(0, 2, 24, 40, 1, *coarse, 1, *fine, 7)
+    assert loaded.expected_ms(symbol, bytes(abi.POINTERS.size) + numbers) < 0
