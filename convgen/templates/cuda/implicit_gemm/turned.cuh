@@ -15,10 +15,10 @@ int turn_output(const Operands& call, const void* turned) {
                    e[0] * e[1] * e[2], call.output_channels, call.device, call.stream);
 }
 
-// Of a copy in another order, which reads and writes 18 bytes per clock and multiprocessor.
+// Of a copy in another order.
 template <typename T>
 double pack_clocks(int64_t elements, int multiprocessors) {
-  return LAUNCH_CLOCKS + 2.0 * elements * sizeof(T) / (18.0 * multiprocessors);
+  return LAUNCH_CLOCKS + 2.0 * elements * sizeof(T) / (COPY_BYTES_PER_CLOCK * multiprocessors);
 }
 
 // Products per clock and multiprocessor of the kernels that read contiguous tensors as they lie,
@@ -42,7 +42,7 @@ double other_ms(const ConvgenCall& call, int multiprocessors) {
   const double products = positions * round_up(call.coarse_channels / Conv::GROUPS, 16) *
                           round_up(call.fine_channels / Conv::GROUPS, 16) * Conv::TAPS;
   const double arithmetic = products / OTHER_PRODUCTS<T, Conv>;
-  const double memory = (coarse + fine) * sizeof(T) / 18;
+  const double memory = (coarse + fine) * sizeof(T) / COPY_BYTES_PER_CLOCK;
   return (arithmetic > memory ? arithmetic : memory) / multiprocessors / CLOCKS_PER_MS;
 }
 // The same of a gather, with what it takes beside: the least of all layers (segresnet-up) takes 12
@@ -100,7 +100,7 @@ double transposed_ms(const ConvgenCall& call, int multiprocessors) {
   const double products = elements(Conv::GROUPS, call.coarse_extent) * Conv::TAPS *
                           padded(call.coarse_channels) * padded(call.fine_channels);
   const double arithmetic = products / FEW_PRODUCTS<T>;
-  const double memory = FEW_TRAFFIC * (coarse + fine) * sizeof(T) / 18;
+  const double memory = FEW_TRAFFIC * (coarse + fine) * sizeof(T) / COPY_BYTES_PER_CLOCK;
   double clocks = arithmetic > memory ? arithmetic : memory, launches = 0;
   for (const int operand : {CONVGEN_COARSE, CONVGEN_FINE, CONVGEN_WEIGHT}) {
     if (!(call.channels_last & operand)) continue;

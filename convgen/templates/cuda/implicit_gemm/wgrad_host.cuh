@@ -152,7 +152,8 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
 
   double pack_clocks() const {
     const double bytes = 2.0 * (coarse_bytes() + fine_bytes());
-    return bytes / (18.0 * limits_.multiprocessors) + (packs_coarse_ + packs_fine_) * LAUNCH_CLOCKS;
+    return bytes / (COPY_BYTES_PER_CLOCK * limits_.multiprocessors) +
+           (packs_coarse_ + packs_fine_) * LAUNCH_CLOCKS;
   }
 
   int pack(const T* from, T* to, int64_t channels, const int64_t (&e)[3], bool last) const {

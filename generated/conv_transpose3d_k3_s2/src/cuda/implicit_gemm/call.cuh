@@ -36,6 +36,7 @@ constexpr bool READS_PATCHES = false;
 
 // Rates of an H200, as measured; other GPUs of its kind have the same proportions.
 constexpr double LEVEL2_BYTES_PER_CLOCK = 36;  // of one multiprocessor, all at work
+constexpr double COPY_BYTES_PER_CLOCK = 18;    // of one, read and written
 constexpr double TILE_CLOCKS = 5000;           // of a tile beside its products
 constexpr double LAUNCH_CLOCKS = 3500;         // of another kernel behind this one
 constexpr double LEVEL2_BYTES = 50 << 20;      // that stay there
