@@ -252,7 +252,7 @@ def test_sanitized_kernels_agree_with_float64(case: Case, tmp_path: Path) -> Non
 
 @pytest.mark.long
 def test_all_modes_and_thread_counts_give_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimized: None
 ) -> None:
     """Compiled as users get it, with products fused with their sums."""
     case = CASES[0]
