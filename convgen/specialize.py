@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convgen.building import gpus, requests, toolchain
+from convgen.building import cache, gpus, requests, toolchain
 from convgen.building.build import BuildWarning, Library, Progress, build
 from convgen.building.errors import BuildError
 from convgen.building.folders import describe
@@ -213,8 +214,11 @@ def render(
     """
     # Imported here because of jinja2: neither `convgen --help` nor a module found again needs it.
     from convgen.codegen.package import render_package
-    from convgen.codegen.render import render_kernels
+    from convgen.codegen.render import CompiledTemplates, environment, render_kernels
 
+    environment().bytecode_cache = CompiledTemplates(
+        partial(cache.recall, "templates"), partial(cache.note, "templates")
+    )
     chosen = None if dtypes is None else _dtypes(dtypes)
     files: dict[str, str] = {}
     plans: dict[str, list[AnyPlan]] = {}

@@ -8,6 +8,7 @@
     <cache>/locks/<key>         flock'ed while a key is built: the kernel drops it with its holder
     <cache>/locks/in_use        locked by processes that use entries, a byte for each key
     <cache>/toolchain/<digest>  compilers that were found to work
+    <cache>/templates/<digest>  templates as Jinja2 compiled them
 
 A process that dies anywhere leaves at worst a folder without a commit marker, which the next run
 takes for absent and replaces; so it does with whatever else is found under one of these names.
@@ -33,11 +34,15 @@ from convgen.building.errors import BuildError
 from convgen.spec import documents
 
 MARKER = "entry.json"
+KINDS = ("logs", "toolchain", "templates")
+"""Folders of files that the cache could do without: see :func:`keep`."""
+
 KEY_DIGITS = 64
 """A key is a whole SHA-256 in hex: keys of different content never meet."""
 
 _KEY = re.compile(rf"[0-9a-f]{{{KEY_DIGITS}}}")
-_LARGEST_MARKER_BYTES = 1 << 24
+_LARGEST_BYTES = 1 << 24
+"""Of a file that is read whole."""
 
 _ADVICE = "set CONVGEN_CACHE_DIR to a folder of your own"
 
@@ -209,7 +214,7 @@ def _read_marker(entry: Path) -> _Record | None:
     """The commit marker of an entry, or None where there is none or it is damaged."""
     try:
         marker = entry / MARKER
-        data = json.loads(disk.read_regular(marker, _LARGEST_MARKER_BYTES))
+        data = json.loads(disk.read_regular(marker, _LARGEST_BYTES))
         files = {
             path: (int(facts["size_bytes"]), str(facts["sha256"]))
             for path, facts in data["files"].items()
@@ -325,8 +330,8 @@ def sweep(stale: Path) -> bool:
             os.close(descriptor)
 
 
-def keep(kind: str, name: str, text: str) -> Path:
-    """Writes a file into the folder ``kind`` of the cache; its path.
+def keep(kind: str, name: str, content: str | bytes) -> Path:
+    """Writes a file into the folder ``kind`` of the cache, of :data:`KINDS`; its path.
 
     Raises:
         BuildError, OSError: where that is not possible.
@@ -334,14 +339,25 @@ def keep(kind: str, name: str, text: str) -> Path:
     path = disk.own_folder(cache_dir() / kind) / name
     if path.is_dir():
         disk.remove(path)
-    disk.write_atomically(path, text)
+    disk.write_atomically(path, content)
     return path
 
 
-def note(kind: str, digest: str) -> None:
+def note(kind: str, digest: str, content: str | bytes = "") -> None:
     """Remembers a fact, such as that a compiler works; a cache that refuses it is no error."""
     with contextlib.suppress(OSError, BuildError):
-        keep(kind, digest, "")
+        keep(kind, digest, content)
+
+
+def recall(kind: str, digest: str) -> bytes | None:
+    """The content that :func:`note` was given, or None: also where it is not to be trusted."""
+    try:
+        folder = trusted_path() / kind
+        if _is_trusted_folder(os.lstat(folder)):
+            return disk.read_regular(folder / digest, _LARGEST_BYTES)
+    except (OSError, BuildError):
+        pass
+    return None
 
 
 def noted(kind: str, digest: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from convgen.building import disk, locks
 from convgen.building.cache import (
+    KINDS,
     cache_dir,
     cache_path,
     cached_packages,
@@ -94,8 +95,9 @@ def clean(*, name: str | None = None, unused_days: float | None = None) -> tuple
             size = disk.size_bytes(stale)
             freed_bytes += size if sweep(stale) else 0
         if name is None and unused_days is None:
-            for leftover in _children(root / "logs") + _children(root / "toolchain"):
-                disk.remove(leftover)
+            for kind in KINDS:
+                for leftover in _children(root / kind):
+                    disk.remove(leftover)
             _remove_locks(root / "locks")
     except OSError as error:
         raise BuildError(f"cannot clean the cache {root}: {error}") from error

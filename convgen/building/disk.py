@@ -129,12 +129,14 @@ def own_folder(folder: Path) -> Path:
     return folder
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that readers see the old content or the new, never a part."""
+    if isinstance(content, str):
+        content = content.encode(errors="surrogateescape")
     descriptor, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with open(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.write(content)
         os.replace(temporary_name, path)
     except BaseException:
         with contextlib.suppress(OSError):

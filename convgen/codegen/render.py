@@ -37,6 +37,33 @@ def environment() -> jinja2.Environment:
     return env
 
 
+class CompiledTemplates(jinja2.BytecodeCache):
+    """Templates that Jinja2 has compiled, which takes longer than all else of a warm ``generate``.
+
+    Jinja2 itself tells those of another text, or of another version, from what it needs.
+
+    Args:
+        recall: ``recall(name)``, the bytes that were noted under a name, or None.
+        note: ``note(name, content)``.
+    """
+
+    def __init__(
+        self, recall: Callable[[str], bytes | None], note: Callable[[str, bytes], None]
+    ) -> None:
+        self._recall = recall
+        self._note = note
+
+    def load_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        if content := self._recall(bucket.key):
+            try:
+                bucket.bytecode_from_string(content)
+            except Exception:  # Pickle names no bound of what damaged content may raise.
+                bucket.reset()
+
+    def dump_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        self._note(bucket.key, bucket.bytecode_to_string())
+
+
 def render_template(name: str, context: dict[str, Any]) -> str:
     """Renders ``templates/<name>``, with runs of blank lines folded to one (in Python, to two)."""
     text = environment().get_template(name).render(context)

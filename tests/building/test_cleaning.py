@@ -118,6 +118,7 @@ class TestListingAndCleaning:
         publish(OTHER, text="x" * 10_000)
         (root / "tmp" / f"{'c' * 64}.dead").mkdir()
         cache.note("toolchain", "fact")
+        cache.note("templates", "fact", b"content")
         removed, freed_bytes = cleaning.clean()
         assert removed == 2
         assert freed_bytes > 10_000
@@ -125,6 +126,7 @@ class TestListingAndCleaning:
         assert not (root / KEY).exists()
         assert list((root / "tmp").iterdir()) == []
         assert not cache.noted("toolchain", "fact")
+        assert cache.recall("templates", "fact") is None
 
     def test_clean_by_name_and_by_age_spares_the_rest(self, root: Path) -> None:
         publish(KEY, "first")
@@ -274,6 +276,8 @@ _PLACES = {
     f"../logs/{KEY}.log": _KINDS,
     "../toolchain": _KINDS,
     "../toolchain/fact": _KINDS,
+    "../templates": _KINDS,
+    "../templates/fact": _KINDS,
 }
 
 
@@ -287,6 +291,7 @@ class TestHealing:
                 publish()
                 cache.keep("logs", f"{KEY}.log", "")
                 cache.note("toolchain", "fact")
+                cache.note("templates", "fact", b"content")
                 path = Path(os.path.normpath(root / KEY / place))
                 disk.remove(path)
                 damage(path)
@@ -297,10 +302,12 @@ class TestHealing:
                     cache.keep("logs", f"{KEY}.log", "log")
                     cache.note("toolchain", "fact")
                     assert cache.noted("toolchain", "fact")
+                    cache.note("templates", "fact", b"content")
+                    assert cache.recall("templates", "fact") == b"content"
                 forget()
                 cleaning.clean()
                 left = {str(path.relative_to(root)) for path in root.rglob("*")}
-                assert left <= {"locks", "tmp", "logs", "toolchain"}, (damage, heal)
+                assert left <= {"locks", "tmp", *cache.KINDS}, (damage, heal)
 
     def test_a_file_in_the_place_of_the_cache_is_not_removed(self, root: Path) -> None:
         root.write_text("mine")

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
+from convgen.codegen import render
 from convgen.codegen.render import LONG, render_kernels
 from convgen.commands import report
 from convgen.measuring.layers import Layer
@@ -68,3 +70,65 @@ def test_long_kernels_alone_are_reported_unit_by_unit_while_they_are_rendered(
     assert progress.total == 0  # nothing is being compiled yet
     units = [f"render src/cpu/{unit}_f32.cpp" for unit in ("fprop", "dgrad", "wgrad")]
     assert capsys.readouterr().err.splitlines() == (units if size == LONG else [])
+
+
+class TestCompiledTemplates:
+    """What Jinja2 compiled is found in the cache by the next process."""
+
+    SPEC = ConvSpec.make("conv2d", kernel_size=3)
+
+    @pytest.fixture
+    def compiled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The templates that Jinja2 compiles from now on; no process has used the cache."""
+        names: list[str] = []
+        compile_template = jinja2.Environment.compile
+
+        def spy(self: jinja2.Environment, source: str, name: str, *rest: Any) -> Any:
+            names.append(name)
+            return compile_template(self, source, name, *rest)
+
+        monkeypatch.setattr(jinja2.Environment, "compile", spy)
+        monkeypatch.setenv("CONVGEN_CACHE_DIR", str(tmp_path / "cache"))
+        return names
+
+    def render(self) -> dict[str, str]:
+        render.environment.cache_clear()
+        return pipeline.render(self.SPEC)
+
+    def test_none_is_compiled_twice(self, compiled: list[str], tmp_path: Path) -> None:
+        first = self.render()
+        assert len(compiled) == len(set(compiled)) > 10
+        assert len(list((tmp_path / "cache" / "templates").iterdir())) == len(compiled)
+        compiled.clear()
+        assert self.render() == first
+        assert compiled == []
+
+    @pytest.mark.parametrize("length", [0, 3, 20, 60, 200, -1])
+    def test_damaged_ones_are_compiled_anew(
+        self, compiled: list[str], tmp_path: Path, length: int
+    ) -> None:
+        first = self.render()
+        for path in (tmp_path / "cache" / "templates").iterdir():
+            path.write_bytes(path.read_bytes()[:length])
+        count = len(compiled)
+        assert self.render() == first
+        assert len(compiled) == 2 * count
+
+    def test_what_others_may_write_to_is_not_loaded(
+        self, compiled: list[str], tmp_path: Path
+    ) -> None:
+        first = self.render()
+        for path in (tmp_path / "cache" / "templates").iterdir():
+            path.chmod(0o666)
+        count = len(compiled)
+        assert self.render() == first
+        assert len(compiled) == 2 * count
+
+    def test_a_cache_that_cannot_be_written_is_no_error(
+        self, compiled: list[str], tmp_path: Path
+    ) -> None:
+        first = self.render()
+        (tmp_path / "cache").rename(tmp_path / "folder")
+        (tmp_path / "cache").write_text("mine")
+        assert self.render() == first
+        assert (tmp_path / "cache").read_text() == "mine"
