@@ -36,6 +36,7 @@ HEADERS: Mapping[str, str] = {
             "pack.cuh",
             "call.cuh",
             "turned.cuh",
+            "choice.cuh",
             "host.cuh",
             "either.cuh",
             "patches.cuh",
