@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from convgen import __version__
+from convgen.engines import cost
 from convgen.engines.backends import SOURCE_SUFFIX
 from convgen.engines.registry import AnyPlan, Unit, units
 from convgen.spec import ConvSpec
@@ -125,9 +126,15 @@ def headers(unit: Unit, has_epilogue: bool = False) -> dict[str, str]:
     if has_epilogue:
         found |= _OF_EPILOGUES[unit.family.backend]
     return {
-        f"src/{unit.family.backend}/{path}": (TEMPLATES / source).read_text()
-        for path, source in found.items()
+        f"src/{unit.family.backend}/{path}": header_text(source) for path, source in found.items()
     }
+
+
+def header_text(source: str) -> str:
+    """A header that no specification changes; those of ``.j2`` have the rates of the model."""
+    if source.endswith(".j2"):
+        return render_template(source, {"gpus": cost.GPUS, "cost": cost})
+    return (TEMPLATES / source).read_text()
 
 
 def render_unit(spec: ConvSpec, unit: Unit, plan: AnyPlan) -> str:

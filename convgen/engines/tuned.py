@@ -33,6 +33,12 @@ VERSION = 1
 ALIKE = {"f16tc": "bf16tc", "bf16tc": "f16tc"}
 """Modes whose kernels take equally long: one has the other's winners where it has none."""
 
+GAIN = 1.02
+"""A schedule must be faster than the default by so much to replace it.
+
+The package's own tables hold no others. A user's does, since what won there outranks those.
+"""
+
 _SHIPPED = Path(__file__).parents[1] / "tables"
 
 

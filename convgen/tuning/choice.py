@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from convgen.building.processor import processor_name
-from convgen.engines import tuned
-from convgen.engines.cost import GPUS, H200, Gpu, Prediction
+from convgen.engines import cost, tuned
+from convgen.engines.cost import H200, Gpu, Prediction
 from convgen.engines.registry import AnyPlan
+from convgen.engines.tuned import GAIN
 from convgen.spec.dtypes import TENSOR_CORE_MODES
-from convgen.tuning.jobs import GAIN, Candidate, Job, Outcome, median_of
+from convgen.tuning.jobs import Candidate, Job, Outcome, median_of
 
 CANDIDATES = 8
 """Schedules that are compiled for each contraction, the default among them."""
@@ -139,6 +140,4 @@ def gpu_of(architectures: Sequence[str]) -> Gpu:
     """What the model knows of the first architecture, or of the nearest older one."""
     if not any(architectures):
         return H200
-    number = int(architectures[0].partition("+")[0].rstrip("af"))
-    known = [each for each in GPUS if each <= number]
-    return GPUS[max(known)] if known else GPUS[min(GPUS)]
+    return cost.gpu_of(int(architectures[0].partition("+")[0].rstrip("af")))

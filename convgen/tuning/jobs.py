@@ -12,13 +12,11 @@ from convgen.engines import tensor_cores
 from convgen.engines.cost import Prediction
 from convgen.engines.problem import Call
 from convgen.engines.registry import AnyPlan, Unit, units
+from convgen.engines.tuned import GAIN
 from convgen.measuring.layers import Layer
 from convgen.measuring.timing import Spread, spread
 from convgen.spec import CONTRACTIONS, ConvSpec
 from convgen.spec.dtypes import TENSOR_CORE_MODES
-
-GAIN = 1.02
-"""A schedule must be faster than the default by so much to replace it."""
 
 
 @dataclass(frozen=True)

@@ -266,11 +266,11 @@ def test_tf32_is_rounded_to_nearest() -> None:
 
 
 def test_phases_of_inputs_that_no_cache_holds() -> None:
-    kept = "constexpr double LEVEL2_BYTES = 50 << 20;"
+    kept = "(RATES.level2_capacity_bytes / 2 / input_bytes)"
     files = sources(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS)
     assert files["implicit_gemm/call.cuh"].count(kept) == 1
     files["implicit_gemm/call.cuh"] = files["implicit_gemm/call.cuh"].replace(
-        kept, "constexpr double LEVEL2_BYTES = 1;"
+        kept, "(1.0 / 2 / input_bytes)"
     )
     loaded = Library(compile_interpreted("phases", files, "checked", architecture="90a"))
     given = problem(STRIDED, "dgrad", "bf16tc", (37, 22), batch=2, channels=(72, 40))

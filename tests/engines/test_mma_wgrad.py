@@ -247,7 +247,7 @@ CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
   for (int i = 0; i < 3; ++i) {
     call.coarse_extent[i] = sizes[3 + i], call.fine_extent[i] = sizes[6 + i];
   }
-  const DeviceLimits limits = {132, 227 * 1024};
+  const DeviceLimits limits = {132, 227 * 1024, 90};
   Plan p;
   if (const int error = plan(call, limits, p)) return error;
   const ProductShape& s = p.shape;

@@ -253,6 +253,11 @@ def test_this_version_can_have_every_schedule_of_the_packages_tables() -> None:
         assert unit.family.refusal(unit.with_schedule(schedule)) == "", each
 
 
+def test_the_packages_tables_hold_what_is_clearly_faster_than_the_default() -> None:
+    winners = [winner for path in tuned._SHIPPED.glob("*.json") for winner in tuned.read(path)]
+    assert not [each for each in winners if tuned.GAIN * each.ms > each.default_ms]
+
+
 def test_generate_takes_the_tables_schedules(
     table: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,20 +7,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from convgen.engines.cost import Gpu, Prediction, Work, memory_ms, overrule
+from convgen.engines.cost import (
+    GATHER_STEP_CLOCKS,
+    GATHER_TILE_CLOCKS,
+    SPREAD_BYTES,
+    STORED_BYTES,
+    WARP_CLOCKS,
+    Gpu,
+    Prediction,
+    Work,
+    memory_ms,
+    overrule,
+)
 from convgen.engines.gather.axes import AXES, runs_along_batch
 from convgen.engines.gather.schedule import GatherSchedule
 from convgen.engines.gather.unroll import Column, gather_context
 from convgen.engines.problem import Call, Problem
 from convgen.spec.geometry import Triple
 
-STORED_BYTES, SPREAD_BYTES = 24.0, 12.0
-"""Per clock: of outputs side by side, and of those with a stride of several phases."""
-
 NARROW_ELEMENTS = (1.0, 7.0)
 """``Warp.narrow`` where lines are staged element by element."""
-WARP_CLOCKS = 6.0
-"""From one instruction of a warp to the next, as measured of those that stage."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,17 @@ class Warp:
     weight_bytes: int
     """Packed weights of one tap, word and warp of channels."""
     staged_words: int
-    """Words that the counts above are for, and what it takes to go on to the next ones."""
-    staged_clocks: float
+    """Words that the counts above are for: those of a step."""
     narrow: tuple[float, float] = NARROW_ELEMENTS
     """What staging 32 words takes where lines of the input allow no wide access: times that they
     pass through shared memory, and instructions. Wide accesses take a quarter of 7 instructions."""
     staging_warps: int = 0
     """Warps of a thread block that only stage; 0 if all of them do beside their arithmetic."""
+    most_c: int = 6
+    """Warps of a thread block with different output channels, at most."""
+    together: int = 1
+    """Warps that multiply together, with the same output channels: ``warps`` and ``most_c`` count
+    such groups, ``lanes`` are those of all."""
 
 
 def gather_prediction(
@@ -62,11 +72,13 @@ def gather_prediction(
     *,
     word_bytes: int,
     neighbours: bool = False,
+    brief: bool = False,
 ) -> Prediction:
     """Time of fprop or dgrad, whose thread blocks go on from tile to tile.
 
     ``word_bytes`` are those of a staged word. With ``neighbours`` lanes load two neighbouring
-    elements at a time.
+    elements at a time. ``brief`` counts what the host does when it chooses tiles of a call,
+    products and copies alone (``expected_clocks`` in ``cuda/simt/gather_tiling.cuh``).
     """
     groups, element_bytes = problem.geometry.groups, problem.element_bytes
     r, y, x = problem.arranged
@@ -102,7 +114,7 @@ def gather_prediction(
 
         def stage_bytes(warps_p: int) -> float:
             flat = warps_p * warp.lanes * (rows if scattered else 1)
-            return tile(flat, positions_x) * warp.staged_words * word_bytes + weights
+            return tile(flat, positions_y, positions_x) * warp.staged_words * word_bytes + weights
 
         warps_p = max(1, warp.warps // warps_c)
         lane_rows = rows if scattered else 1
@@ -113,7 +125,7 @@ def gather_prediction(
             warps_p -= 1
         if 2 * stage_bytes(warps_p) > gpu.shared_bytes:
             return Prediction(math.inf, "shared memory")
-        lanes, warps = warps_p * warp.lanes, warps_p * warps_c
+        lanes, all_warps = warps_p * warp.lanes, warps_p * warps_c * warp.together
         flat = lanes * lane_rows
 
         total, bound = 0.0, ""
@@ -123,30 +135,32 @@ def gather_prediction(
         stores: float = tile_outputs * element_bytes
         stores /= STORED_BYTES if len(x.phases) == 1 else SPREAD_BYTES
         for loads, taps in counts:
-            staged = tile(flat, positions_x) * warp.staged_words
+            staged = tile(flat, positions_y, positions_x) * warp.staged_words
             tile_bytes = staged * word_bytes
             weight_bytes = taps * warp.weight_bytes * warps_c * warp.staged_words
-            wavefronts = warps * (loads * warp.load[0] + taps * warp.weight[0])
-            issue = warps * (
+            wavefronts = all_warps * (loads * warp.load[0] + taps * warp.weight[0])
+            issue = all_warps * (
                 loads * warp.load[1] + taps * (warp.weight[1] + rows * warp.tap_instructions) + 20
             )
             # Shared memory takes 128 bytes a clock.
             work = Work(
-                arithmetic=warps * taps * rows * warp.tap_clocks,
+                arithmetic=all_warps * taps * rows * warp.tap_clocks,
                 shared=wavefronts + (passages * tile_bytes + weight_bytes) / 128,
                 issue=(issue + instructions * staged / 32) / 4,
                 level2=(tile_bytes + weight_bytes) / gpu.level2_bytes,
                 staging=WARP_CLOCKS * instructions * staged / 32 / (warp.staging_warps or math.inf),
             )
+            if brief:
+                work = Work(work.arithmetic, 0, 0, work.level2, 0)
             step, bound = work.overlapped()
             steps = -(-warp.words // warp.staged_words) * passes
             # Barriers and what they wait for; the first stage of a tile; its outputs.
-            total += steps * (step + warp.staged_clocks) + 600 + stores
+            total += steps * (step + GATHER_STEP_CLOCKS) + GATHER_TILE_CLOCKS + stores
         waves = -(-tiles * phases // gpu.multiprocessors)
         return Prediction(waves * total / len(counts) / gpu.ghz * 1e-6, bound)
 
     # Fewest blocks of warps by channels, each of which reads the input; or more of them.
-    least = -(-channel_blocks // 6)
+    least = -(-channel_blocks // warp.most_c)
     predictions = [
         predict(blocks_c)
         for blocks_c in dict.fromkeys(
@@ -201,8 +215,8 @@ def _tile(
     span_r: int,
     span_y: int,
     span_x: int,
-) -> Callable[[int, int], float]:
-    """Words of a staged tile of one input word, for ``flat`` positions of lines of a length."""
+) -> Callable[[int, int, int], float]:
+    """Words of a staged tile of one input word: ``flat`` positions of some lines of a length."""
     scattered = schedule.row_axis == "scattered"
     planes = 1 if scattered else schedule.rows
     if schedule.window_r:
@@ -210,15 +224,15 @@ def _tile(
     lines_of = step_y if schedule.window_y else 1
     span_lines = span_y if schedule.window_y else 0
 
-    def words(flat: int, length: int) -> float:
+    def words(flat: int, most_rows: int, length: int) -> float:
         best = math.inf
-        most, strips = max(1, length // 8), 1
+        most, strips = -(-length // 8), 1
         while strips <= most:
             wide = -(-length // strips)
             # All that cut lines as wide are alike: of a long line, most numbers of strips.
             strips = -(-length // (wide - 1)) if wide > 1 else most + 1
             rows = 1 if wide % flat == 0 else (flat - 2) // wide + 2
-            lines = (rows - 1) * lines_of + span_lines + 1
+            lines = (min(rows, most_rows) - 1) * lines_of + span_lines + 1
             columns = (wide - 1) * step_x + span_x + 4
             best = min(best, planes * lines * (columns + 8.0))
         return best

@@ -20,6 +20,7 @@ SUFFIX = "_implicit_gemm"
 HEADERS: Mapping[str, str] = {
     "convgen_abi.h": "common/convgen_abi.h",
     "device.cuh": "cuda/device.cuh",
+    "gpu_rates.cuh": "cuda/gpu_rates.cuh.j2",
     "common.cuh": "cuda/simt/common.cuh",
     "transpose.cuh": "cuda/simt/transpose.cuh",
     "pipeline.cuh": "cuda/pipeline.cuh",
@@ -136,11 +137,6 @@ def refuses_taps(problem: Problem) -> str:
         return f"TMA steps over up to {MAX_STEP} elements, not {max(stride)}"
     return ""
 
-
-LEVEL2_BYTES_PER_CLOCK = 36.0
-TILE_CLOCKS = 5000.0
-LAUNCH_CLOCKS = 3500.0
-CLOCKS_PER_MS = 1.72e6
 
 ELEMENTS = {"tf32": "float", "f16tc": "half", "bf16tc": "bfloat16"}
 """The C++ types of elements, by math mode."""

@@ -7,20 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from convgen.engines.cost import Gpu, Prediction, memory_ms
+from convgen.engines.cost import GEMM_TILE_CLOCKS, LAUNCH_CLOCKS, Gpu, Prediction, memory_ms
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.implicit_gemm.common import (
     BLOCK_M,
-    CLOCKS_PER_MS,
     ELEMENTS,
     HEADERS,
-    LAUNCH_CLOCKS,
-    LEVEL2_BYTES_PER_CLOCK,
     NAME,
     ROW_BYTES,
     STEP_BYTES,
     SUFFIX,
-    TILE_CLOCKS,
     context_of,
     has_patches,
     phases,
@@ -98,7 +94,7 @@ class Gather(Family[GatherSizes]):
             for lines in sizes
         )
         least = memory_ms(problem, call, gpu)
-        ms = clocks / CLOCKS_PER_MS
+        ms = clocks / gpu.clocks_per_ms
         return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
 
     def context(self, plan: Plan[GatherSizes]) -> dict[str, Any]:
@@ -136,15 +132,15 @@ def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> f
         products = gathered * steps * CONSUMERS * 4 * lines
         planes = (g.kernel[0] + consumers_of_positions - 1) if halo else consumers_of_positions
         taps = gathered if halo else 1
-        loads = units * (planes * slab_bytes + taps * width * ROW_BYTES) / LEVEL2_BYTES_PER_CLOCK
+        loads = units * (planes * slab_bytes + taps * width * ROW_BYTES) / gpu.bulk_bytes
         for splits in range(1, min(units, MAX_SPLITS) + 1):
             if splits > 1 and ctas * splits > 2 * gpu.multiprocessors:
                 break
             waves = -(-ctas * splits // gpu.multiprocessors)
-            clocks = waves * (max(products, loads) / splits + TILE_CLOCKS)
+            clocks = waves * (max(products, loads) / splits + GEMM_TILE_CLOCKS)
             if splits > 1:
                 sums = 8 * splits * call.batch * outputs * g.groups * d * h * w
-                clocks += LAUNCH_CLOCKS + sums / (LEVEL2_BYTES_PER_CLOCK / 2 * gpu.multiprocessors)
+                clocks += LAUNCH_CLOCKS + sums / (gpu.bulk_bytes / 2 * gpu.multiprocessors)
             best = min(best, clocks)
     return best
 

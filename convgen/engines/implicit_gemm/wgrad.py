@@ -9,15 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from convgen.engines.cost import Gpu, Prediction, memory_ms
+from convgen.engines.cost import GEMM_TILE_CLOCKS, LAUNCH_CLOCKS, Gpu, Prediction, memory_ms
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.implicit_gemm.common import (
-    CLOCKS_PER_MS,
     ELEMENTS,
-    LAUNCH_CLOCKS,
     NAME,
     SUFFIX,
-    TILE_CLOCKS,
     WGRAD_HEADERS,
     accepts,
     context_of,
@@ -95,8 +92,8 @@ class Wgrad(Family[WgradSizes]):
                 )
                 products = lines // 2 * CONSUMERS * columns * channels // 2
                 clocks.append(-(-pairs * tiles // gpu.multiprocessors) * products)
-        halo = min(clocks) + TILE_CLOCKS + 2 * LAUNCH_CLOCKS
-        ms = min(halo, tap_clocks(plan.problem, TAP_COLUMNS, call, gpu)) / CLOCKS_PER_MS
+        halo = min(clocks) + GEMM_TILE_CLOCKS + 2 * LAUNCH_CLOCKS
+        ms = min(halo, tap_clocks(plan.problem, TAP_COLUMNS, call, gpu)) / gpu.clocks_per_ms
         least = memory_ms(plan.problem, call, gpu)
         return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
 

@@ -7,16 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from convgen.engines.cost import Gpu, Prediction, memory_ms
+from convgen.engines.cost import (
+    GEMM_TILE_CLOCKS,
+    LAUNCH_CLOCKS,
+    QUARTER_COPY_BYTES,
+    Gpu,
+    Prediction,
+    memory_ms,
+)
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.implicit_gemm.common import (
     BLOCK_M,
-    CLOCKS_PER_MS,
-    LAUNCH_CLOCKS,
-    LEVEL2_BYTES_PER_CLOCK,
     NAME,
     SUFFIX,
-    TILE_CLOCKS,
     WGRAD_QUARTERS_HEADERS,
     accepts,
 )
@@ -38,7 +41,6 @@ SPLIT_SUMS = 48
 """Of a thread in 3xTF32, beside as many that have left the tensor cores."""
 PARTS = {"tf32": 1, "tf32x3": 2}
 """TF32 values that a float is the sum of, by math mode."""
-PACK_BYTES_PER_CLOCK = 16.0
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,14 @@ class QuarterWgrad(Family[QuarterSizes]):
                 tiles = samples * -(-h // tile.tile[0]) * -(-w // tile.tile[1])
                 product = max(tile.columns / 2, (BLOCK_M + tile.columns) / 4)
                 products = tile.steps * CONSUMERS * (2 * parts - 1) * product
-                each = max(products, tile.bytes / LEVEL2_BYTES_PER_CLOCK)
+                each = max(products, tile.bytes / gpu.bulk_bytes)
                 clocks.append(-(-pairs * tiles // gpu.multiprocessors) * each)
         elements = call.batch * (
             call.coarse_channels * math.prod(call.coarse_extent)
             + call.fine_channels * math.prod(call.fine_extent)
         )
-        packs = 4 * (1 + parts) * elements / (PACK_BYTES_PER_CLOCK * gpu.multiprocessors)
-        ms = (min(clocks) + packs + TILE_CLOCKS + 4 * LAUNCH_CLOCKS) / CLOCKS_PER_MS
+        packs = 4 * (1 + parts) * elements / (QUARTER_COPY_BYTES * gpu.multiprocessors)
+        ms = (min(clocks) + packs + GEMM_TILE_CLOCKS + 4 * LAUNCH_CLOCKS) / gpu.clocks_per_ms
         least = memory_ms(plan.problem, call, gpu)
         return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
 

@@ -7,18 +7,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from convgen.engines.cost import Gpu, Prediction, memory_ms
+from convgen.engines.cost import (
+    GEMM_TILE_CLOCKS,
+    LAUNCH_CLOCKS,
+    STORED_TAP_BYTES,
+    Gpu,
+    Prediction,
+    memory_ms,
+)
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.implicit_gemm.common import (
     BLOCK_M,
-    CLOCKS_PER_MS,
     ELEMENTS,
-    LAUNCH_CLOCKS,
-    LEVEL2_BYTES_PER_CLOCK,
     NAME,
     ROW_BYTES,
     SUFFIX,
-    TILE_CLOCKS,
     WGRAD_TAPS_HEADERS,
     by_taps,
     context_of,
@@ -34,8 +37,6 @@ CHUNK_COLUMNS = 64
 """Of one tap."""
 ROWS = 2 * BLOCK_M
 """Coarse channels of a thread block."""
-STORED_BYTES_PER_CLOCK = 16.0
-"""Of results, where a thread block has all positions of its channels."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TapWgrad(Family[TapWgradSizes]):
         return ""
 
     def predict(self, plan: Plan[TapWgradSizes], call: Call, gpu: Gpu) -> Prediction:
-        ms = clocks(plan.problem, plan.schedule.columns, call, gpu) / CLOCKS_PER_MS
+        ms = clocks(plan.problem, plan.schedule.columns, call, gpu) / gpu.clocks_per_ms
         least = memory_ms(plan.problem, call, gpu)
         return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
 
@@ -97,13 +98,13 @@ def clocks(problem: Problem, sizes: Iterable[int], call: Call, gpu: Gpu) -> floa
     for columns in sizes:
         chunks = g.taps * -(-fine // CHUNK_COLUMNS)
         pairs = g.groups * -(-coarse // ROWS) * -(-chunks * CHUNK_COLUMNS // columns)
-        loads = (ROWS + columns) * ROW_BYTES / LEVEL2_BYTES_PER_CLOCK
+        loads = (ROWS + columns) * ROW_BYTES / gpu.bulk_bytes
         each = max(4.0 * columns, loads)
         waves = -(-pairs // gpu.multiprocessors)
-        store = ROWS * columns * problem.element_bytes / STORED_BYTES_PER_CLOCK
+        store = ROWS * columns * problem.element_bytes / STORED_TAP_BYTES
         dealt = -(-pairs * blocks // gpu.multiprocessors) * each + LAUNCH_CLOCKS
         best = min(best, dealt, waves * (blocks * each + store))
-    return best + TILE_CLOCKS + LAUNCH_CLOCKS
+    return best + GEMM_TILE_CLOCKS + LAUNCH_CLOCKS
 
 
 WGRAD_TAPS = TapWgrad()

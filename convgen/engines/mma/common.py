@@ -18,8 +18,10 @@ NAME = "mma"
 HEADERS: Mapping[str, str] = {
     "convgen_abi.h": "common/convgen_abi.h",
     "device.cuh": "cuda/device.cuh",
+    "gpu_rates.cuh": "cuda/gpu_rates.cuh.j2",
     "common.cuh": "cuda/simt/common.cuh",
     "meeting.cuh": "cuda/meeting.cuh",
+    "gather_tiling.cuh": "cuda/simt/gather_tiling.cuh",
     "gather.cuh": "cuda/simt/gather.cuh",
     "pipeline.cuh": "cuda/pipeline.cuh",
     "releases.cuh": "cuda/mma/releases.cuh",
@@ -35,8 +37,10 @@ HEADERS: Mapping[str, str] = {
     "lattice.cuh": "cuda/mma/lattice.cuh",
     "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
     "mma_wgrad_sums.cuh": "cuda/mma/wgrad_sums.cuh",
-    "mma_wgrad_cut.cuh": "cuda/mma/wgrad_cut.cuh",
-    "mma_wgrad_groups.cuh": "cuda/mma/wgrad_groups.cuh",
+    "mma_wgrad_shape.cuh": "cuda/mma/wgrad_shape.cuh",
+    "mma_wgrad_tiling.cuh": "cuda/mma/wgrad_tiling.cuh",
+    "mma_wgrad_producers.cuh": "cuda/mma/wgrad_producers.cuh",
+    "mma_wgrad_warpgroups.cuh": "cuda/mma/wgrad_warpgroups.cuh",
 }
 
 LINE_BYTES = 16

@@ -12,7 +12,13 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from convgen.engines.cost import H200, OVERRULES, Gpu, Prediction, typical_calls
+from convgen.engines.cost import (
+    H200,
+    OVERRULES,
+    Gpu,
+    Prediction,
+    typical_calls,
+)
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.gather.cost import NARROW_ELEMENTS, Warp, gather_prediction
 from convgen.engines.gather.schedule import (
@@ -58,6 +64,7 @@ from convgen.engines.problem import Call, Problem
 from convgen.spec.dtypes import MODES
 from convgen.spec.geometry import Geometry
 
+WARPGROUP = 4
 # Output channels per warp, in blocks of 8, where the count is not known.
 UNKNOWN_BLOCKS = (6, 4, 2)
 UNKNOWN_BLOCKS_FEW = (4, 3, 2)  # where six do not fit
@@ -72,8 +79,8 @@ UNKNOWN_CHOICES = (
     (3, 2, 1),
     (2, 1),
 )
-# What the model chooses must be faster than the rule's by more than the model may be wrong.
-MODEL_MARGIN = 0.85
+# Time of 8 channels in a warp of so many blocks of 8, and of more.
+FEW_BLOCKS, MANY_BLOCKS = {1: 25, 2: 17}, 15
 # Staging 16-bit lines by way of raw buffers (``staging.cuh``): passages of 32 words through shared
 # memory (written to a buffer, read, partly by halves, and written to the tile), and instructions
 # (about 3 are for copying them, 10 for moving them, the others for what each item takes).
@@ -83,10 +90,10 @@ NARROW_PAIRS = (3.5, 19.0)
 GRANULES = (1.0, 7 / 4)
 
 
-def _block_cost(blocks: int, out_blocks: int) -> float:
+def _block_cost(blocks: int, out_blocks: int) -> int:
     """Time of ``out_blocks`` blocks of 8 channels in warps of ``blocks``: few share a fragment."""
     padded = -(-out_blocks // blocks) * blocks
-    return padded * {1: 2.5, 2: 1.7, 3: 1.6}.get(blocks, 1.5)
+    return padded * FEW_BLOCKS.get(blocks, MANY_BLOCKS)
 
 
 @cache
@@ -106,7 +113,7 @@ def gather_tiles(problem: Problem) -> GatherTiles:
     def time(schedule: GatherTiles) -> float:
         return sum(_schedule_prediction(problem, schedule, call, H200).ms for call in calls)
 
-    most = MODEL_MARGIN * time(ruled)
+    most = OVERRULES * time(ruled)
     best = ruled
     for style, rows, channels in product(("taps", "slab"), (2, 3, 4, 6), sizes):
         other = replace(ruled, unroll=style, tiles=((rows, channels),))
@@ -162,7 +169,7 @@ def _ruled_schedule(problem: Problem) -> GatherTiles:
 
 
 def _tile_of(problem: Problem, schedule: GatherTiles, call: Call, gpu: Gpu) -> tuple[int, int]:
-    """A warp's tile, of those compiled, much as the kernel chooses it.
+    """A warp's tile, of those compiled, as the host chooses it when a call is made.
 
     That which pads least, unless the model promises more of another: with few positions, narrower
     tiles keep more multiprocessors at work.
@@ -173,7 +180,7 @@ def _tile_of(problem: Problem, schedule: GatherTiles, call: Call, gpu: Gpu) -> t
         return ruled
 
     def expected(tile: tuple[int, int]) -> float:
-        return _tile_prediction(problem, schedule, call, gpu, tile).ms
+        return _tile_prediction(problem, schedule, call, gpu, tile, brief=True).ms
 
     fastest = min(schedule.tiles, key=expected)
     return fastest if expected(fastest) < OVERRULES * expected(ruled) else ruled
@@ -229,9 +236,14 @@ def _schedule_prediction(
 
 @cache
 def _tile_prediction(
-    problem: Problem, schedule: GatherTiles, call: Call, gpu: Gpu, tile: tuple[int, int]
+    problem: Problem,
+    schedule: GatherTiles,
+    call: Call,
+    gpu: Gpu,
+    tile: tuple[int, int],
+    brief: bool = False,
 ) -> Prediction:
-    """Time of one call with one of the compiled tiles."""
+    """Time of one call with one of the compiled tiles; ``brief`` as of ``gather_prediction``."""
     rows, channels = tile
     gather = schedule.gather(tile)
     blocks = channels // 8
@@ -248,7 +260,7 @@ def _tile_prediction(
     if grouped:
         weight = (0.5 * blocks * products * rows, 4.0)
     clocks = gpu.grouped_product_clocks if grouped else gpu.product_clocks
-    warps = 4 * schedule.groups if grouped else LONE_WARPS
+    warps = WARPGROUP * schedule.groups if grouped else LONE_WARPS
     many = grouped or (gpu.grouped_product_clocks > 0 and products_of(gather) <= FEW_PRODUCTS)
     staging_warps = MOST_WARPS - warps if many else CREW_WARPS
     _, _, x = problem.arranged
@@ -267,9 +279,9 @@ def _tile_prediction(
         columns, pairs = map(len, pairs_of_line(x))
         load = (4.0 * pairs / columns, load[1] - 4 + 2 * pairs / columns + 2)
     warp = Warp(
-        lanes=16,
+        lanes=16 * WARPGROUP if grouped else 16,
         channels=channels,
-        warps=warps,
+        warps=schedule.groups if grouped else LONE_WARPS,
         # Four loads of a fragment, and the rounding or splitting of its words.
         load=load,
         weight=weight,
@@ -278,9 +290,11 @@ def _tile_prediction(
         words=-(-call.channels(problem.input) // problem.geometry.groups // elements // 8) * 8,
         weight_bytes=32 * blocks * split,
         staged_words=8,
-        staged_clocks=60,
         narrow=narrow,
         staging_warps=staging_warps,
+        # Three groups cannot be shared out among two blocks of channels.
+        most_c=(2 if schedule.groups == 2 else 1) if grouped else 6,
+        together=WARPGROUP if grouped else 1,
     )
     return gather_prediction(
         problem,
@@ -290,6 +304,7 @@ def _tile_prediction(
         warp,
         word_bytes=2 if neighbours else 4,
         neighbours=neighbours,
+        brief=brief,
     )
 
 
@@ -377,6 +392,8 @@ class MmaGather(Family[GatherTiles]):
             "element": element[MODES[plan.kind].torch_name],
             "math": math,
             "words": words,
+            "few_blocks": FEW_BLOCKS,
+            "many_blocks": MANY_BLOCKS,
         }
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Annotated, Any
 
-from convgen.engines.cost import Gpu, Prediction, memory_ms
+from convgen.engines.cost import H200, Gpu, Prediction, memory_ms
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.mma.common import HEADERS, NAME, accepts, packed_call, packed_prediction
 from convgen.engines.mma.wgrad_cost import (
-    PRODUCT_CLOCKS,
     clocks_of,
     cost_of,
     group_clocks_of,
@@ -321,7 +320,7 @@ class MmaWgrad(Family[WgradSchedule]):
         if grouped:
             clocks *= STAGING_BOUND if staging_bounds_groups(problem) else 1
         else:
-            clocks *= geometry.kernel[0] * gpu.product_clocks / PRODUCT_CLOCKS
+            clocks *= geometry.kernel[0] * gpu.product_clocks / H200.product_clocks
         ms = clocks / gpu.multiprocessors / gpu.ghz * 1e-6
         # Adding up the partial results of all blocks.
         ms += 0.01

@@ -1,7 +1,6 @@
 """What a tile of wgrad takes, and whether registers suffice for it.
 
-Times are clocks of a multiprocessor: ``mma.sync`` issues one product (m16n8k8 in TF32, m16n8k16 in
-16 bits) in 1.5 clocks of all four quarters together, shared memory serves 128 bytes, a wavefront,
+Times are clocks of a multiprocessor of an H200, whose shared memory serves 128 bytes, a wavefront,
 in one.
 """
 
@@ -11,6 +10,7 @@ import math
 from itertools import product
 from operator import gt
 
+from convgen.engines.cost import GROUP_LATENCY, H200
 from convgen.engines.mma.wgrad_layout import (
     COLUMNS,
     QUAD,
@@ -21,9 +21,6 @@ from convgen.engines.mma.wgrad_layout import (
 )
 from convgen.engines.problem import Problem
 
-PRODUCT_CLOCKS = 1.5
-LEVEL2_BYTES = 28
-"""Per clock, with all multiprocessors at work."""
 # Sums, fragments and window of a lane. 168 registers are what 12 warps leave a thread; addresses
 # and the loop take the rest. Of operands that are split, not all live at once; what lasts while
 # they come and go is counted apart.
@@ -32,8 +29,6 @@ REGISTERS, REGISTERS_SPLIT, REGISTERS_LASTING = 142, 146, 116
 # 144 that twelve such warps have beside four that stage.
 GROUP_REGISTERS = 112
 GROUPS_OF_WARPS = 3
-GROUP_LATENCY = 200
-"""Clocks of a group from the end of its products to its next ones."""
 GROUP_COPY_CLOCKS = 12
 """Of a warp's asynchronous copy, whatever its width."""
 _SPLITS = tuple(
@@ -57,7 +52,7 @@ def _staging(layout: Layout, elements: int, m: int, n: int, rows: int) -> tuple[
     # Instructions of four schedulers, per access of a warp; below 4 bytes through registers.
     access = 7 / 4 * (3 if layout.column_align < elements else 1)
     issue = (access * fine / layout.column_align + 7 / 4 * coarse / QUAD) / 32
-    level2 = (fine + coarse) * 4 / elements / LEVEL2_BYTES
+    level2 = (fine + coarse) * 4 / elements / H200.level2_bytes
     return issue / sharers, level2 / sharers
 
 
@@ -90,7 +85,7 @@ def clocks_of(
     elif sums + fragments + held + pairs > REGISTERS:
         return None
     products = m * n * taps_h * taps_w * 2 // elements
-    tensor = PRODUCT_CLOCKS * products * (3 if split else 1)
+    tensor = H200.product_clocks * products * (3 if split else 1)
     shared = tile.coarse_wavefronts + tile.fine_wavefronts
     # Rounding or splitting, addresses, the loop; four instructions a clock.
     operands = fragments + n * taps_h * window
@@ -155,7 +150,7 @@ def group_cost_of(
         halo = (1.0 + 0.3 * min(2, d * h - 1)) * (1.5 if w < counts[3] else 1.0)
         words = 16 * (8 * blocks + ROWS * m * n * halo * layout.position_columns) / elements
         copies = ROWS * m * n * 16 * halo * layout.position_columns / 32 / layout.column_align
-        staging = max(4 * words / LEVEL2_BYTES, copies * GROUP_COPY_CLOCKS)
+        staging = max(4 * words / H200.level2_bytes, copies * GROUP_COPY_CLOCKS)
         # Half a tile's chunks wait for nobody.
         clocks_of_all = max(-(-units // 4) * clocks, staging) + 0.2 * staging
         best = min(best, blocks_of_units * clocks_of_all)

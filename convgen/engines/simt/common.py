@@ -17,8 +17,10 @@ NAME = "simt"
 HEADERS: Mapping[str, str] = {
     "convgen_abi.h": "common/convgen_abi.h",
     "device.cuh": "cuda/device.cuh",
+    "gpu_rates.cuh": "cuda/gpu_rates.cuh.j2",
     "common.cuh": "cuda/simt/common.cuh",
     "meeting.cuh": "cuda/meeting.cuh",
+    "gather_tiling.cuh": "cuda/simt/gather_tiling.cuh",
     "gather.cuh": "cuda/simt/gather.cuh",
     "wgrad.cuh": "cuda/simt/wgrad.cuh",
     "transpose.cuh": "cuda/simt/transpose.cuh",
@@ -57,8 +59,11 @@ def channels_refusal(channels: tuple[int, ...], problem: Problem) -> str:
 
 
 def best_block(blocks: tuple[int, ...], channels: int) -> int:
-    """The compiled channels per thread that a call takes: those that pad least, then the most."""
-    return min(blocks, key=lambda c: (-(-channels // c) * c, -c))
+    """The compiled channels per thread that a call takes: the fewest that hold all, else the most.
+
+    ``channels_per_thread`` of the templates finds the same.
+    """
+    return min((block for block in blocks if block >= channels), default=max(blocks))
 
 
 def may_be_pointwise(geometry: Geometry) -> bool:

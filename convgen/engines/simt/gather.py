@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from convgen.engines.cost import Gpu, Prediction
+from convgen.engines.cost import FP32_WARPS, Gpu, Prediction
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.gather.cost import Warp, gather_prediction
 from convgen.engines.gather.schedule import (
@@ -143,12 +143,11 @@ class SimtGather(Family[GatherSchedule]):
             load=(width, 1),
             # Rows of weights are read four words at a time, by all lanes alike.
             weight=(-(-channels * width // 4), -(-channels * width // 4)),
-            tap_clocks=channels / (4 if width == 1 else gpu.fp64_warps),
+            tap_clocks=channels / (FP32_WARPS if width == 1 else gpu.fp64_warps),
             tap_instructions=channels,
             words=call.channels(problem.input) // groups,
             weight_bytes=4 * width * channels,
             staged_words=1,
-            staged_clocks=15,
         )
         return gather_prediction(problem, schedule, call, gpu, warp, word_bytes=4 * width)
 

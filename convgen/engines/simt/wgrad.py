@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any
 
-from convgen.engines.cost import Gpu, Prediction, memory_ms
+from convgen.engines.cost import FP32_WARPS, Gpu, Prediction, memory_ms
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.problem import Call, Problem
 from convgen.engines.simt.common import (
@@ -158,7 +158,7 @@ class SimtWgrad(Family[WgradSchedule]):
         # A thread's step: some positions, its taps, its channels.
         sums = schedule.positions * schedule.taps_h * schedule.taps_w * channels
         loads = schedule.taps_h * window.used.bit_count() + schedule.positions * channels / 4
-        arithmetic = sums / (4 if width == 1 else gpu.fp64_warps)
+        arithmetic = sums / (FP32_WARPS if width == 1 else gpu.fp64_warps)
         shared = loads * width
         issue = (sums + loads + 10) / 4
         clocks = max(arithmetic, shared, issue) + 0.2 * (arithmetic + shared + issue)

@@ -288,14 +288,14 @@ inline T* dynamic_shared() {
 struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // dynamic shared memory that a block can opt in to
-  int major;         // of the compute capability
+  int capability;    // ten times the compute capability
 };
 
 constexpr int MAX_DEVICES = 64;
 
 inline cudaError_t device_limits(int device, DeviceLimits& limits) {
   if (device < 0 || device >= MAX_DEVICES) return cudaErrorInvalidDevice;
-  limits = {host::multiprocessors(), host::shared_limit_bytes(), HAS_WGMMA ? 9 : 8};
+  limits = {host::multiprocessors(), host::shared_limit_bytes(), HAS_WGMMA ? 90 : 80};
   return cudaSuccess;
 }
 

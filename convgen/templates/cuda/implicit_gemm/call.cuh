@@ -3,6 +3,7 @@
 #define CONVGEN_IMPLICIT_GEMM_CALL_CUH
 
 #include "../common.cuh"
+#include "../gpu_rates.cuh"
 #include "maps.cuh"
 #include "pack.cuh"
 
@@ -34,13 +35,11 @@ struct Operands {
 template <typename Conv>
 constexpr bool READS_PATCHES = false;
 
-// Rates of an H200, as measured; other GPUs of its kind have the same proportions.
-constexpr double LEVEL2_BYTES_PER_CLOCK = 36;  // of one multiprocessor, all at work
-constexpr double COPY_BYTES_PER_CLOCK = 18;    // of one, read and written
-constexpr double TILE_CLOCKS = 5000;           // of a tile beside its products
-constexpr double LAUNCH_CLOCKS = 3500;         // of another kernel behind this one
-constexpr double LEVEL2_BYTES = 50 << 20;      // that stay there
-constexpr double CLOCKS_PER_MS = 1.72e6;
+// These kernels are of sm_90a alone: other GPUs of its kind have an H200's proportions.
+constexpr GpuRates RATES = gpu_rates(90);
+constexpr double LEVEL2_BYTES_PER_CLOCK = RATES.bulk_bytes;
+constexpr double COPY_BYTES_PER_CLOCK = RATES.copy_bytes;
+constexpr double CLOCKS_PER_MS = RATES.clocks_per_ms;
 
 // Contiguous tensors are packed first. As measured on an H200, that pays from so many channels of a
 // group on, of the tensor with fewer, and from so many channels times taps.
@@ -91,7 +90,7 @@ void order_phases(Tiling& t, int64_t places, double input_bytes, int multiproces
     }
     t.phases[at] = static_cast<unsigned char>(i);
   }
-  const double cached = places * (LEVEL2_BYTES / 2 / input_bytes) / multiprocessors;
+  const double cached = places * (RATES.level2_capacity_bytes / 2 / input_bytes) / multiprocessors;
   const int64_t waves = cached < 1 ? 1 : static_cast<int64_t>(cached);
   t.places = static_cast<int>(places);
   t.phase_places =

@@ -154,7 +154,7 @@ class GemmChoice {
         t.splits = splits, t.tiles = static_cast<int>(tiles * splits);
         const double waves = ceil_div(t.tiles, limits_.multiprocessors);
         const double part = double(ceil_div(units, splits)) / units;
-        double clocks = waves * (part * (products > loads ? products : loads) + TILE_CLOCKS);
+        double clocks = waves * (part * (products > loads ? products : loads) + GEMM_TILE_CLOCKS);
         if (t.fold == 2) clocks += LAUNCH_CLOCKS;
         if (splits > 1) {
           clocks += LAUNCH_CLOCKS + 8.0 * splits * output_elements() /

@@ -142,7 +142,7 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
       const Deal deal = deal_units(pairs, positions, products > loads ? products : loads,
                                    4.0 * Stage::PARTIALS, limits_.multiprocessors);
       t.ctas = deal.ctas;
-      const double clocks = deal.clocks + TILE_CLOCKS + LAUNCH_CLOCKS + pack_clocks();
+      const double clocks = deal.clocks + GEMM_TILE_CLOCKS + LAUNCH_CLOCKS + pack_clocks();
       if (clocks < clocks_) {
         clocks_ = clocks, t_ = t, lines_ = SIZE, row_ = ROW, pairs_ = pairs;
         partials_ = Stage::PARTIALS;

@@ -17,7 +17,6 @@ template <typename Conv, int PARTS, int... LINES>
 class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
  public:
   static constexpr int WIDE = 64, NARROW = 32;  // fine channels of a block
-  static constexpr double PACK_BYTES_PER_CLOCK = 16;
 
   QuarterWgrad(const ConvgenCall& call, const DeviceLimits& limits) : call_(call), limits_(limits) {
     const bool is_empty = volume(call.coarse_extent) == 0 || volume(call.fine_extent) == 0;
@@ -157,7 +156,7 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
       const Deal deal = deal_units(pairs, positions, products > loads ? products : loads,
                                    4.0 * Stage::PARTIALS, limits_.multiprocessors);
       t.ctas = deal.ctas;
-      const double clocks = deal.clocks + TILE_CLOCKS + LAUNCH_CLOCKS + pack_clocks();
+      const double clocks = deal.clocks + GEMM_TILE_CLOCKS + LAUNCH_CLOCKS + pack_clocks();
       if (clocks < clocks_) {
         clocks_ = clocks, t_ = t, lines_ = Stage::LINES, channels_ = Stage::CHANNELS;
         pairs_ = pairs, partials_ = Stage::PARTIALS;
@@ -170,7 +169,7 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
                         (static_cast<double>(call_.coarse_channels) * volume(call_.coarse_extent) +
                          static_cast<double>(call_.fine_channels) * volume(call_.fine_extent));
     const double written = static_cast<double>(packed_bytes(coarse_) + packed_bytes(fine_));
-    return (read + written) / (PACK_BYTES_PER_CLOCK * limits_.multiprocessors) + 2 * LAUNCH_CLOCKS;
+    return (read + written) / (QUARTER_COPY_BYTES * limits_.multiprocessors) + 2 * LAUNCH_CLOCKS;
   }
 
   int pack(int operand, const void* from, float4* to, const QuarterShape& s) const {

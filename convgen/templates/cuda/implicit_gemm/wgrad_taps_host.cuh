@@ -214,7 +214,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
     t.stages = (limits_.shared_bytes - shared_bytes<SIZE>(t, 0)) / TAP_STAGE_BYTES<SIZE>;
     if (t.stages > MOST_STAGES) t.stages = MOST_STAGES;
     if (t.stages < 2) return;
-    const double clocks = deal.clocks + TILE_CLOCKS + LAUNCH_CLOCKS;
+    const double clocks = deal.clocks + GEMM_TILE_CLOCKS + LAUNCH_CLOCKS;
     if (clocks < best_.clocks) best_ = {t, clocks, SIZE, static_cast<int>(pairs)};
   }
 
@@ -229,7 +229,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   template <int SIZE>
   static double store_clocks(const TapWgradTiling& t) {
     constexpr int CHUNKS = SIZE / CHUNK_COLUMNS;
-    if (!t.taps_first) return TAP_PARTIALS<SIZE> * sizeof(T) / 16.0;
+    if (!t.taps_first) return TAP_PARTIALS<SIZE> * sizeof(T) / STORED_TAP_BYTES;
     return TAP_PARTIALS<SIZE> / 32.0 * (TAPS <= CHUNKS ? 3 : 32 / CHUNKS + 1);
   }
 

@@ -154,7 +154,7 @@ __device__ __forceinline__ T* dynamic_shared() {
 struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // dynamic shared memory that a block can opt in to
-  int major;         // of the compute capability
+  int capability;    // ten times the compute capability
 };
 
 constexpr int MAX_DEVICES = 64;
@@ -172,8 +172,12 @@ inline cudaError_t device_limits(int device, DeviceLimits& limits) {
     error = cudaDeviceGetAttribute(&fresh.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                    device);
     if (error != cudaSuccess) return error;
-    error = cudaDeviceGetAttribute(&fresh.major, cudaDevAttrComputeCapabilityMajor, device);
+    int major, minor;
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error != cudaSuccess) return error;
+    fresh.capability = 10 * major + minor;
     known[device] = fresh;
     __atomic_store_n(&filled[device], true, __ATOMIC_RELEASE);
   }
@@ -222,7 +226,7 @@ cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* st
     if (error != cudaSuccess) return error;
     __atomic_store_n(&opted_in[device], true, __ATOMIC_RELEASE);
   }
-  if (EARLY && limits.major >= 9) {
+  if (EARLY && limits.capability >= 90) {
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;

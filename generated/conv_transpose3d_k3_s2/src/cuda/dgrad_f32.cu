@@ -371,6 +371,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
               int64_t{s.r.input - 1} * s.r.input_stride +
               int64_t{s.y.input - 1} * s.y.input_stride + s.x.input;
 
+  const GpuRates rates = gpu_rates(limits.capability);
   GatherTraits traits;
   traits.phases = PHASES_R * PHASES_Y * GROUPS_X;
   traits.step_r = ROW_STEP;
@@ -393,8 +394,8 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, int channels,
   traits.chunk_step = 1;
   traits.max_chunk = 8;
   traits.element_bytes = sizeof(T);
-  traits.slot_clocks = ROWS * channels * sizeof(Acc) / 16.0;
-  return cut_gather(s, traits, batch, GROUPS, limits.shared_bytes, limits.multiprocessors, clocks);
+  traits.slot_clocks = ROWS * channels / (sizeof(Acc) == 8 ? rates.fp64_warps : FP32_WARPS);
+  return cut_gather(s, traits, batch, GROUPS, limits, rates, clocks);
 }
 
 template <int CHANNELS>

@@ -614,6 +614,7 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
               int64_t{s.r.input - 1} * s.r.input_stride +
               int64_t{s.y.input - 1} * s.y.input_stride + s.x.input;
 
+  const GpuRates rates = gpu_rates(limits.capability);
   GatherTraits traits;
   traits.phases = PHASES_R * PHASES_Y * GROUPS_X;
   traits.step_r = ROW_STEP;
@@ -648,13 +649,14 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.element_bytes = sizeof(T);
   // A product's clocks, of one warp or of four together.
   traits.slot_clocks = rows_of(channels) * channels / MMA_COLUMNS * (Math::FLUSH ? 3 : 1) *
-                       (roles.group_warps == 1 ? 1.5 : roles.group_warps * 1.0);
+                       (roles.group_warps == 1 ? rates.product_clocks
+                                              : roles.group_warps * rates.grouped_product_clocks);
   traits.granule = GRANULE_BYTES / sizeof(T);
   traits.place_bytes = sizeof(GranulePlace);
   traits.plane_step = PLANE_STEP, traits.line_step = LINE_STEP;
   traits.loads_words = false;
 
-  return cut_gather(s, traits, batch, GROUPS, limits.shared_bytes, limits.multiprocessors, clocks);
+  return cut_gather(s, traits, batch, GROUPS, limits, rates, clocks);
 }
 
 template <int CHANNELS>

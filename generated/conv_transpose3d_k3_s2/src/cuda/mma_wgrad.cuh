@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mma.cuh"
-#include "mma_wgrad_cut.cuh"
+#include "mma_wgrad_tiling.cuh"
 #include "tf32.cuh"
 
 namespace convgen {

@@ -376,7 +376,7 @@ int plan(const ConvgenCall& call, const DeviceLimits& limits, Plan& p) {
       ProductShape cut = blank;
       double expected;
       const int refused =
-          cut_products(cut, t, call.batch, limits.multiprocessors, limits.shared_bytes, expected);
+          cut_products(cut, t, call.batch, limits, expected);
       if (refused || (least >= 0 && expected >= least)) return;
       error = CONVGEN_OK;
       least = expected;
