@@ -54,7 +54,8 @@ CONVGEN_EXPORT int64_t convgen_dgrad_tf32_implicit_gemm_expected(const ConvgenCa
   convgen::DeviceScope scope(device);
   convgen::DeviceLimits limits;
   if (scope.error() != cudaSuccess || convgen::device_limits(device, limits)) return -1;
-  if (limits.capability != 90 || !Gemm::is_compiled(device) || !convgen::volumes_fit(*call)) return -1;
+  if (limits.capability != 90 || !Gemm::is_compiled(device)) return -1;
+  if (!convgen::volumes_fit(*call)) return -1;
   const Gemm gemm(operands_of(*call), limits);
   return gemm.found() && gemm.pays() ? static_cast<int64_t>(1e6 * gemm.expected_ms()) : -1;
 }
