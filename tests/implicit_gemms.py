@@ -1,7 +1,8 @@
-"""Hopper's implicit GEMMs in the interpreter: rendering them, calls, bugs put into them."""
+"""Implicit GEMMs in the interpreter: rendering them, calls, bugs put into them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cache
 
@@ -41,7 +42,13 @@ def use_two_multiprocessors(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "2")
 
 
-def compile_with_bugs(name: str, files: dict[str, str], unit: str, bugs: Iterable[Bug]) -> Library:
+def compile_with_bugs(
+    name: str,
+    files: dict[str, str],
+    unit: str,
+    bugs: Iterable[Bug],
+    architecture: str = "90a",
+) -> Library:
     """A library with all bugs in it, and ``plant(n)`` to try the n-th; 0 for none."""
     for number, (file, old, new, _) in enumerate(bugs, 1):
         header = f"implicit_gemm/{file}.cuh"
@@ -49,7 +56,7 @@ def compile_with_bugs(name: str, files: dict[str, str], unit: str, bugs: Iterabl
         files[header] = files[header].replace(old, new.replace("PLANTED", f"(planted == {number})"))
     files[unit] = "inline int planted = 0;\n" + files[unit]
     files[unit] += "CONVGEN_EXPORT int plant(int n) { return planted = n, 0; }\n"
-    return Library(compile_interpreted(name, files, "checked", architecture="90a"))
+    return Library(compile_interpreted(name, files, "checked", architecture=architecture))
 
 
 def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) -> ConvSpec:
@@ -75,6 +82,25 @@ def sources(spec: ConvSpec, contraction: str, mode: str, schedule: object = None
     }
     plan = unit.with_schedule(schedule) if schedule else unit.default()
     return files | {f"{contraction}_{mode}.cu": render_unit(spec, unit, plan)}
+
+
+MULTISTAGE_HOST = "implicit_gemm/multistage_host.cuh"
+MULTISTAGE_TILES = ("2, 2, 4, 8, 2", "4, 1, 4, 8, 2", "4, 1, 4, 4, 2", "2, 2, 2, 4, 4")
+"""All that are compiled: warps, tiles of each, CTAs (BlockTile)."""
+
+
+def multistage_sources(spec: ConvSpec, contraction: str, mode: str, tile: str) -> dict[str, str]:
+    """:func:`sources` of a gather with one tile for GPUs since sm_80, and no kernel of Hopper's."""
+    files, unit = sources(spec, contraction, mode), f"{contraction}_{mode}.cu"
+    files[unit], units = re.subn(r"ByDevice<Hopper, (.*)>;", r"\1;", files[unit])
+    every = ", ".join(f"BlockTile<{each}>" for each in MULTISTAGE_TILES)
+    assert (units, re.sub(r"\s+", " ", files[MULTISTAGE_HOST]).count(every)) == (1, 1)
+    files[MULTISTAGE_HOST] = re.sub(
+        r"MultistageGemm<T, Conv, COARSE_INPUT, BlockTile<[^;]*;",
+        f"MultistageGemm<T, Conv, COARSE_INPUT, BlockTile<{tile}>>;",
+        files[MULTISTAGE_HOST],
+    )
+    return files
 
 
 @cache

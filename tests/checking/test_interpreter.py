@@ -199,6 +199,16 @@ def test_roundings_to_tf32() -> None:
     np.testing.assert_array_equal(even.view("f4"), np.array([1, 1 + 2 * step, -1, 1, np.inf], "f4"))
 
 
+def test_matrices_are_loaded_and_transposed() -> None:
+    """Four of 8 x 8 16-bit values, whose rows lie 32 bytes apart."""
+    x, out = np.arange(256, dtype="u2"), np.zeros((2, 4, 8, 8), "u2")
+    library("tensor_core.cu", "checked")("matrices", x, out, 32, a1=OUTPUT)
+    rows = x.reshape(4, 8, 8)
+    np.testing.assert_array_equal(out, np.stack([rows, rows.swapaxes(1, 2)]))
+    with pytest.raises(Fault, match=r"thread \(1, 0, 0\): load_matrices .* at a multiple of 16"):
+        library("tensor_core.cu", "checked")("matrices", x, out, 24, a1=OUTPUT)
+
+
 def test_a_product_needs_the_whole_warp() -> None:
     with pytest.raises(Fault, match=r"lonely_kernel, .*mma.sync .* lanes missing from its warp"):
         library("tensor_core.cu", "plain")("lonely", 32)

@@ -160,7 +160,7 @@ def test_maps_are_refused_that_the_driver_refuses() -> None:
 
 
 def test_hand_written_kernels_give_the_gpus_bits() -> None:
-    """Shuffles, votes, copies of every kind, mbarriers, conversions, stmatrix, products."""
+    """Shuffles, votes, copies of every kind, mbarriers, conversions, matrices, products."""
     calls: dict[str, list[tuple[str, list[Tensor | int], int]]] = {
         "tile.cu": [("tile", [torch.randn(502), torch.randn(3), torch.zeros(500), 500], 2)],
         "warps.cu": [
@@ -187,6 +187,11 @@ def test_hand_written_kernels_give_the_gpus_bits() -> None:
         calls["tensor_core.cu"] = [
             ("rounded", [values, *rounded, 4096], 1),
             ("product_tf32", integers, 2),
+            (
+                "matrices",
+                [torch.arange(128, dtype=torch.int32), torch.zeros(256, dtype=torch.int32), 32],
+                1,
+            ),
         ]
         calls["sm90.cu"] = list(calls_of_sm90())
     for source, made in calls.items():

@@ -205,7 +205,7 @@ FURTHER = [
     for contraction in CONTRACTIONS
     for family in [each for each in families("cuda", contraction, kind) if not each.host][1:]
 ]
-"""Beside the first family of a mode: they run on Hopper alone."""
+"""Beside the first family of a mode: they run on Hopper, some of their kernels elsewhere, too."""
 SIZED = [(*unit, small) for unit in FURTHER for small in (True, False)]
 QUICK = [
     next(i for i, (_, *unit) in enumerate(SIZED) if unit == [contraction, kind, True])
@@ -236,14 +236,43 @@ def test_further_families_compile_without_spills_or_warnings(
 
 def check_on_hopper(folder: Path, layer: ConvSpec, unit: Unit, plan: AnyPlan) -> None:
     """A unit compiles for sm_90a, without spills."""
+    for kernel in compile_further(folder, layer, unit, plan, {"90a": ["90a"]}):
+        assert not kernel.spills, kernel
+        assert kernel.registers <= REGISTERS, kernel
+
+
+def compile_further(
+    folder: Path, layer: ConvSpec, unit: Unit, plan: AnyPlan, compiled: dict[str, list[str]]
+) -> list[KernelResources]:
+    """What the kernels of a unit of an implicit GEMM take."""
     files = headers(unit, layer.has_epilogue)
     files |= {f"src/cuda/{unit.name}.cu": render_unit(layer, unit, plan)}
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
-    for kernel in compile_source(folder / "src" / "cuda", unit.name, {"90a": ["90a"]}):
+    return compile_source(folder / "src" / "cuda", unit.name, compiled)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tf32", "f16tc", "bf16tc"])
+@pytest.mark.parametrize(
+    ("layer", "contraction"),
+    [
+        (spec(CONV, 3, 1, 1), "fprop"),
+        (spec(CONV, 3, 2, 1), "dgrad"),
+        (spec("conv2d", 3, 1, 1, activation="gelu", residual=True), "fprop"),
+    ],
+    ids=str,
+)
+def test_implicit_gemms_before_hopper_compile_without_spills(
+    layer: ConvSpec, contraction: str, kind: str, tmp_path: Path
+) -> None:
+    unit = unit_of(GEMM_GATHER, layer.geometry, contraction, kind)
+    plan = unit.with_schedule(one_size(unit.default().schedule))
+    kernels = compile_further(tmp_path, layer, unit, plan, {"80": ["80", "86", "89"]})
+    assert len([k for k in kernels if "multistage" in k.kernel]) == 4 * 3
+    for kernel in kernels:
         assert not kernel.spills, kernel
-        assert kernel.registers <= REGISTERS, kernel
 
 
 @pytest.mark.long

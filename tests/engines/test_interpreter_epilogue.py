@@ -135,7 +135,24 @@ def test_activations_and_residuals_agree_with_float64(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_two_multiprocessors(monkeypatch)
-    loaded = library(case)
+    check(case, library(case))
+
+
+MULTISTAGE = (CASES[6], CASES[7], CASES[8])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", MULTISTAGE, ids=str)
+def test_kernels_for_gpus_since_sm_80_have_epilogues(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_two_multiprocessors(monkeypatch)
+    tile = implicit_gemms.MULTISTAGE_TILES[-1]
+    files = implicit_gemms.multistage_sources(case.spec, case.spec.forward, case.kind, tile)
+    check(case, Library(compile_interpreted(case.spec.name, files)))
+
+
+def check(case: Case, loaded: Library) -> None:
     suffix = "_implicit_gemm" if len(case.layouts) > 1 else ""
     activation = case.spec.epilogue
     assert activation

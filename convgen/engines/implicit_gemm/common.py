@@ -1,8 +1,9 @@
 """What the implicit GEMMs of fprop, dgrad and wgrad have in common.
 
-Their kernels (``templates/cuda/implicit_gemm``) are of sm_90a. Everything about a call but the
-sizes of tiles that are compiled is chosen when it is made, by ``host.cuh``; what stands here is the
-same arithmetic for the sizes alone.
+Their kernels (``templates/cuda/implicit_gemm``) are of sm_90a, and of gathers there are others for
+all GPUs since sm_80 (``multistage.cuh``). Everything about a call but the sizes of tiles that are
+compiled is chosen when it is made, by ``host.cuh`` and ``multistage_host.cuh``; what stands here is
+the same arithmetic for the sizes of sm_90a alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ HEADERS: Mapping[str, str] = {
     "transpose.cuh": "cuda/simt/transpose.cuh",
     "pipeline.cuh": "cuda/pipeline.cuh",
     "mma.cuh": "cuda/mma/mma.cuh",
+    "tf32.cuh": "cuda/mma/tf32.cuh",
     **{
         f"implicit_gemm/{name}": f"cuda/implicit_gemm/{name}"
         for name in (
@@ -42,6 +44,9 @@ HEADERS: Mapping[str, str] = {
             "either.cuh",
             "patches.cuh",
             "patches_host.cuh",
+            "multistage_epilogue.cuh",
+            "multistage.cuh",
+            "multistage_host.cuh",
         )
     },
 }
@@ -138,6 +143,19 @@ def refuses_taps(problem: Problem) -> str:
     return ""
 
 
+MOST_TAP_BITS = 64
+"""Of a mask that says which taps along D, H and W a position meets."""
+
+
+def refuses_multistage(problem: Problem) -> str:
+    """Why a gather has no kernels for GPUs other than Hopper (``multistage.cuh``); else empty."""
+    if reason := refuses_taps(problem):
+        return reason
+    if sum(problem.geometry.kernel) > MOST_TAP_BITS:
+        return f"a mask of taps has {MOST_TAP_BITS} bits"
+    return ""
+
+
 ELEMENTS = {"tf32": "float", "f16tc": "half", "bf16tc": "bfloat16"}
 """The C++ types of elements, by math mode."""
 
@@ -180,4 +198,5 @@ def context_of(problem: Problem) -> dict[str, Any]:
         "phases": phases(problem),
         "patches": has_patches(problem),
         "by_taps": not refuses_taps(problem),
+        "multistage": not refuses_multistage(problem),
     }

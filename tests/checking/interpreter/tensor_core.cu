@@ -35,7 +35,26 @@ __global__ void lonely_kernel() {
   if (threadIdx.x < 31) mma_tf32(d, a, b);
 }
 
+// Four matrices of 8 rows of `pitch` bytes, and each of them transposed.
+__global__ void matrices_kernel(const uint32_t* from, uint32_t* to, int pitch) {
+  __shared__ __align__(16) unsigned char rows[32 * 32];
+  for (int i = threadIdx.x; i < 128; i += 32) {
+    *reinterpret_cast<uint32_t*>(rows + i / 4 * 32 + i % 4 * 4) = from[i];
+  }
+  __syncwarp();
+  uint32_t words[4];
+  load_matrices(words, rows + threadIdx.x * pitch);
+  for (int i = 0; i < 4; ++i) {
+    to[i * 32 + threadIdx.x] = words[i];
+    to[(4 + i) * 32 + threadIdx.x] = transpose_matrix(words[i]);
+  }
+}
+
 }  // namespace
+
+CONVGEN_EXPORT int matrices(const uint32_t* from, uint32_t* to, int pitch) {
+  return launch<matrices_kernel>(1, 32, 0, 0, nullptr, from, to, pitch);
+}
 
 CONVGEN_EXPORT int product_tf32(const uint32_t* a, const uint32_t* b, float* c) {
   return launch<product_kernel<tf32>>(1, 32, 0, 0, nullptr, a, b, c);

@@ -254,6 +254,10 @@ inline void copy_async(void* to, const void* from, bool valid, CONVGEN_SITE) {
   host::copy_async(to, from, BYTES, valid, {file, line});
 }
 
+inline void copy_async_cached(void* to, const void* from, bool valid, CONVGEN_SITE) {
+  host::copy_async(to, from, 16, valid, {file, line});
+}
+
 inline void copy_granule(void* to, const void* from, int bytes, const void* begin, CONVGEN_SITE) {
   host::copy_granule(to, from, bytes, begin, {file, line});
 }

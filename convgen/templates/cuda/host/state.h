@@ -32,6 +32,8 @@ enum class WarpOp : uint8_t {
   issue,
   group_multiply,
   matrices,
+  load_matrices,
+  transpose_matrix,
   claim,
   release,
 };
@@ -227,6 +229,9 @@ std::string shared_place(const void* address);
 
 // mma.sync, for the lanes of a warp (see tensor_core.cpp).
 void multiply_warp(const std::vector<Fiber*>& lanes);
+// ldmatrix and movmatrix.
+void load_matrices_by_warp(const std::vector<Fiber*>& lanes);
+void transpose_by_warp(const std::vector<Fiber*>& lanes);
 
 // What the lanes of a warp do with wgmmas whose operands lie in shared memory, and with stmatrix (see
 // wgmma.cpp).

@@ -2,6 +2,7 @@
 #include "tensor_core.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "state.h"
 
@@ -82,6 +83,65 @@ void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], con
   const Fragments mine = {kind, d, a, b};
   worker->warp_collective(WarpOp::multiply, 0xffffffffu, reinterpret_cast<uint64_t>(&mine),
                           static_cast<int>(kind), site);
+}
+
+// ---- ldmatrix and movmatrix -----------------------------------------------------------------
+
+namespace {
+
+// What one lane brings to ldmatrix; it lies on the lane's stack while it waits.
+struct Rows {
+  const char* row;
+  uint32_t* words;
+};
+
+}  // namespace
+
+void load_matrices(uint32_t (&words)[4], const void* row, Site site) {
+  const Rows mine = {static_cast<const char*>(row), words};
+  worker->warp_collective(WarpOp::load_matrices, 0xffffffffu, reinterpret_cast<uint64_t>(&mine), 0,
+                          site);
+}
+
+void load_matrices_by_warp(const std::vector<Fiber*>& lanes) {
+  constexpr size_t ROW = 16;
+  for (const Fiber* lane : lanes) {
+    const char* const row = reinterpret_cast<const Rows*>(lane->value)->row;
+    if (reinterpret_cast<uintptr_t>(row) % ROW != 0 || !is_shared(row, ROW)) {
+      return worker->fault(*lane, "load_matrices (" + text(lane->site) + ") from " +
+                                      shared_place(row) +
+                                      ": 16 bytes of shared memory, at a multiple of 16");
+    }
+    check::access(*lane, row, ROW, false, lane->site);
+  }
+  for (int lane = 0; lane < LANES; ++lane) {
+    const Rows& mine = *reinterpret_cast<const Rows*>(lanes[static_cast<size_t>(lane)]->value);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const Fiber& holder = *lanes[static_cast<size_t>(8 * matrix + lane / 4)];
+      const char* const row = reinterpret_cast<const Rows*>(holder.value)->row;
+      memcpy(&mine.words[matrix], row + lane % 4 * 4, 4);
+    }
+  }
+}
+
+uint32_t transpose_matrix(uint32_t word, Site site) {
+  return static_cast<uint32_t>(
+      worker->warp_collective(WarpOp::transpose_matrix, 0xffffffffu, word, 0, site));
+}
+
+void transpose_by_warp(const std::vector<Fiber*>& lanes) {
+  uint32_t words[LANES];
+  for (int lane = 0; lane < LANES; ++lane) {
+    words[lane] = static_cast<uint32_t>(lanes[static_cast<size_t>(lane)]->value);
+  }
+  for (int lane = 0; lane < LANES; ++lane) {
+    uint32_t word = 0;
+    for (int i = 0; i < 2; ++i) {  // row lane / 4 becomes a column
+      const int row = lane % 4 * 2 + i, column = lane / 4;
+      word |= (words[4 * row + column / 2] >> (column % 2 * 16) & 0xffffu) << (16 * i);
+    }
+    lanes[static_cast<size_t>(lane)]->value = word;
+  }
 }
 
 void issue_product(const GroupProduct& product) {

@@ -31,6 +31,10 @@ float truncated(double x);
 void multiply_fragments(Product kind, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                         Site site);
 
+// ldmatrix of four matrices, movmatrix: by all lanes of the warp.
+void load_matrices(uint32_t (&words)[4], const void* row, Site site);
+uint32_t transpose_matrix(uint32_t word, Site site);
+
 // An operand in shared memory: see Operand in sm90.h. Rows of 16 bytes are vectors without a swizzle,
 // of which chunk_pitch rows lie between one of K and the next.
 struct SharedRows {
@@ -80,6 +84,16 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                     const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::multiply_fragments(host::Product::f16, d, a, b, {file, line});
+}
+
+inline void load_matrices(uint32_t (&words)[4], const void* row,
+                          const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::load_matrices(words, row, {file, line});
+}
+
+inline uint32_t transpose_matrix(uint32_t word, const char* file = __builtin_FILE(),
+                                 int line = __builtin_LINE()) {
+  return host::transpose_matrix(word, {file, line});
 }
 
 #ifdef CONVGEN_HOST_SM_90A

@@ -21,6 +21,10 @@ const char* op_name(WarpOp op) {
       return "wgmma_wait";
     case WarpOp::matrices:
       return "store_matrices";
+    case WarpOp::load_matrices:
+      return "load_matrices";
+    case WarpOp::transpose_matrix:
+      return "transpose_matrix";
     case WarpOp::claim:
       return "claim_registers";
     case WarpOp::release:
@@ -87,6 +91,8 @@ void Worker::finish_collective(std::vector<Fiber*>& lanes) {
     if (any.op == WarpOp::issue) issue_by_warp(lanes);
     if (any.op == WarpOp::group_multiply) multiply_by_warp(lanes);
     if (any.op == WarpOp::matrices) store_matrices_by_warp(lanes);
+    if (any.op == WarpOp::load_matrices) load_matrices_by_warp(lanes);
+    if (any.op == WarpOp::transpose_matrix) transpose_by_warp(lanes);
     if (any.op >= WarpOp::claim) trade_by_warp(lanes);
   }
   uint64_t values[LANES];
