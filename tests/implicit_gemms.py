@@ -93,13 +93,13 @@ def multistage_sources(spec: ConvSpec, contraction: str, mode: str, tile: str) -
     """:func:`sources` of a gather with one tile for GPUs since sm_80, and no kernel of Hopper's."""
     files, unit = sources(spec, contraction, mode), f"{contraction}_{mode}.cu"
     files[unit], units = re.subn(r"ByDevice<Hopper, (.*)>;", r"\1;", files[unit])
-    every = ", ".join(f"BlockTile<{each}>" for each in MULTISTAGE_TILES)
-    assert (units, re.sub(r"\s+", " ", files[MULTISTAGE_HOST]).count(every)) == (1, 1)
-    files[MULTISTAGE_HOST] = re.sub(
-        r"MultistageGemm<T, Conv, COARSE_INPUT, BlockTile<[^;]*;",
-        f"MultistageGemm<T, Conv, COARSE_INPUT, BlockTile<{tile}>>;",
-        files[MULTISTAGE_HOST],
-    )
+    assert units == 1
+    host = files[MULTISTAGE_HOST]
+    assert all(f"BlockTile<{each}>" in host for each in MULTISTAGE_TILES)
+    every = r"MultistageGemm<T, Conv, COARSE_INPUT, WidestTile[^;]*;"
+    one = f"MultistageGemm<T, Conv, COARSE_INPUT, BlockTile<{tile}>>;"
+    files[MULTISTAGE_HOST], aliases = re.subn(every, one, host)
+    assert aliases == 1
     return files
 
 

@@ -144,6 +144,30 @@ def test_few_positions(
             check_call(module, dtype, shape)
 
 
+LARGE: list[tuple[str, dict[str, Any], tuple[int, int, int, list[int]]]] = [
+    ("conv3d", {"kernel_size": 3, "padding": 1}, (2, 128, 200, [24, 21, 32])),
+    ("conv2d", {"kernel_size": 3, "padding": 1, "groups": 2}, (4, 256, 256, [60, 64])),
+    ("conv3d", {"kernel_size": 3, "stride": 2, "padding": 1}, (2, 72, 128, [40, 40, 40])),
+    ("conv_transpose2d", {"kernel_size": 4, "stride": 2, "padding": 1}, (2, 192, 96, [64, 64])),
+]
+"""Some calls of these are for implicit GEMMs on every GPU."""
+
+
+@pytest.mark.parametrize(("op", "constants", "shape"), LARGE, ids=str)
+def test_kernels_for_gpus_since_sm_80(
+    package: Package,
+    op: str,
+    constants: dict[str, Any],
+    shape: tuple[int, int, int, list[int]],
+) -> None:
+    """Hopper runs code for sm_80, too."""
+    dtypes = ["f32", "bf16", "f16"]
+    module = package(op, "cuda", dtypes=dtypes, archs=["80"], **constants)
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        for dtype in LIMITS:
+            check_call(module, dtype, shape)
+
+
 def test_a_nan_beside_a_small_output_reaches_no_other_tap(package: Package) -> None:
     for op, constants, (_, given, made, extents) in (SMALL[0], SMALL[1], SMALL[3]):
         module = package(op, "cuda", dtypes=["f32", "bf16", "f16"], **constants)

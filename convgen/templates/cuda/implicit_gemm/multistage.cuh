@@ -29,6 +29,7 @@ namespace convgen {
 
 // How positions, channels and K are dealt out. Vectors have 16 bytes.
 struct MultistageShape {
+  Places places;
   int input_extent[3];            // D, H, W
   int channel_blocks, groups;     // of the output; of both
   int output_channels;            // of a group
@@ -113,7 +114,7 @@ struct StageCopies {
     for (int i = 0; i < POSITION_ROWS; ++i) {
       const int position = first_position + row + i * STEP;
       int n, d, h, w;
-      place_of(out, position, n, d, h, w);
+      place_of<Conv>(s.places, out, position, n, d, h, w);
       mask[i] = 0, offset[i] = 0;
       if (n >= out.batch) continue;
       mask[i] = Mask::of_position(s, tap, d, h, w);
@@ -205,7 +206,6 @@ __global__ void __launch_bounds__(MULTISTAGE_BOUND, Block::CTAS)
     tile.group = block / s.channel_blocks;
     tile.channel = block % s.channel_blocks * Block::CHANNELS;
     tile.phase = index % Conv::PHASES, index /= Conv::PHASES;
-    const Output out = phase_of<Conv>(whole, tile);
     const int first_position = index * Block::POSITIONS;
 
     unsigned char* const stages = dynamic_shared<unsigned char>();
@@ -218,7 +218,8 @@ __global__ void __launch_bounds__(MULTISTAGE_BOUND, Block::CTAS)
     const int units = s.blocks * taps;  // none of a phase without taps
 
     if (units > 0) {
-      StageCopies<Conv, Block> copies(s, out, tile, first_position, input, weight);
+      StageCopies<Conv, Block> copies(s, phase_of<Conv>(whole, tile), tile, first_position, input,
+                                      weight);
 #pragma unroll
       for (int i = 0; i < STAGES - 1; ++i) {
         if (i < units) copies.copy(s, stages + i * Block::STAGE_BYTES);
@@ -251,9 +252,14 @@ __global__ void __launch_bounds__(MULTISTAGE_BOUND, Block::CTAS)
         multiply<T>(sums, fragments[1]);
       }
     }
-    const WarpResults<T, Block> results = {out, first_position + warp_m,
-                                           tile.group * s.output_channels, tile.channel + warp_n,
-                                           s.output_channels};
+    tile.phase = opaque(tile.phase);  // found again, instead of in registers meanwhile
+    const Output out = phase_of<Conv>(whole, tile);
+    const WarpResults<T, Conv, Block> results = {s.places,
+                                                 out,
+                                                 first_position + warp_m,
+                                                 tile.group * s.output_channels,
+                                                 tile.channel + warp_n,
+                                                 s.output_channels};
     results.add_bias(sums);
     if constexpr (sizeof...(Finishes) > 0) {
       __syncthreads();  // all warps have loaded what they multiply

@@ -2,6 +2,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_MULTISTAGE_EPILOGUE_CUH
 #define CONVGEN_IMPLICIT_GEMM_MULTISTAGE_EPILOGUE_CUH
 
+#include "../common.cuh"
 #include "epilogue.cuh"
 
 namespace convgen {
@@ -38,12 +39,23 @@ __device__ __forceinline__ int swizzled(int row, int vector) {
   return (vector ^ (row / 2 % 4)) * 16;
 }
 
+// Extents of an output without phases.
+struct Places {
+  Divisor width, height, depth;
+};
+
 // The `position`-th output of a phase; n is the batch or more behind the last.
-__device__ __forceinline__ void place_of(const Output& out, int position, int& n, int& d, int& h,
-                                         int& w) {
-  w = position % out.width, position /= out.width;
-  h = position % out.height, position /= out.height;
-  d = position % out.depth, n = position / out.depth;
+template <typename Conv>
+__device__ __forceinline__ void place_of(const Places& places, const Output& out, int position,
+                                         int& n, int& d, int& h, int& w) {
+  n = position;
+  if constexpr (Conv::PHASES == 1) {
+    w = places.width.split(n), h = places.height.split(n), d = places.depth.split(n);
+  } else {
+    w = n % out.width, n /= out.width;
+    h = n % out.height, n /= out.height;
+    d = n % out.depth, n /= out.depth;
+  }
 }
 
 // Of four words of each of four neighbouring lanes, lane i gets every one's i-th.
@@ -68,10 +80,11 @@ __device__ __forceinline__ uint4 exchange_words(uint32_t (&words)[4]) {
 
 // What a warp does with its sums. Of the 16 x 8 sums of tiles i and j a lane has those of positions
 // 16 i + lane / 4, and eight further, in channels 8 j + 2 (lane % 4) and the next.
-template <typename T, typename Block>
+template <typename T, typename Conv, typename Block>
 struct WarpResults {
   using Sums = float[Block::TILES_M][Block::TILES_N][4];
 
+  const Places& places;
   const Output& out;  // of a phase
   int position;       // the warp's first
   int group_channel;  // the group's first
@@ -171,7 +184,7 @@ struct WarpResults {
   // Elements from the result's beginning to a position; false if it does not exist.
   __device__ __forceinline__ bool find(int at, int64_t& offset) const {
     int n, d, h, w;
-    place_of(out, at, n, d, h, w);
+    place_of<Conv>(places, out, at, n, d, h, w);
     offset = out.first + n * out.stride_n + d * out.stride_d + h * out.stride_h + w * out.stride_w;
     return n < out.batch;
   }

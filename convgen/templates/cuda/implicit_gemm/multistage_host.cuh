@@ -263,6 +263,8 @@ class MultistageGemm {
   int multiply(const T* input, const T* weight, const Output& out) const {
     MultistageShape s = {};
     for (int i = 0; i < 3; ++i) s.input_extent[i] = static_cast<int>(call_.input_extent[i]);
+    const int64_t* const e = call_.output_extent;
+    s.places = {Divisor(e[2]), Divisor(e[1]), Divisor(e[0])};
     s.channel_blocks = static_cast<int>(ceil_div(output_channels_, Block::CHANNELS));
     s.groups = Conv::GROUPS, s.output_channels = output_channels_;
     s.vectors = padded_ / VECTOR, s.position_vectors = Conv::GROUPS * s.vectors;
@@ -298,11 +300,15 @@ class MultistageGemm {
   double clocks_ = 1e30;
 };
 
-// The tiles that are compiled: 128 x 128, 256 x 64 and 256 x 32 of 64 positions for each warp, and
-// 64 x 64 for few positions.
+// 64 x 64 sums for each warp; with phases, rounding and an epilogue registers leave room for half.
+template <typename T, typename Conv>
+using WidestTile = std::conditional_t<(Conv::PHASES > 1 && Conv::HAS_EPILOGUE && sizeof(T) == 4),
+                                      BlockTile<2, 2, 4, 4, 2>, BlockTile<2, 2, 4, 8, 2>>;
+
+// The tiles that are compiled: 128 x 128, 256 x 64 and 256 x 32, and 64 x 64 for few positions.
 template <typename T, typename Conv, bool COARSE_INPUT>
 using Multistage =
-    MultistageGemm<T, Conv, COARSE_INPUT, BlockTile<2, 2, 4, 8, 2>, BlockTile<4, 1, 4, 8, 2>,
+    MultistageGemm<T, Conv, COARSE_INPUT, WidestTile<T, Conv>, BlockTile<4, 1, 4, 8, 2>,
                    BlockTile<4, 1, 4, 4, 2>, BlockTile<2, 2, 2, 4, 4>>;
 
 }  // namespace convgen
