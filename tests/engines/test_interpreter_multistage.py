@@ -6,7 +6,6 @@ kernels, which these units have besides, are left out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 
@@ -15,7 +14,6 @@ import torch
 from implicit_gemms import (
     LAST,
     LAYOUTS,
-    MULTISTAGE_HOST,
     MULTISTAGE_TILES,
     Bug,
     compile_with_bugs,
@@ -26,9 +24,7 @@ from implicit_gemms import (
 )
 from interpreted import Fault, Library, Problem, compile_interpreted, problem
 
-from convgen.codegen.render import TEMPLATES
 from convgen.engines import abi
-from convgen.engines.cost import GPUS
 from convgen.spec import ConvSpec
 
 pytestmark = pytest.mark.usefixtures("shared_cache", "settings")
@@ -198,26 +194,6 @@ def test_calls_of_many_channels_and_positions_pay(monkeypatch: pytest.MonkeyPatc
         numbers = [1, channels, channels, *(extent,) * 6]
         found = expected(loaded, "convgen_fprop_bf16tc", numbers, layout) > 0
         assert found == pays, (channels, extent, layout)
-
-
-def test_rates_are_those_of_the_model() -> None:
-    text = (TEMPLATES / "cuda" / MULTISTAGE_HOST).read_text()
-    table = re.search(r"GPU_RATES\[\] = \{(.*?)\};", text, re.DOTALL)
-    assert table
-    rows = {
-        int(row[0]): [float(value) for value in row[1:]]
-        for row in re.findall(r"\{(\d+), ([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\}", table[1])
-    }
-    assert set(rows) == {name for name in GPUS if name >= 80}
-    for name, (product_clocks, ghz, level2_bytes, memory_bytes) in rows.items():
-        gpu = GPUS[name]
-        assert (product_clocks, ghz, level2_bytes) == (
-            gpu.product_clocks,
-            gpu.ghz,
-            gpu.level2_bytes,
-        )
-        per_clock = gpu.memory_bytes_per_s / (1e9 * gpu.ghz * gpu.multiprocessors)
-        assert memory_bytes == pytest.approx(per_clock, abs=0.06)
 
 
 # ---- Bugs -----------------------------------------------------------------------------------

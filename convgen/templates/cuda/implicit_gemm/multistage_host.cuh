@@ -9,26 +9,6 @@
 
 namespace convgen {
 
-// A multiprocessor's rates, of one GPU of each compute capability: those that GPUS of
-// engines/cost.py has, from data sheets. Clocks from one mma.sync to the next (16 x 8 sums, 32
-// bytes of K), bytes per clock of level 2 and of memory.
-struct GpuRates {
-  int capability;
-  double product_clocks, ghz, level2_bytes, memory_bytes;
-};
-constexpr GpuRates GPU_RATES[] = {{80, 2.0, 1.41, 28, 11.2},  {86, 8.0, 1.75, 24, 4.8},
-                                  {89, 4.0, 2.2, 24, 2.6},    {90, 1.5, 1.75, 28, 18.2},
-                                  {100, 1.5, 1.85, 28, 25.6}, {120, 4.0, 2.3, 24, 3.7}};
-
-// Those of the newest GPU that is not newer.
-inline GpuRates gpu_rates(const DeviceLimits& limits) {
-  GpuRates rates = GPU_RATES[0];
-  for (const GpuRates& each : GPU_RATES) {
-    if (each.capability <= 10 * limits.major + limits.minor) rates = each;
-  }
-  return rates;
-}
-
 // What no GPU has been asked yet, chosen so that a call is rather left to other kernels. Of the
 // tensor cores' rate, where a multiprocessor has several CTAs and where it has one; of the rows of
 // positions, what level 2 is read for where a kernel has several taps; clocks of a CTA beside its
@@ -61,7 +41,7 @@ class MultistageGemm {
   using Step = Steps<Conv>;
 
   MultistageGemm(const Operands& call, const DeviceLimits& limits)
-      : call_(call), limits_(limits), rates_(gpu_rates(limits)) {
+      : call_(call), limits_(limits), rates_(gpu_rates(limits.capability)) {
     output_channels_ = static_cast<int>(call.output_channels / Conv::GROUPS);
     input_channels_ = static_cast<int>(call.input_channels / Conv::GROUPS);
     padded_ = static_cast<int>(round_up(input_channels_, VECTOR));
@@ -90,7 +70,7 @@ class MultistageGemm {
     const int error = bound<std::tuple_element_t<0, std::tuple<Blocks...>>>(device, threads);
     return error == cudaSuccess && threads == MULTISTAGE_THREADS;
   }
-  double expected_ms() const { return clocks() / rates_.ghz / 1e6; }
+  double expected_ms() const { return clocks() / rates_.clocks_per_ms; }
   int64_t workspace_bytes() const { return weight_bytes() + input_bytes() + turned_bytes(); }
 
   int run() {
@@ -203,7 +183,7 @@ class MultistageGemm {
   }
 
   double copy_clocks(double bytes) const {
-    return LAUNCH_CLOCKS + 2 * bytes / (rates_.memory_bytes * limits_.multiprocessors);
+    return LAUNCH_CLOCKS + 2 * bytes / (rates_.copy_bytes * limits_.multiprocessors);
   }
   // With what is packed and turned.
   double clocks() const {
@@ -212,7 +192,7 @@ class MultistageGemm {
     if (packs_input_) clocks += copy_clocks(double(input_bytes()));
     if (turns_) clocks += copy_clocks(double(turned_bytes()));
     const double bytes = double(input_elements() + output_elements()) * sizeof(T);
-    const double least = bytes / (rates_.memory_bytes * limits_.multiprocessors);
+    const double least = bytes / (rates_.copy_bytes * limits_.multiprocessors);
     return clocks > least ? clocks : least;
   }
   // What the kernels that read contiguous tensors as they lie take at least.
@@ -229,7 +209,7 @@ class MultistageGemm {
     constexpr double MOST = OTHER_PRODUCTS<T, Conv>;
     const bool limited = least_channels() >= MULTISTAGE_MANY && MOST < attained;
     double clocks = products / (limited ? MOST : attained);
-    const double memory = (coarse + fine) * sizeof(T) / rates_.memory_bytes;
+    const double memory = (coarse + fine) * sizeof(T) / rates_.copy_bytes;
     if (clocks < memory) clocks = memory;
     clocks /= limits_.multiprocessors;
     // Where tensors lie otherwise, they are transposed.
