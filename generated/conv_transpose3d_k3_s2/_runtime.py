@@ -48,7 +48,7 @@ MATH_MODES = {"tf32", "tf32x3"}
 """Further CUDA kernels, on tensor cores: see :func:`_math_mode`."""
 
 IMPLICIT_GEMMS = {"dgrad_tf32", "fprop_tf32", "wgrad_tf32", "wgrad_tf32x3"}
-"""Contractions and math modes that Hopper's kernels serve in every layout: see :func:`prepare`."""
+"""Contractions and math modes that implicit GEMMs serve in every layout: see :func:`prepare`."""
 
 _POINTERS = struct.Struct("6Q")  # ConvgenCall: coarse, fine, weight, bias, workspace, stream
 # ConvgenCall: device, batch, channels, extents, channels_last; of an epilogue it has nothing

@@ -96,6 +96,18 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
 #endif
 }
 
+// The same of 16 bytes, by way of level 1: for what this multiprocessor reads again soon.
+__device__ __forceinline__ void copy_async_cached(void* to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  copy_async<16>(to, from, valid);
+#endif
+}
+
 // Copies the first `bytes` of 16, both addresses multiples of 16, and writes zeros over the others
 // (of which none is then read). A tensor that begins in the middle of the 16 bytes, at `begin`, has
 // them all in memory, but the first are none of its: what is copied of them means nothing.

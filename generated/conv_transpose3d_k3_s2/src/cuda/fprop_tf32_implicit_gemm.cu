@@ -4,11 +4,14 @@
 // Schedule: {"halo_lines": [], "tap_lines": [32, 16, 8]}
 //
 // An implicit GEMM on Hopper's tensor cores, channels side by side: implicit_gemm/kernel.cuh.
+// On other GPUs since sm_80: implicit_gemm/multistage.cuh.
 // As a gather, o = i * STRIDE + t * DILATION - PADDING:
 //
 //   coarse[n, a, i] = bias[a] + sum over b, t of fine[n, b, o] * weight[a, b / groups, t]
 
 #include "implicit_gemm/host.cuh"
+#include "implicit_gemm/either.cuh"
+#include "implicit_gemm/multistage_host.cuh"
 
 namespace {
 
@@ -46,7 +49,8 @@ Operands operands_of(const ConvgenCall& call) {
 
 }  // namespace
 
-using Gemm = ImplicitGemm<T, Conv, false, Sizes<>, Sizes<32, 16, 8>>;
+using Hopper = ImplicitGemm<T, Conv, false, Sizes<>, Sizes<32, 16, 8>>;
+using Gemm = ByDevice<Hopper, Multistage<T, Conv, false>>;
 
 // Nanoseconds that the call is expected to take; -1 where it is for other kernels.
 CONVGEN_EXPORT int64_t convgen_fprop_tf32_implicit_gemm_expected(const ConvgenCall* call) {
@@ -54,7 +58,7 @@ CONVGEN_EXPORT int64_t convgen_fprop_tf32_implicit_gemm_expected(const ConvgenCa
   convgen::DeviceScope scope(device);
   convgen::DeviceLimits limits;
   if (scope.error() != cudaSuccess || convgen::device_limits(device, limits)) return -1;
-  if (limits.capability != 90 || !Gemm::is_compiled(device)) return -1;
+  if (limits.capability < 80 || !Gemm::is_compiled(device)) return -1;
   if (!convgen::volumes_fit(*call)) return -1;
   const Gemm gemm(operands_of(*call), limits);
   return gemm.found() && gemm.pays() ? static_cast<int64_t>(1e6 * gemm.expected_ms()) : -1;

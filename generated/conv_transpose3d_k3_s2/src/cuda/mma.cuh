@@ -75,6 +75,30 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
+// ---- Matrices of 8 rows x 16 bytes ----------------------------------------------------------
+
+// The warp loads four of them from shared memory: lane l has the address of row l % 8 of the l / 8
+// -th, a multiple of 16, and gets of each matrix word l % 4 of row l / 4. So the words of a, above,
+// are those of rows 0 to 7 and 8 to 15 at the first 16 bytes, then at the next; b's of a column's.
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#endif
+}
+
+// The warp transposes an 8 x 8 matrix of 16-bit values: lane l has those of row l / 4 in columns
+// 2 (l % 4) and on, before and after.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t word) {
+  uint32_t transposed = word;
+#if __CUDA_ARCH__ >= 800
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
+#endif
+  return transposed;
+}
+
 // ---- Four warps at once (wgmma, sm_90a) -----------------------------------------------------
 //
 // The first operand is in registers, each warp's 16 rows as above; the second stays in shared

@@ -4,6 +4,10 @@
 
 #include <stdint.h>
 
+#include <optional>
+
+#include "../device.cuh"
+
 namespace convgen {
 
 // For each call the one that is expected to take less time, of those whose packs pay.
@@ -35,6 +39,35 @@ class Either {
   First first_;
   Second second_;
   bool takes_first_;
+};
+
+// Kernels of Hopper's own where their code runs, else those of all GPUs since sm_80.
+template <typename Hopper, typename Others>
+class ByDevice {
+ public:
+  template <typename Call>
+  ByDevice(const Call& call, const DeviceLimits& limits) {
+    if (limits.capability == 90 && Hopper::is_compiled(call.device)) {
+      hopper_.emplace(call, limits);
+    } else {
+      others_.emplace(call, limits);
+    }
+  }
+
+  bool found() const { return hopper_ ? hopper_->found() : others_->found(); }
+  bool pays() const { return hopper_ ? hopper_->pays() : others_->pays(); }
+  static bool is_compiled(int device) {
+    return Hopper::is_compiled(device) || Others::is_compiled(device);
+  }
+  double expected_ms() const { return hopper_ ? hopper_->expected_ms() : others_->expected_ms(); }
+  int64_t workspace_bytes() const {
+    return hopper_ ? hopper_->workspace_bytes() : others_->workspace_bytes();
+  }
+  int run() { return hopper_ ? hopper_->run() : others_->run(); }
+
+ private:
+  std::optional<Hopper> hopper_;
+  std::optional<Others> others_;
 };
 
 }  // namespace convgen

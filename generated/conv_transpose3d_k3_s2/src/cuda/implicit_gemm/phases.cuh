@@ -92,8 +92,7 @@ struct TapCursor {
     const int kd = phase.d.first_tap + d * phase.d.NEXT_TAP;
     return Conv::TAPS - 1 - ((kd * Conv::KERNEL_H + kh) * Conv::KERNEL_W + kw);
   }
-
- private:
+  // Taps along each axis.
   __device__ __forceinline__ int depth() const { return PHASED ? phase.d.count : Conv::KERNEL_D; }
   __device__ __forceinline__ int height() const { return PHASED ? phase.h.count : Conv::KERNEL_H; }
   __device__ __forceinline__ int width() const { return PHASED ? phase.w.count : Conv::KERNEL_W; }
