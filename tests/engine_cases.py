@@ -139,7 +139,7 @@ MMA_CASES = [
 ]
 
 
-# As compiled for a GPU with wgmma: groups of warps by positions, and by channels; both widths of
+# As compiled for a GPU with wgmma: warpgroups by positions, and by channels; both widths of
 # accesses.
 WGMMA_CASES = [
     *MMA_CASES,

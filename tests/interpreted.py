@@ -148,7 +148,7 @@ def mostly_long(cases: Sequence[Any], *quick: int) -> list[Any]:
 
 def one_size(schedule: Any) -> Any:
     """A schedule with the last alone of the sizes of its kernel that are compiled."""
-    sizes = ("tiles", "group_tiles", "channels", "halo_lines", "tap_lines", "lines")
+    sizes = ("tiles", "warpgroup_tiles", "channels", "halo_lines", "tap_lines", "lines")
     last = {name: getattr(schedule, name)[-1:] for name in sizes if hasattr(schedule, name)}
     return dataclasses.replace(schedule, **last)
 

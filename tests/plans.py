@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convgen.engines.mma.wgrad import WgradSchedule, wgrad_schedule, with_groups
+from convgen.engines.mma.wgrad import WgradSchedule, wgrad_schedule, with_warpgroups
 from convgen.engines.problem import Problem
 from convgen.engines.registry import AnyPlan, Unit, families, unit_of
 from convgen.spec import ConvSpec, Geometry
@@ -21,11 +21,11 @@ def plan(layer: ConvSpec | Geometry, contraction: str, kind: str, backend: str =
 
 
 def wgrad(layer: ConvSpec | Geometry, kind: str) -> Problem:
-    """The problem of wgrad on the whole fine tensor, whatever its lattice."""
+    """The problem of wgrad on the whole fine tensor, whatever its compaction."""
     return Problem(layer.geometry if isinstance(layer, ConvSpec) else layer, "wgrad", kind)
 
 
-def grouped_wgrad(spec: ConvSpec, mode: str) -> WgradSchedule:
-    """The default of ``mma``, with groups of warps wherever channels suit them."""
+def warpgroup_wgrad(spec: ConvSpec, mode: str) -> WgradSchedule:
+    """The default of ``mma``, with warpgroups wherever channels suit them."""
     problem = wgrad(spec, mode)
-    return with_groups(wgrad_schedule(problem), problem)
+    return with_warpgroups(wgrad_schedule(problem), problem)

@@ -66,7 +66,8 @@ def render_package(
         # Whether the gradients of a layer both read what one of them packs.
         "shares_packed": spec.transposed
         and any(
-            plan.contraction == "wgrad" and plan.problem.lattice for plan in plans.get("cuda", ())
+            plan.contraction == "wgrad" and plan.problem.compaction
+            for plan in plans.get("cuda", ())
         ),
         "axes": _AXES[spec.ndim],
         "class_name": spec.class_name,

@@ -153,7 +153,7 @@ def kernel_context(spec: ConvSpec, unit: Unit, plan: AnyPlan) -> dict[str, Any]:
         "command": command_line(spec),
         "unit": unit.name,
         "g": plan.geometry,
-        "lattice": plan.problem.lattice,
+        "compaction": plan.problem.compaction,
         "contraction": plan.contraction,
         # Whether this is the layer itself, whose sums its epilogue goes on with.
         "has_epilogue": spec.has_epilogue and plan.contraction == spec.forward,

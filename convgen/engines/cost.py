@@ -38,7 +38,7 @@ class Gpu:
     """Shared memory that a thread block may have."""
     bulk_bytes: float
     """As ``level2_bytes``, by bulk copies (TMA); the same where that was not measured."""
-    grouped_product_clocks: float = 0.0
+    warpgroup_product_clocks: float = 0.0
     """As ``product_clocks``, in products of four warps (``wgmma``); 0 where there are none."""
     measured: bool = False
     """Whether the rates were; else they are the data sheet's."""
@@ -60,7 +60,7 @@ H200 = Gpu(
     copy_bytes=18.0,
     shared_bytes=227 << 10,
     bulk_bytes=36.0,
-    grouped_product_clocks=1.0,
+    warpgroup_product_clocks=1.0,
     measured=True,
 )
 
@@ -115,7 +115,7 @@ def gpu_of(capability: int) -> Gpu:
 FP32_WARPS = 4
 """Warps' fp32 multiply-adds per clock."""
 WARP_CLOCKS = 6.0
-"""From one instruction of a warp to the next, as measured of those that stage."""
+"""From one instruction of a warp to the next, as measured of producers."""
 GATHER_TILE_CLOCKS = 600.0
 """Of a gather's tile: barriers and what they wait for, and its first stage."""
 GATHER_STEP_CLOCKS = 60.0
@@ -124,7 +124,7 @@ STORED_BYTES, SPREAD_BYTES = 24.0, 12.0
 """Per clock: of a gather's outputs side by side, and of those with a stride of several phases."""
 OVERLAP = 0.2
 """Of the work that is not the longest, what does not overlap with that."""
-GROUP_LATENCY = 200
+WARPGROUP_LATENCY = 200
 """Of four warps that multiply together: from the end of their products to the next ones."""
 GEMM_TILE_CLOCKS = 5000.0
 """Of a tile of an implicit GEMM beside its products."""

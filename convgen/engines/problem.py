@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from convgen.engines.gather.axes import Axis, arrange, gather_axes
+from convgen.spec.compaction import Compaction, compaction_of
 from convgen.spec.dtypes import KINDS
 from convgen.spec.geometry import Geometry, Triple
-from convgen.spec.lattice import Lattice, lattice_of
 
 
 @dataclass(frozen=True)
@@ -16,21 +16,21 @@ class Problem:
     """One contraction of a geometry in a dtype or math mode, as a kernel sees it.
 
     ``geometry`` is what the kernel's loops run over: the layer's own or, where the kernel packs
-    what its taps meet of the fine tensor first, that of the ``lattice``.
+    what its taps meet of the fine tensor first, that of the ``compaction``.
     """
 
     geometry: Geometry
     contraction: str
     kind: str
     """A key of ``convgen.spec.dtypes.KINDS``."""
-    lattice: Lattice | None = None
+    compaction: Compaction | None = None
 
     @staticmethod
     def packed(geometry: Geometry, contraction: str, kind: str) -> Problem:
-        """The problem of a kernel that packs lattices: dgrad, which writes, has none to pack."""
-        lattice = None if contraction == "dgrad" else lattice_of(geometry)
-        met = geometry if lattice is None else lattice.geometry
-        return Problem(met, contraction, kind, lattice)
+        """The problem of a kernel that compacts: dgrad, which writes, has none to pack."""
+        compaction = None if contraction == "dgrad" else compaction_of(geometry)
+        met = geometry if compaction is None else compaction.geometry
+        return Problem(met, contraction, kind, compaction)
 
     @property
     def element_bytes(self) -> int:

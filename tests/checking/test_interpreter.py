@@ -109,11 +109,11 @@ def test_asynchronous_copies_in_two_buffers(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", IN_PROCESS)
 @pytest.mark.parametrize("begin", [0, 2])
-def test_granules_are_copied_up_to_a_byte(mode: str, begin: int) -> None:
+def test_vectors_are_copied_up_to_a_byte(mode: str, begin: int) -> None:
     x = np.random.default_rng(0).random(17 * 4 + 4, "f4")
     x = x[-(x.ctypes.data // 4) % 4 :][: 17 * 4]
     y = nans(17 * 4)
-    library("warps.cu", mode)("granules", x, y, begin, a1=OUTPUT)
+    library("warps.cu", mode)("vectors", x, y, begin, a1=OUTPUT)
     bytes_of_x = np.where(np.arange(16) < np.arange(17)[:, None], x.view("u1").reshape(17, 16), 0)
     np.testing.assert_array_equal(y.view("u1").reshape(17, 16), bytes_of_x)
 
@@ -269,7 +269,7 @@ FAULTS = {
     "past_dynamic": r"thread \(63, 0, 0\): writes out of bounds of dynamic shared memory",
     "unaligned_vector": r"thread \(7, 0, 0\): .*unaligned",
     "unaligned_copy": r"unaligned source of an asynchronous copy of 16 bytes",
-    "granule_past_tensor": r"thread \(15, 0, 0\): reads out of bounds of a0: 3 bytes at offset 512",
+    "vector_past_tensor": r"thread \(15, 0, 0\): reads out of bounds of a0: 3 bytes at offset 512",
     "no_barrier": r"reads shared memory that nobody wrote",
     "overwritten_too_early": r"race on shared memory: it .* without a barrier between",
     "warp_race": r"thread \(31, 0, 0\): (race|reads shared memory that nobody wrote)",

@@ -22,15 +22,16 @@ def library(mode: str) -> Library:
 
 
 FAULTS = {
-    "claim_of_more_than_there_is": r"deadlock: .*threads 352-383 at claim_registers<224> with 168 "
+    "claim_of_more_than_there_is": r"deadlock: .*threads 352-383 at "
+    r"warpgroup_reg_alloc<224> with 168 "
     r"registers for each, while 768 are free of the block's 168 a thread \(launch_faults",
-    "release_behind_a_claim": r"__syncthreads .*threads 128-383 at claim_registers<224>",
-    "release_of_more_than_there_is": r"release_registers<176> .* by a thread that has 168",
-    "claim_of_less": r"claim_registers<160> .* by a thread that has 168",
-    "claim_by_three_warps": r"thread \(96, 0, 0\): release_registers<152> by other warps",
-    "groups_of_two_minds": r"thread \(64, 0, 0\): release_registers<144> .* which is in "
-    "release_registers<152>",
-    "claim_by_half_a_warp": r"release_registers .* with lanes missing from its warp",
+    "release_behind_a_claim": r"__syncthreads .*threads 128-383 at warpgroup_reg_alloc<224>",
+    "release_of_more_than_there_is": r"warpgroup_reg_dealloc<176> .* by a thread that has 168",
+    "claim_of_less": r"warpgroup_reg_alloc<160> .* by a thread that has 168",
+    "claim_by_three_warps": r"thread \(96, 0, 0\): warpgroup_reg_dealloc<152> by other warps",
+    "groups_of_two_minds": r"thread \(64, 0, 0\): warpgroup_reg_dealloc<144> .* which is in "
+    "warpgroup_reg_dealloc<152>",
+    "claim_by_half_a_warp": r"warpgroup_reg_dealloc .* with lanes missing from its warp",
     "reads_before_it_waits": r"reads 4 bytes at offset 0 of a0 before await_earlier_kernel\(\): "
     "the launch before writes it",
     "waits_in_another_thread": r"thread \(2, 0, 0\): writes 4 bytes .* before await_earlier_kernel",

@@ -316,7 +316,7 @@ FAULTS = {
     "stage_refilled_without_a_barrier": r"which products of thread \(\d+, 0, 0\) read without",
     "products_never_waited_for": r"it ended before its products .*: wgmma_wait is missing",
     "products_of_three_warps": r"thread \(96, 0, 0\): a wgmma .* not by its own: the block ended",
-    "products_of_different_operands": r"unlike the rest of its group of four warps",
+    "products_of_different_operands": r"unlike the rest of its warpgroup",
     "products_before_wgmma_begin": r"before any wgmma_begin",
     "copied_by_memcpy": r"nobody wrote: 512 bytes at offset 0 of shared array box",
 }

@@ -339,19 +339,19 @@ def test_what_was_measured_on_sm_90a_brings_no_spills_to_sm_90(
 @pytest.mark.parametrize(
     ("kind", "contraction", "fields"),
     [
-        ("tf32", "dgrad", {"groups": 3, "tiles": ((3, 48), (2, 64))}),
-        ("tf32x3", "dgrad", {"groups": 3, "tiles": ((2, 32),)}),
+        ("tf32", "dgrad", {"warpgroups": 3, "tiles": ((3, 48), (2, 64))}),
+        ("tf32x3", "dgrad", {"warpgroups": 3, "tiles": ((2, 32),)}),
         ("tf32", "dgrad", {"pairs": True, "tiles": ((3, 48), (2, 16))}),
         ("bf16tc", "fprop", {"pairs": True, "tiles": ((3, 48),)}),
-        ("tf32", "fprop", {"groups": 3, "pairs": True, "tiles": ((3, 32),)}),
-        ("bf16tc", "fprop", {"granules": True, "tiles": ((3, 48),)}),
+        ("tf32", "fprop", {"warpgroups": 3, "pairs": True, "tiles": ((3, 32),)}),
+        ("bf16tc", "fprop", {"vectors": True, "tiles": ((3, 48),)}),
     ],
     ids=str,
 )
 def test_what_a_tuned_schedule_may_have_fits_into_registers(
     kind: str, contraction: str, fields: dict[str, object], tmp_path: Path
 ) -> None:
-    """Three groups of warps, pairs of columns, granules, near their limits."""
+    """Three warpgroups, pairs of columns, vectors, near their limits."""
     layer = spec(UP, 3)
     default = plans.plan(layer, contraction, kind)
     plan = replace(default, schedule=replace(default.schedule, **fields))
@@ -374,7 +374,7 @@ def test_every_style_of_kernel_is_compiled() -> None:
         tap_blocks = plan.geometry.kernel[2] > schedule.taps_w
         wgrads.add((plan.family.name, tap_blocks))
         if isinstance(schedule, ProductSchedule):
-            wgrads.add((plan.family.name, f"flush {schedule.flush > 0}"))
+            wgrads.add((plan.family.name, f"promotion {schedule.promotion > 0}"))
         else:
             wgrads.add((plan.family.name, f"positions {schedule.positions}"))
     styles = {(style, False) for style in ("taps", "plane", "line")}
@@ -382,6 +382,6 @@ def test_every_style_of_kernel_is_compiled() -> None:
     assert ("mma", "slab", False) in gathers
     assert gathers >= {(engine, *style) for engine in OLDEST for style in styles}
     assert wgrads >= {(engine, blocks) for engine in OLDEST for blocks in (False, True)}
-    assert wgrads >= {("mma", "flush True"), ("mma", "flush False")}
+    assert wgrads >= {("mma", "promotion True"), ("mma", "promotion False")}
     assert wgrads >= {("simt", "positions 1"), ("simt", "positions 4")}
     assert {case.kind for case in CASES} == set(DTYPES) | set(MODES)

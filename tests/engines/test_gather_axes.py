@@ -34,7 +34,7 @@ LINES: Layer = ConvSpec("conv1d", 5, 2, 2), (9, 17), (9,)
 
 
 @pytest.mark.parametrize(
-    ("layer", "kind", "granules", "small"),
+    ("layer", "kind", "vectors", "small"),
     mostly_long(
         [
             (PLANES, "f32", False, True),
@@ -50,7 +50,7 @@ LINES: Layer = ConvSpec("conv1d", 5, 2, 2), (9, 17), (9,)
     ids=lambda value: value[0].name if isinstance(value, tuple) else str(value),
 )
 def test_tiles_of_many_samples_agree_with_float64(
-    layer: Layer, kind: str, granules: bool, small: bool
+    layer: Layer, kind: str, vectors: bool, small: bool
 ) -> None:
     spec, channels, extents = layer
     contractions = ("fprop", "dgrad")
@@ -58,7 +58,7 @@ def test_tiles_of_many_samples_agree_with_float64(
     if kind != "f32":
         schedules = {
             (contraction, kind): replace(
-                plans.plan(spec, contraction, kind).schedule, granules=granules
+                plans.plan(spec, contraction, kind).schedule, vectors=vectors
             )
             for contraction in contractions
         }

@@ -82,15 +82,19 @@ def check_calls(loaded: Library, case: Case, contractions: tuple[str, ...] = GAT
             given.check()
 
 
-def grouped(case: Case, contractions: tuple[str, ...] = GATHERS, groups: int = 2) -> dict[str, str]:
-    """Sources with enough channels per warp that warps multiply in groups."""
+def by_warpgroups(
+    case: Case, contractions: tuple[str, ...] = GATHERS, warpgroups: int = 2
+) -> dict[str, str]:
+    """Sources with enough channels per warp that warps multiply in warpgroups."""
     schedules = {}
     for contraction in contractions:
         default = plans.plan(case.spec, contraction, case.dtype).schedule
         if contraction == "wgrad":
-            continue  # by groups wherever it can be
+            continue  # by warpgroups wherever it can be
         (rows, _), *_ = default.tiles
-        schedules[contraction, case.dtype] = replace(default, tiles=((rows, 24),), groups=groups)
+        schedules[contraction, case.dtype] = replace(
+            default, tiles=((rows, 24),), warpgroups=warpgroups
+        )
     return engine_sources(case.spec, case.dtype, contractions, schedules)
 
 
@@ -103,27 +107,27 @@ QUICK_GROUPS = (3, -2)
 
 
 @pytest.mark.parametrize("case", mostly_long(WGMMA_CASES, *QUICK_GROUPS), ids=str)
-def test_groups_of_warps_agree_with_float64(case: Case) -> None:
-    loaded = Library(compile_sm_90a(f"{case.spec.name}_{case.dtype}_90a", grouped(case)))
+def test_warpgroups_agree_with_float64(case: Case) -> None:
+    loaded = Library(compile_sm_90a(f"{case.spec.name}_{case.dtype}_90a", by_warpgroups(case)))
     check_calls(loaded, case)
 
 
-# Three groups beside one crew that stages: by copies of elements and wide ones, with raw lines,
-# with sums that leave the tensor cores, and several phases.
-THREE_GROUPS = [WGMMA_CASES[i] for i in (0, 2, 3, 4, 6, 9, -2)]
+# Three consumer warpgroups beside one of producers: by copies of elements and wide ones, with raw
+# lines, with sums that leave the tensor cores, and several phases.
+THREE_WARPGROUPS = [WGMMA_CASES[i] for i in (0, 2, 3, 4, 6, 9, -2)]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", THREE_GROUPS, ids=str)
-def test_three_groups_of_warps_agree_with_float64(case: Case) -> None:
+@pytest.mark.parametrize("case", THREE_WARPGROUPS, ids=str)
+def test_three_warpgroups_agree_with_float64(case: Case) -> None:
     name = f"{case.spec.name}_{case.dtype}_three"
-    loaded = Library(compile_sm_90a(name, grouped(case, groups=3)))
+    loaded = Library(compile_sm_90a(name, by_warpgroups(case, warpgroups=3)))
     check_calls(loaded, case)
 
 
 # Tiles as the input lies in memory: all modes, inputs with and without stride, lines of any length
 # and place, scattered positions, phases, windows of planes and lines. (Case, style of unrolling.)
-GRANULES = [
+VECTORS = [
     (WGMMA_CASES[0], "taps"),
     (WGMMA_CASES[1], "plane"),
     (WGMMA_CASES[2], "taps"),
@@ -147,7 +151,7 @@ GRANULES = [
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "style", "architecture"),
-    [(*given, a) for given in GRANULES for a in ("80", "90a")],
+    [(*given, a) for given in VECTORS for a in ("80", "90a")],
     ids=str,
 )
 def test_tiles_may_be_staged_as_the_input_lies_in_memory(
@@ -158,10 +162,10 @@ def test_tiles_may_be_staged_as_the_input_lies_in_memory(
         default = plans.plan(case.spec, contraction, case.dtype).schedule
         (rows, _), *_ = default.tiles
         schedules[contraction, case.dtype] = replace(
-            default, unroll=style, tiles=((rows, 24), (1, 8)), granules=True
+            default, unroll=style, tiles=((rows, 24), (1, 8)), vectors=True
         )
     sources = engine_sources(case.spec, case.dtype, GATHERS, schedules)
-    name = f"{case.stem}_granules_{architecture}"
+    name = f"{case.stem}_vectors_{architecture}"
     loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
     check_calls(loaded, case)
 
@@ -212,7 +216,7 @@ def test_lanes_may_have_neighbouring_positions(case: Case, style: str, architect
 def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
     """As compiled for racecheck, whose tool does not follow named barriers."""
     for case in (WGMMA_CASES[3], WGMMA_CASES[-2]):
-        sources = grouped(case, (*GATHERS, "wgrad"))
+        sources = by_warpgroups(case, (*GATHERS, "wgrad"))
         macro = "#define CONVGEN_RACECHECK\n"
         sources = {**sources, "releases.cuh": macro + sources["releases.cuh"]}
         name = f"{case.stem}_racecheck_{architecture}"
@@ -222,7 +226,7 @@ def test_buffers_may_be_released_by_mbarriers(architecture: str) -> None:
 
 def test_products_that_nothing_waits_for_are_caught() -> None:
     case = WGMMA_CASES[-2]
-    sources = grouped(case, ("dgrad",))
+    sources = by_warpgroups(case, ("dgrad",))
     file = "fragments.cuh"
     # Both the last column's wait and the one before sums are read.
     text = sources[file]

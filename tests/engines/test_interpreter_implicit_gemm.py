@@ -370,10 +370,10 @@ BUGS: Mapping[str, Bug] = {
     ),
     "registers that are never free": (
         "kernel",
-        "      release_registers<PRODUCER_REGISTERS>();\n",
-        "      if (PLANTED) release_registers<PRODUCER_REGISTERS + 8>();\n"
-        "      if (!PLANTED) release_registers<PRODUCER_REGISTERS>();\n",
-        r"deadlock: .* at claim_registers<224> with 168 registers for each, while \d+ are free",
+        "      warpgroup_reg_dealloc<PRODUCER_REGISTERS>();\n",
+        "      if (PLANTED) warpgroup_reg_dealloc<PRODUCER_REGISTERS + 8>();\n"
+        "      if (!PLANTED) warpgroup_reg_dealloc<PRODUCER_REGISTERS>();\n",
+        r"deadlock: .* at warpgroup_reg_alloc<224> with 168 registers for each, while \d+ are free",
     ),
     "another kernel's results before it has ended": (
         "kernel",

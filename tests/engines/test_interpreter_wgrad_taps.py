@@ -228,10 +228,10 @@ BUGS: Mapping[str, Bug] = {
     ),
     "registers that are never free": (
         "wgrad_taps",
-        "      claim_registers<CONSUMER_REGISTERS>();\n",
-        "      if (PLANTED) claim_registers<CONSUMER_REGISTERS + 8>();\n"
-        "      if (!PLANTED) claim_registers<CONSUMER_REGISTERS>();\n",
-        r"deadlock: .* at claim_registers<232> with 168 registers for each, while \d+ are free",
+        "      warpgroup_reg_alloc<CONSUMER_REGISTERS>();\n",
+        "      if (PLANTED) warpgroup_reg_alloc<CONSUMER_REGISTERS + 8>();\n"
+        "      if (!PLANTED) warpgroup_reg_alloc<CONSUMER_REGISTERS>();\n",
+        r"deadlock: .* at warpgroup_reg_alloc<232> with 168 registers for each, while \d+ are free",
     ),
     "sums of two thread blocks in one place": (
         "wgrad_taps",

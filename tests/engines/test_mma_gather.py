@@ -1,8 +1,8 @@
 """The mma family's gathers, interpreted and checked: how they stage lines, and loads of words.
 
-Lines that no wide access can copy pass through raw buffers in 16-byte granules
+Lines that no wide access can copy pass through raw buffers in 16-byte vectors
 (``templates/cuda/mma/staging.cuh``), or tiles are staged as the input lies in memory
-(``granules.cuh``). Where strides are even, lanes load words of two 16-bit inputs as they lie there
+(``vectors.cuh``). Where strides are even, lanes load words of two 16-bit inputs as they lie there
 (``WordOrder`` in ``fragments.cuh``): which half of a word a line begins in follows from the
 tensor's address and extents, and the weights are packed for it.
 """
@@ -42,14 +42,14 @@ pytestmark = pytest.mark.usefixtures("shared_cache")
 
 INPUT = {"fprop": "fine", "dgrad": "coarse"}
 # Strides along W that are one, that make pairs of columns, and that do neither; with halos of a
-# few columns, and of more than a granule.
+# few columns, and of more than a vector.
 SPECS = {
     1: ConvSpec("conv2d", 3, 1, 1),
     2: ConvSpec("conv3d", (3, 3, 4), 2, (1, 1, 11), dilation=(1, 1, 3)),
     3: ConvSpec("conv2d", (2, 3), (2, 3), 1, groups=2),
 }
 # Batch, channels in and out, extents: odd widths, with several chunks of channels, strips and
-# tiles; widths below a granule; words and second channels that do not exist.
+# tiles; widths below a vector; words and second channels that do not exist.
 CALLS = {
     1: ((2, (41, 9), (7, 37)), (1, (3, 2), (2, 1)), (1, (17, 1), (3, 5))),
     2: ((2, (35, 9), (7, 5, 47)), (1, (3, 2), (2, 1, 2)), (1, (18, 1), (3, 4, 131))),
@@ -58,22 +58,22 @@ CALLS = {
 
 
 def sources(
-    stride: int, kind: str, contraction: str, architecture: str, granules: bool = False
+    stride: int, kind: str, contraction: str, architecture: str, vectors: bool = False
 ) -> dict[str, str]:
-    """On sm_90a with so many channels that warps multiply in groups, and two crews stage."""
+    """On sm_90a with so many channels that warpgroups multiply, beside two of producers."""
     plan = plans.plan(SPECS[stride], contraction, kind)
     rows, _ = plan.schedule.tiles[0]
     tiles = ((rows, 24 if architecture == "90a" else 8),)
-    schedules = {(contraction, kind): replace(plan.schedule, tiles=tiles, granules=granules)}
+    schedules = {(contraction, kind): replace(plan.schedule, tiles=tiles, vectors=vectors)}
     return engine_sources(SPECS[stride], kind, (contraction,), schedules)
 
 
 @cache
 def library(
-    stride: int, kind: str, contraction: str, architecture: str, granules: bool = False
+    stride: int, kind: str, contraction: str, architecture: str, vectors: bool = False
 ) -> Path:
-    files = sources(stride, kind, contraction, architecture, granules)
-    name = f"staging_{stride}_{contraction}_{kind}_{architecture}_{granules}"
+    files = sources(stride, kind, contraction, architecture, vectors)
+    name = f"staging_{stride}_{contraction}_{kind}_{architecture}_{vectors}"
     if architecture == "90a":
         return compile_interpreted(name, files, "checked", architecture=architecture)
     return compile_interpreted(name, files, "checked")
@@ -89,7 +89,7 @@ def problems(stride: int, kind: str, contraction: str) -> list[Given]:
 
 
 UNALIGNED = [
-    (*line, granules, architecture)
+    (*line, vectors, architecture)
     for line in (
         (1, "tf32", "dgrad"),
         (1, "bf16tc", "fprop"),
@@ -98,20 +98,20 @@ UNALIGNED = [
         (2, "bf16tc", "fprop"),
         (3, "f16tc", "fprop"),
     )
-    for granules in (False, True)
+    for vectors in (False, True)
     for architecture in ("80", "90a")
 ]
 
 
 @pytest.mark.parametrize(
-    ("stride", "kind", "contraction", "granules", "architecture"),
+    ("stride", "kind", "contraction", "vectors", "architecture"),
     mostly_long(UNALIGNED, 0, 18, 21),
 )
 def test_unaligned_lines_agree_with_float64(
     stride: int,
     kind: str,
     contraction: str,
-    granules: bool,
+    vectors: bool,
     architecture: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +119,7 @@ def test_unaligned_lines_agree_with_float64(
     """One thread block, whose copies run ahead from tile to tile; addresses of any alignment."""
     monkeypatch.setenv("CONVGEN_INTERPRET_MULTIPROCESSORS", "1")
     path = tmp_path / "one.so"
-    path.write_bytes(library(stride, kind, contraction, architecture, granules).read_bytes())
+    path.write_bytes(library(stride, kind, contraction, architecture, vectors).read_bytes())
     loaded = Library(path)
     for index, given in enumerate(problems(stride, kind, contraction)):
         name = INPUT[contraction]
@@ -161,9 +161,9 @@ def test_lines_that_are_moved_too_early_are_caught(statement: str, report: str) 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("architecture", "kind"), [("80", "bf16tc"), ("90a", "tf32")])
-def test_granules_may_be_handed_over_by_mbarriers(architecture: str, kind: str) -> None:
+def test_vectors_may_be_handed_over_by_mbarriers(architecture: str, kind: str) -> None:
     """As compiled for racecheck, which follows no named barrier at which a warp only arrives."""
-    files = sources(2, kind, "fprop", architecture, granules=True)
+    files = sources(2, kind, "fprop", architecture, vectors=True)
     files["releases.cuh"] = "#define CONVGEN_RACECHECK\n" + files["releases.cuh"]
     name = f"handed_over_{architecture}"
     loaded = Library(compile_interpreted(name, files, "checked", architecture=architecture))
@@ -176,9 +176,9 @@ def test_granules_may_be_handed_over_by_mbarriers(architecture: str, kind: str) 
 @pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
 def test_what_lies_beside_a_line_is_cleared(kind: str) -> None:
     """It is the end of the line before or the begin of the next, as a tile's columns hold it."""
-    files = sources(2, kind, "fprop", "80", granules=True)
+    files = sources(2, kind, "fprop", "80", vectors=True)
     (unit,) = (name for name in files if name.startswith("fprop_"))
-    statement = "granules.clear_margins(s, crew);"
+    statement = "vectors.clear_margins(s, producers);"
     assert statement in files[unit]
     text = files[unit].replace(statement, "")
     loaded = Library(compile_interpreted("buggy_clear", {**files, unit: text}, "checked"))
@@ -188,25 +188,27 @@ def test_what_lies_beside_a_line_is_cleared(kind: str) -> None:
 
 
 def test_columns_that_are_cleared_before_all_have_landed_are_caught() -> None:
-    """Others of the crew have copied them."""
-    files = sources(2, "bf16tc", "fprop", "80", granules=True)
+    """Others of the producer warpgroup have copied them."""
+    files = sources(2, "bf16tc", "fprop", "80", vectors=True)
     unit = "fprop_bf16tc.cu"
-    text = files[unit].replace("named_barrier_sync(BARRIER_COPIED + turn_of_crew", "if (false) (0")
+    text = files[unit].replace(
+        "named_barrier_sync(BARRIER_COPIED + turn_of_warpgroup", "if (false) (0"
+    )
     assert text != files[unit]
     loaded = Library(compile_interpreted("buggy_meeting", {**files, unit: text}, "checked"))
     with pytest.raises(Fault, match=r"asynchronous copy|race on shared memory"):
         solve(loaded, problems(2, "bf16tc", "fprop")[0])
 
 
-def test_granules_that_nothing_waits_for_are_caught() -> None:
-    files = sources(2, "bf16tc", "fprop", "80", granules=True)
+def test_vectors_that_nothing_waits_for_are_caught() -> None:
+    files = sources(2, "bf16tc", "fprop", "80", vectors=True)
     unit = "fprop_bf16tc.cu"
     text = files[unit].replace("copy_wait<decltype(pending)::value>();", "")
     announced = files["fragments.cuh"].replace("copy_wait<PENDING>();", "")
     assert text != files[unit]
     assert announced != files["fragments.cuh"]
     files |= {unit: text, "fragments.cuh": announced}
-    loaded = Library(compile_interpreted("buggy_granules", files, "checked"))
+    loaded = Library(compile_interpreted("buggy_vectors", files, "checked"))
     with pytest.raises(Fault, match="asynchronous copy"):
         solve(loaded, problems(2, "bf16tc", "fprop")[0])
 
@@ -255,7 +257,7 @@ def test_words_of_neighbours_agree_with_float64(
     default = plans.plan(spec, "fprop", kind).schedule
     rows = 1 if default.row_axis == "scattered" else 2
     tiles = ((rows, 24), (1, 8)) if architecture == "90a" else ((rows, 8),)
-    schedule = replace(default, unroll=style, tiles=tiles, granules=True)
+    schedule = replace(default, unroll=style, tiles=tiles, vectors=True)
     files = engine_sources(spec, kind, ("fprop",), {("fprop", kind): schedule})
     (unit,) = (name for name in files if name.startswith("fprop_"))
     assert "using Math = Neighbours<" in files[unit]
@@ -270,11 +272,11 @@ def test_words_of_neighbours_agree_with_float64(
 
 
 @pytest.mark.long
-def test_three_groups_beside_one_crew_agree_with_float64() -> None:
-    """A crew alone tells of a buffer when the next one's copies are on their way."""
+def test_three_warpgroups_beside_one_producer_agree_with_float64() -> None:
+    """A producer warpgroup alone tells of a buffer when the next one's copies are on their way."""
     spec, kind, style, calls = WORDS[0]
     default = plans.plan(spec, "fprop", kind).schedule
-    schedule = replace(default, unroll=style, tiles=((2, 24),), groups=3, granules=True)
+    schedule = replace(default, unroll=style, tiles=((2, 24),), warpgroups=3, vectors=True)
     files = engine_sources(spec, kind, ("fprop",), {("fprop", kind): schedule})
     loaded = Library(compile_interpreted("words_three", files, "checked", architecture="90a"))
     for seed, (batch, channels, extents) in enumerate(calls):
@@ -292,7 +294,7 @@ def test_nan_at_an_end_of_a_line_stays_in_its_line(
     """A word may hold it beside an end of the next line, or of the next sample."""
     spec, kind = ConvSpec(CONV, 3, 2, 1), "bf16tc"
     default = plans.plan(spec, "fprop", kind).schedule
-    schedule = replace(default, unroll="slab", tiles=((2, 8),), granules=True)
+    schedule = replace(default, unroll="slab", tiles=((2, 8),), vectors=True)
     files = engine_sources(spec, kind, ("fprop",), {("fprop", kind): schedule})
     loaded = Library(compile_interpreted("words_nan", files, "checked"))
     given = problem(spec, "fprop", kind, extents, batch=2, channels=(9, 4), seed=1)

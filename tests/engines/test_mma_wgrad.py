@@ -27,8 +27,8 @@ from interpreted import (
 
 from convgen.engines.mma.wgrad import wgrad_refusal, wgrad_schedule
 from convgen.engines.mma.wgrad_layout import (
-    group_tile_of,
     layout_of,
+    warpgroup_tile_of,
 )
 from convgen.spec import ConvSpec
 from convgen.spec.dtypes import MODES
@@ -96,7 +96,7 @@ CASES = [
 ]
 # On sm_90a, where four warps multiply together: channels beyond one block, both tensors' rows odd.
 GROUP_CASES = [
-    # The second call's lines are loose, and end beyond the tensor.
+    # The second call's lines are unaligned, and end beyond the tensor.
     Case(
         ConvSpec(UP, 3), ("tf32", "bf16tc"), ((1, (48, 48), (3, 6, 8)), (1, (48, 48), (5, 9, 11)))
     ),
@@ -106,13 +106,13 @@ GROUP_CASES = [
         ("bf16tc",),
         ((1, (32, 64), (3, 5, 9)),),
     ),
-    # Strided lines, word by word: what is tuned may have groups there, the default has none.
+    # Strided lines, word by word: what is tuned may have warpgroups there, the default has none.
     Case(ConvSpec(UP, 3, 2, 1), ("tf32",), ((1, (32, 48), (3, 5, 9)),)),
-    # Loose lines that are read in words: of a stride of four, with a word that half of them read.
+    # Unaligned rows that are read in words: of a stride of four, with a word that half read.
     Case(ConvSpec(UP, (2, 3, 5), (1, 2, 4), (0, 1, 2)), ("f16tc",), ((2, (32, 16), (4, 5, 9)),)),
     Case(ConvSpec(UP, (1, 2, 4), 2, (0, 0, 1)), ("bf16tc",), ((1, (40, 24), (3, 5, 17)),)),
     Case(ConvSpec(CONV, (3, 1, 7), (2, 1, 2), (2, 0, 4)), ("f16tc",), ((1, (24, 32), (5, 3, 43)),)),
-    # Loose lines of which single elements are read; of strides whose channels share a place.
+    # Unaligned rows of which single elements are read; of strides whose channels share a place.
     Case(ConvSpec(UP, 3, 2, 1, dilation=2), ("bf16tc",), ((1, (32, 64), (3, 5, 8)),)),
     Case(ConvSpec(CONV, 3, 1, 1), ("bf16tc",), ((1, (16, 32), (2, 8, 9)),)),
 ]
@@ -122,7 +122,7 @@ RUNS += [
     for case, modes in [(case, case.modes) for case in GROUP_CASES]
     + [(case, case.modes[-1:]) for case in CASES[1:]]
     for mode in modes
-    if plans.grouped_wgrad(case.spec, mode).group_tiles
+    if plans.warpgroup_wgrad(case.spec, mode).warpgroup_tiles
 ]
 
 
@@ -131,7 +131,7 @@ def library(
     spec: ConvSpec, mode: str, checks: str, architecture: str = "80", small: bool = True
 ) -> Path:
     """With one size of the kernel, or all."""
-    schedule = plans.grouped_wgrad(spec, mode)
+    schedule = plans.warpgroup_wgrad(spec, mode)
     if small:
         schedule = one_size(schedule)
     sources = engine_sources(spec, mode, ("wgrad",), {("wgrad", mode): schedule})
@@ -139,7 +139,7 @@ def library(
     return compile_interpreted(name, sources, checks, architecture=architecture)
 
 
-# All modes by warps, and those that groups of warps have.
+# All modes by warps, and those that warpgroups have.
 QUICK_RUNS = [run for run in RUNS if run[0] == CASES[0] and run[2] == "80"]
 QUICK_RUNS += [(GROUP_CASES[0], "bf16tc", "90a"), (GROUP_CASES[1], "f16tc", "90a")]
 
@@ -182,10 +182,10 @@ def test_groups_have_any_tiles(tiles: tuple[tuple[int, int], ...], taps: tuple[i
     """Several tiles of fine channels, several rows of taps, blocks beyond the kernel."""
     spec = ConvSpec(UP, 3, 2, 1)
     wanted = plans.wgrad(spec, "bf16tc")
-    schedule = replace(wgrad_schedule(wanted), group_taps=taps, group_tiles=tiles)
+    schedule = replace(wgrad_schedule(wanted), warpgroup_taps=taps, warpgroup_tiles=tiles)
     assert not wgrad_refusal(wanted, schedule)
     sources = engine_sources(spec, "bf16tc", ("wgrad",), {("wgrad", "bf16tc"): schedule})
-    loaded = Library(compile_interpreted("group_tiles", sources, architecture="90a"))
+    loaded = Library(compile_interpreted("warpgroup_tiles", sources, architecture="90a"))
     for made in Case(spec, (), ((2, (20, 33), (3, 5, 9)),)).problems("bf16tc"):
         solve(loaded, made)
         assert made.error() <= LIMITS["bf16tc"]
@@ -216,8 +216,8 @@ def test_tensors_may_start_anywhere(mode: str, skipped: int, architecture: str, 
 
 @pytest.mark.parametrize("skipped", [1, 4, 7])
 @pytest.mark.parametrize("height", mostly_long([6, 7], 1))
-def test_loose_lines_may_start_anywhere(skipped: int, height: int) -> None:
-    """Odd rows of neighbouring channels that begin alike, or not, behind any granule's start."""
+def test_unaligned_rows_may_start_anywhere(skipped: int, height: int) -> None:
+    """Odd rows of neighbouring channels that begin alike, or not, behind any vector's start."""
     spec = ConvSpec(UP, 3, 2, 1, (0, height % 2, 0), in_channels=32, out_channels=32)
     (made,) = Case(spec, (), ((1, (32, 32), (4, height, 21)),)).problems("f16tc")
     fine = made.operands["fine"]
@@ -239,7 +239,7 @@ def test_sanitized_kernels_stay_within_exact_tensors(mode: str, tmp_path: Path) 
         assert made.error() <= LIMITS[mode]
 
 
-# Where the loose lines of a call are staged.
+# Where the unaligned rows of a call are staged.
 PLACES_OF_LINES = """
 CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
   ConvgenCall call = {};
@@ -251,7 +251,7 @@ CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
   Plan p;
   if (const int error = plan(call, limits, p)) return error;
   const ProductShape& s = p.shape;
-  found[0] = s.loose, found[1] = s.fine_pitch, found[2] = s.planes, found[3] = s.rows;
+  found[0] = s.unaligned, found[1] = s.fine_pitch, found[2] = s.planes, found[3] = s.rows;
   found[4] = s.row_words, found[5] = s.stages, found[6] = s.stage_words;
   return CONVGEN_OK;
 }
@@ -295,7 +295,7 @@ CONVGEN_EXPORT int places_of_lines(const int64_t* sizes, int64_t* found) {
         3,
     ),
 )
-def test_loads_from_loose_lines_have_few_bank_conflicts(
+def test_loads_from_unaligned_rows_have_few_bank_conflicts(
     spec: ConvSpec, sizes: tuple[int, ...], wavefronts: int, loads: int
 ) -> None:
     sources = engine_sources(spec, "bf16tc", ("wgrad",))
@@ -303,10 +303,10 @@ def test_loads_from_loose_lines_have_few_bank_conflicts(
     loaded = Library(compile_interpreted("lines", sources, "plain", architecture="90a"))
     found = np.zeros(7, np.int64)
     loaded("places_of_lines", np.array(sizes, np.int64), found)
-    loose, pitch, planes, rows, words, stages, stage_words = found.tolist()
-    assert loose
+    unaligned, pitch, planes, rows, words, stages, stage_words = found.tolist()
+    assert unaligned
     assert 0 <= pitch - planes * rows * words < 32
-    # Copies of granules fill whole sectors of shared memory.
+    # Copies of vectors fill whole sectors of shared memory.
     assert stages % 8 == 0
     assert stage_words % 8 == 0
     stride = sizes[6] * sizes[7] * sizes[8]
@@ -318,19 +318,19 @@ def test_loads_from_loose_lines_have_few_bank_conflicts(
             word = (begin + g * stride) % 8 // 2 + t * 4 * spec.geometry.stride[2] // 2
             banks[(g * pitch + word) % 32] += 1
         assert max(banks) == wavefronts
-    taps = wgrad_schedule(plans.wgrad(spec, "bf16tc")).group_taps
-    tile = group_tile_of(layout_of(spec.geometry, 2, taps[1]), taps, 1, 4)
-    assert tile.loose_loads == 2 * taps[0] * loads
+    taps = wgrad_schedule(plans.wgrad(spec, "bf16tc")).warpgroup_taps
+    tile = warpgroup_tile_of(layout_of(spec.geometry, 2, taps[1]), taps, 1, 4)
+    assert tile.unaligned_loads == 2 * taps[0] * loads
 
 
 @pytest.mark.long
-def test_buffers_of_loose_lines_may_be_handed_over_by_mbarriers() -> None:
+def test_buffers_of_unaligned_rows_may_be_handed_over_by_mbarriers() -> None:
     """As compiled for racecheck, whose tool does not follow named barriers."""
     case = GROUP_CASES[0]
     sources = engine_sources(case.spec, "bf16tc", ("wgrad",), small=True)
     macro = "#define CONVGEN_RACECHECK\n"
     sources = {**sources, "releases.cuh": macro + sources["releases.cuh"]}
-    loaded = Library(compile_interpreted("loose_racecheck", sources, architecture="90a"))
+    loaded = Library(compile_interpreted("unaligned_racecheck", sources, architecture="90a"))
     made = case.problems("bf16tc")[-1]
     solve(loaded, made)
     assert made.error() <= LIMITS["bf16tc"]
@@ -349,7 +349,7 @@ def test_tiles_are_dealt_to_splits_in_turn(
     path = tmp_path / "few.so"  # a copy: the library remembers the limits
     path.write_bytes(library(spec, "bf16tc", "checked", architecture).read_bytes())
     loaded = Library(path)
-    # On sm_90a lines are loose; some tiles lie within the tensors, others at each of their edges.
+    # On sm_90a rows are unaligned; some tiles lie within the tensors, others at their edges.
     for batch, extents in ((2, (5, 7, 34)), (1, (9, 10, 62))):
         (made,) = Case(spec, (), ((batch, (32, 32), extents),)).problems("bf16tc")
         solve(loaded, made)

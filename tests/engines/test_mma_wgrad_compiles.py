@@ -34,7 +34,7 @@ def test_kernels_compile_without_spills(
     spec: ConvSpec, mode: str, architecture: str, tmp_path: Path
 ) -> None:
     compiler = toolchain.find_cuda()
-    schedule = plans.grouped_wgrad(spec, mode)
+    schedule = plans.warpgroup_wgrad(spec, mode)
     sources = engine_sources(spec, mode, ("wgrad",), {("wgrad", mode): schedule})
     for name, text in sources.items():
         (tmp_path / name).write_text(text)
@@ -44,9 +44,9 @@ def test_kernels_compile_without_spills(
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     kernels = toolchain.ptxas_resources(done.stdout + done.stderr)
-    for name, tiles in (("wgrad_kernel", schedule.tiles), ("groups", schedule.group_tiles)):
+    for name, tiles in (("wgrad_kernel", schedule.tiles), ("warpgroups", schedule.warpgroup_tiles)):
         assert len([kernel for kernel in kernels if name in kernel.kernel]) == len(tiles)
-    # ptxas says so where it cannot overlap products of groups.
+    # ptxas says so where it cannot overlap products of warpgroups.
     assert "wgmma.mma_async instructions are serialized" not in done.stdout + done.stderr
     for kernel in kernels:
         assert not kernel.spills, kernel

@@ -33,7 +33,7 @@ RATES = """
 using namespace convgen;
 CONVGEN_EXPORT int rates(int capability, double* found) {
   const GpuRates r = gpu_rates(capability);
-  found[0] = r.clocks_per_ms, found[1] = r.product_clocks, found[2] = r.grouped_product_clocks;
+  found[0] = r.clocks_per_ms, found[1] = r.product_clocks, found[2] = r.warpgroup_product_clocks;
   found[3] = r.fp64_warps, found[4] = r.level2_bytes, found[5] = r.bulk_bytes;
   found[6] = r.copy_bytes, found[7] = r.level2_capacity_bytes;
   return 0;
@@ -52,7 +52,7 @@ def test_the_hosts_code_has_the_models_rates() -> None:
         assert found.tolist() == [
             gpu.clocks_per_ms,
             gpu.product_clocks,
-            gpu.grouped_product_clocks,
+            gpu.warpgroup_product_clocks,
             gpu.fp64_warps,
             gpu.level2_bytes,
             gpu.bulk_bytes,

@@ -12,7 +12,7 @@ import pytest
 
 from convgen.codegen.render import TEMPLATES, render_unit
 from convgen.engines.cost import GPUS, H200, typical_calls
-from convgen.engines.mma.fit import GROUP_CHANNELS
+from convgen.engines.mma.fit import WARPGROUP_CHANNELS
 from convgen.engines.problem import Call
 from convgen.engines.registry import AnyPlan, Unit, units
 from convgen.measuring.layers import Layer, read_suite, suites
@@ -98,33 +98,31 @@ class TestSpace:
         assert "tiles are told apart by their channels" in refusal((3, 48), (4, 48))
         assert "tiles are told apart by their channels" in refusal()
 
-    def test_three_groups_of_warps_are_for_tiles_that_leave_them_registers(self) -> None:
+    def test_three_warpgroups_are_for_tiles_that_leave_them_registers(self) -> None:
         unit, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
 
-        def refusal(groups: int, *tiles: tuple[int, int]) -> str:
-            schedule = replace(plan.schedule, groups=groups, tiles=tiles)
+        def refusal(warpgroups: int, *tiles: tuple[int, int]) -> str:
+            schedule = replace(plan.schedule, warpgroups=warpgroups, tiles=tiles)
             return unit.family.refusal(replace(plan, schedule=schedule), ["90a"])
 
         assert refusal(2, (4, 48)) == refusal(3, (3, 48), (6, 16)) == ""
         assert "spill" in refusal(3, (4, 48))
         assert "24 channels or more" in refusal(3, (6, 16))
-        assert "2 or 3 groups" in refusal(4, (3, 48))
+        assert "2 or 3 warpgroups" in refusal(4, (3, 48))
         space = unit.family.candidates(unit.problem)
-        assert {c.schedule.groups for c in space if not c.refusal} == {2, 3}
+        assert {c.schedule.warpgroups for c in space if not c.refusal} == {2, 3}
 
-    def test_granules_are_for_taps_that_are_unrolled(self) -> None:
+    def test_vectors_are_for_taps_that_are_unrolled(self) -> None:
         unit, plan = plan_of(LAYERS["73"], "fprop", "tf32")
 
         def refusal(plan: AnyPlan) -> str:
-            return unit.family.refusal(
-                replace(plan, schedule=replace(plan.schedule, granules=True))
-            )
+            return unit.family.refusal(replace(plan, schedule=replace(plan.schedule, vectors=True)))
 
         assert refusal(plan) == ""
         long = ConvSpec.make("conv1d", kernel_size=80, stride=2)
         assert "loops over taps" in refusal(plans.plan(long, "fprop", "tf32"))
         space = unit.family.candidates(unit.problem)
-        assert {c.schedule.granules for c in space if not c.refusal} == {False, True}
+        assert {c.schedule.vectors for c in space if not c.refusal} == {False, True}
 
     def test_lanes_have_neighbouring_positions_where_pairs_of_columns_fit(self) -> None:
         unit, plan = plan_of(LAYERS["61"], "dgrad", "tf32")
@@ -135,8 +133,8 @@ class TestSpace:
 
         assert refusal(plan, tiles=((3, 48), (3, 16))) == ""
         assert "pairs of columns take 144" in refusal(plan, tiles=((4, 48),))
-        assert "pairs of columns take 112" in refusal(plan, tiles=((3, 48),), groups=3)
-        assert "granules" in refusal(plan, tiles=((3, 48),), granules=True)
+        assert "pairs of columns take 112" in refusal(plan, tiles=((3, 48),), warpgroups=3)
+        assert "vectors" in refusal(plan, tiles=((3, 48),), vectors=True)
         line = ConvSpec.make("conv1d", kernel_size=5)
         assert "scattered" in refusal(plans.plan(line, "fprop", "tf32"))
         _, strided = plan_of(LAYERS["73"], "fprop", "tf32")
@@ -232,7 +230,7 @@ MEASURED_SIMT = {"dgrad": 7.96, "fprop": 6.55, "wgrad": 6.96}
 
 def test_the_space_and_the_templates_agree_when_warps_multiply_together() -> None:
     text = (TEMPLATES / "cuda" / "mma" / "fragments.cuh").read_text()
-    assert f"constexpr int GROUP_LEAST_CHANNELS = {GROUP_CHANNELS};" in text
+    assert f"constexpr int WARPGROUP_LEAST_CHANNELS = {WARPGROUP_CHANNELS};" in text
 
 
 class TestModel:
@@ -250,8 +248,8 @@ class TestModel:
     def test_warps_that_stage_16_bit_lines_bound_gradients_of_strided_layers(self) -> None:
         """Of odd lines, where these are not staged as they lie in memory: docs/kernels.md."""
         unit, plan = plan_of(LAYERS["73"], "fprop", "bf16tc")
-        assert plan.schedule.granules
-        words = replace(plan.schedule, unroll="plane", tiles=((3, 32), (3, 24)), granules=False)
+        assert plan.schedule.vectors
+        words = replace(plan.schedule, unroll="plane", tiles=((3, 32), (3, 24)), vectors=False)
         found = unit.predict(replace(plan, schedule=words), call_of(LAYERS["73"]), H200)
         assert found.bound == "staging"
         assert found.ms == pytest.approx(0.67, rel=0.25)

@@ -140,6 +140,6 @@ def test_no_warp_uses_more_than_it_keeps(
         least, most_kept = sorted({limit for limit, _ in trades})
         for limit, most in trades:
             assert 0 < most <= limit, name
-        # A claim waits for ever for more: one group of four warps releases, the others claim.
+        # A claim waits for ever for more: one warpgroup releases, the others claim.
         groups = 65536 // int(started[name]) // 128
         assert least + (groups - 1) * most_kept <= groups * int(started[name]), name

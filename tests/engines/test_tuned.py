@@ -87,7 +87,7 @@ class TestTable:
         tables.store([winner()], table)
         assert len(found(archs)) == hits
 
-    def test_a_schedule_that_counts_on_groups_of_warps_is_for_their_architecture_alone(
+    def test_a_schedule_that_counts_on_warpgroups_is_for_their_architecture_alone(
         self, table: Path
     ) -> None:
         """By mma.sync, which has fewer registers, it would spill."""

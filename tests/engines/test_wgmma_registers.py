@@ -44,7 +44,7 @@ def cubin(
 ) -> Path:
     schedules = {}
     if contraction == "wgrad":
-        schedules = {(contraction, mode): plans.grouped_wgrad(spec, mode)}
+        schedules = {(contraction, mode): plans.warpgroup_wgrad(spec, mode)}
     for name, text in engine_sources(spec, mode, (contraction,), schedules).items():
         if fault is not None and fault[0] in text:
             text = text.replace(*fault)
@@ -144,7 +144,9 @@ def test_nothing_writes_what_products_read(
 
 @pytest.mark.long
 @pytest.mark.parametrize("spec", SPECS[2:], ids=lambda spec: spec.name)
-def test_nothing_writes_what_products_of_loose_lines_read(spec: ConvSpec, tmp_path: Path) -> None:
+def test_nothing_writes_what_products_of_unaligned_rows_read(
+    spec: ConvSpec, tmp_path: Path
+) -> None:
     products, found = search(cubin(tmp_path, spec, "wgrad", None, "bf16tc"))
     assert products
     assert not found

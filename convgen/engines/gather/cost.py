@@ -54,7 +54,7 @@ class Warp:
     narrow: tuple[float, float] = NARROW_ELEMENTS
     """What staging 32 words takes where lines of the input allow no wide access: times that they
     pass through shared memory, and instructions. Wide accesses take a quarter of 7 instructions."""
-    staging_warps: int = 0
+    producer_warps: int = 0
     """Warps of a thread block that only stage; 0 if all of them do beside their arithmetic."""
     most_c: int = 6
     """Warps of a thread block with different output channels, at most."""
@@ -148,7 +148,11 @@ def gather_prediction(
                 shared=wavefronts + (passages * tile_bytes + weight_bytes) / 128,
                 issue=(issue + instructions * staged / 32) / 4,
                 level2=(tile_bytes + weight_bytes) / gpu.level2_bytes,
-                staging=WARP_CLOCKS * instructions * staged / 32 / (warp.staging_warps or math.inf),
+                staging=WARP_CLOCKS
+                * instructions
+                * staged
+                / 32
+                / (warp.producer_warps or math.inf),
             )
             if brief:
                 work = Work(work.arithmetic, 0, 0, work.level2, 0)

@@ -1,7 +1,7 @@
 """What the tensor-core families (``mma.sync``, wgmma) for GPUs since sm_80 have in common.
 
 Their kernels are of math modes rather than dtypes: see ``convgen.spec.dtypes.MODES``. Those that
-read the fine tensor pack what their taps meet of it first, where that is a lattice.
+read the fine tensor pack what their taps meet of it first, where that is not all (compaction).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ HEADERS: Mapping[str, str] = {
     "outputs.cuh": "cuda/mma/outputs.cuh",
     "staging.cuh": "cuda/mma/staging.cuh",
     "lines.cuh": "cuda/mma/lines.cuh",
-    "granules.cuh": "cuda/mma/granules.cuh",
+    "vectors.cuh": "cuda/mma/vectors.cuh",
     "window.cuh": "cuda/mma/window.cuh",
-    "lattice.cuh": "cuda/mma/lattice.cuh",
+    "compaction.cuh": "cuda/mma/compaction.cuh",
     "mma_wgrad.cuh": "cuda/mma/wgrad.cuh",
     "mma_wgrad_sums.cuh": "cuda/mma/wgrad_sums.cuh",
     "mma_wgrad_shape.cuh": "cuda/mma/wgrad_shape.cuh",
@@ -44,7 +44,7 @@ HEADERS: Mapping[str, str] = {
 }
 
 LINE_BYTES = 16
-"""Packed lines are multiples of it: LATTICE_LINE_BYTES of the templates."""
+"""Packed lines are multiples of it: COMPACTION_LINE_BYTES of the templates."""
 
 LAUNCH_MS = 0.002
 """What one more kernel takes beside its bytes."""
@@ -62,13 +62,15 @@ def accepts(problem: Problem) -> str:
 
 
 def packed_call(problem: Problem, call: Call) -> Call:
-    """The extents that a kernel meets of a call: of the packed lattice, where there is one."""
-    lattice = problem.lattice
-    if lattice is None:
+    """The extents that a kernel meets of a call: of the compacted tensor, where there is one."""
+    compaction = problem.compaction
+    if compaction is None:
         return call
     d, h, w = (
         max(1, -(-(extent - offset) // step))
-        for extent, offset, step in zip(call.fine_extent, lattice.offset, lattice.step, strict=True)
+        for extent, offset, step in zip(
+            call.fine_extent, compaction.offset, compaction.step, strict=True
+        )
     )
     multiple = LINE_BYTES // problem.element_bytes
     return replace(call, fine_extent=(d, h, -(-w // multiple) * multiple))
@@ -76,7 +78,7 @@ def packed_call(problem: Problem, call: Call) -> Call:
 
 def packed_prediction(dense: Prediction, problem: Problem, call: Call, gpu: Gpu) -> Prediction:
     """Of the whole, packing included: whole lines are read, what is met of them written."""
-    if problem.lattice is None:
+    if problem.compaction is None:
         return dense
     d, h, w = packed_call(problem, call).fine_extent
     elements = call.batch * call.fine_channels * d * h * (call.fine_extent[2] + w)

@@ -20,10 +20,10 @@ from convgen.spec.documents import Length, Range
 # leave a thread.
 PRODUCTS = 20
 # 3xTF32 keeps a second set of sums, which leaves the tensor core after every 8 channels.
-PRODUCTS_FLUSHED = 10
+PRODUCTS_PROMOTED = 10
 # Where the compiler prefetches more, and would spill what it keeps meanwhile: 16-bit products take
 # half the clocks; large columns of a strided window lie far apart.
-PRODUCTS_FEW, PRODUCTS_FLUSHED_FEW = 16, 6
+PRODUCTS_FEW, PRODUCTS_PROMOTED_FEW = 16, 6
 # Registers for the fragments of one column (4 per row, 8 in 3xTF32); with all sums; and with these
 # where the window of a tile is strided.
 MAX_COLUMN_REGISTERS = 48
@@ -31,19 +31,20 @@ MAX_TILE_REGISTERS = 112
 MAX_STRIDED_TILE_REGISTERS = 96
 # Where warps trade registers (sm_90a), those that multiply together keep more. A tuned schedule may
 # count on it; no default does, which must suit every GPU.
-GROUP_CHANNELS = 24  # GROUP_LEAST_CHANNELS of the templates
-LONE_WARPS, CREW_WARPS = 8, 4  # that multiply each for itself in a thread block; that stage
+WARPGROUP_CHANNELS = 24  # WARPGROUP_LEAST_CHANNELS of the templates
+LONE_CONSUMER_WARPS = 8  # of a thread block, which multiply each for itself
+PRODUCER_WARPS = 4  # of a producer warpgroup
 MOST_WARPS = 16  # of a thread block on sm_90a
-FEW_PRODUCTS = 8  # of a warp, beside which two crews stage there
-GROUPED_ARCHITECTURE = "90a"
-PRODUCTS_GROUPED = {"tf32": 24, "tf32x3": 12, "f16tc": 24, "bf16tc": 24}
-GROUPED_REGISTERS = {"tf32": 120, "tf32x3": 128, "f16tc": 120, "bf16tc": 120}
-# Three groups have 152 registers for each thread instead of 184, and keep the fragments of one
+FEW_PRODUCTS = 8  # of a warp, beside which two producer warpgroups stage there
+WARPGROUP_ARCHITECTURE = "90a"
+PRODUCTS_OF_WARPGROUPS = {"tf32": 24, "tf32x3": 12, "f16tc": 24, "bf16tc": 24}
+WARPGROUP_REGISTERS = {"tf32": 120, "tf32x3": 128, "f16tc": 120, "bf16tc": 120}
+# Three warpgroups have 152 registers for each thread instead of 184, and keep the fragments of one
 # column instead of two. With more than this ptxas spills.
-GROUPS = (2, 3)
-THREE_GROUPS_REGISTERS = {"tf32": 92, "tf32x3": 96, "f16tc": 92, "bf16tc": 92}
-# Of sums and all pairs of columns that are held at once, by groups: with more ptxas spills, or lets
-# no products overlap.
+WARPGROUPS = (2, 3)
+THREE_WARPGROUPS_REGISTERS = {"tf32": 92, "tf32x3": 96, "f16tc": 92, "bf16tc": 92}
+# Of sums and all pairs of columns that are held at once, by warpgroups: with more ptxas spills, or
+# lets no products overlap.
 PAIRS_REGISTERS = {2: 112, 3: 92}
 
 
@@ -64,13 +65,13 @@ SPILL_FREE = Limits(
     {"tf32": 92, "tf32x3": 92, "f16tc": 84, "bf16tc": 84},
     {"tf32": 84, "tf32x3": 92, "f16tc": 84, "bf16tc": 84},
 )
-GROUPED = Limits(GROUPED_REGISTERS, GROUPED_REGISTERS)
-THREE_GROUPS = Limits(THREE_GROUPS_REGISTERS, THREE_GROUPS_REGISTERS)
+OF_WARPGROUPS = Limits(WARPGROUP_REGISTERS, WARPGROUP_REGISTERS)
+THREE_WARPGROUPS = Limits(THREE_WARPGROUPS_REGISTERS, THREE_WARPGROUPS_REGISTERS)
 # What was measured on sm_90a spills with more than this where warps multiply alone on a GPU that is
 # no older, though not on sm_80.
 NEWER_ARCHITECTURE = 90
 NEWER = Limits(
-    {"tf32": 100, "tf32x3": 100, "f16tc": 92, "bf16tc": 92}, dict.fromkeys(GROUPED_REGISTERS, 72)
+    {"tf32": 100, "tf32x3": 100, "f16tc": 92, "bf16tc": 92}, dict.fromkeys(WARPGROUP_REGISTERS, 72)
 )
 # Multiply instructions of an unrolled pass, over all phases: 16 bytes each, with about as many
 # loads beside them, in an instruction cache of 128 KiB. Of code not much longer (1944 did) nvcc
@@ -79,10 +80,11 @@ UNROLL_LIMIT = 1600
 # Two stages of a representative tile and its weights: what a block on sm_90 may hold, less a margin
 # for wider tiles. Smaller GPUs cut narrower tiles at launch.
 STAGES_LIMIT_BYTES = 200 * 1024
-# Registers for sums and a column beside which there is room for halves of words (granules in 16
+# Registers for sums and a column beside which there is room for halves of words (vectors in 16
 # bits). With more ptxas spills a few.
 HALVES_REGISTERS = 76
-# Beside few products a second crew leaves a thread 128 registers: with words, and with halves.
+# Beside few products a second producer warpgroup leaves a thread 128 registers: with words, and
+# with halves.
 FEW_REGISTERS, HALVES_FEW_REGISTERS = 68, 40
 # Two stages that any GPU holds.
 SMALL_STAGES_BYTES = 90 * 1024
@@ -96,8 +98,8 @@ class GatherTiles:
     is (rows, channels), all of them are compiled, and a call takes the one whose channels suit it
     best.
 
-    ``groups`` is how many times four warps multiply in a thread block where they do so together
-    (sm_90a, 24 or more channels): 2, or 3 with fewer registers each. With ``granules`` tiles are
+    ``warpgroups`` is how many times four warps multiply in a thread block where they do so together
+    (sm_90a, 24 or more channels): 2, or 3 with fewer registers each. With ``vectors`` tiles are
     staged as the input lies in memory, 16 bytes at a time, and lanes find their elements there.
     With ``pairs`` a lane has neighbouring positions and loads what all taps of a line read for
     them, two words at a time.
@@ -109,8 +111,8 @@ class GatherTiles:
     tiles: Annotated[
         tuple[tuple[Annotated[int, Range(1, 8)], Annotated[int, Range(8, 64)]], ...], Length(1, 8)
     ]
-    groups: Annotated[int, Range(*GROUPS)] = GROUPS[0]
-    granules: bool = False
+    warpgroups: Annotated[int, Range(*WARPGROUPS)] = WARPGROUPS[0]
+    vectors: bool = False
     pairs: bool = False
 
     def gather(self, tile: tuple[int, int]) -> GatherSchedule:
@@ -126,22 +128,22 @@ class GatherTiles:
 def budget(mode: str) -> int:
     """Products that a warp may keep."""
     if mode == "tf32x3":
-        return PRODUCTS_FLUSHED
+        return PRODUCTS_PROMOTED
     return PRODUCTS if mode == "tf32" else PRODUCTS_FEW
 
 
-def grouped(gather: GatherSchedule) -> bool:
-    """Whether its warps multiply in groups where a GPU has that."""
-    return min(gather.channels) >= GROUP_CHANNELS
+def by_warpgroups(gather: GatherSchedule) -> bool:
+    """Whether its warps multiply in warpgroups where a GPU has that."""
+    return min(gather.channels) >= WARPGROUP_CHANNELS
 
 
 def few_products(mode: str) -> int:
     """Products that a warp may keep beside what lies far apart."""
-    return PRODUCTS_FLUSHED_FEW if mode == "tf32x3" else PRODUCTS_FEW
+    return PRODUCTS_PROMOTED_FEW if mode == "tf32x3" else PRODUCTS_FEW
 
 
 def _fragment_registers(mode: str) -> int:
-    """Registers of a fragment of the input, or of a product's sums with what flushes them."""
+    """Registers of a fragment of the input, or of a product's sums with what promotes them."""
     return 8 if mode == "tf32x3" else 4
 
 
@@ -168,19 +170,19 @@ def tuned_refusal(problem: Problem, schedule: GatherTiles) -> str:
 
     def refusal(gather: GatherSchedule) -> str:
         unfit = _unfit(problem, gather)
-        if not unfit or not grouped(gather):
+        if not unfit or not by_warpgroups(gather):
             return unfit
-        most = PRODUCTS_GROUPED[problem.kind]
-        return misfit(problem, gather, most, GROUPED_REGISTERS[problem.kind])
+        most = PRODUCTS_OF_WARPGROUPS[problem.kind]
+        return misfit(problem, gather, most, WARPGROUP_REGISTERS[problem.kind])
 
     return first_refusal(schedule, refusal) or _fields_refusal(problem, schedule)
 
 
 def _fields_refusal(problem: Problem, schedule: GatherTiles) -> str:
-    """Why a schedule cannot have its groups, granules or pairs; empty if it can."""
-    if schedule.granules and schedule.unroll == "none":
-        return "loops over taps read words by residue, not elements of granules"
-    return _three_groups_refusal(problem, schedule) or _pairs_refusal(problem, schedule)
+    """Why a schedule cannot have its warpgroups, vectors or pairs; empty if it can."""
+    if schedule.vectors and schedule.unroll == "none":
+        return "loops over taps read words by residue, not elements of vectors"
+    return _three_warpgroups_refusal(problem, schedule) or _pairs_refusal(problem, schedule)
 
 
 def first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], str]) -> str:
@@ -193,19 +195,19 @@ def first_refusal(schedule: GatherTiles, refusal: Callable[[GatherSchedule], str
     return next(filter(None, map(refusal, schedule.gathers)), "")
 
 
-def _three_groups_refusal(problem: Problem, schedule: GatherTiles) -> str:
-    """Why a schedule cannot have its number of groups of warps; empty if it can."""
-    if schedule.groups not in GROUPS:
-        return f"a thread block has {' or '.join(map(str, GROUPS))} groups of warps that multiply"
-    if schedule.groups == GROUPS[0]:
+def _three_warpgroups_refusal(problem: Problem, schedule: GatherTiles) -> str:
+    """Why a schedule cannot have its number of warpgroups; empty if it can."""
+    if schedule.warpgroups not in WARPGROUPS:
+        return f"a thread block has {' or '.join(map(str, WARPGROUPS))} warpgroups that multiply"
+    if schedule.warpgroups == WARPGROUPS[0]:
         return ""
-    if not any(map(grouped, schedule.gathers)):
-        return f"three groups of warps need a tile of {GROUP_CHANNELS} channels or more"
+    if not any(map(by_warpgroups, schedule.gathers)):
+        return f"three warpgroups need a tile of {WARPGROUP_CHANNELS} channels or more"
 
     def refusal(gather: GatherSchedule) -> str:
-        if not grouped(gather):
+        if not by_warpgroups(gather):
             return ""
-        return likely_spill(problem, gather, THREE_GROUPS)
+        return likely_spill(problem, gather, THREE_WARPGROUPS)
 
     return first_refusal(schedule, refusal)
 
@@ -219,11 +221,11 @@ def _pairs_refusal(problem: Problem, schedule: GatherTiles) -> str:
     r, _, x = problem.arranged
     if x.step > 1:
         return "neighbouring positions of a strided input read columns that are no neighbours"
-    if schedule.granules:
-        return "elements of granules lie anywhere: they are not loaded in pairs"
+    if schedule.vectors:
+        return "elements of vectors lie anywhere: they are not loaded in pairs"
     # What lies between two pairs is made of both, while a third is loaded if there is one.
     held = min(len(pairs_of_line(x)[1]), 3)
-    most = PAIRS_REGISTERS[schedule.groups]
+    most = PAIRS_REGISTERS[schedule.warpgroups]
 
     def refusal(gather: GatherSchedule) -> str:
         registers = (products_of(gather) + held * gather.planes(r)) * _fragment_registers(
@@ -323,13 +325,13 @@ def likely_spill(problem: Problem, gather: GatherSchedule, limits: Limits) -> st
 
 
 def crowded(problem: Problem, gather: GatherSchedule) -> bool:
-    """Whether a warp of few products likely spills in the registers that two crews leave it."""
-    few = products_of(gather) <= FEW_PRODUCTS and not grouped(gather)
+    """Whether a warp of few products likely spills beside two producer warpgroups."""
+    few = products_of(gather) <= FEW_PRODUCTS and not by_warpgroups(gather)
     return few and tile_registers(problem, gather) > FEW_REGISTERS
 
 
 def loads_words(problem: Problem) -> bool:
-    """Whether lanes load words of two neighbouring elements from granules, as they lie in memory.
+    """Whether lanes load words of two neighbouring elements from vectors, as they lie in memory.
 
     Of 16 bits each. Weights are packed for the half of its word in which a line begins, which must
     be the same for all positions: strides are even.
@@ -348,15 +350,15 @@ def _slots_of_line(problem: Problem) -> int:
 
 
 def halves_spill(problem: Problem, gather: GatherSchedule) -> bool:
-    """Whether halves of words, as granules hold them in 16 bits, likely spill beside a tile."""
+    """Whether halves of words, as vectors hold them in 16 bits, likely spill beside a tile."""
     if problem.element_bytes == 4 or loads_words(problem):
         return False
-    few = products_of(gather) <= FEW_PRODUCTS and not grouped(gather)
+    few = products_of(gather) <= FEW_PRODUCTS and not by_warpgroups(gather)
     most = HALVES_FEW_REGISTERS if few else HALVES_REGISTERS
     return tile_registers(problem, gather) > most
 
 
-def granules_pay(problem: Problem, gather: GatherSchedule) -> bool:
+def vectors_pay(problem: Problem, gather: GatherSchedule) -> bool:
     """Whether tiles are to be staged as a strided input lies in memory.
 
     Its columns take an access each otherwise. Lines are longer that way: where the narrowest tile

@@ -31,26 +31,25 @@ from convgen.engines.gather.schedule import (
 from convgen.engines.gather.unroll import gather_context, paired_lines
 from convgen.engines.mma.common import HEADERS, NAME, accepts, packed_call, packed_prediction
 from convgen.engines.mma.fit import (
-    CREW_WARPS,
     FEW_PRODUCTS,
-    GROUP_CHANNELS,
-    GROUPED,
-    GROUPED_ARCHITECTURE,
-    GROUPS,
-    LONE_WARPS,
+    LONE_CONSUMER_WARPS,
     MAX_TILE_REGISTERS,
     MOST_WARPS,
     NEWER,
     NEWER_ARCHITECTURE,
+    OF_WARPGROUPS,
+    PRODUCER_WARPS,
     SPILL_FREE,
+    WARPGROUP_ARCHITECTURE,
+    WARPGROUP_CHANNELS,
+    WARPGROUPS,
     GatherTiles,
     budget,
+    by_warpgroups,
     crowded,
     default_refusal,
     few_products,
     first_refusal,
-    granules_pay,
-    grouped,
     halves_spill,
     likely_spill,
     loads_words,
@@ -59,6 +58,7 @@ from convgen.engines.mma.fit import (
     products_of,
     strided_spill,
     tuned_refusal,
+    vectors_pay,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.dtypes import MODES
@@ -85,9 +85,9 @@ FEW_BLOCKS, MANY_BLOCKS = {1: 25, 2: 17}, 15
 # memory (written to a buffer, read, partly by halves, and written to the tile), and instructions
 # (about 3 are for copying them, 10 for moving them, the others for what each item takes).
 NARROW_PAIRS = (3.5, 19.0)
-# As the input lies in memory (``granules.cuh``): an asynchronous copy of 16 bytes is about seven
+# As the input lies in memory (``vectors.cuh``): an asynchronous copy of 16 bytes is about seven
 # instructions, as it is of words that come by wide accesses.
-GRANULES = (1.0, 7 / 4)
+VECTORS = (1.0, 7 / 4)
 
 
 def _block_cost(blocks: int, out_blocks: int) -> int:
@@ -120,7 +120,7 @@ def gather_tiles(problem: Problem) -> GatherTiles:
         (gather,) = other.gathers
         if default_refusal(problem, other) or likely_spill(problem, gather, SPILL_FREE):
             continue
-        if crowded(problem, gather) or (other.granules and halves_spill(problem, gather)):
+        if crowded(problem, gather) or (other.vectors and halves_spill(problem, gather)):
             continue
         if (expected := time(other)) < most:
             most, best = expected, other
@@ -130,10 +130,10 @@ def gather_tiles(problem: Problem) -> GatherTiles:
 def _ruled_schedule(problem: Problem) -> GatherTiles:
     """As many rows and channels as fit, and the largest pass that they allow."""
     _, _, x = problem.arranged
-    flushed = problem.kind == "tf32x3"
+    promoted = problem.kind == "tf32x3"
     per_group = problem.output_channels
     variants = variants_of(problem)
-    rows = (2 if flushed else 3) if variants == 1 else 2 if variants == 2 and not flushed else 1
+    rows = (2 if promoted else 3) if variants == 1 else 2 if variants == 2 and not promoted else 1
 
     def channel_blocks(products: int) -> tuple[int, ...]:
         """The blocks of 8 channels per warp to compile, with at most so many products."""
@@ -150,8 +150,8 @@ def _ruled_schedule(problem: Problem) -> GatherTiles:
     def schedule(style: str, products: int) -> GatherTiles:
         tiles = tuple((rows, 8 * blocks) for blocks in channel_blocks(products))
         gather = GatherSchedule(style, row_axis, rows, variants, tuple(c for _, c in tiles))
-        granules = granules_pay(problem, gather)
-        return GatherTiles(style, row_axis, variants, tiles, granules=granules)
+        vectors = vectors_pay(problem, gather)
+        return GatherTiles(style, row_axis, variants, tiles, vectors=vectors)
 
     if loops_over_taps(x):
         return schedule("none", budget(problem.kind))
@@ -200,17 +200,17 @@ def _space(problem: Problem) -> list[Candidate[GatherTiles]]:
             default,
             unroll=style,
             tiles=tuple((rows, 8 * b) for b in blocks),
-            groups=groups,
-            granules=granules,
+            warpgroups=warpgroups,
+            vectors=vectors,
             pairs=pairs,
         )
         for style, rows, blocks in product(STYLES, (1, 2, 3, 4, 6, 8), sizes)
-        for groups in (GROUPS if 8 * max(blocks) >= GROUP_CHANNELS else GROUPS[:1])
-        for granules, pairs in ((False, False), (True, False), (False, True))
+        for warpgroups in (WARPGROUPS if 8 * max(blocks) >= WARPGROUP_CHANNELS else WARPGROUPS[:1])
+        for vectors, pairs in ((False, False), (True, False), (False, True))
     ]
 
     def spills(gather: GatherSchedule) -> str:
-        limits = GROUPED if grouped(gather) else SPILL_FREE
+        limits = OF_WARPGROUPS if by_warpgroups(gather) else SPILL_FREE
         return likely_spill(problem, gather, limits)
 
     candidates = [Candidate(default, "")]
@@ -223,7 +223,7 @@ def _space(problem: Problem) -> list[Candidate[GatherTiles]]:
 
 def _loads_words(problem: Problem, schedule: GatherTiles) -> bool:
     """Whether lanes load words of two neighbouring elements."""
-    return schedule.granules and loads_words(problem)
+    return schedule.vectors and loads_words(problem)
 
 
 def _schedule_prediction(
@@ -253,26 +253,26 @@ def _tile_prediction(
     # Channels of a staged word.
     elements = 1 if neighbours else 4 // problem.element_bytes
     products = 3 if split == 2 else 1
-    grouped = gpu.grouped_product_clocks > 0 and channels >= GROUP_CHANNELS
+    grouped = gpu.warpgroup_product_clocks > 0 and channels >= WARPGROUP_CHANNELS
     # Lanes load weights once per tap; the tensor core itself does, for the 64 positions of a
     # group and each row.
     weight = (2.0 * blocks * split, 1.0 * blocks * split)
     if grouped:
         weight = (0.5 * blocks * products * rows, 4.0)
-    clocks = gpu.grouped_product_clocks if grouped else gpu.product_clocks
-    warps = WARPGROUP * schedule.groups if grouped else LONE_WARPS
-    many = grouped or (gpu.grouped_product_clocks > 0 and products_of(gather) <= FEW_PRODUCTS)
-    staging_warps = MOST_WARPS - warps if many else CREW_WARPS
+    clocks = gpu.warpgroup_product_clocks if grouped else gpu.product_clocks
+    warps = WARPGROUP * schedule.warpgroups if grouped else LONE_CONSUMER_WARPS
+    many = grouped or (gpu.warpgroup_product_clocks > 0 and products_of(gather) <= FEW_PRODUCTS)
+    producer_warps = MOST_WARPS - warps if many else PRODUCER_WARPS
     _, _, x = problem.arranged
     load = (4.0, {"tf32": 8.0, "tf32x3": 24.0}.get(mode, 4.0))
     narrow = NARROW_PAIRS if elements == 2 else NARROW_ELEMENTS
     if neighbours:
         load = (4.0, 6.0)
-        narrow = (GRANULES[0], GRANULES[1] / 2)  # words of one element each
-    elif schedule.granules:
+        narrow = (VECTORS[0], VECTORS[1] / 2)  # words of one element each
+    elif schedule.vectors:
         # Each element of a word is loaded, and a pair put together.
         load = (4.0 * elements * min(x.step, 2), load[1] + 8 * (elements - 1))
-        narrow = GRANULES
+        narrow = VECTORS
     if schedule.pairs:
         # Two loads of two words instead of four, of fewer pairs than there are columns, some of
         # which are copied from two pairs.
@@ -281,7 +281,7 @@ def _tile_prediction(
     warp = Warp(
         lanes=16 * WARPGROUP if grouped else 16,
         channels=channels,
-        warps=schedule.groups if grouped else LONE_WARPS,
+        warps=schedule.warpgroups if grouped else LONE_CONSUMER_WARPS,
         # Four loads of a fragment, and the rounding or splitting of its words.
         load=load,
         weight=weight,
@@ -291,9 +291,9 @@ def _tile_prediction(
         weight_bytes=32 * blocks * split,
         staged_words=8,
         narrow=narrow,
-        staging_warps=staging_warps,
-        # Three groups cannot be shared out among two blocks of channels.
-        most_c=(2 if schedule.groups == 2 else 1) if grouped else 6,
+        producer_warps=producer_warps,
+        # Three warpgroups cannot be shared out among two blocks of channels.
+        most_c=(2 if schedule.warpgroups == 2 else 1) if grouped else 6,
         together=WARPGROUP if grouped else 1,
     )
     return gather_prediction(
@@ -334,7 +334,7 @@ class MmaGather(Family[GatherTiles]):
     def refusal(self, plan: Plan[GatherTiles], architectures: Iterable[str] = ()) -> str:
         problem, schedule = plan.problem, plan.schedule
         names = [name.partition("+")[0] for name in architectures]
-        if all(name == GROUPED_ARCHITECTURE for name in names):
+        if all(name == WARPGROUP_ARCHITECTURE for name in names):
             return tuned_refusal(problem, schedule)
         refusal = default_refusal(problem, schedule)
         if refusal or not any(int(name.rstrip("af")) >= NEWER_ARCHITECTURE for name in names):

@@ -14,9 +14,9 @@ from convgen.engines.mma.common import HEADERS, NAME, accepts, packed_call, pack
 from convgen.engines.mma.wgrad_cost import (
     clocks_of,
     cost_of,
-    group_clocks_of,
-    group_cost_of,
-    staging_bounds_groups,
+    staging_bounds_warpgroups,
+    warpgroup_clocks_of,
+    warpgroup_cost_of,
 )
 from convgen.engines.mma.wgrad_layout import (
     COLUMNS,
@@ -24,11 +24,11 @@ from convgen.engines.mma.wgrad_layout import (
     QUAD,
     ROWS,
     elements_of,
-    group_tile_of,
     layout_of,
     layouts_of,
     tap_blocks,
     tile_of,
+    warpgroup_tile_of,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
@@ -37,14 +37,14 @@ from convgen.spec.geometry import Geometry
 
 # Chunks of 16 positions that 3xTF32 sums in the tensor cores, which truncate when they add, before
 # their sum is added in fp32: 8 products of depth 8, three each.
-FLUSH = 4
-GROUP_LEAST_COARSE = 16
-MAX_GROUP_BLOCKS, MAX_GROUP_TILES = 8, 2
-UNKNOWN_GROUP_BLOCKS = (4, 6, 8)
+PROMOTION = 4
+WARPGROUP_LEAST_COARSE = 16
+MAX_WARPGROUP_BLOCKS, MAX_WARPGROUP_TILES = 8, 2
+UNKNOWN_WARPGROUP_BLOCKS = (4, 6, 8)
 # Coarse tiles to compile where the channels are not known: 16, 32 and 48 pad little of any count.
 UNKNOWN_M_TILES = (1, 2, 3)
 MAX_M_TILES, MAX_N_TILES = 4, 8
-# What groups of warps take longer, as measured, where few warps stage strided lines word by word.
+# What warpgroups take longer, as measured, where few warps stage strided lines word by word.
 STAGING_BOUND = 2.5
 
 Taps = Annotated[int, Range(0, MAX_TAPS)]
@@ -55,11 +55,11 @@ class WgradSchedule:
     """What a warp keeps in registers, and what the template unrolls.
 
     ``tiles`` lists the compiled tiles (coarse tiles of 16 channels, fine tiles of 8), each at
-    ``taps_h x taps_w`` taps; a call takes the one that suits its channels. ``flush`` is the number
-    of chunks that are summed in the tensor cores at once, 0 for all.
+    ``taps_h x taps_w`` taps; a call takes the one that suits its channels. ``promotion`` is the
+    number of chunks that are summed in the tensor cores at once, 0 for all.
 
-    ``group_tiles`` are tiles (fine tiles of 16 channels, coarse blocks of 8), each at
-    ``group_taps`` taps along H and W, where four warps multiply together (wgmma, sm_90a): such
+    ``warpgroup_tiles`` are tiles (fine tiles of 16 channels, coarse blocks of 8), each at
+    ``warpgroup_taps`` taps along H and W, where four warps multiply together (wgmma, sm_90a): such
     devices run these instead. Without them, with operands that are split or few channels in a
     group, they run the others too.
     """
@@ -72,13 +72,13 @@ class WgradSchedule:
         ],
         Length(1, 8),
     ]
-    flush: Annotated[int, Range(0, FLUSH)]
-    group_taps: tuple[Taps, Taps] = (0, 0)
-    group_tiles: Annotated[
+    promotion: Annotated[int, Range(0, PROMOTION)]
+    warpgroup_taps: tuple[Taps, Taps] = (0, 0)
+    warpgroup_tiles: Annotated[
         tuple[
             tuple[
-                Annotated[int, Range(1, MAX_GROUP_TILES)],
-                Annotated[int, Range(1, MAX_GROUP_BLOCKS)],
+                Annotated[int, Range(1, MAX_WARPGROUP_TILES)],
+                Annotated[int, Range(1, MAX_WARPGROUP_BLOCKS)],
             ],
             ...,
         ],
@@ -86,22 +86,22 @@ class WgradSchedule:
     ] = ()
 
 
-def _group_schedule(problem: Problem) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
-    """The best ``group_taps`` and ``group_tiles``."""
+def _warpgroup_schedule(problem: Problem) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+    """The best ``warpgroup_taps`` and ``warpgroup_tiles``."""
     none: tuple[tuple[int, int], tuple[tuple[int, int], ...]] = (0, 0), ()
     coarse, fine = problem.geometry.channels_per_group
-    if not _suits_groups(problem):
+    if not _suits_warpgroups(problem):
         return none
     layouts = layouts_of(problem)
     needed = -(-coarse // 8) if coarse else 0
-    sizes = range(1, min(needed, MAX_GROUP_BLOCKS) + 1) if coarse else UNKNOWN_GROUP_BLOCKS
-    most_m = min(MAX_GROUP_TILES, -(-fine // ROWS)) if fine else 1
+    sizes = range(1, min(needed, MAX_WARPGROUP_BLOCKS) + 1) if coarse else UNKNOWN_WARPGROUP_BLOCKS
+    most_m = min(MAX_WARPGROUP_TILES, -(-fine // ROWS)) if fine else 1
     costs = {
         (taps, (m, blocks)): cost
         for taps, m, blocks in product(
             tap_blocks(problem.geometry, layouts), range(1, most_m + 1), sizes
         )
-        if (cost := group_cost_of(problem, layouts[taps[1]], taps, (m, blocks))) is not None
+        if (cost := warpgroup_cost_of(problem, layouts[taps[1]], taps, (m, blocks))) is not None
     }
     if not costs:
         return none
@@ -125,10 +125,10 @@ def _group_schedule(problem: Problem) -> tuple[tuple[int, int], tuple[tuple[int,
     return taps, tuple((1, b) for b in sizes if (taps, (1, b)) in costs)
 
 
-def _suits_groups(problem: Problem) -> bool:
-    """Whether a group's channels may fill the products of groups of warps."""
+def _suits_warpgroups(problem: Problem) -> bool:
+    """Whether a group's channels may fill the products of warpgroups."""
     coarse, fine = problem.geometry.channels_per_group
-    few = (coarse or GROUP_LEAST_COARSE) < GROUP_LEAST_COARSE or (fine or ROWS) < ROWS
+    few = (coarse or WARPGROUP_LEAST_COARSE) < WARPGROUP_LEAST_COARSE or (fine or ROWS) < ROWS
     unknown = problem.geometry.groups > 1 and not (coarse and fine)
     return problem.kind != "tf32x3" and not few and not unknown
 
@@ -172,20 +172,20 @@ def wgrad_schedule(problem: Problem) -> WgradSchedule:
         tiles = tuple(
             best([taps], (m,))[1] for m in UNKNOWN_M_TILES if cost(taps, m, 1) is not None
         )
-    alone = WgradSchedule(*taps, tiles, _flush(problem.kind))
-    if staging_bounds_groups(problem):
+    alone = WgradSchedule(*taps, tiles, _promotion(problem.kind))
+    if staging_bounds_warpgroups(problem):
         return alone
-    return with_groups(alone, problem)
+    return with_warpgroups(alone, problem)
 
 
-def with_groups(schedule: WgradSchedule, problem: Problem) -> WgradSchedule:
-    """The same, with the best tiles of groups of warps, where channels suit them."""
-    taps, tiles = _group_schedule(problem)
-    return replace(schedule, group_taps=taps, group_tiles=tiles)
+def with_warpgroups(schedule: WgradSchedule, problem: Problem) -> WgradSchedule:
+    """The same, with the best tiles of warpgroups, where channels suit them."""
+    taps, tiles = _warpgroup_schedule(problem)
+    return replace(schedule, warpgroup_taps=taps, warpgroup_tiles=tiles)
 
 
-def _flush(mode: str) -> int:
-    return FLUSH if mode == "tf32x3" else 0
+def _promotion(mode: str) -> int:
+    return PROMOTION if mode == "tf32x3" else 0
 
 
 def wgrad_refusal(problem: Problem, schedule: WgradSchedule) -> str:
@@ -194,36 +194,37 @@ def wgrad_refusal(problem: Problem, schedule: WgradSchedule) -> str:
     taps = schedule.taps_h, schedule.taps_w
     if taps not in tap_blocks(problem.geometry, layouts):
         return f"{taps[0]} x {taps[1]} taps do not fill their blocks, or reach too far for a window"
-    if schedule.flush != _flush(problem.kind):
-        flush = _flush(problem.kind)
-        return f"sums of {problem.kind} leave the tensor cores after {flush} chunks (0: at the end)"
-    if any(len(set(each)) < len(each) for each in (schedule.tiles, schedule.group_tiles)):
+    if schedule.promotion != _promotion(problem.kind):
+        promotion = _promotion(problem.kind)
+        after = f"{promotion} chunks (0: at the end)"
+        return f"sums of {problem.kind} leave the tensor cores after {after}"
+    if any(len(set(each)) < len(each) for each in (schedule.tiles, schedule.warpgroup_tiles)):
         return "the same tile is compiled once"
     for m, n in schedule.tiles:
         if not (1 <= m <= MAX_M_TILES and 1 <= n <= MAX_N_TILES):
             return f"tiles have at most {MAX_M_TILES} x {MAX_N_TILES} products, not {m} x {n}"
         if clocks_of(problem.kind, layouts[taps[1]], 1, *taps, m, n) is None:
             return f"a tile of {m} x {n} products for {taps[0]} x {taps[1]} taps spills"
-    return _group_refusal(problem, schedule)
+    return _warpgroup_refusal(problem, schedule)
 
 
-def _group_refusal(problem: Problem, schedule: WgradSchedule) -> str:
-    taps = schedule.group_taps
-    if not schedule.group_tiles:
-        return "" if taps == (0, 0) else "taps of groups of warps need tiles"
+def _warpgroup_refusal(problem: Problem, schedule: WgradSchedule) -> str:
+    taps = schedule.warpgroup_taps
+    if not schedule.warpgroup_tiles:
+        return "" if taps == (0, 0) else "taps of warpgroups need tiles"
     if problem.kind == "tf32x3":
-        return "groups of warps do not multiply operands that are split"
+        return "warpgroups do not multiply operands that are split"
     layouts = layouts_of(problem)
     if taps not in tap_blocks(problem.geometry, layouts):
         return f"{taps[0]} x {taps[1]} taps do not fill their blocks, or reach too far for a window"
-    for m, blocks in schedule.group_tiles:
-        if not (1 <= m <= MAX_GROUP_TILES and 1 <= blocks <= MAX_GROUP_BLOCKS):
+    for m, blocks in schedule.warpgroup_tiles:
+        if not (1 <= m <= MAX_WARPGROUP_TILES and 1 <= blocks <= MAX_WARPGROUP_BLOCKS):
             return (
-                f"tiles of groups have at most {MAX_GROUP_TILES} x {MAX_GROUP_BLOCKS} products, "
-                f"not {m} x {blocks}"
+                f"tiles of warpgroups have at most {MAX_WARPGROUP_TILES} x "
+                f"{MAX_WARPGROUP_BLOCKS} products, not {m} x {blocks}"
             )
-        if group_clocks_of(problem.kind, layouts[taps[1]], taps, m, blocks) is None:
-            return f"a group's tile of {m} x {blocks} for {taps[0]} x {taps[1]} taps spills"
+        if warpgroup_clocks_of(problem.kind, layouts[taps[1]], taps, m, blocks) is None:
+            return f"a warpgroup's tile of {m} x {blocks} for {taps[0]} x {taps[1]} taps spills"
     return ""
 
 
@@ -243,20 +244,23 @@ def _space(problem: Problem) -> list[Candidate[WgradSchedule]]:
         ]
     taps_blocks = tap_blocks(problem.geometry, layouts_of(problem))
     schedules = [
-        WgradSchedule(*taps, tiles, _flush(problem.kind))
+        WgradSchedule(*taps, tiles, _promotion(problem.kind))
         for taps, tiles in product(taps_blocks, lists)
     ]
-    if _suits_groups(problem):
-        most = min(MAX_GROUP_BLOCKS, -(-coarse // 8)) if coarse else MAX_GROUP_BLOCKS
-        most_m = min(MAX_GROUP_TILES, -(-fine // ROWS)) if fine else MAX_GROUP_TILES
-        tiles_of_groups: list[tuple[tuple[int, int], ...]] = [
+    if _suits_warpgroups(problem):
+        most = min(MAX_WARPGROUP_BLOCKS, -(-coarse // 8)) if coarse else MAX_WARPGROUP_BLOCKS
+        most_m = min(MAX_WARPGROUP_TILES, -(-fine // ROWS)) if fine else MAX_WARPGROUP_TILES
+        tiles_of_warpgroups: list[tuple[tuple[int, int], ...]] = [
             ((m, blocks),) for m, blocks in product(range(1, most_m + 1), range(2, most + 1))
         ]
         if not coarse:
-            tiles_of_groups += [tuple((1, b) for b in UNKNOWN_GROUP_BLOCKS), ((1, 4), (1, 6))]
+            tiles_of_warpgroups += [
+                tuple((1, b) for b in UNKNOWN_WARPGROUP_BLOCKS),
+                ((1, 4), (1, 6)),
+            ]
         schedules += [
-            replace(default, group_taps=taps, group_tiles=tiles)
-            for taps, tiles in product(taps_blocks, tiles_of_groups)
+            replace(default, warpgroup_taps=taps, warpgroup_tiles=tiles)
+            for taps, tiles in product(taps_blocks, tiles_of_warpgroups)
         ]
     return [
         Candidate(schedule, wgrad_refusal(problem, schedule))
@@ -297,15 +301,15 @@ class MmaWgrad(Family[WgradSchedule]):
         channels = met.coarse_channels // geometry.groups, met.fine_channels // geometry.groups
         elements = elements_of(problem.kind)
         # The kernel takes the compiled tile that suits a call's channels.
-        grouped = gpu.grouped_product_clocks > 0 and schedule.group_tiles
+        grouped = gpu.warpgroup_product_clocks > 0 and schedule.warpgroup_tiles
         if grouped:
-            taps = schedule.group_taps
+            taps = schedule.warpgroup_taps
             layout = layout_of(geometry, elements, taps[1])
             known = replace(
                 geometry, coarse_channels=met.coarse_channels, fine_channels=met.fine_channels
             )
             of_call = replace(problem, geometry=known)
-            found = [group_cost_of(of_call, layout, taps, t) for t in schedule.group_tiles]
+            found = [warpgroup_cost_of(of_call, layout, taps, t) for t in schedule.warpgroup_tiles]
         else:
             taps = schedule.taps_h, schedule.taps_w
             layout = layout_of(geometry, elements, schedule.taps_w)
@@ -318,7 +322,7 @@ class MmaWgrad(Family[WgradSchedule]):
         chunks = met.batch * d * h * -(-w // QUAD) * QUAD / 16
         clocks = chunks * geometry.groups * min(costs)
         if grouped:
-            clocks *= STAGING_BOUND if staging_bounds_groups(problem) else 1
+            clocks *= STAGING_BOUND if staging_bounds_warpgroups(problem) else 1
         else:
             clocks *= geometry.kernel[0] * gpu.product_clocks / H200.product_clocks
         ms = clocks / gpu.multiprocessors / gpu.ghz * 1e-6
@@ -331,7 +335,7 @@ class MmaWgrad(Family[WgradSchedule]):
     def context(self, plan: Plan[WgradSchedule]) -> dict[str, Any]:
         schedule, elements = plan.schedule, elements_of(plan.kind)
         layout = layout_of(plan.geometry, elements, schedule.taps_w)
-        group_layout = layout_of(plan.geometry, elements, max(schedule.group_taps[1], 1))
+        warpgroup_layout = layout_of(plan.geometry, elements, max(schedule.warpgroup_taps[1], 1))
         element, product_type = {
             "tf32": ("float", "Tf32Product"),
             "tf32x3": ("float", "SplitTf32Product"),
@@ -343,9 +347,10 @@ class MmaWgrad(Family[WgradSchedule]):
             "product": product_type,
             "layout": layout,
             "tiles": [tile_of(layout, elements, schedule.taps_h, m, n) for m, n in schedule.tiles],
-            "group_layout": group_layout,
-            "group_tiles": [
-                group_tile_of(group_layout, schedule.group_taps, *t) for t in schedule.group_tiles
+            "warpgroup_layout": warpgroup_layout,
+            "warpgroup_tiles": [
+                warpgroup_tile_of(warpgroup_layout, schedule.warpgroup_taps, *t)
+                for t in schedule.warpgroup_tiles
             ],
         }
 

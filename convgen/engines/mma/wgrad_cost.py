@@ -10,7 +10,7 @@ import math
 from itertools import product
 from operator import gt
 
-from convgen.engines.cost import GROUP_LATENCY, H200
+from convgen.engines.cost import H200, WARPGROUP_LATENCY
 from convgen.engines.mma.wgrad_layout import (
     COLUMNS,
     QUAD,
@@ -27,14 +27,14 @@ from convgen.engines.problem import Problem
 REGISTERS, REGISTERS_SPLIT, REGISTERS_LASTING = 142, 146, 116
 # Where four warps multiply together: registers that sums and operands of a lane may take, of the
 # 144 that twelve such warps have beside four that stage.
-GROUP_REGISTERS = 112
-GROUPS_OF_WARPS = 3
-GROUP_COPY_CLOCKS = 12
+WARPGROUP_REGISTERS = 112
+WARPGROUPS = 3
+WARPGROUP_COPY_CLOCKS = 12
 """Of a warp's asynchronous copy, whatever its width."""
 _SPLITS = tuple(
     split
-    for split in product(range(1, GROUPS_OF_WARPS * 4 + 1), repeat=4)
-    if math.prod(split) <= GROUPS_OF_WARPS * 4
+    for split in product(range(1, WARPGROUPS * 4 + 1), repeat=4)
+    if math.prod(split) <= WARPGROUPS * 4
 )
 """How many units a block may have, along fine channels, D, H and W."""
 
@@ -95,8 +95,8 @@ def clocks_of(
     return max(tensor, 1.1 * shared, issue, level2) + 0.2 * (tensor + shared + issue + level2)
 
 
-def _group_registers(layout: Layout, elements: int, taps_h: int, taps_w: int, m: int) -> int:
-    """Registers of a lane's operands, where groups of warps multiply: four for each product.
+def _warpgroup_registers(layout: Layout, elements: int, taps_h: int, taps_w: int, m: int) -> int:
+    """Registers of a lane's operands, where warpgroups multiply: four for each product.
 
     A tap's second product in TF32 reads what its neighbour's first one does, where taps are as far
     apart as positions.
@@ -106,31 +106,31 @@ def _group_registers(layout: Layout, elements: int, taps_h: int, taps_w: int, m:
     return 4 * m * taps_h * products
 
 
-def group_clocks_of(
+def warpgroup_clocks_of(
     mode: str, layout: Layout, taps: tuple[int, int], m: int, blocks: int
 ) -> float | None:
     """Time of a chunk of four warps that multiply together, or None if registers do not fit."""
     elements = elements_of(mode)
     taps_h, taps_w = taps
     sums = 4 * m * blocks * taps_h * taps_w
-    if sums + _group_registers(layout, elements, taps_h, taps_w, m) > GROUP_REGISTERS:
+    if sums + _warpgroup_registers(layout, elements, taps_h, taps_w, m) > WARPGROUP_REGISTERS:
         return None
     products = m * taps_h * taps_w * 2 // elements
     # wgmma takes half a clock per column, and reads its second operand in half of that.
     tensor = 4.0 * blocks * products
     windows = 2 * m * taps_h * layout.used_vectors * layout.wavefronts
     shared = tensor / 2 + 4 * windows
-    latency = (tensor + GROUP_LATENCY) / GROUPS_OF_WARPS
+    latency = (tensor + WARPGROUP_LATENCY) / WARPGROUPS
     return max(tensor, shared, latency) + 0.1 * (tensor + shared)
 
 
-def group_cost_of(
+def warpgroup_cost_of(
     problem: Problem, layout: Layout, taps: tuple[int, int], tile: tuple[int, int]
 ) -> float | None:
-    """As ``_cost``, where groups of warps multiply: clocks per chunk, of all taps and channels."""
+    """As ``_cost``, where warpgroups multiply: clocks per chunk, of all taps and channels."""
     m, blocks = tile
     elements = elements_of(problem.kind)
-    clocks = group_clocks_of(problem.kind, layout, taps, m, blocks)
+    clocks = warpgroup_clocks_of(problem.kind, layout, taps, m, blocks)
     if clocks is None:
         return None
     coarse, fine = problem.geometry.channels_per_group
@@ -140,7 +140,7 @@ def group_cost_of(
         *(-(-k // t) for k, t in zip(problem.geometry.kernel, (1, *taps), strict=True)),
     )
     best = math.inf
-    # How a block of three groups takes the units, and what it stages for them.
+    # How a block of three warpgroups takes the units, and what it stages for them.
     for split in _SPLITS:
         n, d, h, w = split
         units = n * d * h * w
@@ -150,7 +150,7 @@ def group_cost_of(
         halo = (1.0 + 0.3 * min(2, d * h - 1)) * (1.5 if w < counts[3] else 1.0)
         words = 16 * (8 * blocks + ROWS * m * n * halo * layout.position_columns) / elements
         copies = ROWS * m * n * 16 * halo * layout.position_columns / 32 / layout.column_align
-        staging = max(4 * words / H200.level2_bytes, copies * GROUP_COPY_CLOCKS)
+        staging = max(4 * words / H200.level2_bytes, copies * WARPGROUP_COPY_CLOCKS)
         # Half a tile's chunks wait for nobody.
         clocks_of_all = max(-(-units // 4) * clocks, staging) + 0.2 * staging
         best = min(best, blocks_of_units * clocks_of_all)
@@ -184,6 +184,6 @@ def cost_of(
     return clocks * units / ((1 if coarse else m) * (1 if fine else n))
 
 
-def staging_bounds_groups(problem: Problem) -> bool:
-    """Whether groups of warps wait for those that stage: strided lines, copied word by word."""
+def staging_bounds_warpgroups(problem: Problem) -> bool:
+    """Whether warpgroups wait for producers: strided lines, copied word by word."""
     return problem.kind == "tf32" and problem.geometry.stride[2] > 1

@@ -62,7 +62,7 @@ class Tile:
     n: int
     coarse_wavefronts: int
     fine_wavefronts: int
-    loose_loads: int = 0
+    unaligned_loads: int = 0
     """Where lines are staged as they lie in memory: loads of a word or a part of it."""
 
 
@@ -166,8 +166,8 @@ def tile_of(layout: Layout, elements: int, taps_h: int, m: int, n: int) -> Tile:
     return Tile(m, n, coarse, n * taps_h * layout.used_vectors * layout.wavefronts)
 
 
-def group_tile_of(layout: Layout, taps: tuple[int, int], m: int, blocks: int) -> Tile:
-    """A tile of groups of warps: ``m`` tiles of 16 fine channels, 8 ``blocks`` coarse ones."""
+def warpgroup_tile_of(layout: Layout, taps: tuple[int, int], m: int, blocks: int) -> Tile:
+    """A tile of warpgroups: ``m`` tiles of 16 fine channels, 8 ``blocks`` coarse ones."""
     rows = 2 * m * taps[0]
     columns = {
         p * layout.position_columns + w * layout.tap_columns

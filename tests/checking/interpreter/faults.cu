@@ -73,9 +73,9 @@ __global__ void unaligned_copy(float* out) {
   copy_wait<0>();
 }
 
-__global__ void granule_past_tensor(float* out) {
+__global__ void vector_past_tensor(float* out) {
   if (threadIdx.x >= 16) return;
-  copy_granule(dynamic_shared<float>() + 4 * threadIdx.x, out + 128, threadIdx.x < 15 ? 0 : 3, out);
+  copy_vector(dynamic_shared<float>() + 4 * threadIdx.x, out + 128, threadIdx.x < 15 ? 0 : 3, out);
   copy_wait<0>();
 }
 
@@ -162,7 +162,7 @@ FAULT(unwritten_dynamic)
 FAULT(past_dynamic)
 FAULT(unaligned_vector)
 FAULT(unaligned_copy)
-FAULT(granule_past_tensor)
+FAULT(vector_past_tensor)
 FAULT(no_barrier)
 FAULT(overwritten_too_early)
 FAULT(warp_race)

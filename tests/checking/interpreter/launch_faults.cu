@@ -7,45 +7,45 @@ namespace {
 
 using namespace convgen;
 
-constexpr int THREADS = 384;  // three groups of four warps, with 168 registers each
+constexpr int THREADS = 384;  // three warpgroups, with 168 registers each
 
 __device__ int group() { return static_cast<int>(threadIdx.x) / 128; }
 
 // 64 + 2 * 224 registers are more than 3 * 168.
 __global__ void claim_of_more_than_there_is(float*) {
   if (group() == 0) {
-    release_registers<64>();
+    warpgroup_reg_dealloc<64>();
   } else {
-    claim_registers<224>();
+    warpgroup_reg_alloc<224>();
   }
 }
 
 // The release comes behind a barrier that those who claim never reach.
 __global__ void release_behind_a_claim(float*) {
-  if (group() > 0) claim_registers<224>();
+  if (group() > 0) warpgroup_reg_alloc<224>();
   __syncthreads();
-  if (group() == 0) release_registers<56>();
+  if (group() == 0) warpgroup_reg_dealloc<56>();
 }
 
-__global__ void release_of_more_than_there_is(float*) { release_registers<176>(); }
+__global__ void release_of_more_than_there_is(float*) { warpgroup_reg_dealloc<176>(); }
 
-__global__ void claim_of_less(float*) { claim_registers<160>(); }
+__global__ void claim_of_less(float*) { warpgroup_reg_alloc<160>(); }
 
 __global__ void claim_by_three_warps(float*) {
-  if (threadIdx.x < 96) release_registers<152>();
+  if (threadIdx.x < 96) warpgroup_reg_dealloc<152>();
 }
 
 __global__ void groups_of_two_minds(float*) {
   if (threadIdx.x < 64) {
-    release_registers<152>();
+    warpgroup_reg_dealloc<152>();
   } else {
-    release_registers<144>();
+    warpgroup_reg_dealloc<144>();
   }
 }
 
 __global__ void claim_by_half_a_warp(float*) {
   if (threadIdx.x % 32 < 16) return;
-  release_registers<152>();
+  warpgroup_reg_dealloc<152>();
 }
 
 __global__ void reads_before_it_waits(float* out) {
@@ -90,9 +90,9 @@ __global__ void fair_trade(const float* x, float* out) {
   if (threadIdx.x == 0) await_earlier_kernel();
   __syncthreads();
   if (group() == 0) {
-    release_registers<56>();
+    warpgroup_reg_dealloc<56>();
   } else {
-    claim_registers<224>();
+    warpgroup_reg_alloc<224>();
   }
   out[blockIdx.x * THREADS + threadIdx.x] = before + 1;
 }

@@ -71,15 +71,15 @@ __global__ void pipeline_kernel(const float* x, float* y, int chunks) {
   y[threadIdx.x] = sum;
 }
 
-// Each thread's granule of x, of which the first `begin` elements are not read: as many bytes as its
+// Each thread's vector of x, of which the first `begin` elements are not read: as many bytes as its
 // rank.
-__global__ void granules_kernel(const float* x, float* y, int begin) {
-  float* granules = dynamic_shared<float>();
+__global__ void vectors_kernel(const float* x, float* y, int begin) {
+  float* vectors = dynamic_shared<float>();
   const int i = static_cast<int>(threadIdx.x);
-  copy_granule(granules + 4 * i, x + 4 * i, i, x + begin);
+  copy_vector(vectors + 4 * i, x + 4 * i, i, x + begin);
   copy_commit();
   copy_wait<0>();
-  for (int j = 0; j < 4; ++j) y[4 * i + j] = granules[4 * i + j];
+  for (int j = 0; j < 4; ++j) y[4 * i + j] = vectors[4 * i + j];
 }
 
 template <typename T>
@@ -112,8 +112,8 @@ CONVGEN_EXPORT int pipeline(const float* x, float* y, int chunks) {
   return launch<pipeline_kernel>(1, 64, 2 * 64 * sizeof(float), 0, nullptr, x, y, chunks);
 }
 
-CONVGEN_EXPORT int granules(const float* x, float* y, int begin) {
-  return launch<granules_kernel>(1, 17, 17 * 16, 0, nullptr, x, y, begin);
+CONVGEN_EXPORT int vectors(const float* x, float* y, int begin) {
+  return launch<vectors_kernel>(1, 17, 17 * 16, 0, nullptr, x, y, begin);
 }
 
 CONVGEN_EXPORT int convert_half(const float* x, void* narrowed, float* widened, int n) {

@@ -258,8 +258,8 @@ inline void copy_async_cached(void* to, const void* from, bool valid, CONVGEN_SI
   host::copy_async(to, from, 16, valid, {file, line});
 }
 
-inline void copy_granule(void* to, const void* from, int bytes, const void* begin, CONVGEN_SITE) {
-  host::copy_granule(to, from, bytes, begin, {file, line});
+inline void copy_vector(void* to, const void* from, int bytes, const void* begin, CONVGEN_SITE) {
+  host::copy_vector(to, from, bytes, begin, {file, line});
 }
 
 inline void raise_flag(int* flag, CONVGEN_SITE) { host::raise_flag(flag, {file, line}); }

@@ -43,7 +43,7 @@ void copy_async(void* to, const void* from, int bytes, bool valid, Site site) {
   issue(to, valid ? from : nullptr, bytes, site);
 }
 
-void copy_granule(void* to, const void* from, int bytes, const void* begin, Site site) {
+void copy_vector(void* to, const void* from, int bytes, const void* begin, Site site) {
   constexpr int SIZE = 16;
   require_aligned(to, from, SIZE, site);
   if (bytes < 0 || bytes > SIZE) {

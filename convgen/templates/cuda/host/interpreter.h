@@ -46,7 +46,7 @@ void raise_flag(int* flag, Site site);
 // Asynchronous copies to shared memory happen as late as they may: when the issuing thread waits
 // for their group. Until then the destination holds NaN.
 void copy_async(void* to, const void* from, int bytes, bool valid, Site site);
-void copy_granule(void* to, const void* from, int bytes, const void* begin, Site site);
+void copy_vector(void* to, const void* from, int bytes, const void* begin, Site site);
 void copy_commit();
 void copy_wait(int pending);
 

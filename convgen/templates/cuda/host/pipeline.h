@@ -53,7 +53,7 @@ inline void mbarrier_fence() { host::mbarrier_fence(); }
 inline void bulk_fence() { host::bulk_fence(); }
 
 template <int COUNT>
-inline void release_registers(CONVGEN_SITE) {
+inline void warpgroup_reg_dealloc(CONVGEN_SITE) {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes");
 #if defined(CONVGEN_HOST_SM_90A)
   host::trade_registers(COUNT, false, {file, line});
@@ -61,7 +61,7 @@ inline void release_registers(CONVGEN_SITE) {
 }
 
 template <int COUNT>
-inline void claim_registers(CONVGEN_SITE) {
+inline void warpgroup_reg_alloc(CONVGEN_SITE) {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes");
 #if defined(CONVGEN_HOST_SM_90A)
   host::trade_registers(COUNT, true, {file, line});

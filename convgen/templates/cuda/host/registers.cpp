@@ -17,7 +17,7 @@ namespace {
 constexpr int FILE_REGISTERS = 65536, MOST_REGISTERS = 256, UNIT = 8;  // of a thread: whole units
 
 std::string name_of(int count, bool claims) {
-  return std::string(claims ? "claim" : "release") + "_registers<" + std::to_string(count) + ">";
+  return std::string("warpgroup_reg_") + (claims ? "alloc<" : "dealloc<") + std::to_string(count) + ">";
 }
 
 // Lets claims go on for which there are enough, in the order of their arrival.
@@ -49,7 +49,7 @@ std::string record(size_t warp, int count, bool claims) {
   if (index == group.trades.size()) group.trades.push_back({count, claims});
   const auto& [first_count, first_claims] = group.trades[index];
   if (first_count == count && first_claims == claims) return "";
-  return " unlike the rest of its group of four warps, which is in " +
+  return " unlike the rest of its warpgroup, which is in " +
          name_of(first_count, first_claims);
 }
 

@@ -110,7 +110,7 @@ struct BulkCopy {
   Box box;
 };
 
-// The wgmmas with both operands in shared memory that a group of four warps has issued, from the
+// The wgmmas with both operands in shared memory that a warpgroup has issued, from the
 // first that not all of them have.
 struct GroupIssues {
   std::deque<GroupProduct> products;
@@ -118,7 +118,7 @@ struct GroupIssues {
   uint64_t count[4];
 };
 
-// The setmaxnregs of a group of four warps: what a thread then has, and whether they claim that.
+// The setmaxnregs of a warpgroup: what a thread then has, and whether they claim that.
 struct GroupTrades {
   std::vector<std::pair<int, bool>> trades;
   size_t count[4];  // of each warp

@@ -26,9 +26,9 @@ const char* op_name(WarpOp op) {
     case WarpOp::transpose_matrix:
       return "transpose_matrix";
     case WarpOp::claim:
-      return "claim_registers";
+      return "warpgroup_reg_alloc";
     case WarpOp::release:
-      return "release_registers";
+      return "warpgroup_reg_dealloc";
     default:
       return "a warp vote";
   }

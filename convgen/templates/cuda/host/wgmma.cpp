@@ -100,7 +100,7 @@ std::string record(const Fiber& fiber, const GroupProduct& product) {
   if (index == group.products.size()) {
     group.products.push_back(product);
   } else if (!same(group.products[index], product)) {
-    return "unlike the rest of its group of four warps, whose wgmma (" +
+    return "unlike the rest of its warpgroup, whose wgmma (" +
            text(group.products[index].site) + ") has other operands";
   }
   for (const uint64_t count : group.count) {

@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     await_earlier_kernel();
     const Pipeline ring = {shared.full, shared.empty};
     if (warp >= CONSUMER_WARPS) {
-      release_registers<PRODUCER_REGISTERS>();
+      warpgroup_reg_dealloc<PRODUCER_REGISTERS>();
       if (warp == CONSUMER_WARPS) {
         if (lane == 0) {
           if constexpr (MAJOR == Major::K) {
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
                               threadIdx.x - (CONSUMER_WARPS + 1) * 32);
       }
     } else {
-      claim_registers<CONSUMER_REGISTERS>();
+      warpgroup_reg_alloc<CONSUMER_REGISTERS>();
       const Pipeline ready = {ROUNDS ? shared.rounded : shared.full, shared.empty};
       consume_tap_wgrad<T, COLUMNS, MAJOR, Conv>(
           t, out, ready, stages, stages + t.stages * TAP_STAGE_BYTES<COLUMNS>, partials);

@@ -9,7 +9,7 @@
 //   copy       a word of an operand from another's
 //   settle     keeps what makes an operand on its side of this place
 //   multiply_group  the products of four warps, by wgmma, of N blocks of 8 columns
-//   FLUSH      whether sums leave the tensor core after every 8 words (see Tf32x3)
+//   PROMOTES   whether sums leave the tensor core after every 8 words (see Tf32x3)
 #pragma once
 
 #include <type_traits>
@@ -24,7 +24,7 @@ struct Tf32 {
   using Input = float;
   using Element = float;
   static constexpr int CHANNELS = 1, VALUES = 1, PACKED = 2;
-  static constexpr bool FLUSH = false;
+  static constexpr bool PROMOTES = false;
 
   struct A {
     uint32_t word[4];
@@ -67,12 +67,12 @@ struct Tf32 {
 
 // fp32 accuracy from TF32 products: x = high + low, and high * high + high * low + low * high
 // misses only low * low, 2^-22 of the product. The tensor core truncates when it adds, so sums
-// leave it after every 8 words (FLUSH) and are added in fp32.
+// leave it after every 8 words (PROMOTES) and are added in fp32.
 struct Tf32x3 {
   using Input = float;
   using Element = float;
   static constexpr int CHANNELS = 1, VALUES = 1, PACKED = 4;
-  static constexpr bool FLUSH = true;
+  static constexpr bool PROMOTES = true;
 
   struct A {
     uint32_t high[4], low[4];
@@ -123,7 +123,7 @@ struct Pairs {
   using Input = uint32_t;
   using Element = uint16_t;
   static constexpr int CHANNELS = 2, VALUES = 2, PACKED = 2;
-  static constexpr bool FLUSH = false;
+  static constexpr bool PROMOTES = false;
 
   struct A {
     uint32_t word[4];

@@ -1,5 +1,5 @@
-// How warps that multiply tell those that stage that a buffer may be filled again. The other way
-// round, how those that stage tell that it is full, where no mbarrier counts what arrives.
+// How consumer warps tell producers that a buffer may be filled again. The other way
+// round, how producers tell that it is full, where no mbarrier counts what arrives.
 //
 // By a named barrier for each buffer, at which those that tell only arrive. racecheck of
 // compute-sanitizer does not follow these: it reports that buffers are read and written without
@@ -37,7 +37,7 @@ __device__ __forceinline__ void begin_releases(uint32_t* words, int arrivals) {
 }
 
 // A thread is done with a buffer, has read or filled its part. Named barriers are counted from
-// FIRST; `meeting` threads come to each, those that multiply and those that fill the buffer.
+// FIRST; `meeting` threads come to each, consumers and those that fill the buffer.
 template <int FIRST>
 __device__ __forceinline__ void release_buffer(uint32_t* words, int buffer, int meeting) {
   if constexpr (RELEASE_BY_MBARRIER) {

@@ -94,7 +94,7 @@ struct StagedTile {
   ProductOrigin coarse, fine;
   const void* quads;   // its first element of the coarse tensor
   bool whole;          // whether all coarse positions and channels exist
-  int lines;           // which loose lines do: see find_lines
+  int lines;           // which unaligned rows do: see find_lines
   int64_t first_line;  // the address of the first one
 
   // Now, that is, and not where it is needed.
@@ -193,21 +193,21 @@ __device__ __forceinline__ void arrange_coarse(const ProductShape& s, int thread
   }
 }
 
-// ---- Loose lines ----------------------------------------------------------------------------
+// ---- Unaligned rows ----------------------------------------------------------------------------
 //
 // Where no asynchronous copy of 4 bytes divides the lines of the fine tensor, as 16-bit elements
-// may have it, these are staged as they lie in memory: every line's 16-byte granules, the first of
+// may have it, these are staged as they lie in memory: every line's 16-byte vectors, the first of
 // which may begin with elements of the line before. A lane adds how many; it is the same for
 // channels 8 apart.
 
-// As fill_windows, in bytes. The bits from LOOSE_SHIFT on hold how far within a granule the quad's
-// line lies, compared with the tile's first line: modulo 16, as what overflows is lost.
-constexpr int LOOSE_SHIFT = 28;
-__device__ __forceinline__ uint32_t loose_shift(int64_t bytes) {
-  return static_cast<uint32_t>(bytes) << LOOSE_SHIFT;
+// As fill_windows, in bytes. The bits from UNALIGNED_SHIFT on hold how far within a vector the
+// quad's line lies, compared with the tile's first line: modulo 16, as what overflows is lost.
+constexpr int UNALIGNED_SHIFT = 28;
+__device__ __forceinline__ uint32_t unaligned_shift(int64_t bytes) {
+  return static_cast<uint32_t>(bytes) << UNALIGNED_SHIFT;
 }
 template <typename Raw, int STRIDE_D, int STRIDE_H, int STRIDE_W>
-__device__ __forceinline__ void fill_loose_windows(const ProductShape& s, uint32_t* windows) {
+__device__ __forceinline__ void fill_unaligned_windows(const ProductShape& s, uint32_t* windows) {
   constexpr int SIZE = sizeof(Raw);
   const int row_quads = s.tile_w / QUAD, quads = s.tile_d * s.tile_h * row_quads;
   for (int i = threadIdx.x; i < (s.chunks + s.parts) * CHUNK_QUADS; i += blockDim.x) {
@@ -217,20 +217,20 @@ __device__ __forceinline__ void fill_loose_windows(const ProductShape& s, uint32
     const int line = plane * s.position_planes * s.rows + h * s.position_rows;
     const uint32_t at = line * s.row_words * 4 + (quad - row * row_quads) * QUAD * STRIDE_W * SIZE;
     const int64_t from = (int64_t{plane} * STRIDE_D * s.fine_h + h * STRIDE_H) * s.fine_w;
-    windows[i] = quad < quads ? at | loose_shift(from * SIZE) : 0;
+    windows[i] = quad < quads ? at | unaligned_shift(from * SIZE) : 0;
   }
 }
 
-// The table of granules: the bytes from the tile's first line to the granule's line, 16 more for
-// each granule before it, and its plane and row. lay_out() sees to it that 32 bits hold them.
+// The table of vectors: the bytes from the tile's first line to the vector's line, 16 more for
+// each vector before it, and its plane and row. lay_out() sees to it that 32 bits hold them.
 template <typename Raw>
-__device__ __forceinline__ void fill_granule_table(const ProductShape& s, uint2* table) {
-  const int per_row = s.row_words / GRANULE_WORDS;
+__device__ __forceinline__ void fill_vector_table(const ProductShape& s, uint2* table) {
+  const int per_row = s.row_words / VECTOR_WORDS;
   for (int i = threadIdx.x; i < s.fine.places; i += blockDim.x) {
     const int line = i / per_row, plane = line / s.rows, row = line - plane * s.rows;
     const int64_t from = (int64_t{plane} * s.plane_step * s.fine_h + row * s.row_step) * s.fine_w;
     table[i] = make_uint2(
-        static_cast<uint32_t>(from * int64_t{sizeof(Raw)}) + (i - line * per_row) * GRANULE_BYTES,
+        static_cast<uint32_t>(from * int64_t{sizeof(Raw)}) + (i - line * per_row) * VECTOR_BYTES,
         plane << 16 | row);
   }
 }
@@ -258,12 +258,12 @@ __device__ __forceinline__ bool line_inside(const ProductShape& s, const Product
 }
 
 // Of 16 channels, each of WARPS that stage copies every WARPS-th: these are alike by turns, in
-// where they begin in their granules.
+// where they begin in their vectors.
 template <int WARPS>
 constexpr int WARP_CHANNELS = PRODUCT_ROWS / WARPS;
 
-// Starts copying the loose lines of a tile, whose first one begins at address `first`. All granules
-// of lines that exist lie within the tensor; of a WHOLE tile all lines and channels exist.
+// Starts copying the unaligned rows of a tile, whose first one begins at address `first`. All
+// vectors of lines that exist lie within the tensor; of a WHOLE tile all lines and channels exist.
 template <int WARPS, bool WHOLE, typename Raw>
 __device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int lane,
                                            const uint2* table, uint32_t* to,
@@ -273,14 +273,14 @@ __device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int 
   const int places = s.fine.places;
 #pragma unroll 1
   for (int channel = warp; channel < s.fine_staged; channel += PRODUCT_ROWS) {
-    // A granule's address is its channel's in here, a multiple of 16, and a 32-bit offset.
+    // A vector's address is its channel's in here, a multiple of 16, and a 32-bit offset.
     int64_t from[CHANNELS];
     uint32_t shift[ALIKE];
     from[0] = first + uint64_t{channel_bytes<Raw>(s)} * static_cast<uint32_t>(channel);
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
       if (i > 0) from[i] = from[i - 1] + uint64_t{channel_bytes<Raw>(s)} * WARPS;
-      if (i < ALIKE) shift[i] = static_cast<uint32_t>(from[i]) % GRANULE_BYTES;
+      if (i < ALIKE) shift[i] = static_cast<uint32_t>(from[i]) % VECTOR_BYTES;
     }
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) from[i] -= shift[i % ALIKE];
@@ -289,38 +289,38 @@ __device__ __forceinline__ void copy_lines(const ProductShape& s, int warp, int 
       const bool inside = WHOLE || line_inside(s, origin, place);
 #pragma unroll
       for (int i = 0; i < CHANNELS; ++i) {
-        const uint32_t offset = (place.x + shift[i % ALIKE]) & ~(GRANULE_BYTES - 1u);
-        copy_async<GRANULE_BYTES>(word + i * step, reinterpret_cast<const void*>(from[i] + offset),
-                                  WHOLE || (inside && i * WARPS < existing));
+        const uint32_t offset = (place.x + shift[i % ALIKE]) & ~(VECTOR_BYTES - 1u);
+        copy_async<VECTOR_BYTES>(word + i * step, reinterpret_cast<const void*>(from[i] + offset),
+                                 WHOLE || (inside && i * WARPS < existing));
       }
     };
     // Two places at a time, which a thread knows before it begins to copy.
-    uint32_t* word = to + channel * s.fine_pitch + lane * GRANULE_WORDS;
+    uint32_t* word = to + channel * s.fine_pitch + lane * VECTOR_WORDS;
     const uint2* entry = table + lane;
     int left = places;
 #pragma unroll 1
     for (; left >= 2 * WARP; left -= 2 * WARP) {
       const uint2 place = entry[0], other = entry[WARP];
       copy(word, place);
-      copy(word + WARP * GRANULE_WORDS, other);
-      entry += 2 * WARP, word += 2 * WARP * GRANULE_WORDS;
+      copy(word + WARP * VECTOR_WORDS, other);
+      entry += 2 * WARP, word += 2 * WARP * VECTOR_WORDS;
     }
 #pragma unroll 1
     for (left -= lane; left > 0; left -= WARP) {
       copy(word, *entry);
-      entry += WARP, word += WARP * GRANULE_WORDS;
+      entry += WARP, word += WARP * VECTOR_WORDS;
     }
   }
 }
 
-// The same of any tile: granules that reach beyond the tensor's ends are copied as far as they lie
+// The same of any tile: vectors that reach beyond the tensor's ends are copied as far as they lie
 // within.
 template <int WARPS, typename Raw>
 __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, int lane,
                                                const uint2* table, uint32_t* to,
                                                const ProductOrigin& origin, int64_t first,
                                                const Raw* tensor) {
-  constexpr int64_t GRANULE = GRANULE_BYTES;
+  constexpr int64_t VECTOR = VECTOR_BYTES;
   const int64_t begin = reinterpret_cast<int64_t>(tensor);
   const int64_t end = begin + s.fine_elements * int64_t{sizeof(Raw)};
 #pragma unroll 1
@@ -328,25 +328,24 @@ __device__ __forceinline__ void copy_end_lines(const ProductShape& s, int warp, 
 #pragma unroll 1
     for (int i = lane; i < s.fine.places; i += WARP) {
       const uint2 place = table[i];
-      const int64_t granule =
-          (first + channel * int64_t{channel_bytes<Raw>(s)} + place.x) & -GRANULE;
+      const int64_t vector = (first + channel * int64_t{channel_bytes<Raw>(s)} + place.x) & -VECTOR;
       int bytes = 0;
-      if (channel < origin.channels && line_inside(s, origin, place) && granule + GRANULE > begin &&
-          granule < end) {
-        bytes = end - granule < GRANULE ? static_cast<int>(end - granule) : GRANULE_BYTES;
+      if (channel < origin.channels && line_inside(s, origin, place) && vector + VECTOR > begin &&
+          vector < end) {
+        bytes = end - vector < VECTOR ? static_cast<int>(end - vector) : VECTOR_BYTES;
       }
-      copy_granule(to + channel * s.fine_pitch + i * GRANULE_WORDS,
-                   reinterpret_cast<const void*>(bytes > 0 ? granule : begin & -GRANULE), bytes,
-                   tensor);
+      copy_vector(to + channel * s.fine_pitch + i * VECTOR_WORDS,
+                  reinterpret_cast<const void*>(bytes > 0 ? vector : begin & -VECTOR), bytes,
+                  tensor);
     }
   }
 }
 
-// Of a tile's loose lines all exist, so that granules have no conditions; or some do; or some of
-// their granules reach beyond the tensor's ends.
+// Of a tile's unaligned rows all exist, so that vectors have no conditions; or some do; or some of
+// their vectors reach beyond the tensor's ends.
 constexpr int ALL_LINES = 0, SOME_LINES = 1, END_LINES = 2;
 
-// Finds a tile's loose lines. `tensor` is the whole one.
+// Finds a tile's unaligned rows. `tensor` is the whole one.
 template <typename Raw>
 __device__ __forceinline__ void find_lines(const ProductShape& s, StagedTile& tile,
                                            const Raw* tensor) {
@@ -356,14 +355,14 @@ __device__ __forceinline__ void find_lines(const ProductShape& s, StagedTile& ti
   const int existing = min(origin.channels, s.fine_staged);
   const int64_t begin = reinterpret_cast<int64_t>(tensor);
   const int64_t first = first_address<Raw>(s, origin);
-  // All granules of lines that exist lie between these addresses; where none does, it does not
+  // All vectors of lines that exist lie between these addresses; where none does, it does not
   // matter.
   auto line_bytes = [&](int d, int h) {
     const uint32_t line = static_cast<uint32_t>(d - origin.d) * static_cast<uint32_t>(s.fine_h) +
                           static_cast<uint32_t>(h - origin.h);
     return line * static_cast<uint32_t>(s.fine_w) * uint32_t{sizeof(Raw)};
   };
-  const int64_t low = first + line_bytes(max(origin.d, 0), max(origin.h, 0)) - (GRANULE_BYTES - 1);
+  const int64_t low = first + line_bytes(max(origin.d, 0), max(origin.h, 0)) - (VECTOR_BYTES - 1);
   const int64_t high = first + line_bytes(min(last_d, s.fine_d - 1), min(last_h, s.fine_h - 1)) +
                        uint64_t{channel_bytes<Raw>(s)} * static_cast<uint32_t>(existing - 1) +
                        s.row_words * 4;
@@ -374,11 +373,11 @@ __device__ __forceinline__ void find_lines(const ProductShape& s, StagedTile& ti
   tile.lines = !within ? END_LINES : all ? ALL_LINES : SOME_LINES;
 }
 
-// Starts copying all loose lines of a tile to `to`.
+// Starts copying all unaligned rows of a tile to `to`.
 template <int WARPS, typename Raw>
-__device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, int lane,
-                                              const uint2* table, uint32_t* to,
-                                              const StagedTile& tile, const Raw* tensor) {
+__device__ __forceinline__ void copy_vectors(const ProductShape& s, int warp, int lane,
+                                             const uint2* table, uint32_t* to,
+                                             const StagedTile& tile, const Raw* tensor) {
   if (tile.lines == ALL_LINES) {
     copy_lines<WARPS, true, Raw>(s, warp, lane, table, to, tile.fine, tile.first_line);
   } else if (tile.lines == SOME_LINES) {
@@ -388,7 +387,7 @@ __device__ __forceinline__ void copy_granules(const ProductShape& s, int warp, i
   }
 }
 
-// Whether granules hold something from beside the lines' ends.
+// Whether vectors hold something from beside the lines' ends.
 __device__ __forceinline__ bool reaches_beside(const ProductShape& s, const ProductOrigin& origin) {
   return origin.w < 0 || s.fine_w - origin.w < s.line;
 }
@@ -398,8 +397,8 @@ template <int WARPS, typename Raw>
 __device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int thread,
                                                    const uint2* table, uint32_t* to,
                                                    const ProductOrigin& origin, int64_t first) {
-  const int lines = s.planes * s.rows, granules = s.row_words / GRANULE_WORDS;
-  // A thread has channels 8 apart, which begin alike in their granules.
+  const int lines = s.planes * s.rows, vectors = s.row_words / VECTOR_WORDS;
+  // A thread has channels 8 apart, which begin alike in their vectors.
   const int channel = static_cast<unsigned>(thread) % 8, pairs = s.fine_staged / PRODUCT_ROWS;
   const int step = 8 * s.fine.pitch;  // elements
   const uint32_t begin = static_cast<uint32_t>(first) + channel_bytes<Raw>(s) * channel;
@@ -407,7 +406,7 @@ __device__ __forceinline__ void clear_beside_lines(const ProductShape& s, int th
     if (count <= 0) return;
 #pragma unroll 1
     for (int line = static_cast<unsigned>(thread) / 8; line < lines; line += WARPS * WARP / 8) {
-      const uint32_t within = (begin + table[line * granules].x) % GRANULE_BYTES;
+      const uint32_t within = (begin + table[line * vectors].x) % VECTOR_BYTES;
       Raw* at = reinterpret_cast<Raw*>(to + channel * s.fine_pitch + line * s.row_words) +
                 within / uint32_t{sizeof(Raw)} + column;
 #pragma unroll 1

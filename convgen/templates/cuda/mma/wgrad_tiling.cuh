@@ -14,9 +14,9 @@ struct ProductCost {
 };
 
 constexpr double TILE_CLOCKS = 300;  // barrier, first loads, last products
-// Where groups multiply, in clocks: a turn of putting coarse channels in order; from a tile's last
-// copy to its arrival; a tile's barriers.
-constexpr double ARRANGE_CLOCKS = 120, STAGING_LATENCY = 1500, GROUP_TILE_CLOCKS = 150;
+// Where warpgroups multiply, in clocks: a turn of putting coarse channels in order; from a tile's
+// last copy to its arrival; a tile's barriers.
+constexpr double ARRANGE_CLOCKS = 120, STAGING_LATENCY = 1500, WARPGROUP_TILE_CLOCKS = 150;
 
 inline int64_t count_blocks(const ProductShape& s, const ProductTraits& t, const ProductCut& cut) {
   return ceil_div(ceil_div(s.coarse_channels, t.coarse_tile), cut.m) *
@@ -37,50 +37,50 @@ inline double reduction_clocks(const ProductTraits& t, int64_t blocks, const Pro
   return 2 * bytes / (rates.level2_bytes * multiprocessors);
 }
 
-// Warps of a cut that multiply: each part has whole groups.
-inline int64_t multiplying_warps(const ProductTraits& t, const ProductCut& cut) {
-  return round_up(cut.m * cut.n * cut.w * cut.h * cut.d, t.group_warps) * cut.parts;
+// Consumer warps of a cut: each part has whole warpgroups.
+inline int64_t consumer_warps(const ProductTraits& t, const ProductCut& cut) {
+  return round_up(cut.m * cut.n * cut.w * cut.h * cut.d, t.warpgroup_warps) * cut.parts;
 }
 
-// Clocks of one tile where groups of warps multiply (wgmma) what others stage, per multiprocessor.
-inline double group_clocks(const ProductShape& s, const ProductTraits& t,
-                           const LoosePitches& pitches, const ProductCut& cut,
-                           const GpuRates& rates) {
+// Clocks of one tile where warpgroups multiply (wgmma) what others stage, per multiprocessor.
+inline double warpgroup_clocks(const ProductShape& s, const ProductTraits& t,
+                               const UnalignedPitches& pitches, const ProductCut& cut,
+                               const GpuRates& rates) {
   const double chunks = double(ceil_div(s.chunks, cut.parts));
-  const double groups = double(multiplying_warps(t, cut) / t.group_warps);
+  const double warpgroups = double(consumer_warps(t, cut) / t.warpgroup_warps);
   // A product takes half a clock per column, and its second operand shared memory for half of that.
-  const double product = t.products * t.coarse_tile / 2.0 * rates.grouped_product_clocks;
-  const double tensor = groups * chunks * product;
+  const double product = t.products * t.coarse_tile / 2.0 * rates.warpgroup_product_clocks;
+  const double tensor = warpgroups * chunks * product;
   double loads = t.fine_wavefronts;
   double copies = s.stage_words / 32.0 + double(s.fine.total) * s.fine.channels / WARP;
-  if (s.loose) {
-    loads = t.loose_loads * pitches.of(s.fine_pitch);
+  if (s.unaligned) {
+    loads = t.unaligned_loads * pitches.of(s.fine_pitch);
     const double lines = s.planes * s.rows;
-    copies = s.fine_staged * (s.fine.places * GRANULE_WAVEFRONTS + lines * LINE_WAVEFRONTS) +
+    copies = s.fine_staged * (s.fine.places * VECTOR_WAVEFRONTS + lines * LINE_WAVEFRONTS) +
              s.coarse_words / 32.0 * COARSE_WAVEFRONTS;
   }
-  const double shared = tensor / 2 + groups * chunks * t.group_warps * loads + copies;
+  const double shared = tensor / 2 + warpgroups * chunks * t.warpgroup_warps * loads + copies;
   // A group waits for its products before it loads the next chunk.
-  const double serial = chunks * (product + GROUP_LATENCY);
-  // Coarse channels are copied, eight at a time, and put in order; beside loose lines they are in
-  // order.
+  const double serial = chunks * (product + WARPGROUP_LATENCY);
+  // Coarse channels are copied, eight at a time, and put in order; beside unaligned rows they are
+  // in order.
   const double blocks = double(s.chunks) * t.coarse_tile / 8;
-  const double turns = s.loose ? 0 : blocks * PRODUCT_COLUMNS / (t.staging_warps * WARP);
-  const double coarse = s.loose ? blocks * COPY_ONE + s.chunks * COARSE_PLACE
-                                : blocks * (COPY_ONE + COARSE_COPY) + s.chunks * COPY_PLACE;
-  const double staging = (s.copy_instructions + coarse / t.staging_warps) * WARP_CLOCKS +
+  const double turns = s.unaligned ? 0 : blocks * PRODUCT_COLUMNS / (t.producer_warps * WARP);
+  const double coarse = s.unaligned ? blocks * COPY_ONE + s.chunks * COARSE_PLACE
+                                    : blocks * (COPY_ONE + COARSE_COPY) + s.chunks * COPY_PLACE;
+  const double staging = (s.copy_instructions + coarse / t.producer_warps) * WARP_CLOCKS +
                          turns * ARRANGE_CLOCKS + STAGING_LATENCY;
   const double level2 = s.stage_words * 4 / rates.level2_bytes;
   double most = tensor > shared ? tensor : shared;
   if (serial > most) most = serial;
   if (staging > most) most = staging;
   if (level2 > most) most = level2;
-  return most + 0.1 * (tensor + shared + staging + level2 - most) + GROUP_TILE_CLOCKS;
+  return most + 0.1 * (tensor + shared + staging + level2 - most) + WARPGROUP_TILE_CLOCKS;
 }
 
 // Expected time of a cut that lay_out() has laid out in `words` words.
 inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t,
-                           const LoosePitches& pitches, const ProductCut& cut, int64_t words,
+                           const UnalignedPitches& pitches, const ProductCut& cut, int64_t words,
                            int64_t batch, const DeviceLimits& limits, const GpuRates& rates) {
   const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d, warps = units * cut.parts;
   ProductCost cost;
@@ -106,9 +106,9 @@ inline ProductCost cost_of(const ProductShape& s, const ProductTraits& t,
   if (issue > most) most = issue;
   if (level2 > most) most = level2;
   cost.tile = most + 0.15 * (products + shared + issue + level2 - most) + TILE_CLOCKS;
-  if (t.staging_warps) {
+  if (t.producer_warps) {
     cost.resident = 1;
-    cost.tile = group_clocks(s, t, pitches, cut, rates);
+    cost.tile = warpgroup_clocks(s, t, pitches, cut, rates);
   }
   const int64_t blocks = count_blocks(s, t, cut), tiles = count_tiles(s, cut, batch);
   const double slots = double(cost.resident) * limits.multiprocessors;
@@ -135,7 +135,7 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch,
   ProductCut best = {};
   ProductCost best_cost = {0, -1, 0};
   ProductShape trial = s;
-  const LoosePitches pitches(s, t);
+  const UnalignedPitches pitches(s, t);
 
   ProductCut cut;
   auto consider = [&] {
@@ -165,7 +165,7 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch,
     }
   };
   // Warps that multiply together have the same coarse channels.
-  for (cut.m = 1; cut.m <= (t.group_warps > 1 ? 1 : t.warps); ++cut.m) {
+  for (cut.m = 1; cut.m <= (t.warpgroup_warps > 1 ? 1 : t.warps); ++cut.m) {
     if (!even(tiles_m, cut.m)) continue;
     for (cut.n = 1; cut.m * cut.n <= t.warps; ++cut.n) {
       if (!even(tiles_n, cut.n)) continue;
@@ -177,7 +177,7 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch,
             if (!even(t.kernel_d, cut.d)) continue;
             const int64_t units = cut.m * cut.n * cut.w * cut.h * cut.d;
             // Whole quarters of the multiprocessor, or as many warps as there can be.
-            const int64_t whole = round_up(units, t.group_warps);
+            const int64_t whole = round_up(units, t.warpgroup_warps);
             for (cut.parts = 1; cut.parts * whole <= t.warps; ++cut.parts) {
               const bool most = (cut.parts + 1) * whole > t.warps;
               if (cut.parts * whole % 4 == 0 || most) consider_tiles();
@@ -196,8 +196,8 @@ inline int cut_products(ProductShape& s, const ProductTraits& t, int64_t batch,
   s.units_w = static_cast<int>(cut.w), s.units_h = static_cast<int>(cut.h);
   s.units_d = static_cast<int>(cut.d), s.parts = static_cast<int>(cut.parts);
   s.units = s.units_m * s.units_n * s.units_w * s.units_h * s.units_d;
-  s.unit_warps = static_cast<int>(multiplying_warps(t, cut) / cut.parts);
-  s.threads = (s.unit_warps * s.parts + t.staging_warps) * WARP;
+  s.unit_warps = static_cast<int>(consumer_warps(t, cut) / cut.parts);
+  s.threads = (s.unit_warps * s.parts + t.producer_warps) * WARP;
   s.blocks_m = Divisor(ceil_div(tiles_m, cut.m));
   s.blocks_n = Divisor(ceil_div(tiles_n, cut.n));
   s.blocks_w = Divisor(ceil_div(t.tap_blocks_w, cut.w));

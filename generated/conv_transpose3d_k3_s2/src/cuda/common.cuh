@@ -77,21 +77,21 @@ __device__ __forceinline__ void stage_vector(Acc* to, const T* from, bool valid)
 }
 
 // Which threads of a block do a piece of work together: by default all of them.
-struct Crew {
+struct Producers {
   int thread, threads;
 };
 
-__device__ __forceinline__ Crew whole_block() {
+__device__ __forceinline__ Producers whole_block() {
   return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
 }
 
 // `count` accumulators (already packed as such). 16-byte copies where ALIGNED says that both sides
 // and the count allow them.
 template <bool ALIGNED, typename Acc>
-__device__ __forceinline__ void stage_packed(const Crew& crew, Acc* to, const Acc* from,
+__device__ __forceinline__ void stage_packed(const Producers& producers, Acc* to, const Acc* from,
                                              int count) {
   constexpr int WIDTH = ALIGNED ? 16 / sizeof(Acc) : 1;
-  for (int i = crew.thread * WIDTH; i < count; i += crew.threads * WIDTH) {
+  for (int i = producers.thread * WIDTH; i < count; i += producers.threads * WIDTH) {
     copy_async<WIDTH * sizeof(Acc)>(to + i, from + i, true);
   }
 }

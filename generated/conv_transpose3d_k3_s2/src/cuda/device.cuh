@@ -76,8 +76,8 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
   const int bytes = valid ? BYTES : 0;
   if constexpr (BYTES == 16) {
     // What lies behind 16 bytes is read soon: level 2 fetches 128 at a time.
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address),
-                 "l"(from), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
                  : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
@@ -111,8 +111,8 @@ __device__ __forceinline__ void copy_async_cached(void* to, const void* from, bo
 // Copies the first `bytes` of 16, both addresses multiples of 16, and writes zeros over the others
 // (of which none is then read). A tensor that begins in the middle of the 16 bytes, at `begin`, has
 // them all in memory, but the first are none of its: what is copied of them means nothing.
-__device__ __forceinline__ void copy_granule(void* to, const void* from, int bytes,
-                                             const void* /*begin*/) {
+__device__ __forceinline__ void copy_vector(void* to, const void* from, int bytes,
+                                            const void* /*begin*/) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
@@ -178,8 +178,8 @@ inline cudaError_t device_limits(int device, DeviceLimits& limits) {
   if (!__atomic_load_n(&filled[device], __ATOMIC_ACQUIRE)) {
     // Two threads may both read the attributes; they write the same values.
     DeviceLimits fresh;
-    cudaError_t error = cudaDeviceGetAttribute(&fresh.multiprocessors,
-                                               cudaDevAttrMultiProcessorCount, device);
+    cudaError_t error =
+        cudaDeviceGetAttribute(&fresh.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
     error = cudaDeviceGetAttribute(&fresh.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                    device);

@@ -1,8 +1,8 @@
 // dgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"granules": false, "groups": 2, "pairs": false, "row_axis": "d", "tiles": [[1, 32],
-//   [1, 24], [1, 16]], "unroll": "taps", "variants": 2}
+// Schedule: {"pairs": false, "row_axis": "d", "tiles": [[1, 32], [1, 24], [1, 16]], "unroll":
+//   "taps", "variants": 2, "vectors": false, "warpgroups": 2}
 //
 //   fine[n, b, o] = bias[b] +
 //       sum over a, t of coarse[n, a, (o + PADDING - t * DILATION) / STRIDE] * weight[a, b, t]
@@ -14,8 +14,8 @@
 // coarse channels its depth. A warp computes 16 positions of the flattened (h, w) plane
 // x ROWS positions along d x VARIANTS neighbouring phases along w x CHANNELS fine
 // channels in registers; a fragment of the input, loaded once, serves every tap and row that reads
-// it. A thread block is `lanes` / 16 x `warps_c` such warps, which multiply, and CREWS x
-// CREW_WARPS warps, which stage for each chunk of coarse channels in shared memory (two to
+// it. A thread block is `lanes` / 16 x `warps_c` such warps, which multiply, and PRODUCERS x
+// PRODUCER_WARPS warps, which stage for each chunk of coarse channels in shared memory (two to
 // four buffers; named barriers tell when one is full or empty)
 //   the tile:    [word of channels][d][h][residue of w mod STEP_X][w / STEP_X],
 //                with its halo; the pitch of a word is 8 or 24 mod 32, so that the lanes of a
@@ -73,9 +73,9 @@ __device__ const int SLOT_TAP[] = {
     13};
 __device__ const int REGION_FIRST[] = {0, 12, 18, 24, 27};
 __device__ const int PHASE_REGION[] = {0, 1, 2, 3};
-// Groups of four warps that multiply together, where a device has that.
-constexpr int GROUPS_OF_WARPS = 2;
-// Shared memory of the outputs of a warp that multiplies.
+// Warpgroups that multiply together, where a device has that.
+constexpr int WARPGROUPS = 2;
+// Shared memory of the outputs of a consumer warp.
 constexpr int SCRATCH_WORDS = OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS>;
 
 // Every tap of d phase 0, h phase 0, for 8 input words.
@@ -96,7 +96,7 @@ __device__ __forceinline__ void accumulate_d0_h0(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (2, 2, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (0, 2, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h -1, w +0
     Math::A x[2];
@@ -107,7 +107,7 @@ __device__ __forceinline__ void accumulate_d0_h0(
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 3 * SLOT);  // tap (2, 2, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (0, 2, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (0, 2, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +0, w -1
     Math::A x[2];
@@ -116,7 +116,7 @@ __device__ __forceinline__ void accumulate_d0_h0(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (2, 0, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (0, 0, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[2];
@@ -127,7 +127,7 @@ __device__ __forceinline__ void accumulate_d0_h0(
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 9 * SLOT);  // tap (2, 0, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 10 * SLOT);  // tap (0, 0, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 11 * SLOT);  // tap (0, 0, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, true>();
   }
 }
 
@@ -149,7 +149,7 @@ __device__ __forceinline__ void accumulate_d0_h1(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (2, 1, 2)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (0, 1, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[2];
@@ -160,7 +160,7 @@ __device__ __forceinline__ void accumulate_d0_h1(
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 3 * SLOT);  // tap (2, 1, 1)
     multiply_tap<Math, 1, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (0, 1, 0)
     multiply_tap<Math, 1, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (0, 1, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, true>();
   }
 }
 
@@ -181,7 +181,7 @@ __device__ __forceinline__ void accumulate_d1_h0(
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (1, 2, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h -1, w +0
     Math::A x[1];
@@ -190,7 +190,7 @@ __device__ __forceinline__ void accumulate_d1_h0(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (1, 2, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 2 * SLOT);  // tap (1, 2, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +0, w -1
     Math::A x[1];
@@ -198,7 +198,7 @@ __device__ __forceinline__ void accumulate_d1_h0(
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (1, 0, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[1];
@@ -207,7 +207,7 @@ __device__ __forceinline__ void accumulate_d1_h0(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (1, 0, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 5 * SLOT);  // tap (1, 0, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, true>();
   }
 }
 
@@ -228,7 +228,7 @@ __device__ __forceinline__ void accumulate_d1_h1(
     load_fragments<Math, 0x1>(x, column, position, plane_pitch, quarter);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (1, 1, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +0, w +0
     Math::A x[1];
@@ -237,7 +237,7 @@ __device__ __forceinline__ void accumulate_d1_h1(
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (1, 1, 0)
     multiply_tap<Math, 0, ROW_STEP>(acc[1], x, weight + 2 * SLOT);  // tap (1, 1, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, true>();
   }
 }
 
@@ -304,7 +304,7 @@ struct Consumer {
 
 template <int CHANNELS>
 __device__ __forceinline__ Consumer locate_consumer(const GatherShape& s, int thread) {
-  constexpr int WARPS = GROUP_WARPS<CHANNELS>;
+  constexpr int WARPS = WARPGROUP_WARPS<CHANNELS>;
   const int lane = thread % WARP;
   int warp = thread / WARP;
   // By a shuffle, which tells the compiler that lanes agree: tensor cores take addresses of weights
@@ -317,25 +317,25 @@ __device__ __forceinline__ Consumer locate_consumer(const GatherShape& s, int th
 }
 
 template <int CHANNELS>
-constexpr int THREADS = BLOCK_THREADS<CHANNELS, GROUPS_OF_WARPS, rows_of(CHANNELS) * VARIANTS>;
+constexpr int THREADS = BLOCK_THREADS<CHANNELS, WARPGROUPS, rows_of(CHANNELS) * VARIANTS>;
 
 template <int CHANNELS>
 __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     dgrad_kernel(const GatherShape s, const T* input, const uint32_t* packed,
                  const T* bias, T* output) {
   constexpr int ROWS = rows_of(CHANNELS), BLOCKS_N = CHANNELS / MMA_COLUMNS;
-  constexpr int CREWS = BLOCK_CREWS<CHANNELS, GROUPS_OF_WARPS, ROWS * VARIANTS>;
+  constexpr int PRODUCERS = PRODUCER_WARPGROUPS<CHANNELS, WARPGROUPS, ROWS * VARIANTS>;
   uint32_t* const shared = dynamic_shared<uint32_t>();
   // Found anew by each role, and where it is needed.
   auto find_blocks_c = [&] { return (opaque(s.out_channels) + CHANNELS - 1) / CHANNELS; };
   auto find_warp_weights = [&] {
     return opaque(s.chunk) / MMA_WORDS * TAPS_PER_PASS * SLOT_WORDS<Math, CHANNELS>;
   };
-  const int consumers = blockDim.x - CREWS * CREW_WARPS * WARP;
-  const int meeting = consumers + CREW_WARPS * WARP;  // threads that a buffer's barriers wait for
+  const int consumers = blockDim.x - PRODUCERS * PRODUCER_WARPS * WARP;
+  const int meeting = consumers + PRODUCER_WARPS * WARP;  // threads that a buffer's barriers wait for
   // Behind the stages: the consumers' scratch, the releases of buffers, mbarriers, and the places
-  // of granules, or raw buffers.
-  constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, GROUPS_OF_WARPS> * SCRATCH_WORDS;
+  // of vectors, or raw buffers.
+  constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, WARPGROUPS> * SCRATCH_WORDS;
   auto find_releases = [&] { return shared + s.stages * s.stage_elements + SCRATCH; };
   auto find_fills = [&] { return find_releases() + RELEASE_WORDS<MOST_STAGES>; };
   // Of each buffer, for the bulk copies of its weights.
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
   }
   __syncthreads();
   begin_releases<MOST_STAGES>(find_releases(), consumers);
-  begin_releases<MOST_STAGES>(find_fills(), CREW_WARPS * WARP);
+  begin_releases<MOST_STAGES>(find_fills(), PRODUCER_WARPS * WARP);
   // Counts passes over all tiles of this block. Buffers take turns, round after round.
   int step = 0, buffer = 0, round = 0;
   auto next_step = [&] {
@@ -361,18 +361,18 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
   if (static_cast<int>(threadIdx.x) >= consumers) {
     // Producers: the tile and the weights of every pass over every chunk, one pass ahead, across
     // tiles.
-    if constexpr (BY_GROUPS<CHANNELS>) release_registers<PRODUCER_REGISTERS<GROUPS_OF_WARPS>>();
+    if constexpr (BY_WARPGROUPS<CHANNELS>) warpgroup_reg_dealloc<PRODUCER_REGISTERS<WARPGROUPS>>();
     await_earlier_kernel();  // which packs what they stage
-    constexpr int CREW_THREADS = CREW_WARPS * WARP;
+    constexpr int PRODUCER_THREADS = PRODUCER_WARPS * WARP;
     const int thread = static_cast<int>(threadIdx.x);
-    constexpr bool SEVERAL = CREWS > 1;
-    const Crew crew = {SEVERAL ? thread % CREW_THREADS : thread - consumers, CREW_THREADS};
-    int turn_of_crew = thread / CREW_THREADS % CREWS;
+    constexpr bool SEVERAL = PRODUCERS > 1;
+    const Producers producers = {SEVERAL ? thread % PRODUCER_THREADS : thread - consumers, PRODUCER_THREADS};
+    int turn_of_warpgroup = thread / PRODUCER_THREADS % PRODUCERS;
     // By a shuffle, which tells the compiler that lanes agree: what loops count stays uniform.
-    if constexpr (SEVERAL) turn_of_crew = __shfl_sync(0xffffffffu, turn_of_crew, 0);
+    if constexpr (SEVERAL) turn_of_warpgroup = __shfl_sync(0xffffffffu, turn_of_warpgroup, 0);
     // The weights of a step: by bulk copies of one thread where there are such.
     auto stage_weights = [&](const Work& work, int pass, int first_word, int count, uint32_t* to) {
-      if (BULK_COPIES && crew.thread > 0) return;
+      if (BULK_COPIES && producers.thread > 0) return;
       const GatherBlock& block = work.block;
       const int region = region_of_pass(block, pass), region_taps = taps_of_region(region);
       const int blocks_c = find_blocks_c(), first_block = block.channel_block * s.warps_c;
@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         if constexpr (BULK_COPIES) {
           bulk_copy(to, from, bytes, find_landed(buffer));
         } else {
-          stage_packed<true>(crew, to, from, words);
+          stage_packed<true>(producers, to, from, words);
         }
         from += block_words, to += find_warp_weights();
       }
@@ -402,14 +402,15 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
       if constexpr (BULK_COPIES) mbarrier_wait(find_landed(of_buffer), of_round & 1);
       announce_full<CHANNELS, decltype(pending)::value>(find_fills(), of_buffer, meeting);
     };
-    // A single crew with buffers to spare awaits copies when the next ones are on their way.
-    [[maybe_unused]] const bool at_once = CREWS > 1 || s.stages == GATHER_LEAST_STAGES;
+    // A single producer warpgroup with buffers to spare awaits copies when the next ones are on their
+    // way.
+    [[maybe_unused]] const bool at_once = PRODUCERS > 1 || s.stages == GATHER_LEAST_STAGES;
     [[maybe_unused]] constexpr std::integral_constant<int, 0> ALL_LANDED;
     [[maybe_unused]] constexpr std::integral_constant<int, 1> BUT_NEWEST;
     [[maybe_unused]] auto announce_last = [&](auto pending) {
       announce(buffer == 0 ? s.stages - 1 : buffer - 1, buffer == 0 ? round - 1 : round, pending);
     };
-    // Each of the crew's steps: stages the weights, and whatever else `stage` does of it.
+    // Each of the warpgroup's steps: stages the weights, and whatever else `stage` does of it.
     auto produce = [&](auto&& stage) {
       for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
         const int index = tile_of_turn(turn);
@@ -420,7 +421,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
           const int first_word = chunk * s.chunk, count = min(s.chunk, s.words - first_word);
 #pragma unroll 1
           for (int pass = 0; pass < work.passes; ++pass, next_step()) {
-            if (CREWS > 1 && step % CREWS != turn_of_crew) continue;
+            if (PRODUCERS > 1 && step % PRODUCERS != turn_of_warpgroup) continue;
             if (step >= s.stages) {
               await_release<BARRIER_EMPTY>(find_releases(), buffer, round, meeting);
             }
@@ -450,9 +451,9 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
       produce_by_copies([&](Word* tile, const T* from, int count, int channels,
                             const TileOrigin& origin) {
         const int existing = min(count, channels);
-        copy_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, crew, tile, reinterpret_cast<const Word*>(from),
+        copy_tile<PLANE_STEP, LINE_STEP, STEP_X>(s, producers, tile, reinterpret_cast<const Word*>(from),
                                                  existing, origin);
-        clear_words(s, crew, tile, existing, count);
+        clear_words(s, producers, tile, existing, count);
       });
     };
     if (s.load_width == 1) {
@@ -460,18 +461,18 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     } else {
       produce_by_copies([&](Word* tile, const T* from, int count, int channels,
                             const TileOrigin& origin) {
-        stage_aligned<PLANE_STEP, LINE_STEP, Math>(s, crew, tile, from, count, channels, origin);
+        stage_aligned<PLANE_STEP, LINE_STEP, Math>(s, producers, tile, from, count, channels, origin);
       });
     }
     // Meet the consumers' last arrivals, so that every one is answered.
     for (int last = max(step - s.stages, 0); last < step; ++last) {
-      if (CREWS > 1 && last % CREWS != turn_of_crew) continue;
+      if (PRODUCERS > 1 && last % PRODUCERS != turn_of_warpgroup) continue;
       await_release<BARRIER_EMPTY>(find_releases(), last % s.stages, last / s.stages + 1, meeting);
     }
     return;
   }
 
-  if constexpr (BY_GROUPS<CHANNELS>) claim_registers<CONSUMER_REGISTERS<GROUPS_OF_WARPS>>();
+  if constexpr (BY_WARPGROUPS<CHANNELS>) warpgroup_reg_alloc<CONSUMER_REGISTERS<WARPGROUPS>>();
   // Consumers. What a thread knows of itself is found anew where it is needed: beside the sums no
   // registers are left to keep it.
   for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
@@ -523,7 +524,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
                   break;
               }
             };
-            if constexpr (Math::FLUSH) {
+            if constexpr (Math::PROMOTES) {
               float part[VARIANTS][ROWS][BLOCKS_N][4] = {};
               settle(part);
               accumulate_words(part);
@@ -540,16 +541,16 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
             tile += MMA_WORDS * s.channel_pitch;
             weight += region_taps * SLOT_WORDS<Math, CHANNELS>;
           }
-          if constexpr (!Math::FLUSH) end_products(acc);
+          if constexpr (!Math::PROMOTES) end_products(acc);
         }
         release_buffer<BARRIER_EMPTY>(find_releases(), buffer, meeting);
       }
     }
 
     // Epilogue: bias; then the outputs, by way of the warp's scratch, from where they leave as they
-    // lie in memory. Warps that multiply alone, or in three groups, have no registers to keep their
+    // lie in memory. Warps that multiply alone, or in three warpgroups, have no registers to keep their
     // place.
-    const bool keeps = BY_GROUPS<CHANNELS> && GROUPS_OF_WARPS == 2;
+    const bool keeps = BY_WARPGROUPS<CHANNELS> && WARPGROUPS == 2;
     const Work at = keeps ? work : locate_work<ROWS>(s, tile_of_turn(opaque(turn)));
     const Consumer me = keeps ? self : locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
     const int first_out = (at.block.channel_block * s.warps_c + me.warp_c) * CHANNELS;
@@ -708,13 +709,13 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.slots = SLOTS, traits.regions = REGIONS;
   traits.variants = VARIANTS, traits.phases_x = PHASES_X;
   traits.rows_per_thread = rows_of(channels);
-  traits.max_warps = roles.groups;
-  traits.max_warps_c = roles.max_groups_c;
-  traits.warp_threads = roles.group_warps * WARP;
-  traits.extra_threads = roles.crews * CREW_WARPS * WARP;
-  traits.lanes_per_warp = roles.group_warps * MMA_ROWS;
+  traits.max_warps = roles.warpgroups;
+  traits.max_warps_c = roles.max_warpgroups_c;
+  traits.warp_threads = roles.warpgroup_warps * WARP;
+  traits.extra_threads = roles.producers * PRODUCER_WARPS * WARP;
+  traits.lanes_per_warp = roles.warpgroup_warps * MMA_ROWS;
   traits.most_stages = MOST_STAGES;
-  traits.stage_step = roles.crews;
+  traits.stage_step = roles.producers;
   traits.scratch_bytes = roles.consumer_warps() * SCRATCH_WORDS * sizeof(float) +
                          (2 * RELEASE_WORDS<MOST_STAGES> + LANDED_WORDS) * sizeof(uint32_t);
   traits.channels_per_warp = channels;
@@ -727,10 +728,10 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.raw_buffers = 0;
   traits.raw_channels = Math::CHANNELS;
   traits.element_bytes = sizeof(T);
-  // A product's clocks, of one warp or of four together.
-  traits.slot_clocks = rows_of(channels) * channels / MMA_COLUMNS * (Math::FLUSH ? 3 : 1) *
-                       (roles.group_warps == 1 ? rates.product_clocks
-                                              : roles.group_warps * rates.grouped_product_clocks);
+  // A product's clocks, of one warp or of a warpgroup.
+  traits.slot_clocks = rows_of(channels) * channels / MMA_COLUMNS * (Math::PROMOTES ? 3 : 1) *
+                       (roles.warpgroup_warps == 1 ? rates.product_clocks
+                                              : roles.warpgroup_warps * rates.warpgroup_product_clocks);
 
   return cut_gather(s, traits, batch, GROUPS, limits, rates, clocks);
 }
@@ -794,7 +795,7 @@ int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) 
         cache.forget(cached);
         return error;
       }
-      const Roles roles = roles_of(bound, channels, GROUPS_OF_WARPS);
+      const Roles roles = roles_of(bound, channels, WARPGROUPS);
       Choice candidate;
       candidate.channels = channels;
       candidate.shape.load_width = load_width;

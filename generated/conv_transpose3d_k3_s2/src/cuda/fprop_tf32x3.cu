@@ -1,8 +1,8 @@
 // fprop of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"granules": true, "groups": 2, "pairs": false, "row_axis": "d", "tiles": [[2, 32],
-//   [2, 24], [2, 16]], "unroll": "plane", "variants": 1}
+// Schedule: {"pairs": false, "row_axis": "d", "tiles": [[2, 32], [2, 24], [2, 16]], "unroll":
+//   "plane", "variants": 1, "vectors": true, "warpgroups": 2}
 //
 //   coarse[n, a, i] = bias[a] +
 //       sum over b, t of fine[n, b, i * STRIDE - PADDING + t * DILATION] * weight[a, b, t]
@@ -11,13 +11,13 @@
 // fine channels its depth. A warp computes 16 positions of the flattened (h, w) plane
 // x ROWS positions along d x VARIANTS neighbouring phases along w x CHANNELS coarse
 // channels in registers; a fragment of the input, loaded once, serves every tap and row that reads
-// it. A thread block is `lanes` / 16 x `warps_c` such warps, which multiply, and CREWS x
-// CREW_WARPS warps, which stage for each chunk of fine channels in shared memory (two to
+// it. A thread block is `lanes` / 16 x `warps_c` such warps, which multiply, and PRODUCERS x
+// PRODUCER_WARPS warps, which stage for each chunk of fine channels in shared memory (two to
 // four buffers; named barriers tell when one is full or empty)
-//   the tile:    [channel][d][h][w] with its halo, as it lies in memory (granules.cuh)
+//   the tile:    [channel][d][h][w] with its halo, as it lies in memory (vectors.cuh)
 //   the weights: fragments, packed beforehand by fprop_pack_kernel.
 
-#include "granules.cuh"
+#include "vectors.cuh"
 #include "outputs.cuh"
 
 namespace {
@@ -70,9 +70,9 @@ __device__ const int SLOT_TAP[] = {
     26};
 __device__ const int REGION_FIRST[] = {0, 9, 18, 27};
 __device__ const int PHASE_REGION[] = {0};
-// Groups of four warps that multiply together, where a device has that.
-constexpr int GROUPS_OF_WARPS = 2;
-// Shared memory of the outputs of a warp that multiplies.
+// Warpgroups that multiply together, where a device has that.
+constexpr int WARPGROUPS = 2;
+// Shared memory of the outputs of a consumer warp.
 constexpr int SCRATCH_WORDS = OUTPUT_BATCH * OUTPUT_WORDS<VARIANTS>;
 
 // The taps of one along d, for 8 input words.
@@ -92,7 +92,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 0 * SLOT);  // tap (d, 0, 0)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +0, w +1
     Math::A x[2];
@@ -100,7 +100,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 1 * SLOT);  // tap (d, 0, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +0, w +2
     Math::A x[2];
@@ -108,7 +108,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 2 * SLOT);  // tap (d, 0, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +1, w +0
     Math::A x[2];
@@ -116,7 +116,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 3 * SLOT);  // tap (d, 1, 0)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +1, w +1
     Math::A x[2];
@@ -124,7 +124,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 4 * SLOT);  // tap (d, 1, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +1, w +2
     Math::A x[2];
@@ -132,7 +132,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 5 * SLOT);  // tap (d, 1, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +2, w +0
     Math::A x[2];
@@ -140,7 +140,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 6 * SLOT);  // tap (d, 2, 0)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +2, w +1
     Math::A x[2];
@@ -148,7 +148,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 7 * SLOT);  // tap (d, 2, 1)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, false>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, false>();
   }
   {  // h +2, w +2
     Math::A x[2];
@@ -156,7 +156,7 @@ __device__ __forceinline__ void accumulate(
     load_fragments<Math, 0x3>(x, column, position, plane_pitch, quarter, s.channel_pitch);
     begin_column<CHANNELS>();
     multiply_tap<Math, 0, ROW_STEP>(acc[0], x, weight + 8 * SLOT);  // tap (d, 2, 2)
-    end_column<Math, CHANNELS, GROUPS_OF_WARPS, VARIANTS, true>();
+    end_column<Math, CHANNELS, WARPGROUPS, VARIANTS, true>();
   }
 }
 
@@ -223,7 +223,7 @@ struct Consumer {
 
 template <int CHANNELS>
 __device__ __forceinline__ Consumer locate_consumer(const GatherShape& s, int thread) {
-  constexpr int WARPS = GROUP_WARPS<CHANNELS>;
+  constexpr int WARPS = WARPGROUP_WARPS<CHANNELS>;
   const int lane = thread % WARP;
   int warp = thread / WARP;
   // By a shuffle, which tells the compiler that lanes agree: tensor cores take addresses of weights
@@ -236,25 +236,25 @@ __device__ __forceinline__ Consumer locate_consumer(const GatherShape& s, int th
 }
 
 template <int CHANNELS>
-constexpr int THREADS = BLOCK_THREADS<CHANNELS, GROUPS_OF_WARPS, rows_of(CHANNELS) * VARIANTS>;
+constexpr int THREADS = BLOCK_THREADS<CHANNELS, WARPGROUPS, rows_of(CHANNELS) * VARIANTS>;
 
 template <int CHANNELS>
 __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     fprop_kernel(const GatherShape s, const T* input, const uint32_t* packed,
                  const T* bias, T* output) {
   constexpr int ROWS = rows_of(CHANNELS), BLOCKS_N = CHANNELS / MMA_COLUMNS;
-  constexpr int CREWS = BLOCK_CREWS<CHANNELS, GROUPS_OF_WARPS, ROWS * VARIANTS>;
+  constexpr int PRODUCERS = PRODUCER_WARPGROUPS<CHANNELS, WARPGROUPS, ROWS * VARIANTS>;
   uint32_t* const shared = dynamic_shared<uint32_t>();
   // Found anew by each role, and where it is needed.
   auto find_blocks_c = [&] { return (opaque(s.out_channels) + CHANNELS - 1) / CHANNELS; };
   auto find_warp_weights = [&] {
     return opaque(s.chunk) / MMA_WORDS * TAPS_PER_PASS * SLOT_WORDS<Math, CHANNELS>;
   };
-  const int consumers = blockDim.x - CREWS * CREW_WARPS * WARP;
-  const int meeting = consumers + CREW_WARPS * WARP;  // threads that a buffer's barriers wait for
+  const int consumers = blockDim.x - PRODUCERS * PRODUCER_WARPS * WARP;
+  const int meeting = consumers + PRODUCER_WARPS * WARP;  // threads that a buffer's barriers wait for
   // Behind the stages: the consumers' scratch, the releases of buffers, mbarriers, and the places
-  // of granules, or raw buffers.
-  constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, GROUPS_OF_WARPS> * SCRATCH_WORDS;
+  // of vectors, or raw buffers.
+  constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, WARPGROUPS> * SCRATCH_WORDS;
   auto find_releases = [&] { return shared + s.stages * s.stage_elements + SCRATCH; };
   auto find_fills = [&] { return find_releases() + RELEASE_WORDS<MOST_STAGES>; };
   // Of each buffer, for the bulk copies of its weights.
@@ -268,13 +268,13 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     }
   }
   auto find_places = [&] {
-    return reinterpret_cast<GranulePlace*>(find_fills() + RELEASE_WORDS<MOST_STAGES> +
+    return reinterpret_cast<VectorPlace*>(find_fills() + RELEASE_WORDS<MOST_STAGES> +
                                            LANDED_WORDS);
   };
   fill_places<PLANE_STEP, LINE_STEP, T>(s, find_places());
   __syncthreads();
   begin_releases<MOST_STAGES>(find_releases(), consumers);
-  begin_releases<MOST_STAGES>(find_fills(), CREW_WARPS * WARP);
+  begin_releases<MOST_STAGES>(find_fills(), PRODUCER_WARPS * WARP);
   // Counts passes over all tiles of this block. Buffers take turns, round after round.
   int step = 0, buffer = 0, round = 0;
   auto next_step = [&] {
@@ -285,18 +285,18 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
   if (static_cast<int>(threadIdx.x) >= consumers) {
     // Producers: the tile and the weights of every pass over every chunk, one pass ahead, across
     // tiles.
-    if constexpr (BY_GROUPS<CHANNELS>) release_registers<PRODUCER_REGISTERS<GROUPS_OF_WARPS>>();
+    if constexpr (BY_WARPGROUPS<CHANNELS>) warpgroup_reg_dealloc<PRODUCER_REGISTERS<WARPGROUPS>>();
     await_earlier_kernel();  // which packs what they stage
-    constexpr int CREW_THREADS = CREW_WARPS * WARP;
+    constexpr int PRODUCER_THREADS = PRODUCER_WARPS * WARP;
     const int thread = static_cast<int>(threadIdx.x);
-    constexpr bool SEVERAL = CREWS > 1;
-    const Crew crew = {SEVERAL ? thread % CREW_THREADS : thread - consumers, CREW_THREADS};
-    int turn_of_crew = thread / CREW_THREADS % CREWS;
+    constexpr bool SEVERAL = PRODUCERS > 1;
+    const Producers producers = {SEVERAL ? thread % PRODUCER_THREADS : thread - consumers, PRODUCER_THREADS};
+    int turn_of_warpgroup = thread / PRODUCER_THREADS % PRODUCERS;
     // By a shuffle, which tells the compiler that lanes agree: what loops count stays uniform.
-    if constexpr (SEVERAL) turn_of_crew = __shfl_sync(0xffffffffu, turn_of_crew, 0);
+    if constexpr (SEVERAL) turn_of_warpgroup = __shfl_sync(0xffffffffu, turn_of_warpgroup, 0);
     // The weights of a step: by bulk copies of one thread where there are such.
     auto stage_weights = [&](const Work& work, int pass, int first_word, int count, uint32_t* to) {
-      if (BULK_COPIES && crew.thread > 0) return;
+      if (BULK_COPIES && producers.thread > 0) return;
       const GatherBlock& block = work.block;
       const int region = region_of_pass(block, pass), region_taps = taps_of_region(region);
       const int blocks_c = find_blocks_c(), first_block = block.channel_block * s.warps_c;
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         if constexpr (BULK_COPIES) {
           bulk_copy(to, from, bytes, find_landed(buffer));
         } else {
-          stage_packed<true>(crew, to, from, words);
+          stage_packed<true>(producers, to, from, words);
         }
         from += block_words, to += find_warp_weights();
       }
@@ -326,14 +326,15 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
       if constexpr (BULK_COPIES) mbarrier_wait(find_landed(of_buffer), of_round & 1);
       announce_full<CHANNELS, decltype(pending)::value>(find_fills(), of_buffer, meeting);
     };
-    // A single crew with buffers to spare awaits copies when the next ones are on their way.
-    [[maybe_unused]] const bool at_once = CREWS > 1 || s.stages == GATHER_LEAST_STAGES;
+    // A single producer warpgroup with buffers to spare awaits copies when the next ones are on their
+    // way.
+    [[maybe_unused]] const bool at_once = PRODUCERS > 1 || s.stages == GATHER_LEAST_STAGES;
     [[maybe_unused]] constexpr std::integral_constant<int, 0> ALL_LANDED;
     [[maybe_unused]] constexpr std::integral_constant<int, 1> BUT_NEWEST;
     [[maybe_unused]] auto announce_last = [&](auto pending) {
       announce(buffer == 0 ? s.stages - 1 : buffer - 1, buffer == 0 ? round - 1 : round, pending);
     };
-    // Each of the crew's steps: stages the weights, and whatever else `stage` does of it.
+    // Each of the warpgroup's steps: stages the weights, and whatever else `stage` does of it.
     auto produce = [&](auto&& stage) {
       for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
         const int index = tile_of_turn(turn);
@@ -344,7 +345,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
           const int first_word = chunk * s.chunk, count = min(s.chunk, s.words - first_word);
 #pragma unroll 1
           for (int pass = 0; pass < work.passes; ++pass, next_step()) {
-            if (CREWS > 1 && step % CREWS != turn_of_crew) continue;
+            if (PRODUCERS > 1 && step % PRODUCERS != turn_of_warpgroup) continue;
             if (step >= s.stages) {
               await_release<BARRIER_EMPTY>(find_releases(), buffer, round, meeting);
             }
@@ -355,25 +356,25 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         }
       }
     };
-    using Granules = GranuleTile<PLANE_STEP, LINE_STEP, false, Bits>;
+    using Vectors = VectorTile<PLANE_STEP, LINE_STEP, false, Bits>;
     auto begin = [&](const Work& work, int pass, int chunk, int count, Word* tile) {
-      constexpr int OCTETS = MMA_WORDS / 8 * Math::CHANNELS;  // of a product
-      const Granules granules(
+      constexpr int BLOCKS8 = MMA_WORDS / 8 * Math::CHANNELS;  // of a product
+      const Vectors vectors(
           s, tile, reinterpret_cast<const Bits*>(input),
           reinterpret_cast<const Bits*>(locate_channels(s, work.block, input)), s.in_channels,
-          chunk * s.chunk / MMA_WORDS * OCTETS, count / MMA_WORDS * OCTETS,
+          chunk * s.chunk / MMA_WORDS * BLOCKS8, count / MMA_WORDS * BLOCKS8,
           locate_tile(work, pass));
-      granules.copy(s, crew, find_places());
+      vectors.copy(s, producers, find_places());
       copy_commit();
-      return granules;
+      return vectors;
     };
-    // When all but the PENDING newest steps of the crew have landed: the columns beside the input
+    // When all but the PENDING newest steps of the warpgroup have landed: the columns beside the input
     // are cleared.
-    auto clear = [&](const Granules& granules, auto pending) {
-      if (!granules.has_margins(s)) return;
+    auto clear = [&](const Vectors& vectors, auto pending) {
+      if (!vectors.has_margins(s)) return;
       copy_wait<decltype(pending)::value>();
-      named_barrier_sync(BARRIER_COPIED + turn_of_crew, CREW_THREADS);
-      granules.clear_margins(s, crew);
+      named_barrier_sync(BARRIER_COPIED + turn_of_warpgroup, PRODUCER_THREADS);
+      vectors.clear_margins(s, producers);
     };
     if (at_once) {
       produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
@@ -381,14 +382,14 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
         announce(buffer, round, ALL_LANDED);
       });
     } else {
-      Granules before;
+      Vectors before;
       produce([&](const Work& work, int pass, int chunk, int count, Word* tile) {
-        const auto granules = begin(work, pass, chunk, count, tile);
+        const auto vectors = begin(work, pass, chunk, count, tile);
         if (step > 0) {
           clear(before, BUT_NEWEST);
           announce_last(BUT_NEWEST);
         }
-        before = granules;
+        before = vectors;
       });
       if (step > 0) {
         clear(before, ALL_LANDED);
@@ -397,13 +398,13 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     }
     // Meet the consumers' last arrivals, so that every one is answered.
     for (int last = max(step - s.stages, 0); last < step; ++last) {
-      if (CREWS > 1 && last % CREWS != turn_of_crew) continue;
+      if (PRODUCERS > 1 && last % PRODUCERS != turn_of_warpgroup) continue;
       await_release<BARRIER_EMPTY>(find_releases(), last % s.stages, last / s.stages + 1, meeting);
     }
     return;
   }
 
-  if constexpr (BY_GROUPS<CHANNELS>) claim_registers<CONSUMER_REGISTERS<GROUPS_OF_WARPS>>();
+  if constexpr (BY_WARPGROUPS<CHANNELS>) warpgroup_reg_alloc<CONSUMER_REGISTERS<WARPGROUPS>>();
   // Consumers. What a thread knows of itself is found anew where it is needed: beside the sums no
   // registers are left to keep it.
   for (int turn = 0; int64_t{turn} * gridDim.x < s.blocks; ++turn) {
@@ -443,7 +444,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
             auto accumulate_words = [&](float (&sums)[VARIANTS][ROWS][BLOCKS_N][4]) {
               accumulate<CHANNELS>(s, tile, weight, position, sums);
             };
-            if constexpr (Math::FLUSH) {
+            if constexpr (Math::PROMOTES) {
               float part[VARIANTS][ROWS][BLOCKS_N][4] = {};
               settle(part);
               accumulate_words(part);
@@ -460,16 +461,16 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
             tile += MMA_WORDS * Math::CHANNELS * s.channel_pitch;
             weight += region_taps * SLOT_WORDS<Math, CHANNELS>;
           }
-          if constexpr (!Math::FLUSH) end_products(acc);
+          if constexpr (!Math::PROMOTES) end_products(acc);
         }
         release_buffer<BARRIER_EMPTY>(find_releases(), buffer, meeting);
       }
     }
 
     // Epilogue: bias; then the outputs, by way of the warp's scratch, from where they leave as they
-    // lie in memory. Warps that multiply alone, or in three groups, have no registers to keep their
+    // lie in memory. Warps that multiply alone, or in three warpgroups, have no registers to keep their
     // place.
-    const bool keeps = BY_GROUPS<CHANNELS> && GROUPS_OF_WARPS == 2;
+    const bool keeps = BY_WARPGROUPS<CHANNELS> && WARPGROUPS == 2;
     const Work at = keeps ? work : locate_work<ROWS>(s, tile_of_turn(opaque(turn)));
     const Consumer me = keeps ? self : locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
     const int first_out = (at.block.channel_block * s.warps_c + me.warp_c) * CHANNELS;
@@ -628,13 +629,13 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.slots = SLOTS, traits.regions = REGIONS;
   traits.variants = VARIANTS, traits.phases_x = PHASES_X;
   traits.rows_per_thread = rows_of(channels);
-  traits.max_warps = roles.groups;
-  traits.max_warps_c = roles.max_groups_c;
-  traits.warp_threads = roles.group_warps * WARP;
-  traits.extra_threads = roles.crews * CREW_WARPS * WARP;
-  traits.lanes_per_warp = roles.group_warps * MMA_ROWS;
+  traits.max_warps = roles.warpgroups;
+  traits.max_warps_c = roles.max_warpgroups_c;
+  traits.warp_threads = roles.warpgroup_warps * WARP;
+  traits.extra_threads = roles.producers * PRODUCER_WARPS * WARP;
+  traits.lanes_per_warp = roles.warpgroup_warps * MMA_ROWS;
   traits.most_stages = MOST_STAGES;
-  traits.stage_step = roles.crews;
+  traits.stage_step = roles.producers;
   traits.scratch_bytes = roles.consumer_warps() * SCRATCH_WORDS * sizeof(float) +
                          (2 * RELEASE_WORDS<MOST_STAGES> + LANDED_WORDS) * sizeof(uint32_t);
   traits.channels_per_warp = channels;
@@ -647,12 +648,12 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.raw_buffers = 0;
   traits.raw_channels = Math::CHANNELS;
   traits.element_bytes = sizeof(T);
-  // A product's clocks, of one warp or of four together.
-  traits.slot_clocks = rows_of(channels) * channels / MMA_COLUMNS * (Math::FLUSH ? 3 : 1) *
-                       (roles.group_warps == 1 ? rates.product_clocks
-                                              : roles.group_warps * rates.grouped_product_clocks);
-  traits.granule = GRANULE_BYTES / sizeof(T);
-  traits.place_bytes = sizeof(GranulePlace);
+  // A product's clocks, of one warp or of a warpgroup.
+  traits.slot_clocks = rows_of(channels) * channels / MMA_COLUMNS * (Math::PROMOTES ? 3 : 1) *
+                       (roles.warpgroup_warps == 1 ? rates.product_clocks
+                                              : roles.warpgroup_warps * rates.warpgroup_product_clocks);
+  traits.vector = VECTOR_BYTES / sizeof(T);
+  traits.place_bytes = sizeof(VectorPlace);
   traits.plane_step = PLANE_STEP, traits.line_step = LINE_STEP;
   traits.loads_words = false;
 
@@ -717,7 +718,7 @@ int choose(const ConvgenCall& call, const DeviceLimits& limits, Choice& choice) 
         cache.forget(cached);
         return error;
       }
-      const Roles roles = roles_of(bound, channels, GROUPS_OF_WARPS);
+      const Roles roles = roles_of(bound, channels, WARPGROUPS);
       Choice candidate;
       candidate.channels = channels;
       candidate.shape.load_width = load_width;

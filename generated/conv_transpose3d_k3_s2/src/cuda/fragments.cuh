@@ -13,61 +13,65 @@ constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8, MMA_WORDS = 8;
 
 // Whether four warps multiply together. With few output channels mma.sync is faster: a group of
 // warps takes 64 positions at a time, whatever the columns.
-constexpr int GROUP_LEAST_CHANNELS = 24;
+constexpr int WARPGROUP_LEAST_CHANNELS = 24;
 template <int CHANNELS>
-constexpr bool BY_GROUPS = HAS_WGMMA && CHANNELS >= GROUP_LEAST_CHANNELS;
+constexpr bool BY_WARPGROUPS = HAS_WGMMA && CHANNELS >= WARPGROUP_LEAST_CHANNELS;
 
 // A block's first warps multiply, its last ones stage: copies and their address arithmetic cost the
 // tensor cores nothing. 12 warps leave a thread 168 registers. Where warps can trade registers
 // (sm_90a), or 128 suffice for few products (of 16 x 8 sums, PRODUCTS rows and phases of them for
-// each 8 channels), there are 16. Those that stage are then two crews, which take turns, so that
-// one issues copies while the other's are on their way; or one crew beside three GROUPS of warps
-// that multiply, instead of two: while one of them waits, for fragments or products, two multiply.
-constexpr int LONE_WARPS = 8, CREW_WARPS = 4;  // that multiply each for itself; of a crew
+// each 8 channels), there are 16. Producers are then two warpgroups, which take turns, so that one
+// issues copies while the other's are on their way; or one beside three WARPGROUPS of consumers,
+// instead of two: while one of them waits, for fragments or products, two multiply.
+constexpr int LONE_CONSUMER_WARPS = 8;  // which multiply each for itself
+constexpr int PRODUCER_WARPS = 4;       // of a producer warpgroup
 constexpr int MOST_WARPS = 16, FEW_PRODUCTS = 8;
-template <int CHANNELS, int GROUPS>
-constexpr int CONSUMER_WARPS = BY_GROUPS<CHANNELS> ? 4 * GROUPS : LONE_WARPS;
-template <int CHANNELS, int GROUPS, int PRODUCTS>
-constexpr int BLOCK_CREWS =
-    BY_GROUPS<CHANNELS> || (HAS_WGMMA && PRODUCTS * CHANNELS / MMA_COLUMNS <= FEW_PRODUCTS)
-        ? (MOST_WARPS - CONSUMER_WARPS<CHANNELS, GROUPS>) / CREW_WARPS
+template <int CHANNELS, int WARPGROUPS>
+constexpr int CONSUMER_WARPS = BY_WARPGROUPS<CHANNELS> ? 4 * WARPGROUPS : LONE_CONSUMER_WARPS;
+template <int CHANNELS, int WARPGROUPS, int PRODUCTS>
+constexpr int PRODUCER_WARPGROUPS =
+    BY_WARPGROUPS<CHANNELS> || (HAS_WGMMA && PRODUCTS * CHANNELS / MMA_COLUMNS <= FEW_PRODUCTS)
+        ? (MOST_WARPS - CONSUMER_WARPS<CHANNELS, WARPGROUPS>) / PRODUCER_WARPS
         : 1;
-template <int CHANNELS, int GROUPS, int PRODUCTS>
-constexpr int BLOCK_THREADS = (CONSUMER_WARPS<CHANNELS, GROUPS> +
-                               BLOCK_CREWS<CHANNELS, GROUPS, PRODUCTS> * CREW_WARPS) *
-                              WARP;
-// What threads keep where groups multiply; 16 warps have 128 for each thread.
-template <int GROUPS>
-constexpr int CONSUMER_REGISTERS = GROUPS == 2 ? 184 : 152;
-template <int GROUPS>
-constexpr int PRODUCER_REGISTERS = (4 * 128 - GROUPS * CONSUMER_REGISTERS<GROUPS>) / (4 - GROUPS);
+template <int CHANNELS, int WARPGROUPS, int PRODUCTS>
+constexpr int BLOCK_THREADS =
+    (CONSUMER_WARPS<CHANNELS, WARPGROUPS> +
+     PRODUCER_WARPGROUPS<CHANNELS, WARPGROUPS, PRODUCTS> * PRODUCER_WARPS) *
+    WARP;
+// What threads keep where warpgroups multiply; 16 warps have 128 for each thread.
+template <int WARPGROUPS>
+constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 184 : 152;
+template <int WARPGROUPS>
+constexpr int PRODUCER_REGISTERS =
+    (4 * 128 - WARPGROUPS * CONSUMER_REGISTERS<WARPGROUPS>) / (4 - WARPGROUPS);
 
 // Warps whose products are issued together. Those of a group have the same output channels.
 template <int CHANNELS>
-constexpr int GROUP_WARPS = BY_GROUPS<CHANNELS> ? 4 : 1;
+constexpr int WARPGROUP_WARPS = BY_WARPGROUPS<CHANNELS> ? 4 : 1;
 
 // The constants above depend on the architecture. The host finds those of the code that a device
 // runs by its launch bounds.
 struct Roles {
-  int group_warps;   // of warps that multiply together
-  int groups;        // of them, at most
-  int max_groups_c;  // groups with different output channels
-  int crews;
+  int warpgroup_warps;   // of warps that multiply together
+  int warpgroups;        // of them, at most
+  int max_warpgroups_c;  // with different output channels
+  int producers;         // warpgroups of them
 
-  int consumer_warps() const { return groups * group_warps; }
+  int consumer_warps() const { return warpgroups * warpgroup_warps; }
 };
 
-inline Roles roles_of(int launch_bound, int channels, int groups) {
+inline Roles roles_of(int launch_bound, int channels, int warpgroups) {
   const bool most = launch_bound >= MOST_WARPS * WARP;
-  // Three groups cannot be shared out among two blocks of channels.
-  if (most && channels >= GROUP_LEAST_CHANNELS) {
-    return {4, groups, groups == 2 ? 2 : 1, MOST_WARPS / CREW_WARPS - groups};
+  // Three warpgroups cannot be shared out among two blocks of channels.
+  if (most && channels >= WARPGROUP_LEAST_CHANNELS) {
+    return {4, warpgroups, warpgroups == 2 ? 2 : 1, MOST_WARPS / PRODUCER_WARPS - warpgroups};
   }
-  return {1, LONE_WARPS, 6, most ? (MOST_WARPS - LONE_WARPS) / CREW_WARPS : 1};
+  return {1, LONE_CONSUMER_WARPS, 6,
+          most ? (MOST_WARPS - LONE_CONSUMER_WARPS) / PRODUCER_WARPS : 1};
 }
 
-// Named barriers of the buffers: a crew of producers arrives at FULL, consumers at EMPTY. A buffer
-// always belongs to the same crew. A crew meets at COPIED, of which each has its own.
+// Named barriers of the buffers: a producer warpgroup arrives at FULL, consumers at EMPTY. A buffer
+// always belongs to the same producers. These meet at COPIED, of which each warpgroup has its own.
 constexpr int MOST_STAGES = 4;
 constexpr int BARRIER_FULL = 1, BARRIER_EMPTY = BARRIER_FULL + MOST_STAGES;
 constexpr int BARRIER_COPIED = BARRIER_EMPTY + MOST_STAGES;
@@ -82,7 +86,7 @@ constexpr int LANDED_WORDS = 2 * MOST_STAGES;  // of shared memory: an mbarrier 
 template <int CHANNELS, int PENDING>
 __device__ __forceinline__ void announce_full(uint32_t* fills, int buffer, int threads) {
   copy_wait<PENDING>();
-  if constexpr (BY_GROUPS<CHANNELS>) bulk_fence();  // wgmma reads by the way of bulk copies
+  if constexpr (BY_WARPGROUPS<CHANNELS>) bulk_fence();  // wgmma reads by the way of bulk copies
   release_buffer<BARRIER_FULL>(fills, buffer, threads);
 }
 
@@ -186,11 +190,11 @@ __device__ __forceinline__ void load_scattered_fragments(typename Math::A (&x)[C
 // Where a warp's products find packed weights.
 template <class Math, int CHANNELS>
 using Weights =
-    std::conditional_t<BY_GROUPS<CHANNELS>, SharedColumns<Math::PACKED / 2>, const uint32_t*>;
+    std::conditional_t<BY_WARPGROUPS<CHANNELS>, SharedColumns<Math::PACKED / 2>, const uint32_t*>;
 
 template <class Math, int CHANNELS>
 __device__ __forceinline__ Weights<Math, CHANNELS> find_weights(const uint32_t* staged, int lane) {
-  if constexpr (BY_GROUPS<CHANNELS>) {
+  if constexpr (BY_WARPGROUPS<CHANNELS>) {
     return Weights<Math, CHANNELS>(staged);
   } else {
     return staged + lane * Math::PACKED;
@@ -198,11 +202,11 @@ __device__ __forceinline__ Weights<Math, CHANNELS> find_weights(const uint32_t* 
 }
 
 // An offset within the staged tile that all lanes share. Warps that multiply each for themselves
-// find it anew at each use: beside their sums they cannot keep a hundred of them. Groups of warps
+// find it anew at each use: beside their sums they cannot keep a hundred of them. Warpgroups
 // leave all of it to the compiler, which has addresses of several registers and a constant.
 template <int CHANNELS>
 __device__ __forceinline__ int tile_offset(int offset) {
-  return BY_GROUPS<CHANNELS> ? offset : opaque(offset);
+  return BY_WARPGROUPS<CHANNELS> ? offset : opaque(offset);
 }
 
 // One tap: acc[m][n] += x[FIRST + m * STEP] * weight[n], 16 positions x 8 channels each.
@@ -210,7 +214,7 @@ template <class Math, int FIRST, int STEP, int ROWS, int BLOCKS_N, int COUNT>
 __device__ __forceinline__ void multiply_tap(float (&acc)[ROWS][BLOCKS_N][4],
                                              const typename Math::A (&x)[COUNT],
                                              Weights<Math, BLOCKS_N * MMA_COLUMNS> weight) {
-  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) {
+  if constexpr (BY_WARPGROUPS<BLOCKS_N * MMA_COLUMNS>) {
 #pragma unroll
     for (int m = 0; m < ROWS; ++m) Math::multiply_group(acc[m], x[FIRST + m * STEP], weight);
   } else {
@@ -232,21 +236,22 @@ constexpr bool FILLS_REGISTERS = 4 * PRODUCTS + 16 * COUNT > CONSUMER_REGISTERS<
 
 // Around the taps of one column, whose fragments have been loaded. Where registers hold the
 // fragments of two columns, a column's products go on while the next fragments are loaded, and
-// those of the column before it end here. They hold only one in 3xTF32 (FLUSH), of 16-bit channels
-// beside the sums of several phases, and of the third part of three groups, whose products go on
-// while the other two load; or because a column fills them (ALONE). After the last column before a
-// loop goes round (ALONE, too) all products have ended: ptxas keeps the registers that they read
-// only as far as there is no branch, and gives them to the next column's fragments beyond it.
+// those of the column before it end here. They hold only one in 3xTF32 (PROMOTES), of 16-bit
+// channels beside the sums of several phases, and of the third part of three warpgroups, whose
+// products go on while the other two load; or because a column fills them (ALONE). After the last
+// column before a loop goes round (ALONE, too) all products have ended: ptxas keeps the registers
+// that they read only as far as there is no branch, and gives them to the next column's fragments
+// beyond it.
 template <int CHANNELS>
 __device__ __forceinline__ void begin_column() {
-  if constexpr (BY_GROUPS<CHANNELS>) wgmma_begin();
+  if constexpr (BY_WARPGROUPS<CHANNELS>) wgmma_begin();
 }
 
-template <class Math, int CHANNELS, int GROUPS, int VARIANTS, bool ALONE>
+template <class Math, int CHANNELS, int WARPGROUPS, int VARIANTS, bool ALONE>
 __device__ __forceinline__ void end_column() {
-  if constexpr (BY_GROUPS<CHANNELS>) {
+  if constexpr (BY_WARPGROUPS<CHANNELS>) {
     constexpr bool ONE =
-        ALONE || Math::FLUSH || GROUPS > 2 || (Math::CHANNELS > 1 && VARIANTS > 1);
+        ALONE || Math::PROMOTES || WARPGROUPS > 2 || (Math::CHANNELS > 1 && VARIANTS > 1);
     wgmma_commit();
     wgmma_wait<ONE ? 0 : 1>();
   }
@@ -255,7 +260,7 @@ __device__ __forceinline__ void end_column() {
 // Keeps what reads or writes sums on its side of this place.
 template <int VARIANTS, int ROWS, int BLOCKS_N>
 __device__ __forceinline__ void settle(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
-  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) {
+  if constexpr (BY_WARPGROUPS<BLOCKS_N * MMA_COLUMNS>) {
 #pragma unroll
     for (int i = 0; i < VARIANTS * ROWS * BLOCKS_N * 4; ++i) {
       const int n = i / 4 % BLOCKS_N;
@@ -268,13 +273,13 @@ __device__ __forceinline__ void settle(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]
 // Until all products have ended: sums may be read, and what they read of shared memory replaced.
 template <int VARIANTS, int ROWS, int BLOCKS_N>
 __device__ __forceinline__ void end_products(float (&acc)[VARIANTS][ROWS][BLOCKS_N][4]) {
-  if constexpr (BY_GROUPS<BLOCKS_N * MMA_COLUMNS>) wgmma_wait<0>();
+  if constexpr (BY_WARPGROUPS<BLOCKS_N * MMA_COLUMNS>) wgmma_wait<0>();
   settle(acc);
 }
 
 // ---- Words of neighbours ------------------------------------------------------------------
 //
-// From granules lanes load words of two 16-bit inputs as they lie in memory (math.cuh). Which half
+// From vectors lanes load words of two 16-bit inputs as they lie in memory (math.cuh). Which half
 // of its word a line begins in follows from the tensor's address and extents: strides are even, so
 // that it is the same for all positions, and differs between channels and taps alone. The weights
 // are packed accordingly, once for tensors whose first line begins in a low half, and once for the
@@ -283,7 +288,7 @@ __device__ __forceinline__ void end_products(float (&acc)[VARIANTS][ROWS][BLOCKS
 constexpr int WORD_SETS = 2;  // of packed weights
 
 // Of a call: whether lines of neighbouring channels, planes along R and lines along Y begin in
-// different halves; and the order of channels, see octet_channel.
+// different halves; and the order of channels, see block8_channel.
 struct WordOrder {
   int odd_channel, odd_r, odd_y;  // 0 or 1
   int lane_channels, half_channels;
@@ -298,7 +303,7 @@ struct WordOrder {
 
   // The channel of a product's word.
   __device__ __forceinline__ int channel(int product, int word) const {
-    return octet_channel(lane_channels, product) + word % 4 * lane_channels +
+    return block8_channel(lane_channels, product) + word % 4 * lane_channels +
            word / 4 * half_channels;
   }
 };
@@ -341,9 +346,9 @@ __device__ __forceinline__ void load_words(typename Math::A (&x)[sizeof...(WORDS
 
 // As load_scattered_fragments.
 template <class Math, int... WORDS, int COUNT>
-__device__ __forceinline__ void load_scattered_words(
-    typename Math::A (&x)[sizeof...(WORDS)][COUNT], const WordTile& line, const int (&at)[COUNT][2],
-    int half) {
+__device__ __forceinline__ void load_scattered_words(typename Math::A (&x)[sizeof...(WORDS)][COUNT],
+                                                     const WordTile& line,
+                                                     const int (&at)[COUNT][2], int half) {
   constexpr int WORD[] = {WORDS...};
   const unsigned char* const from = line.find(0);
 #pragma unroll
@@ -385,9 +390,9 @@ __device__ __forceinline__ void pack_fragments(uint32_t* packed, const T* weight
   rest -= region_first[region] * slot_elements;
   const int region_slots = region_first[region + 1] - region_first[region];
   // mma.sync: a lane's words are adjacent. wgmma: those of a part of the word are.
-  constexpr bool GROUPS = BY_GROUPS<CHANNELS>;
-  const int lane = static_cast<int>(GROUPS ? rest % WARP : rest / Math::PACKED % WARP);
-  const int i = static_cast<int>(GROUPS ? rest / WARP % Math::PACKED : rest % Math::PACKED);
+  constexpr bool TOGETHER = BY_WARPGROUPS<CHANNELS>;
+  const int lane = static_cast<int>(TOGETHER ? rest % WARP : rest / Math::PACKED % WARP);
+  const int i = static_cast<int>(TOGETHER ? rest / WARP % Math::PACKED : rest % Math::PACKED);
   rest /= WARP * Math::PACKED;
   const int n = static_cast<int>(rest % (CHANNELS / MMA_COLUMNS));
   rest /= CHANNELS / MMA_COLUMNS;

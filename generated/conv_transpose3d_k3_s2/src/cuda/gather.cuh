@@ -37,9 +37,9 @@ __device__ __forceinline__ GatherBlock locate_block(const GatherShape& s, int in
 // copied by addresses of their own, which one instruction finds each: threads with registers to
 // spare then wait for none of them.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int WIDTH, int BATCH, typename Acc, typename T>
-__device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& crew, Acc* tile,
-                                            const T* input, int count, int channels, int r, int y,
-                                            int x) {
+__device__ __forceinline__ void stage_lines(const GatherShape& s, const Producers& producers,
+                                            Acc* tile, const T* input, int count, int channels,
+                                            int r, int y, int x) {
   auto stage_place = [&](Acc* to, const T* from, bool inside) {
     const int existing = inside ? min(count, channels) : 0;
     int channel = 0;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& cr
   if constexpr (WIDTH > 1) {
     // Short lines of wide accesses: threads are dealt places, not lines.
     const int items = s.planes * s.rows * s.by_columns.divisor;
-    for (int item = crew.thread; item < items; item += crew.threads) {
+    for (int item = producers.thread; item < items; item += producers.threads) {
       int line = item;
       const int column = s.by_columns.split(line) * WIDTH;
       const T* from;
@@ -89,8 +89,8 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& cr
     }
   } else {
     // Long lines: a line per warp at a time.
-    const int lines = s.planes * s.rows, lane = crew.thread % WARP;
-    for (int line = crew.thread / WARP; line < lines; line += crew.threads / WARP) {
+    const int lines = s.planes * s.rows, lane = producers.thread % WARP;
+    for (int line = producers.thread / WARP; line < lines; line += producers.threads / WARP) {
       const T* from;
       const bool line_is_inside = line_inside(line, from);
       Acc* const to_line = tile + line * s.row_pitch;
@@ -111,22 +111,25 @@ __device__ __forceinline__ void stage_lines(const GatherShape& s, const Crew& cr
 
 // Stages a tile by the widest accesses that the call allows.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename Acc, typename T>
-__device__ __forceinline__ void stage_tile(const GatherShape& s, const Crew& crew, Acc* tile,
-                                           const T* input, int count, int channels, int r, int y,
-                                           int x) {
+__device__ __forceinline__ void stage_tile(const GatherShape& s, const Producers& producers,
+                                           Acc* tile, const T* input, int count, int channels,
+                                           int r, int y, int x) {
   if constexpr (STEP_X == 1) {
     if constexpr (sizeof(Acc) == 4) {
       if (s.load_width == 4) {
-        stage_lines<PLANE_STEP, LINE_STEP, 1, 4, 1>(s, crew, tile, input, count, channels, r, y, x);
+        stage_lines<PLANE_STEP, LINE_STEP, 1, 4, 1>(s, producers, tile, input, count, channels, r,
+                                                    y, x);
         return;
       }
     }
     if (s.load_width == 2) {
-      stage_lines<PLANE_STEP, LINE_STEP, 1, 2, 1>(s, crew, tile, input, count, channels, r, y, x);
+      stage_lines<PLANE_STEP, LINE_STEP, 1, 2, 1>(s, producers, tile, input, count, channels, r, y,
+                                                  x);
       return;
     }
   }
-  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, 1>(s, crew, tile, input, count, channels, r, y, x);
+  stage_lines<PLANE_STEP, LINE_STEP, STEP_X, 1, 1>(s, producers, tile, input, count, channels, r, y,
+                                                   x);
 }
 
 // x[j] = row j of a column of the tile, for the set bits j of USED.

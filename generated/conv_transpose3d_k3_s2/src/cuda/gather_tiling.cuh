@@ -47,15 +47,16 @@ struct GatherShape {
   int load_width;  // elements per staged access; above 1, tiles start at a multiple of it
 
   // Lines that pass through raw buffers (GatherTraits::raw_buffers): how many a buffer holds, bytes
-  // of a line there, in whole granules, and of a buffer; parts that this cuts a plane into, planes,
-  // granules of a line.
+  // of a line there, in whole vectors, and of a buffer; parts that this cuts a plane into, planes,
+  // vectors of a line.
   int raw_lines, raw_line_bytes, raw_bytes;
-  Divisor raw_parts, raw_planes, raw_granules;
+  Divisor raw_parts, raw_planes, raw_vectors;
 
-  // Of tiles in granules, whose channels lie in octets (granules.cuh), of a product's four lanes
-  // twice: channels, and elements of the tile, from lane to lane, half to half, octet to octet.
+  // Of tiles in vectors, whose channels lie in 8-channel blocks (vectors.cuh), of a product's four
+  // lanes twice: channels, and elements of the tile, from lane to lane, half to half, block to
+  // block.
   int lane_channels, half_channels;
-  int lane_pitch, half_pitch, octet_pitch;
+  int lane_pitch, half_pitch, block8_pitch;
 
   bool vector_store;  // the phases of X that a thread computes leave in one access
 };
@@ -82,16 +83,16 @@ struct GatherTraits {
   int words;                  // input words per group, rounded up to chunk_step
   int chunk_step, max_chunk;  // input words per stage: a multiple of the one, at most the other
   int pitch_residue = 0;      // of a word's tile, modulo 16 words; 0 if any will do
-  // Where accesses have one element each, lines pass through so many raw buffers, in granules, if
+  // Where accesses have one element each, lines pass through so many raw buffers, in vectors, if
   // any: of each of a word's channels, elements as they lie in the input.
   int raw_buffers = 0;
   int raw_channels = 1, element_bytes = 4;
-  // Or tiles are staged as the input lies in memory, in granules of so many elements: a channel of
+  // Or tiles are staged as the input lies in memory, in vectors of so many elements: a channel of
   // a word after the other, [plane][line][column], where planes and lines are so many apart in the
   // input. Pitches then count elements.
-  int granule = 0;
+  int vector = 0;
   int plane_step = 1, line_step = 1;
-  int place_bytes = 0;       // of an entry of the table of a channel's granules
+  int place_bytes = 0;       // of an entry of the table of a channel's vectors
   bool loads_words = false;  // whether lanes load words of neighbours (WordOrder)
   // What lanes load of a line at once: strips and tiles are multiples of it.
   int access = 1;
@@ -103,14 +104,14 @@ struct GatherTraits {
 };
 
 // What an asynchronous copy takes at once, at addresses that are multiples of it.
-constexpr int GRANULE_BYTES = 16;
+constexpr int VECTOR_BYTES = 16;
 // Of a raw buffer: at least so much, or one line; more than the other does not hide more.
 constexpr int RAW_LEAST_BYTES = 1024, RAW_MOST_BYTES = 3072;
 constexpr int RAW_MOST_LINES = 63;
 
-// Bytes of the granules that cover a line, wherever in a granule it begins.
+// Bytes of the vectors that cover a line, wherever in a vector it begins.
 inline int64_t raw_line_bytes(const GatherTraits& t, int64_t columns) {
-  return round_up(columns * t.element_bytes + GRANULE_BYTES - t.element_bytes, GRANULE_BYTES);
+  return round_up(columns * t.element_bytes + VECTOR_BYTES - t.element_bytes, VECTOR_BYTES);
 }
 
 // Lines that a raw buffer of so many bytes holds.
@@ -137,36 +138,36 @@ inline int lane_channels_of(int64_t channels, int64_t channel_stride) {
   return channel_stride % 2 == 0 ? 1 : NEAR_CHANNELS;
 }
 
-// The first channel of an octet.
-__host__ __device__ constexpr int octet_channel(int lane_channels, unsigned octet) {
-  if (lane_channels == 1) return octet * 8;
-  const unsigned far = octet / 4 * FAR_PERIOD + octet / 2 % 2 * 4, near = octet / 2 * 16;
-  return (lane_channels == FAR_CHANNELS ? far : near) + octet % 2;
+// The first channel of an 8-channel block.
+__host__ __device__ constexpr int block8_channel(int lane_channels, unsigned block8) {
+  if (lane_channels == 1) return block8 * 8;
+  const unsigned far = block8 / 4 * FAR_PERIOD + block8 / 2 % 2 * 4, near = block8 / 2 * 16;
+  return (lane_channels == FAR_CHANNELS ? far : near) + block8 % 2;
 }
 
 // Pitches, in elements, of a tile that is staged as the input lies in memory: an element's place in
-// its granule is the same on both sides wherever the tile begins, for each pitch is congruent to
-// the distance in the input. Lines have room for the granules that cover them from any start.
-struct GranulePitches {
-  int64_t granules;  // of a line
+// its vector is the same on both sides wherever the tile begins, for each pitch is congruent to
+// the distance in the input. Lines have room for the vectors that cover them from any start.
+struct VectorPitches {
+  int64_t vectors;  // of a line
   int64_t line, plane;
   int lane_channels, half_channels;
-  int64_t lane, half, octet;
+  int64_t lane, half, block8;
 
-  GranulePitches(const GatherShape& s, const GatherTraits& t, int64_t columns, int64_t rows,
-                 int64_t planes) {
+  VectorPitches(const GatherShape& s, const GatherTraits& t, int64_t columns, int64_t rows,
+                int64_t planes) {
     auto congruent = [&](int64_t least, int64_t distance) {
-      return least + ((distance - least) % t.granule + t.granule) % t.granule;
+      return least + ((distance - least) % t.vector + t.vector) % t.vector;
     };
-    granules = ceil_div(columns + t.granule - 1, t.granule);
-    line = congruent(granules * t.granule, int64_t{t.line_step} * s.y.input_stride);
+    vectors = ceil_div(columns + t.vector - 1, t.vector);
+    line = congruent(vectors * t.vector, int64_t{t.line_step} * s.y.input_stride);
     plane = congruent(rows * line, int64_t{t.plane_step} * s.r.input_stride);
     const int64_t channel = planes * plane, stride = s.in_channel_stride;
     // From a lane's channels to the next lane's: of the next few, that with the fewest wavefronts.
     auto spread = [&](int64_t least, int64_t distance, int slots) {
       int64_t best = 0;
       int fewest = WARP + 1;
-      for (int64_t i = 0; i < 128 / t.element_bytes; i += t.granule) {
+      for (int64_t i = 0; i < 128 / t.element_bytes; i += t.vector) {
         const int64_t pitch = congruent(least, distance) + i;
         const int wavefronts = fragment_wavefronts(t, slots * pitch);
         if (wavefronts < fewest) fewest = wavefronts, best = pitch;
@@ -178,12 +179,12 @@ struct GranulePitches {
       half_channels = NEAR_CHANNELS;
       half = congruent(channel, half_channels * stride);
       lane = spread(half + channel, lane_channels * stride, 1);
-      octet = round_up(4 * lane, t.granule) + t.granule;
+      block8 = round_up(4 * lane, t.vector) + t.vector;
     } else {
       half_channels = 4 * lane_channels;
       lane = spread(channel, lane_channels * stride, t.raw_channels);
-      half = 4 * lane, octet = 8 * lane;
-      if (lane_channels == NEAR_CHANNELS) octet = round_up(octet, t.granule) + t.granule;
+      half = 4 * lane, block8 = 8 * lane;
+      if (lane_channels == NEAR_CHANNELS) block8 = round_up(block8, t.vector) + t.vector;
     }
   }
 
@@ -220,7 +221,7 @@ inline int cut_raw(GatherShape& s, const GatherTraits& t, int64_t spare, int64_t
   s.raw_bytes = s.raw_lines * s.raw_line_bytes * t.raw_channels;
   s.raw_parts = Divisor(parts);
   s.raw_planes = Divisor(s.planes);
-  s.raw_granules = Divisor(s.raw_line_bytes / GRANULE_BYTES);
+  s.raw_vectors = Divisor(s.raw_line_bytes / VECTOR_BYTES);
   return t.raw_buffers * s.raw_bytes;
 }
 
@@ -266,16 +267,16 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       }
       // Staged accesses of a line; each costs about a warp's more than its length.
       int64_t channel_pitch = word, line = pitch / s.load_width, accesses = line + WARP;
-      if (t.granule) {
-        const GranulePitches p(s, t, (width - 1) * t.step_x + t.span_x + 1, staged_rows, planes);
+      if (t.vector) {
+        const VectorPitches p(s, t, (width - 1) * t.step_x + t.span_x + 1, staged_rows, planes);
         pitch = p.line, plane_pitch = p.plane, channel_pitch = p.lane;
-        word = ceil_div(t.raw_channels * p.octet * t.element_bytes, 8 * t.word_bytes);
-        line = accesses = p.granules;
+        word = ceil_div(t.raw_channels * p.block8 * t.element_bytes, 8 * t.word_bytes);
+        line = accesses = p.vectors;
       }
       int64_t bytes = GATHER_LEAST_STAGES * t.word_bytes * t.chunk_step *
                       (round_up(word, 4) + round_up(weights, 4));
       const int64_t places = t.place_bytes * planes * staged_rows * line;
-      if (t.granule) bytes += GATHER_LEAST_STAGES * GRANULE_BYTES + places;
+      if (t.vector) bytes += GATHER_LEAST_STAGES * VECTOR_BYTES + places;
       const int64_t raw_bytes =
           raw ? raw_total(t, pitch, raw_lines(t, pitch, staged_rows, raw_least)) : 0;
       if (bytes + raw_bytes > shared_limit) continue;
@@ -295,11 +296,11 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
       s.plane_pitch = static_cast<int>(plane_pitch);
       s.channel_pitch = static_cast<int>(channel_pitch);
       s.by_columns = Divisor(line);
-      if (t.granule) {
-        const GranulePitches p(s, t, s.columns, staged_rows, planes);
+      if (t.vector) {
+        const VectorPitches p(s, t, s.columns, staged_rows, planes);
         s.lane_channels = p.lane_channels, s.half_channels = p.half_channels;
         s.lane_pitch = static_cast<int>(p.lane), s.half_pitch = static_cast<int>(p.half);
-        s.octet_pitch = static_cast<int>(p.octet);
+        s.block8_pitch = static_cast<int>(p.block8);
       }
       word_pitch = word;
       s.strips = Divisor(strips);
@@ -328,8 +329,8 @@ inline int cut_tiles(GatherShape& s, const GatherTraits& t, int64_t batch, int64
   s.chunk = static_cast<int>(round_up(ceil_div(s.words, s.chunks), t.chunk_step));
   s.chunks = static_cast<int>(ceil_div(s.words, s.chunk));
   s.tile_elements = static_cast<int>(round_up(int64_t{s.chunk} * word_pitch, 4));
-  // A tile may begin anywhere in its first granule.
-  if (t.granule) s.tile_elements += GRANULE_BYTES / t.word_bytes;
+  // A tile may begin anywhere in its first vector.
+  if (t.vector) s.tile_elements += VECTOR_BYTES / t.word_bytes;
   s.stage_elements = s.tile_elements + static_cast<int>(round_up(int64_t{s.chunk} * weights, 4));
   const int stage_bytes = s.stage_elements * t.word_bytes;
   if (GATHER_LEAST_STAGES * stage_bytes > shared_limit) return CONVGEN_TOO_LARGE;

@@ -8,7 +8,7 @@ namespace convgen {
 struct GpuRates {
   double clocks_per_ms;
   double product_clocks;          // from one mma.sync (m16n8k8 in TF32) to the next
-  double grouped_product_clocks;  // the same in wgmma; 0 where there is none
+  double warpgroup_product_clocks;  // the same in wgmma; 0 where there is none
   double fp64_warps;              // warps' multiply-adds per clock
   double level2_bytes, bulk_bytes;  // by loads, by TMA
   double copy_bytes;                // read and written by a copy
@@ -43,7 +43,7 @@ constexpr double OVERLAP = 0.2;      // of all work but the longest, what comes 
 constexpr double GATHER_TILE_CLOCKS = 600.0, GATHER_STEP_CLOCKS = 60.0;
 constexpr double STORED_BYTES = 24.0, SPREAD_BYTES = 12.0;
 // Of four warps that multiply together: from the end of their products to the next ones.
-constexpr double GROUP_LATENCY = 200;
+constexpr double WARPGROUP_LATENCY = 200;
 // Of implicit GEMMs: a tile beside its products; another kernel behind the first; bytes per clock
 // of packing quarters, and of a weight's gradient that is stored without partial sums.
 constexpr double GEMM_TILE_CLOCKS = 5000.0, LAUNCH_CLOCKS = 3500.0;

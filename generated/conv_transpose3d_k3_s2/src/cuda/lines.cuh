@@ -106,12 +106,12 @@ __device__ __forceinline__ void copy_lines(const ChannelPair<T>& pair, T* to, ui
 // SHORT: the columns from `column` on, of which there are less than LANES; an access then takes
 // several lines.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, int COUNT, bool SHORT, typename T>
-__device__ __forceinline__ void copy_columns(const GatherShape& s, const Crew& crew, T* tile,
-                                             const T* input, int channels, const TileOrigin& origin,
-                                             int column) {
+__device__ __forceinline__ void copy_columns(const GatherShape& s, const Producers& producers,
+                                             T* tile, const T* input, int channels,
+                                             const TileOrigin& origin, int column) {
   using Deal = ColumnDeal<STEP_X>;
   static_assert(COUNT == 1 || (Deal::EVEN && !SHORT), "columns at constant distances");
-  const int lane = crew.thread % WARP;
+  const int lane = producers.thread % WARP;
   int first_line = 0, access_lines = 1;
   if constexpr (SHORT) {
     const int columns = s.row_pitch - column, log2 = 32 - __clz(columns - 1);
@@ -132,7 +132,7 @@ __device__ __forceinline__ void copy_columns(const GatherShape& s, const Crew& c
   }
   const Inside planes = find_inside<PLANE_STEP>(origin.r, s.planes, s.r.input);
   const Inside lines = find_inside<LINE_STEP>(origin.y, s.rows, s.y.input);
-  const int warp = crew.thread / WARP, warps = crew.threads / WARP;
+  const int warp = producers.thread / WARP, warps = producers.threads / WARP;
   // log2 of the warps of a channel.
   const int share = (2 * channels <= warps) + (4 * channels <= warps);
   const int slots = warps >> share, turn = warp & ((1 << share) - 1);
@@ -183,7 +183,7 @@ __device__ __forceinline__ void copy_columns(const GatherShape& s, const Crew& c
 
 // Stages `channels` channels of a tile, which exist. Positions and layout as in stage_lines.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, typename T>
-__device__ __forceinline__ void copy_tile(const GatherShape& s, const Crew& crew, T* tile,
+__device__ __forceinline__ void copy_tile(const GatherShape& s, const Producers& producers, T* tile,
                                           const T* input, int channels, const TileOrigin& origin) {
   using Deal = ColumnDeal<STEP_X>;
   // Less than half an access is left to the short lines.
@@ -191,7 +191,7 @@ __device__ __forceinline__ void copy_tile(const GatherShape& s, const Crew& crew
   const int columns = s.row_pitch - (rest <= Deal::LANES / 2 ? rest : 0);
   auto stage = [&](auto count, auto is_short, int column) {
     copy_columns<PLANE_STEP, LINE_STEP, STEP_X, count.value, is_short.value>(
-        s, crew, tile, input, channels, origin, column);
+        s, producers, tile, input, channels, origin, column);
   };
   using Long = std::false_type;
   int column = 0;

@@ -422,7 +422,7 @@ struct FineWindow {
 
 // sum += chain, and the chain starts again.
 template <int COUNT>
-__device__ __forceinline__ void flush(float* sum, float* chain) {
+__device__ __forceinline__ void promote(float* sum, float* chain) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     sum[i] += chain[i];

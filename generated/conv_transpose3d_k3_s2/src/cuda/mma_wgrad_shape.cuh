@@ -22,7 +22,7 @@ constexpr int most_warps(int sums, int coarse, int fine) {
 }
 constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
-constexpr int GRANULE_BYTES = 16, GRANULE_WORDS = 4;
+constexpr int VECTOR_BYTES = 16, VECTOR_WORDS = 4;
 constexpr int COPY_BYTES = 4;          // that an asynchronous copy has at least
 constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
 constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile
@@ -57,7 +57,7 @@ struct ProductShape {
 
   // A block's warps: units (coarse tiles x fine tiles x blocks of taps along W, H and D) times
   // `parts`, which share the chunks of a tile and have a partial result each. Of warps that
-  // multiply together, each part has whole groups: `unit_warps`.
+  // multiply together, each part has whole warpgroups: `unit_warps`.
   int units_m, units_n, units_w, units_h, units_d, units, unit_warps, parts;
   Divisor blocks_m, blocks_n, blocks_w, blocks_h, blocks_d;
   int blocks, threads;
@@ -81,10 +81,10 @@ struct ProductShape {
   int rounds, rounds_per_chunk;  // of copies, by all threads
   int copy_instructions;         // of a warp and tile
   int coarse_slots, slots;  // threads over all rounds that copy coarse places (whole warps), all
-  // Whether lines of the fine tensor are staged as they lie in memory, in granules of 16 bytes
-  // (places are granules then): each starts with up to 15 bytes that lie before it.
-  bool loose;
-  int line;         // elements of a loose line
+  // Whether lines of the fine tensor are staged as they lie in memory, in vectors of 16 bytes
+  // (places are vectors then): each starts with up to 15 bytes that lie before it.
+  bool unaligned;
+  int line;         // elements of an unaligned row
   int fine_staged;  // channels of a stage, beyond the tensor's too
   int shared_bytes;
   ProductCopies coarse, fine;
@@ -95,14 +95,14 @@ struct ProductTraits {
   int kernel_d, kernel_h;
   int stride_d, stride_h, stride_w, dilation_d, dilation_h, dilation_w;
   int taps_h, taps_w, tap_blocks_h, tap_blocks_w;
-  int coarse_tile, fine_tile;  // channels of a unit
-  int fragments;               // of a unit's sums: 16 x 8 channels at one tap
-  int products;                // per chunk and warp
-  int warps;                   // of a block, at most, those that multiply
-  int group_warps = 1;         // of them, those that multiply together
-  bool loosens = false;        // whether lines may be loose
-  int loose_loads = 0;         // then of a chunk and warp, of one word for each lane
-  int staging_warps = 0;       // others, which stage; 0 if all of them do
+  int coarse_tile, fine_tile;     // channels of a unit
+  int fragments;                  // of a unit's sums: 16 x 8 channels at one tap
+  int products;                   // per chunk and warp
+  int warps;                      // of a block, at most, that multiply
+  int warpgroup_warps = 1;        // of them, those that multiply together
+  bool may_be_unaligned = false;  // whether lines may be unaligned
+  int unaligned_loads = 0;        // then of a chunk and warp, of one word for each lane
+  int producer_warps = 0;         // others, which stage; 0 if all of them do
   int element_bytes;
   int quad_columns, quad_pitch, window_columns, tap_columns, column_align;
   bool joins_w;                            // whether a block may own several blocks of taps along W
@@ -157,56 +157,57 @@ struct ProductCut {
 
 // Instructions: to find a place, to copy a channel there.
 constexpr int64_t COPY_PLACE = 40, COPY_ONE = 4;
-// Of a coarse copy beside COPY_ONE, where lines are not loose: by these figures cuts were measured,
-// before 16-bit words were copied to their places.
+// Of a coarse copy beside COPY_ONE, where lines are not unaligned: by these figures cuts were
+// measured, before 16-bit words were copied to their places.
 constexpr double COARSE_COPY = 4;
-// Of a warp that stages, where lines are loose: to begin a tile, to begin 16 channels of it, to
-// copy WARP granules of each of these; to find a chunk's coarse quads.
-constexpr int64_t LOOSE_TILE = 80, LOOSE_CHANNELS = 45, LOOSE_PLACE = 26;
+// Of a producer warp, where lines are unaligned: to begin a tile, to begin 16 channels of it, to
+// copy WARP vectors of each of these; to find a chunk's coarse quads.
+constexpr int64_t UNALIGNED_TILE = 80, UNALIGNED_CHANNELS = 45, UNALIGNED_PLACE = 26;
 constexpr double COARSE_PLACE = 14;
-// Wavefronts of shared memory that copies take where lines are loose, as measured: for each granule
-// and for each line of a channel; for 128 bytes of coarse channels.
-constexpr double GRANULE_WAVEFRONTS = 0.42, LINE_WAVEFRONTS = 0.5, COARSE_WAVEFRONTS = 4;
+// Wavefronts of shared memory that copies take where lines are unaligned, as measured: for each
+// vector and for each line of a channel; for 128 bytes of coarse channels.
+constexpr double VECTOR_WAVEFRONTS = 0.42, LINE_WAVEFRONTS = 0.5, COARSE_WAVEFRONTS = 4;
 
-// Wavefronts of one load of a warp from loose lines, on average over where these may begin. Lane
+// Wavefronts of one load of a warp from unaligned rows, on average over where these may begin. Lane
 // 4 g + t reads the word at quad t, `quad_words` apart, of channel g: channels are `pitch` words
 // apart in shared memory and `stride` elements of `element_bytes` (4 at most) in the tensor, whose
-// place within a granule they keep.
-constexpr double loose_wavefronts(int pitch, int64_t stride, int quad_words, int element_bytes) {
-  const int granule = GRANULE_BYTES / element_bytes, elements = 4 / element_bytes;
+// place within a vector they keep.
+constexpr double unaligned_wavefronts(int pitch, int64_t stride, int quad_words,
+                                      int element_bytes) {
+  const int vector = VECTOR_BYTES / element_bytes, elements = 4 / element_bytes;
   int sum = 0;
-  for (int begin = 0; begin < granule; ++begin) {
+  for (int begin = 0; begin < vector; ++begin) {
     int words[WARP] = {}, most = 0;  // by bank; no two lanes read the same one
     for (int lane = 0; lane < WARP; ++lane) {
       const int g = lane / 4, t = lane % 4;
-      const int within = static_cast<int>((begin + g * (stride % granule)) % granule);
+      const int within = static_cast<int>((begin + g * (stride % vector)) % vector);
       const int bank = (g * pitch + t * quad_words + within / elements) % WARP;
       if (++words[bank] > most) most = words[bank];
     }
     sum += most;
   }
-  return double(sum) / granule;
+  return double(sum) / vector;
 }
 
-// Channel pitches of loose lines, which are whole granules.
-struct LoosePitches {
-  double wavefronts[WARP / GRANULE_WORDS] = {};  // of a load, by the pitch mod 32 words
+// Channel pitches of unaligned rows, which are whole vectors.
+struct UnalignedPitches {
+  double wavefronts[WARP / VECTOR_WORDS] = {};  // of a load, by the pitch mod 32 words
 
-  LoosePitches(const ProductShape& s, const ProductTraits& t) {
-    if (!t.loosens) return;
-    for (int pitch = 0; pitch < WARP; pitch += GRANULE_WORDS) {
-      wavefronts[pitch / GRANULE_WORDS] = loose_wavefronts(
+  UnalignedPitches(const ProductShape& s, const ProductTraits& t) {
+    if (!t.may_be_unaligned) return;
+    for (int pitch = 0; pitch < WARP; pitch += VECTOR_WORDS) {
+      wavefronts[pitch / VECTOR_WORDS] = unaligned_wavefronts(
           pitch, s.fine_channel_stride, QUAD * t.stride_w * t.element_bytes / 4, t.element_bytes);
     }
   }
 
-  double of(int64_t pitch) const { return wavefronts[pitch % WARP / GRANULE_WORDS]; }
+  double of(int64_t pitch) const { return wavefronts[pitch % WARP / VECTOR_WORDS]; }
 
   // The best pitch of channels that have `words` words. Of equals one of whole sectors of 32 bytes:
   // where all channels' copies fill whole ones, these take a quarter less. Then the least.
   int64_t best(int64_t words) const {
     int64_t best = words;
-    for (int64_t pitch = words + GRANULE_WORDS; pitch < words + WARP; pitch += GRANULE_WORDS) {
+    for (int64_t pitch = words + VECTOR_WORDS; pitch < words + WARP; pitch += VECTOR_WORDS) {
       const bool equal = of(pitch) == of(best);
       if (of(pitch) < of(best) || (equal && best % 8 != 0 && pitch % 8 == 0)) best = pitch;
     }
@@ -249,7 +250,7 @@ inline void deal_copies(ProductShape& s, int64_t coarse_channels, int64_t fine_c
 }
 
 // Shared memory of a cut, in words; fills in what depends on the tile alone.
-inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const LoosePitches& pitches,
+inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const UnalignedPitches& pitches,
                        const ProductCut& cut) {
   const int elements = 4 / t.element_bytes;
   const ProductSpan d(cut.tile_d, cut.d, t.stride_d, t.dilation_d);
@@ -260,38 +261,39 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const LoosePitch
   if (d.count >= 1 << 12 || h.count >= 1 << 16 || columns >= 1 << 16) return INDEX_LIMIT;
   if (d.count * d.step >= 1 << 30 || h.count * h.step >= 1 << 30) return INDEX_LIMIT;
   const int fine_width = row_width(s.fine_w, t.column_align);
-  const bool loose = t.loosens && fine_width * t.element_bytes < COPY_BYTES;
-  const int64_t last = columns - elements, granule = GRANULE_BYTES / t.element_bytes;
+  const bool unaligned = t.may_be_unaligned && fine_width * t.element_bytes < COPY_BYTES;
+  const int64_t last = columns - elements, vector = VECTOR_BYTES / t.element_bytes;
   const int64_t line =
       (cut.quads * QUAD - 1) * t.stride_w + (cut.w * t.taps_w - 1) * t.dilation_w + 1;
-  const int64_t granules = (line + granule - 2) / granule + 1;  // from any start
-  // The table of granules has 32 bits for how far a line lies behind the tile's first, in bytes.
+  const int64_t vectors = (line + vector - 2) / vector + 1;  // from any start
+  // The table of vectors has 32 bits for how far a line lies behind the tile's first, in bytes.
   const int64_t span = ((d.count - 1) * d.step * s.fine_h + (h.count - 1) * h.step) * s.fine_w;
-  if (loose && (span + columns * t.stride_w) * t.element_bytes >= INDEX_LIMIT) return INDEX_LIMIT;
+  if (unaligned && (span + columns * t.stride_w) * t.element_bytes >= INDEX_LIMIT)
+    return INDEX_LIMIT;
   const int64_t row_words =
-      loose ? granules * GRANULE_WORDS
-            : column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
+      unaligned ? vectors * VECTOR_WORDS
+                : column_word(static_cast<int>(last), t.quad_columns, t.quad_pitch, elements) + 1;
   const int64_t chunks = ceil_div(cut.tile_d * cut.tile_h * cut.quads, CHUNK_QUADS);
   auto pitch = [](int64_t words, int residue) {
     return words + ((residue - words) % WARP + WARP) % WARP;
   };
-  const bool staged_by_all = t.staging_warps == 0;
+  const bool staged_by_all = t.producer_warps == 0;
   const int64_t coarse_row = chunks * CHUNK_QUADS * QUAD / elements;
   // The tensor core reads coarse channels where wgmma wants them, without gaps.
   const int64_t coarse_pitch = staged_by_all ? pitch(coarse_row, t.coarse_residue) : coarse_row;
   const int64_t fine_row = d.count * h.count * row_words;
-  const int64_t fine_pitch = loose ? pitches.best(fine_row) : pitch(fine_row, t.fine_residue);
+  const int64_t fine_pitch = unaligned ? pitches.best(fine_row) : pitch(fine_row, t.fine_residue);
   const int64_t coarse_words = cut.m * t.coarse_tile * coarse_pitch;
   const int64_t fine_words = cut.n * t.fine_tile * fine_pitch;
   const bool wide = staged_by_all && cut.quads % 2 == 0;
   const int coarse_width = row_width(s.coarse_w, wide ? 16 / t.element_bytes : QUAD);
   const int64_t coarse_places =
       cut.tile_d * cut.tile_h * cut.quads * QUAD / (staged_by_all ? coarse_width : QUAD);
-  const int64_t fine_places = d.count * h.count * (loose ? granules : columns / fine_width);
+  const int64_t fine_places = d.count * h.count * (unaligned ? vectors : columns / fine_width);
   const int64_t coarse_table = ORIGINS_WORDS + (chunks + cut.parts) * CHUNK_QUADS;
   const int64_t fine_table = coarse_table + 2 * coarse_places;
   // Channels of whole sectors begin at them, too.
-  const int64_t stages = round_up(fine_table + 2 * fine_places, loose ? WARP : GRANULE_WORDS);
+  const int64_t stages = round_up(fine_table + 2 * fine_places, unaligned ? WARP : VECTOR_WORDS);
   const int64_t words = stages + PRODUCT_STAGES * (coarse_words + fine_words);
   if (words >= 1 << 19) return INDEX_LIMIT;
 
@@ -308,18 +310,18 @@ inline int64_t lay_out(ProductShape& s, const ProductTraits& t, const LoosePitch
   s.coarse_words = static_cast<int>(coarse_words);
   s.stage_words = static_cast<int>(coarse_words + fine_words);
   s.shared_bytes = static_cast<int>(words * 4);
-  s.loose = loose, s.line = static_cast<int>(line);
+  s.unaligned = unaligned, s.line = static_cast<int>(line);
   s.fine_staged = static_cast<int>(cut.n) * t.fine_tile;
   s.coarse.width = coarse_width, s.fine.width = fine_width;
   s.coarse.pitch = s.coarse_pitch * elements, s.fine.pitch = s.fine_pitch * elements;
   s.coarse.places = static_cast<int>(coarse_places), s.fine.places = static_cast<int>(fine_places);
   const int64_t coarse_channels = staged_by_all ? cut.m * t.coarse_tile : 0;
   deal_copies(s, coarse_channels, cut.n * t.fine_tile,
-              staged_by_all ? cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts : t.staging_warps);
-  if (loose) {
-    const int64_t of_channels = LOOSE_CHANNELS + ceil_div(fine_places, WARP) * LOOSE_PLACE;
+              staged_by_all ? cut.m * cut.n * cut.w * cut.h * cut.d * cut.parts : t.producer_warps);
+  if (unaligned) {
+    const int64_t of_channels = UNALIGNED_CHANNELS + ceil_div(fine_places, WARP) * UNALIGNED_PLACE;
     s.copy_instructions =
-        static_cast<int>(LOOSE_TILE + ceil_div(s.fine_staged, PRODUCT_ROWS) * of_channels);
+        static_cast<int>(UNALIGNED_TILE + ceil_div(s.fine_staged, PRODUCT_ROWS) * of_channels);
   }
   return words;
 }

@@ -9,19 +9,19 @@
 
 namespace convgen {
 
-// Three groups of warps multiply, others stage: four warps, or eight where few registers suffice to
+// Three warpgroups multiply, others stage: four warps, or eight where few registers suffice to
 // multiply (FEW): for sums, and the operands and windows of two chunks. Together they have all
 // registers of the launch.
-constexpr int GROUP_WARPS = 4, GROUPS_OF_WARPS = 3;
-constexpr int FEW_MULTIPLYING_REGISTERS = 104;
+constexpr int WARPGROUP_WARPS = 4, WARPGROUPS = 3;
+constexpr int FEW_CONSUMER_REGISTERS = 104;
 template <bool FEW>
-constexpr int STAGING_WARPS = FEW ? 8 : 4;
+constexpr int PRODUCER_WARPS = FEW ? 8 : 4;
 template <bool FEW>
-constexpr int GROUP_THREADS = (GROUPS_OF_WARPS * GROUP_WARPS + STAGING_WARPS<FEW>)*WARP;
+constexpr int WARPGROUP_THREADS = (WARPGROUPS * WARPGROUP_WARPS + PRODUCER_WARPS<FEW>)*WARP;
 template <bool FEW>
-constexpr int MULTIPLYING_REGISTERS = FEW ? 120 : 144;
+constexpr int CONSUMER_REGISTERS = FEW ? 120 : 144;
 template <bool FEW>
-constexpr int STAGING_REGISTERS = FEW ? 56 : 80;
+constexpr int PRODUCER_REGISTERS = FEW ? 56 : 80;
 
 // Chunks in a row whose products overlap with the loads of the next.
 constexpr int RUN = 4;
@@ -39,15 +39,15 @@ constexpr bool OVERLAPS = TILES * 4 *
 // Launch bound where there is wgmma, and where the kernel is empty. The host tells devices apart by
 // it.
 template <bool FEW>
-constexpr int GROUP_BOUND = HAS_WGMMA ? GROUP_THREADS<FEW> : WARP;
+constexpr int WARPGROUP_BOUND = HAS_WGMMA ? WARPGROUP_THREADS<FEW> : WARP;
 
-// Named barriers of the two buffers: warps that stage arrive at FULL, those that multiply at EMPTY.
-// Those that stage meet at COPIED.
+// Named barriers of the two buffers: producer warps arrive at FULL, consumers at EMPTY.
+// Producers meet at COPIED.
 constexpr int PRODUCT_FULL = 1, PRODUCT_EMPTY = PRODUCT_FULL + PRODUCT_STAGES;
 constexpr int PRODUCT_COPIED = PRODUCT_EMPTY + PRODUCT_STAGES;
 
-// Of a block's first words of shared memory: the shifts of loose lines by buffer, then releases of
-// buffers to those that stage, and to those that multiply.
+// Of a block's first words of shared memory: the shifts of unaligned rows by buffer, then releases
+// of buffers to producers, and to consumers.
 constexpr int EMPTIES = 4, FILLS = EMPTIES + RELEASE_WORDS<PRODUCT_STAGES>;
 static_assert(FILLS + RELEASE_WORDS<PRODUCT_STAGES> <= ORIGINS_WORDS, "the room for them");
 
@@ -64,10 +64,11 @@ struct FineRows {
     half[1].template load<QUAD_COLUMNS, QUAD_PITCH>(from + half_rows);
   }
 
-  // The same from a loose line, in which column SHIFT of the window lies `bytes` behind `from`.
+  // The same from an unaligned row, in which column SHIFT of the window lies `bytes` behind `from`.
   // Only what the TAPS taps read.
   template <class Column, int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS, int STEP>
-  __device__ __forceinline__ void load_loose(const uint32_t* from, uint32_t bytes, int half_rows) {
+  __device__ __forceinline__ void load_unaligned(const uint32_t* from, uint32_t bytes,
+                                                 int half_rows) {
     using Raw = typename Product::Raw;
     constexpr int ELEMENTS = Product::ELEMENTS;
     constexpr int END = SHIFT + (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS + 1;
@@ -129,11 +130,12 @@ struct FineRows {
   }
 };
 
-// The same of a loose line of 16-bit elements, of positions an even number of columns apart: words
-// as they lie there. Columns are halves of these, of a line that begins at an odd element the other
-// ones, and a product's pair of columns lies in the same halves: one choice of bytes for each.
+// The same of an unaligned row of 16-bit elements, of positions an even number of columns apart:
+// words as they lie there. Columns are halves of these, of a line that begins at an odd element the
+// other ones, and a product's pair of columns lies in the same halves: one choice of bytes for
+// each.
 template <int SHIFT, int TAPS, int TAP_COLUMNS, int POSITION_COLUMNS>
-struct LooseRows {
+struct UnalignedRows {
   static constexpr int LAST = (QUAD - 1) * POSITION_COLUMNS + (TAPS - 1) * TAP_COLUMNS;
   uint32_t word[2][(LAST + 1) / 2 + 1];
   uint32_t odd;  // whether the line begins at an odd element

@@ -108,14 +108,14 @@ __device__ __forceinline__ void bulk_fence() {
 // All warps of a group of four come here; COUNT, a multiple of 8, is what each thread keeps. A
 // claim waits until others have released enough.
 template <int COUNT>
-__device__ __forceinline__ void release_registers() {
+__device__ __forceinline__ void warpgroup_reg_dealloc() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
 }
 
 template <int COUNT>
-__device__ __forceinline__ void claim_registers() {
+__device__ __forceinline__ void warpgroup_reg_alloc() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif

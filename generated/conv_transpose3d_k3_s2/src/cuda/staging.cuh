@@ -14,7 +14,7 @@ struct TileOrigin {
 // Stages `count` pairs of 16-bit input channels of a tile as words; `channels` of the channels
 // exist. Positions and layout as in stage_lines. A thread has BATCH words on their way at once.
 template <int PLANE_STEP, int LINE_STEP, int WIDTH, typename T>
-__device__ __forceinline__ void stage_pair_lines(const GatherShape& s, const Crew& crew,
+__device__ __forceinline__ void stage_pair_lines(const GatherShape& s, const Producers& producers,
                                                  uint32_t* tile, const T* input, int count,
                                                  int channels, const TileOrigin& at) {
   struct alignas(WIDTH * sizeof(T)) Narrow {
@@ -25,7 +25,7 @@ __device__ __forceinline__ void stage_pair_lines(const GatherShape& s, const Cre
   };
   constexpr int BATCH = MMA_WORDS / 2;
   const int items = s.planes * s.rows * s.by_columns.divisor;
-  for (int item = crew.thread; item < items; item += crew.threads) {
+  for (int item = producers.thread; item < items; item += producers.threads) {
     int line = item;
     const int column = s.by_columns.split(line) * WIDTH;
     int plane = line;
@@ -64,16 +64,17 @@ __device__ __forceinline__ void stage_pair_lines(const GatherShape& s, const Cre
 
 // Stages a tile of words by accesses of several elements, as s.load_width says.
 template <int PLANE_STEP, int LINE_STEP, class Math, typename T>
-__device__ __forceinline__ void stage_aligned(const GatherShape& s, const Crew& crew,
+__device__ __forceinline__ void stage_aligned(const GatherShape& s, const Producers& producers,
                                               typename Math::Input* tile, const T* input, int count,
                                               int channels, const TileOrigin& at) {
   auto stage = [&](auto width) {
     constexpr int WIDTH = decltype(width)::value;
     if constexpr (Math::CHANNELS == 1) {
-      stage_lines<PLANE_STEP, LINE_STEP, 1, WIDTH, MMA_WORDS>(s, crew, tile, input, count, channels,
-                                                              at.r, at.y, at.x);
+      stage_lines<PLANE_STEP, LINE_STEP, 1, WIDTH, MMA_WORDS>(s, producers, tile, input, count,
+                                                              channels, at.r, at.y, at.x);
     } else {
-      stage_pair_lines<PLANE_STEP, LINE_STEP, WIDTH>(s, crew, tile, input, count, channels, at);
+      stage_pair_lines<PLANE_STEP, LINE_STEP, WIDTH>(s, producers, tile, input, count, channels,
+                                                     at);
     }
   };
   if (s.load_width == 4) {
@@ -86,17 +87,17 @@ __device__ __forceinline__ void stage_aligned(const GatherShape& s, const Crew& 
 // ---- Lines that no wide access can copy ------------------------------------------------------
 //
 // An access for each element would be bound by the number of accesses, and loads through registers
-// by how many a thread has room for. So each warp copies the 16-byte granules that cover its lines
-// into a raw buffer of its own, [channel][line][granule], where a line begins at its address modulo
+// by how many a thread has room for. So each warp copies the 16-byte vectors that cover its lines
+// into a raw buffer of its own, [channel][line][vector], where a line begins at its address modulo
 // 16. When they have landed, it moves the elements from there to their places in the tile. A warp
 // has several raw buffers, of which all but one are on their way, across steps and tiles too; what
 // it moves it has copied itself, so that warps need not meet.
 
-constexpr int RAW_BUFFERS = 3;  // of each warp that stages
-// Columns of a line beside the input that a granule of the input may cover: they are cleared where
-// the granules have landed. Copies replace by zeros what lies farther out.
+constexpr int RAW_BUFFERS = 3;  // of each producer warp
+// Columns of a line beside the input that a vector of the input may cover: they are cleared where
+// the vectors have landed. Copies replace by zeros what lies farther out.
 template <typename T>
-constexpr int NEAR = GRANULE_BYTES / static_cast<int>(sizeof(T));
+constexpr int NEAR = VECTOR_BYTES / static_cast<int>(sizeof(T));
 
 // Columns of a tile before the input's first and behind its last one.
 struct Margins {
@@ -116,27 +117,28 @@ __device__ __forceinline__ int existing_words(const GatherShape& s, int chunk) {
 
 // Clears the words of a tile from `words` to `count`, which have no channels.
 template <typename Word>
-__device__ __forceinline__ void clear_words(const GatherShape& s, const Crew& crew, Word* tile,
-                                            int words, int count) {
+__device__ __forceinline__ void clear_words(const GatherShape& s, const Producers& producers,
+                                            Word* tile, int words, int count) {
   struct alignas(16) Four {
     Word element[4];
   };
   const int elements = count * s.channel_pitch;
 #pragma unroll 1
-  for (int i = words * s.channel_pitch + crew.thread * 4; i < elements; i += crew.threads * 4) {
+  for (int i = words * s.channel_pitch + producers.thread * 4; i < elements;
+       i += producers.threads * 4) {
     *reinterpret_cast<Four*>(tile + i) = Four{};
   }
 }
 
 // The raw lines of a warp. Items are the parts of planes of words that a buffer holds; the warps of
-// a crew take turns at them.
+// a producer warpgroup take turns at them.
 template <int PLANE_STEP, int LINE_STEP, int STEP_X, class Math, typename T>
 class RawLines {
  public:
   using Word = typename Math::Input;
 
-  // The buffers of this warp, at an offset in shared memory; `warp` is that of a crew. `input` is
-  // the whole tensor.
+  // The buffers of this warp, at an offset in shared memory; `warp` is that of a warpgroup. `input`
+  // is the whole tensor.
   __device__ __forceinline__ RawLines(const GatherShape& s, void* shared, int buffers, int warp,
                                       int lane, const T* input)
       : s_(s),
@@ -166,7 +168,7 @@ class RawLines {
   __device__ __forceinline__ int stage(int tile, int words, int x, NextStep&& next_step) {
     const Margins margins(s_, x);
     const int all = words * s_.planes * static_cast<int>(s_.raw_parts.divisor);
-    const int items = (all - warp_ + CREW_WARPS - 1) / CREW_WARPS;
+    const int items = (all - warp_ + PRODUCER_WARPS - 1) / PRODUCER_WARPS;
 #pragma unroll 1
     for (int left = items + missing_; left > 0; --left) {
       copy_wait<RAW_BUFFERS - 2>();
@@ -175,7 +177,7 @@ class RawLines {
       if (left > items) continue;
       const int raw = opaque(buffers_ + buffer_ * s_.raw_bytes);
       const int lines = note >> 4 & RAW_MOST_LINES;
-      const uint32_t shift = note % GRANULE_BYTES;
+      const uint32_t shift = note % VECTOR_BYTES;
       if (margins.before + margins.behind > 0) {
         clear_margins(raw, shift, lines, margins);
         __syncwarp();
@@ -202,7 +204,7 @@ class RawLines {
     uint32_t copied = 0;
     if (item_ < items_) {
       copied = copy_item(buffers_ + buffer_ * s_.raw_bytes);
-      item_ += CREW_WARPS;
+      item_ += PRODUCER_WARPS;
     }
     copy_commit();
     buffer_ = buffer_ + 1 == RAW_BUFFERS ? 0 : buffer_ + 1;
@@ -226,33 +228,33 @@ class RawLines {
     const uint64_t channel_bytes = uint64_t{static_cast<uint32_t>(s_.in_channel_stride)} * SIZE;
     const uint64_t of_word = from_ + static_cast<uint32_t>(word * CHANNELS) * channel_bytes;
 
-    // The address of the first line's first column, as far as it tells the place in a granule.
+    // The address of the first line's first column, as far as it tells the place in a vector.
     const uint32_t shift_of_item = static_cast<uint32_t>(of_word) + offset * SIZE;
 
     const bool plane_inside = static_cast<unsigned>(r) < static_cast<unsigned>(s_.r.input);
-    // Of most items, all granules lie within the tensor, of which only a channel's first and last
+    // Of most items, all vectors lie within the tensor, of which only a channel's first and last
     // lines may be the ends, and all that the tile needs of them within lines of the input.
     const int last = y + (lines - 1) * LINE_STEP;
     const bool plain = plain_ && plane_inside && y >= 0 && last < s_.y.input && (y > 0 || r > 0) &&
                        (last < s_.y.input - 1 || r < s_.r.input - 1) &&
                        (CHANNELS == 1 || word * CHANNELS + CHANNELS <= channels_);
     unsigned char* const to = shared_ + raw;
-    const int granules = lines * static_cast<int>(s_.raw_granules.divisor);
-    // The granule of a line of a channel.
-    auto find = [&](uint32_t line, int granule, int c) {
+    const int vectors = lines * static_cast<int>(s_.raw_vectors.divisor);
+    // The vector of a line of a channel.
+    auto find = [&](uint32_t line, int vector, int c) {
       const uint64_t at =
           of_word + c * channel_bytes + uint64_t{offset + line * line_stride} * SIZE;
-      return (at & -uint64_t{GRANULE_BYTES}) + granule;
+      return (at & -uint64_t{VECTOR_BYTES}) + vector;
     };
     if (plain) {
 #pragma unroll 2
-      for (int i = lane_; i < granules; i += WARP) {
+      for (int i = lane_; i < vectors; i += WARP) {
         int line = i;
-        const int granule = s_.raw_granules.split(line) * GRANULE_BYTES;
+        const int vector = s_.raw_vectors.split(line) * VECTOR_BYTES;
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
-          copy_async<GRANULE_BYTES>(to + c * raw_channel_bytes() + i * GRANULE_BYTES,
-                                    reinterpret_cast<const void*>(find(line, granule, c)), true);
+          copy_async<VECTOR_BYTES>(to + c * raw_channel_bytes() + i * VECTOR_BYTES,
+                                   reinterpret_cast<const void*>(find(line, vector, c)), true);
         }
       }
     } else {
@@ -260,30 +262,30 @@ class RawLines {
       const bool any_inside =
           plane_inside && margins.before < s_.row_pitch && margins.behind < s_.row_pitch;
 #pragma unroll 1
-      for (int i = lane_; i < granules; i += WARP) {
+      for (int i = lane_; i < vectors; i += WARP) {
         int line = i;
-        const int granule = s_.raw_granules.split(line) * GRANULE_BYTES;
+        const int vector = s_.raw_vectors.split(line) * VECTOR_BYTES;
         const bool line_inside = any_inside && static_cast<unsigned>(y + line * LINE_STEP) <
                                                    static_cast<unsigned>(s_.y.input);
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
-          // Of the columns inside: the first one's place, and the last one's end, in the granule.
+          // Of the columns inside: the first one's place, and the last one's end, in the vector.
           const uint32_t at =
               shift_of_item + c * static_cast<uint32_t>(channel_bytes) + line * line_stride * SIZE;
-          const int shift = static_cast<int>(at % GRANULE_BYTES) - granule;
+          const int shift = static_cast<int>(at % VECTOR_BYTES) - vector;
           const int low = shift + margins.before * SIZE;
           const int high = shift + (s_.row_pitch - margins.behind) * SIZE;
           const bool inside =
-              line_inside && word * CHANNELS + c < channels_ && low < GRANULE_BYTES && high > 0;
-          copy_granule(to + c * raw_channel_bytes() + i * GRANULE_BYTES,
-                       reinterpret_cast<const void*>(find(line, granule, c)),
-                       inside ? min(high, GRANULE_BYTES) : 0, input_);
+              line_inside && word * CHANNELS + c < channels_ && low < VECTOR_BYTES && high > 0;
+          copy_vector(to + c * raw_channel_bytes() + i * VECTOR_BYTES,
+                      reinterpret_cast<const void*>(find(line, vector, c)),
+                      inside ? min(high, VECTOR_BYTES) : 0, input_);
         }
       }
     }
     const int place = word * s_.channel_pitch + plane * s_.plane_pitch + first * s_.row_pitch;
     return static_cast<uint32_t>(place) << 10 | static_cast<uint32_t>(lines) << 4 |
-           shift_of_item % GRANULE_BYTES;
+           shift_of_item % VECTOR_BYTES;
   }
 
   // Of the input, modulo 2^32; of a buffer.
@@ -308,7 +310,7 @@ class RawLines {
       for (int c = 0; c < CHANNELS; ++c) {
         Bits* const columns = reinterpret_cast<Bits*>(
             shared_ + raw + c * raw_channel_bytes() + line * s_.raw_line_bytes +
-            (of_line + c * channel_bytes()) % GRANULE_BYTES);
+            (of_line + c * channel_bytes()) % VECTOR_BYTES);
 #pragma unroll 1
         for (int i = 1; i <= before; ++i) columns[margins.before - i] = 0;
 #pragma unroll 1
@@ -399,16 +401,16 @@ class RawLines {
   // Whether a line's first column is the second one of a pair that is aligned in the buffer.
   __device__ static __forceinline__ bool is_odd(uint32_t shift) { return (shift & SIZE) != 0; }
 
-  // `raw` is the place of the lane's unit in a line that begins at a granule, `shift` the address
+  // `raw` is the place of the lane's unit in a line that begins at a vector, `shift` the address
   // of the line's first column. Columns that the line does not have may lie beside it.
   template <bool ENDS, int COUNT>
   __device__ __forceinline__ void load(Units<COUNT>& to, int raw, uint32_t shift, int unit) const {
-    const uint32_t in_granule = shift % GRANULE_BYTES;
+    const uint32_t in_vector = shift % VECTOR_BYTES;
     const uint32_t odd_bytes = PAIRS ? shift & SIZE : 0;
-    const unsigned char* const low = shared_ + raw + (in_granule - odd_bytes);
+    const unsigned char* const low = shared_ + raw + (in_vector - odd_bytes);
     [[maybe_unused]] const unsigned char* const high =
         shared_ + raw + raw_channel_bytes() +
-        static_cast<int>((shift + channel_bytes()) % GRANULE_BYTES - odd_bytes);
+        static_cast<int>((shift + channel_bytes()) % VECTOR_BYTES - odd_bytes);
     [[maybe_unused]] const bool first = unit > 0 || odd_bytes == 0;
     [[maybe_unused]] const bool second = !ENDS || 2 * unit - is_odd(shift) + 1 < s_.row_pitch;
 #pragma unroll
@@ -471,7 +473,7 @@ class RawLines {
   // The step whose lines are being copied.
   uint64_t from_ = 0;
   int channels_ = 0, item_ = 0, items_ = 0;
-  // Whether granules of its lines reach less than a line beyond a line inside.
+  // Whether vectors of its lines reach less than a line beyond a line inside.
   bool plain_ = false;
   TileOrigin origin_ = {};
 };

@@ -1,8 +1,8 @@
 // wgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"flush": 0, "group_taps": [0, 0], "group_tiles": [], "taps_h": 3, "taps_w": 3,
-//   "tiles": [[1, 2], [2, 1]]}
+// Schedule: {"promotion": 0, "taps_h": 3, "taps_w": 3, "tiles": [[1, 2], [2, 1]],
+//   "warpgroup_taps": [0, 0], "warpgroup_tiles": []}
 //
 //   weight[a, b, t] = sum over n, i of coarse[n, a, i] * fine[n, b, i * STRIDE - PADDING + t *
 //   DILATION]
@@ -335,7 +335,7 @@ ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
 struct Plan {
   ProductShape shape;
   int tile, fragments;
-  bool grouped;  // of those of wgrad_groups_kernel
+  bool grouped;  // of those of wgrad_warpgroups_kernel
 };
 
 // The plan of a call on the current device.

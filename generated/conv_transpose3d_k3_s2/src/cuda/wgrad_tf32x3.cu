@@ -1,8 +1,8 @@
 // wgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"flush": 4, "group_taps": [0, 0], "group_tiles": [], "taps_h": 3, "taps_w": 3,
-//   "tiles": [[1, 1]]}
+// Schedule: {"promotion": 4, "taps_h": 3, "taps_w": 3, "tiles": [[1, 1]], "warpgroup_taps": [0,
+//   0], "warpgroup_tiles": []}
 //
 //   weight[a, b, t] = sum over n, i of coarse[n, a, i] * fine[n, b, i * STRIDE - PADDING + t *
 //   DILATION]
@@ -66,7 +66,7 @@ constexpr int WINDOW_COLUMNS = WINDOW_VECTORS * VECTOR * Product::ELEMENTS;
 using FineColumn = StagedColumn<POSITION_COLUMNS, STRIDE_W, COLUMN_STEP>;
 
 // Chunks after which sums leave the tensor cores, which truncate when they add, for sums in fp32.
-constexpr int FLUSH = 4;
+constexpr int PROMOTION = 4;
 
 using CoarseColumn = StagedColumn<1, 1, 1>;
 
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
   // The low bits count chunks since sums left the tensor cores: two counters would be a register
   // more beside two sets of sums.
   constexpr int TILE = 8;
-  static_assert(FLUSH < TILE, "the room for them");
+  static_assert(PROMOTION < TILE, "the room for them");
   int until_store = s.tiles_per_store * TILE;
 
 #pragma unroll 1
@@ -297,10 +297,10 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
             coarse_tile + chunk * (CHUNK_QUADS * QUAD / ELEMENTS), opaque(8 * s.coarse_pitch),
             fine_tile + at, opaque(PRODUCT_COLUMNS * s.fine_pitch),
             opaque(tap_row), s.zero, chain);
-        if ((++until_store & (TILE - 1)) == FLUSH) {
-          flush<N_TILES * TAPS_H * TAPS_W * M_TILES * 4>(&sum[0][0][0][0][0],
+        if ((++until_store & (TILE - 1)) == PROMOTION) {
+          promote<N_TILES * TAPS_H * TAPS_W * M_TILES * 4>(&sum[0][0][0][0][0],
                                                          &chain[0][0][0][0][0]);
-          until_store -= FLUSH;
+          until_store -= PROMOTION;
         }
       }
     }
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS<M_TILES, N_TILES> * WARP, 1)
     // add, and the loss grows with the length of a run.
     until_store -= TILE;
     if (until_store >= TILE && left > 1) continue;
-    flush<N_TILES * TAPS_H * TAPS_W * M_TILES * 4>(&sum[0][0][0][0][0], &chain[0][0][0][0][0]);
+    promote<N_TILES * TAPS_H * TAPS_W * M_TILES * 4>(&sum[0][0][0][0][0], &chain[0][0][0][0][0]);
     // Every warp stores its sums, also one beyond the channels or taps: they are zero, and nobody
     // reads them.
     const int self = opaque(threadIdx.x / WARP), kind = opaque(blockIdx.x) % s.blocks;
@@ -345,7 +345,7 @@ ProductTraits traits(int coarse_wavefronts, int fine_wavefronts) {
 struct Plan {
   ProductShape shape;
   int tile, fragments;
-  bool grouped;  // of those of wgrad_groups_kernel
+  bool grouped;  // of those of wgrad_warpgroups_kernel
 };
 
 // The plan of a call on the current device.

@@ -104,7 +104,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
            (splits > 1 ? splits * output_elements() * 4 : 0);
   }
   double expected_ms() const {
-    double clocks = best_.clocks + loose_store_clocks<T>(call_, leaves_by_tma(), limits_);
+    double clocks = best_.clocks + unaligned_store_clocks<T>(call_, leaves_by_tma(), limits_);
     if (packs_input_) clocks += pack_clocks<T>(input_elements(), limits_.multiprocessors);
     if (turns_) clocks += pack_clocks<T>(output_elements(), limits_.multiprocessors);
     return clocks / CLOCKS_PER_MS;

@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     const Pipeline slab_ring = {shared.slab_full, shared.slab_empty};
     const Pipeline weight_ring = {shared.weight_full, shared.weight_empty};
     if (warp >= CONSUMER_WARPS) {
-      release_registers<PRODUCER_REGISTERS>();
+      warpgroup_reg_dealloc<PRODUCER_REGISTERS>();
       const int role = warp - CONSUMER_WARPS;
       if (role == 0) {
         if (lane == 0) load_slabs<T, Conv, Slab>(t, slab_map, slab_ring, slabs);
@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
             t, out, shared, staged + (role - 2) * BLOCK_M * STAGED_PITCH<LINES> * 16, role - 2);
       }
     } else {
-      claim_registers<CONSUMER_REGISTERS>();
+      warpgroup_reg_alloc<CONSUMER_REGISTERS>();
       const Pipeline ready = {t.rounds ? shared.slab_rounded : shared.slab_full, shared.slab_empty};
       consume<T, LINES, Conv, Slab>(t, out, output_maps, shared, ready, weight_ring, slabs, weights,
                                     weight_bytes, staged, finishes...);

@@ -76,13 +76,14 @@ constexpr double TRANSPOSED_BYTES_PER_CLOCK = 16.7, TRANSPOSE_CLOCKS = 3.5e-3 * 
 // Of a multiprocessor for a position, where results of 16 bits leave element by element into lines
 // of channels: so much longer nnunet-head's and wan-vae-out's tiles take than those that leave
 // whole.
-constexpr double LOOSE_STORE_CLOCKS = 9.4;
+constexpr double UNALIGNED_STORE_CLOCKS = 9.4;
 
 template <typename T>
-double loose_store_clocks(const Operands& call, bool leaves_by_tma, const DeviceLimits& limits) {
+double unaligned_store_clocks(const Operands& call, bool leaves_by_tma,
+                              const DeviceLimits& limits) {
   if (sizeof(T) == 4 || !call.output_channels_last || leaves_by_tma) return 0;
   const int64_t* const e = call.output_extent;
-  return LOOSE_STORE_CLOCKS * call.batch * e[0] * e[1] * e[2] / limits.multiprocessors;
+  return UNALIGNED_STORE_CLOCKS * call.batch * e[0] * e[1] * e[2] / limits.multiprocessors;
 }
 
 // What a call takes if its tensors are transposed where they lie channels_last. The weight is

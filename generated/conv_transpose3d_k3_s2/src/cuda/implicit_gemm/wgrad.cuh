@@ -245,12 +245,12 @@ __global__ void __launch_bounds__(COMPILED_THREADS<WGRAD_THREADS>, 1)
     await_earlier_kernel();
     const Pipeline ring = {shared.full, shared.empty};
     if (threadIdx.x >= WGRAD_CONSUMERS * WARPGROUP) {
-      release_registers<WGRAD_PRODUCER_REGISTERS>();
+      warpgroup_reg_dealloc<WGRAD_PRODUCER_REGISTERS>();
       if (threadIdx.x == WGRAD_CONSUMERS * WARPGROUP) {
         load_wgrad<T, LINES, ROW, Conv>(t, coarse_maps, fine_map, ring, stages);
       }
     } else {
-      claim_registers<WGRAD_CONSUMER_REGISTERS>();
+      warpgroup_reg_alloc<WGRAD_CONSUMER_REGISTERS>();
       consume_wgrad<T, LINES, ROW, Conv>(t, ring, stages, partials);
     }
   }

@@ -1,4 +1,4 @@
-"""Lattices: what windows meet of the fine tensor where strides and dilations have common divisors.
+"""What windows meet of the fine tensor, where strides and dilations have common divisors.
 
 Taps meet the fine positions ``o = i * stride - padding + t * dilation``. Where both the stride and
 the dilation of an axis are multiples of ``step``, these are ``offset, offset + step, ...`` alone,
@@ -16,7 +16,7 @@ from convgen.spec.geometry import Geometry, Triple
 
 
 @dataclass(frozen=True)
-class Lattice:
+class Compaction:
     """The positions ``offset + step * n`` of each axis, and the layer that meets all of them."""
 
     step: Triple
@@ -24,8 +24,8 @@ class Lattice:
     geometry: Geometry
 
 
-def lattice_of(geometry: Geometry) -> Lattice | None:
-    """The lattice that a geometry's taps meet, for kernels that pack it first; None without one.
+def compaction_of(geometry: Geometry) -> Compaction | None:
+    """The compaction that a geometry's taps meet, for kernels that pack it first; None without one.
 
     Planes and lines that no tap meets are passed over anyway: it takes a common divisor along W.
     """
@@ -40,7 +40,7 @@ def lattice_of(geometry: Geometry) -> Lattice | None:
         return d, h, w
 
     paddings = [padding + o for (_, _, padding), o in zip(axes, offset, strict=True)]
-    return Lattice(
+    return Compaction(
         (step[0], step[1], step[2]),
         (offset[0], offset[1], offset[2]),
         replace(

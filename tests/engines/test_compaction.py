@@ -1,6 +1,6 @@
 """Strides and dilations with common divisors: what no tap meets is left out before the kernels.
 
-See ``convgen/spec/lattice.py`` and ``templates/cuda/mma/lattice.cuh``.
+See ``convgen/spec/compaction.py`` and ``templates/cuda/mma/compaction.cuh``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from convgen.engines.cost import H200
 from convgen.engines.mma.common import packed_call
 from convgen.engines.problem import Call, Problem
 from convgen.spec import ConvSpec, Geometry
-from convgen.spec.lattice import lattice_of
+from convgen.spec.compaction import compaction_of
 from convgen.specialize import render, specialize
 
 READERS = ("fprop", "wgrad")
@@ -50,15 +50,15 @@ def geometry(kernel: int, stride: int, padding: int, dilation: int) -> Geometry:
 
 @pytest.mark.parametrize("padding", range(7))
 @pytest.mark.parametrize(("stride", "dilation"), [(2, 2), (4, 2), (2, 6), (3, 3), (6, 4)])
-def test_the_layer_on_the_lattice_meets_the_same_positions(
+def test_the_layer_on_the_compacted_tensor_meets_the_same_positions(
     stride: int, dilation: int, padding: int
 ) -> None:
     whole = geometry(3, stride, padding, dilation)
     for contraction in READERS:
-        lattice = Problem.packed(whole, contraction, "tf32").lattice
-        assert lattice is not None
-        met, step, offset = lattice.geometry, lattice.step[2], lattice.offset[2]
-        assert lattice.step[:2] == (1, 1)
+        compaction = Problem.packed(whole, contraction, "tf32").compaction
+        assert compaction is not None
+        met, step, offset = compaction.geometry, compaction.step[2], compaction.offset[2]
+        assert compaction.step[:2] == (1, 1)
         for i, tap in itertools.product(range(9), range(3)):
             position = i * met.stride[2] - met.padding[2] + tap * met.dilation[2]
             assert position * step + offset == i * stride - padding + tap * dilation
@@ -66,16 +66,16 @@ def test_the_layer_on_the_lattice_meets_the_same_positions(
 
 def test_there_is_one_only_where_lines_hold_what_no_tap_meets() -> None:
     writes = Problem.packed(geometry(3, 2, 1, 2), "dgrad", "tf32")
-    assert writes.lattice is None
+    assert writes.compaction is None
     assert writes.geometry == geometry(3, 2, 1, 2)
     for stride, dilation in (1, 1), (2, 1), (1, 2), (2, 3):
-        assert lattice_of(geometry(3, stride, 0, dilation)) is None
+        assert compaction_of(geometry(3, stride, 0, dilation)) is None
     planes = replace(geometry(3, 1, 1, 1), stride=(2, 2, 1), dilation=(2, 2, 1))
-    assert lattice_of(planes) is None
-    assert lattice_of(replace(planes, stride=(2, 2, 2), dilation=(2, 1, 2))) is not None
+    assert compaction_of(planes) is None
+    assert compaction_of(replace(planes, stride=(2, 2, 2), dilation=(2, 1, 2))) is not None
 
 
-# Channels open and odd, in groups; lattices that begin before and within the tensor, whose lines
+# Channels open and odd, in groups; compactions that begin before and within the tensor, whose lines
 # are longer than it; tensors that hold not one of their positions.
 SPECS = [
     (ConvSpec("conv_transpose3d", 3, 2, 1, dilation=2), (17, 25), ((3, 4, 9), (1, 1, 1))),
@@ -105,13 +105,13 @@ SPECS = [
         0,
     ),
 )
-def test_kernels_on_lattices_agree_with_float64(
+def test_kernels_on_compacted_tensors_agree_with_float64(
     index: int, kind: str, architecture: str, small: bool
 ) -> None:
     spec, channels, calls = SPECS[index]
     sources = engine_sources(spec, kind, READERS, small=small)
-    assert "lattice_shape<T>" in sources[f"fprop_{kind}.cu"]
-    name = f"lattice_{spec.name}_{kind}_{architecture}"
+    assert "compaction_shape<T>" in sources[f"fprop_{kind}.cu"]
+    name = f"compaction_{spec.name}_{kind}_{architecture}"
     loaded = Library(compile_interpreted(name, sources, "checked", architecture=architecture))
     for seed, extents in enumerate(calls):
         for contraction in READERS:
@@ -125,15 +125,15 @@ def test_kernels_on_lattices_agree_with_float64(
 def test_packing_is_part_of_the_predicted_time() -> None:
     whole = ConvSpec("conv_transpose3d", 3, 2, 1, dilation=2).geometry
     plan = plans.plan(whole, "fprop", "bf16tc")
-    assert plan.problem.lattice is not None
-    assert plan.geometry == plan.problem.lattice.geometry
+    assert plan.problem.compaction is not None
+    assert plan.geometry == plan.problem.compaction.geometry
     call = Call(16, 32, 64, (16, 32, 32), (33, 65, 65))
     met = packed_call(plan.problem, call)
     assert met == replace(call, fine_extent=(16, 32, 32))
     tf32 = replace(plan.problem, kind="tf32")
     assert packed_call(tf32, replace(call, fine_extent=(1, 1, 1))).fine_extent == (1, 1, 4)
-    on_lattice = replace(plan, problem=replace(plan.problem, lattice=None))
-    dense = plan.family.predict(on_lattice, met, H200)
+    uncompacted = replace(plan, problem=replace(plan.problem, compaction=None))
+    dense = plan.family.predict(uncompacted, met, H200)
     packed = plan.family.predict(plan, call, H200)
     # Half of the lines' elements are read for nothing; all are read once and written half.
     elements = 16 * 64 * 16 * 32 * (65 + 32)
