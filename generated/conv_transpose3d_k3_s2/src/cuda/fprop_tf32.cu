@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     return opaque(s.chunk) / MMA_WORDS * TAPS_PER_PASS * SLOT_WORDS<Math, CHANNELS>;
   };
   const int consumers = blockDim.x - PRODUCERS * PRODUCER_WARPS * WARP;
-  const int meeting = consumers + PRODUCER_WARPS * WARP;  // threads that a buffer's barriers wait for
+  // Threads that a buffer's barriers wait for.
+  const int meeting = consumers + PRODUCER_WARPS * WARP;
   // Behind the stages: the consumers' scratch, the releases of buffers, mbarriers, and the places
   // of vectors, or raw buffers.
   constexpr int SCRATCH = CONSUMER_WARPS<CHANNELS, WARPGROUPS> * SCRATCH_WORDS;
@@ -290,7 +291,8 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     constexpr int PRODUCER_THREADS = PRODUCER_WARPS * WARP;
     const int thread = static_cast<int>(threadIdx.x);
     constexpr bool SEVERAL = PRODUCERS > 1;
-    const Producers producers = {SEVERAL ? thread % PRODUCER_THREADS : thread - consumers, PRODUCER_THREADS};
+    const Producers producers = {SEVERAL ? thread % PRODUCER_THREADS : thread - consumers,
+                                 PRODUCER_THREADS};
     int turn_of_warpgroup = thread / PRODUCER_THREADS % PRODUCERS;
     // By a shuffle, which tells the compiler that lanes agree: what loops count stays uniform.
     if constexpr (SEVERAL) turn_of_warpgroup = __shfl_sync(0xffffffffu, turn_of_warpgroup, 0);
@@ -326,8 +328,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
       if constexpr (BULK_COPIES) mbarrier_wait(find_landed(of_buffer), of_round & 1);
       announce_full<CHANNELS, decltype(pending)::value>(find_fills(), of_buffer, meeting);
     };
-    // A single producer warpgroup with buffers to spare awaits copies when the next ones are on their
-    // way.
+    // A single warpgroup with buffers to spare awaits copies when the next ones are on their way.
     [[maybe_unused]] const bool at_once = PRODUCERS > 1 || s.stages == GATHER_LEAST_STAGES;
     [[maybe_unused]] constexpr std::integral_constant<int, 0> ALL_LANDED;
     [[maybe_unused]] constexpr std::integral_constant<int, 1> BUT_NEWEST;
@@ -368,7 +369,7 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
       copy_commit();
       return vectors;
     };
-    // When all but the PENDING newest steps of the warpgroup have landed: the columns beside the input
+    // When all but the PENDING newest steps of the warpgroup landed: the columns beside the input
     // are cleared.
     auto clear = [&](const Vectors& vectors, auto pending) {
       if (!vectors.has_margins(s)) return;
@@ -468,8 +469,8 @@ __global__ void __launch_bounds__(THREADS<CHANNELS>, 1)
     }
 
     // Epilogue: bias; then the outputs, by way of the warp's scratch, from where they leave as they
-    // lie in memory. Warps that multiply alone, or in three warpgroups, have no registers to keep their
-    // place.
+    // lie in memory. Warps that multiply alone, or in three warpgroups, have no registers to keep
+    // their place.
     const bool keeps = BY_WARPGROUPS<CHANNELS> && WARPGROUPS == 2;
     const Work at = keeps ? work : locate_work<ROWS>(s, tile_of_turn(opaque(turn)));
     const Consumer me = keeps ? self : locate_consumer<CHANNELS>(s, opaque(threadIdx.x));
@@ -650,8 +651,9 @@ int cut(const ConvgenCall& call, const DeviceLimits& limits, const Roles& roles,
   traits.element_bytes = sizeof(T);
   // A product's clocks, of one warp or of a warpgroup.
   traits.slot_clocks = rows_of(channels) * channels / MMA_COLUMNS * (Math::PROMOTES ? 3 : 1) *
-                       (roles.warpgroup_warps == 1 ? rates.product_clocks
-                                              : roles.warpgroup_warps * rates.warpgroup_product_clocks);
+                       (roles.warpgroup_warps == 1
+                            ? rates.product_clocks
+                            : roles.warpgroup_warps * rates.warpgroup_product_clocks);
   traits.vector = VECTOR_BYTES / sizeof(T);
   traits.place_bytes = sizeof(VectorPlace);
   traits.plane_step = PLANE_STEP, traits.line_step = LINE_STEP;
