@@ -5,8 +5,9 @@
 #include <stdint.h>
 
 #include <optional>
+#include <type_traits>
 
-#include "../device.cuh"
+#include "../mma.cuh"
 
 namespace convgen {
 
@@ -43,10 +44,10 @@ class Either {
 
 // Kernels of Hopper's own where their code runs, else those of all GPUs since sm_80.
 template <typename Hopper, typename Others>
-class ByDevice {
+class HopperOrOthers {
  public:
   template <typename Call>
-  ByDevice(const Call& call, const DeviceLimits& limits) {
+  HopperOrOthers(const Call& call, const DeviceLimits& limits) {
     if (limits.capability == 90 && Hopper::is_compiled(call.device)) {
       hopper_.emplace(call, limits);
     } else {
@@ -69,6 +70,25 @@ class ByDevice {
   std::optional<Hopper> hopper_;
   std::optional<Others> others_;
 };
+
+// What nvcc compiles this unit for. Where that is Hopper alone, or where it is not among it, one of
+// both is not compiled.
+#ifdef __CUDA_ARCH_LIST__
+constexpr int ARCHITECTURES[] = {__CUDA_ARCH_LIST__};
+#else
+constexpr int ARCHITECTURES[] = {HAS_WGMMA ? 900 : 800};
+#endif
+constexpr bool compiles_for(bool hopper) {
+  for (const int each : ARCHITECTURES) {
+    if ((each == 900) == hopper) return true;
+  }
+  return false;
+}
+
+template <typename Hopper, typename Others>
+using ByDevice = std::conditional_t<
+    !compiles_for(false), Hopper,
+    std::conditional_t<compiles_for(true), HopperOrOthers<Hopper, Others>, Others>>;
 
 }  // namespace convgen
 

@@ -39,6 +39,8 @@ class MultistageGemm {
   static constexpr int VECTOR = 16 / sizeof(T), BLOCK_K = STAGE_ROW_BYTES / sizeof(T);
   static constexpr int TAPS = Conv::TAPS, PHASES = Conv::PHASES;
   using Step = Steps<Conv>;
+  static_assert(COARSE_INPUT || Conv::WEIGHTS == Major::K, "channels_last weights of fprop");
+  static_assert(!Conv::LINEAR || Conv::KERNEL_D * Conv::KERNEL_H == 1, "one spatial dimension");
 
   MultistageGemm(const Operands& call, const DeviceLimits& limits)
       : call_(call), limits_(limits), rates_(gpu_rates(limits.capability)) {
