@@ -165,12 +165,11 @@ class TestGenerate:
             for dtype in ("f32", "f64")
         )
         assert cuda.path == "lib/cuda.so"
-        # Hopper's kernels take TF32, and 3xTF32's wgrad.
+        # Hopper's kernels take TF32 and 3xTF32.
         assert cuda.sources == tuple(
             f"src/cuda/{contraction}_{mode}.cu"
             for contraction in ("dgrad", "fprop", "wgrad")
             for mode in ("f32", "tf32", "tf32_implicit_gemm", "tf32x3", "tf32x3_implicit_gemm")
-            if contraction == "wgrad" or mode != "tf32x3_implicit_gemm"
         )
 
     def test_auto_is_cpu_and_cuda_where_a_gpu_is_present_or_named(

@@ -34,6 +34,7 @@ HEADERS: Mapping[str, str] = {
             "phases.cuh",
             "tiles.cuh",
             "epilogue.cuh",
+            "split.cuh",
             "kernel.cuh",
             "maps.cuh",
             "pack.cuh",
@@ -151,13 +152,17 @@ def refuses_multistage(problem: Problem) -> str:
     """Why a gather has no kernels for GPUs other than Hopper (``multistage.cuh``); else empty."""
     if reason := refuses_taps(problem):
         return reason
+    if problem.kind == SPLIT:
+        return "they round operands to TF32"
     if sum(problem.geometry.kernel) > MOST_TAP_BITS:
         return f"a mask of taps has {MOST_TAP_BITS} bits"
     return ""
 
 
-ELEMENTS = {"tf32": "float", "f16tc": "half", "bf16tc": "bfloat16"}
+ELEMENTS = {"tf32": "float", "tf32x3": "float", "f16tc": "half", "bf16tc": "bfloat16"}
 """The C++ types of elements, by math mode."""
+SPLIT = "tf32x3"
+"""The mode whose elements are sums of two TF32 values."""
 
 
 def accepts(problem: Problem) -> str:
@@ -167,6 +172,11 @@ def accepts(problem: Problem) -> str:
     if known and min(known) < LEAST_CHANNELS:
         return f"groups of {min(known)} channels leave products of 64 rows empty"
     return ""
+
+
+def parts(problem: Problem) -> int:
+    """TF32 values that an element is multiplied as; a product of two has three then."""
+    return 2 if problem.kind == SPLIT else 1
 
 
 MOST_PHASES = 16
@@ -194,6 +204,7 @@ def context_of(problem: Problem) -> dict[str, Any]:
     """What both templates are given."""
     return {
         "element": ELEMENTS[problem.kind],
+        "parts": parts(problem),
         "gather_padding": gather_padding(problem),
         "phases": phases(problem),
         "patches": has_patches(problem),

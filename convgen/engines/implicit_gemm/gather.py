@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from convgen.engines.cost import GEMM_TILE_CLOCKS, LAUNCH_CLOCKS, Gpu, Prediction, memory_ms
+from convgen.engines.cost import (
+    GEMM_PROMOTION_CLOCKS,
+    GEMM_TILE_CLOCKS,
+    LAUNCH_CLOCKS,
+    Gpu,
+    Prediction,
+    memory_ms,
+)
 from convgen.engines.family import Candidate, Family, Plan
 from convgen.engines.implicit_gemm.common import (
     BLOCK_M,
@@ -19,6 +26,7 @@ from convgen.engines.implicit_gemm.common import (
     SUFFIX,
     context_of,
     has_patches,
+    parts,
     phases,
     refuses_taps,
 )
@@ -27,6 +35,8 @@ from convgen.spec.documents import Length, Range
 
 HALO_LINES = (32, 24, 16, 8)
 TAP_LINES = (32, 16, 8)
+SPLIT_LINES = (16, 8)
+"""Of either in 3xTF32: sums that leave the tensor cores have as many registers once more."""
 CONSUMERS = 2
 MAX_SPLITS = 32
 
@@ -62,12 +72,13 @@ class Gather(Family[GatherSizes]):
         return "" if has_patches(problem) else refuses_taps(problem)
 
     def default(self, problem: Problem) -> GatherSizes:
-        return GatherSizes(HALO_LINES if _has_halo(problem) else (), TAP_LINES)
+        halo, tap = _lines(problem)
+        return GatherSizes(halo, tap)
 
     def candidates(self, problem: Problem) -> list[Candidate[GatherSizes]]:
         default = self.default(problem)
         found = [default]
-        for tap in TAP_LINES[:2]:
+        for tap in default.tap_lines[:2]:
             found += [GatherSizes((halo,), (tap,)) for halo in default.halo_lines]
         return [Candidate(schedule, "") for schedule in dict.fromkeys(found)]
 
@@ -75,12 +86,13 @@ class Gather(Family[GatherSizes]):
         halo, tap = plan.schedule.halo_lines, plan.schedule.tap_lines
         if len(set(tap)) < len(tap) or len(set(halo)) < len(halo):
             return "the same size is compiled once"
-        if not tap or not set(tap) <= set(TAP_LINES):
-            return f"tap_lines are one or more of {', '.join(map(str, TAP_LINES))}"
-        if not set(halo) <= {8, *HALO_LINES}:
-            return f"halo_lines are 8 or of {', '.join(map(str, HALO_LINES))}"
-        if halo and not _has_halo(plan.problem):
+        halo_lines, tap_lines = _lines(plan.problem)
+        if not tap or not set(tap) <= set(tap_lines):
+            return f"tap_lines are one or more of {', '.join(map(str, tap_lines))}"
+        if halo and not halo_lines:
             return "a halo needs stride 1 and several taps"
+        if not set(halo) <= set(halo_lines):
+            return f"halo_lines are of {', '.join(map(str, halo_lines))}"
         return ""
 
     def predict(self, plan: Plan[GatherSizes], call: Call, gpu: Gpu) -> Prediction:
@@ -108,6 +120,13 @@ def _has_halo(problem: Problem) -> bool:
     return max(problem.geometry.stride) == 1 and problem.geometry.taps > 1
 
 
+def _lines(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes that exist: with a halo, and of a tap."""
+    split = parts(problem) == 2
+    halo, tap = (SPLIT_LINES, SPLIT_LINES) if split else (HALO_LINES, TAP_LINES)
+    return halo if _has_halo(problem) else (), tap
+
+
 def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> float:
     """Of the best way that ``host.cuh`` considers for a size, but for folded planes."""
     g = problem.geometry
@@ -125,14 +144,20 @@ def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> f
     blocks = -(-inputs * problem.element_bytes // ROW_BYTES)
     units = blocks if halo else blocks * gathered
     slab_bytes = positions * ROW_BYTES * (1.3 if halo else 1)
+    split = parts(problem) == 2
+    weight_bytes = ROW_BYTES * parts(problem)
+    if split and not halo and g.taps > 1:
+        slab_bytes *= 2  # split by the pack
     best = math.inf
     for consumers_of_positions in (1, 2):
         width = BLOCK_M * (CONSUMERS // consumers_of_positions)
         ctas = -(-tiles // consumers_of_positions) * -(-outputs // width) * g.groups
         products = gathered * steps * CONSUMERS * 4 * lines
+        if split:
+            products = 3 * products + gathered * blocks * GEMM_PROMOTION_CLOCKS
         planes = (g.kernel[0] + consumers_of_positions - 1) if halo else consumers_of_positions
         taps = gathered if halo else 1
-        loads = units * (planes * slab_bytes + taps * width * ROW_BYTES) / gpu.bulk_bytes
+        loads = units * (planes * slab_bytes + taps * width * weight_bytes) / gpu.bulk_bytes
         for splits in range(1, min(units, MAX_SPLITS) + 1):
             if splits > 1 and ctas * splits > 2 * gpu.multiprocessors:
                 break

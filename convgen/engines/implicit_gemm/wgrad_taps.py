@@ -21,6 +21,7 @@ from convgen.engines.implicit_gemm.common import (
     ELEMENTS,
     NAME,
     ROW_BYTES,
+    SPLIT,
     SUFFIX,
     WGRAD_TAPS_HEADERS,
     by_taps,
@@ -52,7 +53,7 @@ class TapWgrad(Family[TapWgradSizes]):
     name = NAME
     backend = "cuda"
     contractions = ("wgrad",)
-    kinds = tuple(ELEMENTS)
+    kinds = tuple(kind for kind in ELEMENTS if kind != SPLIT)
     schedule_type = TapWgradSizes
     template = "cuda/implicit_gemm/wgrad_taps.cu.j2"
     headers = WGRAD_TAPS_HEADERS

@@ -159,7 +159,7 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
   int pack(const T* from, T* to, int64_t channels, const int64_t (&e)[3], bool last) const {
     const PackShape s =
         pack_shape(call_.batch, channels, e, Conv::GROUPS, padded(channels) / Conv::GROUPS, last);
-    return pack_input(from, to, s, last, static_cast<int>(call_.device), call_.stream,
+    return pack_input<Form::ROUNDED>(from, to, s, last, static_cast<int>(call_.device), call_.stream,
                       limits_.multiprocessors);
   }
 

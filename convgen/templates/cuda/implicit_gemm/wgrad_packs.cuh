@@ -75,7 +75,7 @@ class WgradPacks {
     const bool last = (call.channels_last & operand) != 0;
     const PackShape s =
         pack_shape(call.batch, channels, extent, 1, round_up(channels, VECTOR), last);
-    return pack_input(static_cast<const T*>(from), static_cast<T*>(to), s, last,
+    return pack_input<Form::ROUNDED>(static_cast<const T*>(from), static_cast<T*>(to), s, last,
                       static_cast<int>(call.device), call.stream, multiprocessors_);
   }
 
