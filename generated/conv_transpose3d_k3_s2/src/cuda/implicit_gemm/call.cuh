@@ -75,6 +75,7 @@ struct Plan {
   SlabKind slab;
   int lines;
   double clocks = 1e30;
+  double packs = 0;  // clocks of the input's
 };
 
 // Phases share what they read: as many places as stay in the L2 cache have the tiles of the phase
@@ -238,7 +239,7 @@ WeightShape weight_shape(int taps, bool last, const int (&counts)[3], int padded
 template <typename T, typename Conv, bool COARSE_INPUT>
 int pack_weights(const Operands& call, T* to, const WeightShape& s, int64_t rows, int64_t columns) {
   const int64_t blocks = ceil_div(rows, 8);
-  return launch<pack_weights_kernel<T, Conv::TAPS, COARSE_INPUT, Conv::WEIGHTS>, true>(
+  return launch<pack_weights_kernel<T, Conv::TAPS, COARSE_INPUT, Conv::WEIGHTS, Conv::PARTS>, true>(
       dim3(static_cast<unsigned>(ceil_div(columns, 32)),
            static_cast<unsigned>(blocks < 65535 ? blocks : 65535)),
       dim3(PACK_THREADS), 0, call.device, call.stream, static_cast<const T*>(call.weight), to, s);
@@ -247,7 +248,7 @@ template <typename T, typename Conv, bool COARSE_INPUT>
 int pack_folded_weights(const Operands& call, T* to, const WeightShape& s, int* flag,
                         int multiprocessors) {
   return launch<pack_folded_weights_kernel<T, Conv::KERNEL_D, Conv::TAPS / Conv::KERNEL_D,
-                                           COARSE_INPUT, Conv::WEIGHTS>,
+                                           COARSE_INPUT, Conv::WEIGHTS, Conv::PARTS>,
                 true>(dim3(2 * multiprocessors), dim3(PACK_THREADS), 0, call.device, call.stream,
                       static_cast<const T*>(call.weight), to, s, flag);
 }
@@ -277,13 +278,18 @@ inline int access_elements(const void* base, int64_t extent, int size, int wides
   return widest;
 }
 
+template <Form FORM>
+struct FormConstant {
+  static constexpr Form value = FORM;
+};
+
 // Packs a tensor's channels side by side; with `last` they lie so already, but not as they should.
-template <typename T>
+template <Form FORM, typename T>
 int pack_input(const T* from, T* to, const PackShape& s, bool last, int device, void* stream,
                int multiprocessors) {
   if (last) {
-    return launch<pack_channels_kernel<T>, true>(dim3(16 * multiprocessors), dim3(PACK_THREADS), 0,
-                                                 device, stream, from, to, s);
+    return launch<pack_channels_kernel<T, FORM>, true>(
+        dim3(16 * multiprocessors), dim3(PACK_THREADS), 0, device, stream, from, to, s);
   }
   constexpr int BLOCK_K = ROW_BYTES / sizeof(T);
   const dim3 grid(static_cast<unsigned>(ceil_div(s.positions, PACK_POSITIONS)),
@@ -291,10 +297,10 @@ int pack_input(const T* from, T* to, const PackShape& s, bool last, int device, 
                   s.batch < 65535 ? s.batch : 65535);
   const bool wide =
       s.positions % 4 == 0 && reinterpret_cast<uintptr_t>(from) % (4 * sizeof(T)) == 0;
-  return wide ? launch<pack_positions_kernel<T, true>, true>(grid, dim3(PACK_THREADS), 0, device,
-                                                             stream, from, to, s)
-              : launch<pack_positions_kernel<T, false>, true>(grid, dim3(PACK_THREADS), 0, device,
-                                                              stream, from, to, s);
+  return wide ? launch<pack_positions_kernel<T, FORM, true>, true>(grid, dim3(PACK_THREADS), 0,
+                                                                   device, stream, from, to, s)
+              : launch<pack_positions_kernel<T, FORM, false>, true>(grid, dim3(PACK_THREADS), 0,
+                                                                    device, stream, from, to, s);
 }
 
 }  // namespace convgen

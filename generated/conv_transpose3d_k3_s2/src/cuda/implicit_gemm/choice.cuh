@@ -11,7 +11,7 @@ template <typename T, typename Conv>
 class GemmChoice {
  public:
   static constexpr int BLOCK_K = ROW_BYTES / sizeof(T), STEP_K = STEP_BYTES / sizeof(T);
-  static constexpr int VECTOR = 16 / sizeof(T), TAPS = Conv::TAPS;
+  static constexpr int VECTOR = 16 / sizeof(T), TAPS = Conv::TAPS, PARTS = Conv::PARTS;
   static constexpr bool MN = Conv::WEIGHTS == Major::MN;
   static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
   // A halo of one tap in a plane is a tap slab as well; and a slab must leave room for two.
@@ -30,6 +30,10 @@ class GemmChoice {
 
   // Of a strided dgrad, phases are gathers of stride 1 (see phases.cuh).
   static constexpr int PHASES = Conv::PHASES;
+  // Whether floats are split by the pack of the input: of a slab that is loaded again for each tap.
+  // What is loaded once is split in shared memory, from half of the bytes.
+  template <typename Slab>
+  static constexpr bool SPLITS_FIRST = PARTS == 2 && !Slab::HALO && TAPS > 1;
   static constexpr bool PHASED = PHASES > 1;
   using Step = Steps<Conv>;
 
@@ -117,7 +121,14 @@ class GemmChoice {
     t.last_steps = ceil_div(padded_ - (t.blocks - 1) * BLOCK_K, STEP_K);
     t.slab_bytes =
         (Slab::HALO ? Slab::ROWS : t.extent_w * t.extent_h * t.extent_d * t.extent_n) * ROW_BYTES;
-    t.rounds = sizeof(T) == 4 && as_it_lies && !READS_PATCHES<Conv>;
+    t.rounds =
+        PARTS == 2 ? !SPLITS_FIRST<Slab> : sizeof(T) == 4 && as_it_lies && !READS_PATCHES<Conv>;
+    if (SPLITS_FIRST<Slab>) t.slab_bytes *= 2;
+    t.lower_sample = static_cast<int>(batch);
+    const bool packs = SPLITS_FIRST<Slab> || !(as_it_lies || Slab::MAJOR == Major::MN);
+    const double pack = packs ? pack_clocks<T>(input_elements(), limits_.multiprocessors,
+                                               SPLITS_FIRST<Slab> ? 2 : 1)
+                              : 0;
     const int steps = (t.blocks - 1) * (BLOCK_K / STEP_K) + t.last_steps;
     // One consumer's positions or both's, and of each one plane or two.
     for (int way = 0; way < 3; ++way) {
@@ -127,6 +138,7 @@ class GemmChoice {
                            Conv::GROUPS == 1 && output_channels_ <= BLOCK_M / 2)) {
         continue;
       }
+      t.lower_tap = t.fold == 2 ? TAPS / Conv::KERNEL_D * (Conv::KERNEL_D + 1) : TAPS;
       t.channel_blocks = ceil_div(output_channels_, BLOCK_M * (3 - position_groups));
       t.tiles_d = ceil_div(depth, Slab::HALO ? position_groups * t.fold : t.extent_d);
       t.tiles_n = ceil_div(batch, t.extent_n);
@@ -142,10 +154,11 @@ class GemmChoice {
       const Planes<Conv, Slab> planes(t);
       const double met = planes.met(t);
       const double bytes = met * (double(planes.slabs) * t.slab_bytes +
-                                  double(planes.count) * Slab::TAPS * weight_stage_bytes(t));
+                                  double(planes.count) * Slab::TAPS * weight_stage_bytes<Conv>(t));
       // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
       const double taps = met * double(TAPS) / PHASES / Slab::PLANES * planes.count;
-      const double products = taps * steps * CONSUMERS * 4 * LINES;
+      const double products = taps * CONSUMERS * 4 * LINES * (PARTS == 2 ? 3 * steps : steps) +
+                              (PARTS == 2 ? taps * t.blocks * GEMM_PROMOTION_CLOCKS : 0);
       const double loads = units * bytes / load_rate<T>(padded_, Step::INPUT);
       for (int splits = 1; splits <= (t.fold == 2 || PHASED ? 1 : 32) && splits <= units;
            ++splits) {
@@ -160,8 +173,8 @@ class GemmChoice {
           clocks += LAUNCH_CLOCKS + 8.0 * splits * output_elements() /
                                         (LEVEL2_BYTES_PER_CLOCK / 2 * limits_.multiprocessors);
         }
-        if (clocks < best_.clocks && stages<Slab, LINES>(t)) {
-          best_ = {t, t, KIND<Slab>, LINES, clocks};
+        if (clocks + pack < best_.clocks + best_.packs && stages<Slab, LINES>(t)) {
+          best_ = {t, t, KIND<Slab>, LINES, clocks, pack};
           if (t.fold == 2) {
             Tiling& u = best_.unfolded;
             u.fold = 1, u.tiles_d = ceil_div(depth, position_groups);
@@ -177,8 +190,15 @@ class GemmChoice {
   bool stages(Tiling& t) const {
     int left = limits_.shared_bytes - static_cast<int>(sizeof(SharedStorage)) - ATOM_BYTES -
                CONSUMERS * output_stage_bytes<LINES>(epilogue_of(t));
-    const int slab = SLAB_STAGE_BYTES<Slab>, weight = weight_stage_bytes(t);
-    if constexpr (Slab::HALO) {
+    const int slab = SLAB_STAGE_BYTES<Slab>, weight = weight_stage_bytes<Conv>(t);
+    if constexpr (Slab::HALO && PARTS == 2) {
+      // A tap takes thrice as long, and its weights and slabs are released with it. A slab more
+      // than a consumer may have behind it, of those that are the other's.
+      t.slab_stages = (left - 2 * weight) / slab;
+      if (t.slab_stages > 6) t.slab_stages = 6;
+      if (t.slab_stages < (t.position_groups - 1) * t.fold + 2) return false;
+      t.weight_stages = (left - t.slab_stages * slab) / weight;
+    } else if constexpr (Slab::HALO) {
       // A few taps' weights, as many slabs as fit, and weights again. Slabs are released once the
       // next plane's first products are issued: two consumers' planes span four slabs by then, and
       // six where they are folded and another K block follows.

@@ -14,7 +14,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     : public GemmChoice<T, Conv> {
  public:
   using Choice = GemmChoice<T, Conv>;
-  using Choice::BLOCK_K, Choice::TAPS, Choice::VECTOR;
+  using Choice::BLOCK_K, Choice::PARTS, Choice::TAPS, Choice::VECTOR;
   using Choice::HAS_CHANNELS, Choice::MN, Choice::PHASED, Choice::PHASES, Choice::POINTWISE;
   using Choice::input_elements, Choice::output_elements;
   template <int LINES>
@@ -49,7 +49,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       plan = best_;
     }
     best_ = plan;
-    packs_input_ = !as_it_lies && !by_channels;
+    packs_input_ = best_.packs > 0;
     padded_outputs_ = static_cast<int>(round_up(output_channels_, VECTOR));
     // TF32 is rounded, and read K-major: taps, then a row of input channels for each output.
     packs_weight_ = best_.tiling.fold == 2 || sizeof(T) == 4 || padded_ != input_channels_ ||
@@ -65,12 +65,14 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Whether kernels that read contiguous tensors as they lie take longer, as measured on an H200.
   bool pays() const {
     const ConvgenCall& c = *call_.call;
-    if (c.channels_last) return expected_ms() < transposed_ms<T, Conv>(c, limits_.multiprocessors);
+    // What was not measured has to promise more.
+    const double ms = PARTS == 2 ? expected_ms() / OVERRULES : expected_ms();
+    if (c.channels_last) return ms < transposed_ms<T, Conv>(c, limits_.multiprocessors);
     if (reads_channels()) return true;
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
     const bool suits = least >= PAYING_CHANNELS<T>;
     if (suits && output_elements() <= call_.output_channels * PAYING_POSITIONS) return true;
-    if (PHASED) return expected_ms() < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
+    if (PHASED || PARTS == 2) return ms < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
     return suits && least * TAPS >= PAYING_PRODUCTS;
   }
   // Whether the current device, `device`, runs code for sm_90a.
@@ -91,10 +93,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   int64_t weight_bytes() const {
     const int64_t flag = best_.tiling.fold == 2 ? FLAG_BYTES : 0;
     const int64_t elements = packed_taps() * packed_weight_rows() * packed_weight_columns();
-    return packs_weight_ ? round_up(elements * static_cast<int64_t>(sizeof(T)), 1024) + flag : 0;
+    const int64_t bytes = elements * PARTS * static_cast<int64_t>(sizeof(T));
+    return packs_weight_ ? round_up(bytes, 1024) + flag : 0;
   }
   int64_t input_bytes() const {
-    const int64_t bytes = input_elements() * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = input_elements() * input_parts() * static_cast<int64_t>(sizeof(T));
     return packs_input_ ? round_up(bytes, 1024) : 0;
   }
   int64_t workspace_bytes() const {
@@ -104,8 +107,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
            (splits > 1 ? splits * output_elements() * 4 : 0);
   }
   double expected_ms() const {
-    double clocks = best_.clocks + unaligned_store_clocks<T>(call_, leaves_by_tma(), limits_);
-    if (packs_input_) clocks += pack_clocks<T>(input_elements(), limits_.multiprocessors);
+    double clocks = best_.clocks + best_.packs;
+    clocks += unaligned_store_clocks<T>(call_, leaves_by_tma(), limits_);
     if (turns_) clocks += pack_clocks<T>(output_elements(), limits_.multiprocessors);
     return clocks / CLOCKS_PER_MS;
   }
@@ -152,6 +155,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if (MN) return int64_t{Conv::GROUPS} * padded_;
     return best_.tiling.fold == 2 ? int64_t{BLOCK_M} : call_.output_channels;
   }
+  // Of floats that a pack splits: see Choice::SPLITS_FIRST.
+  int input_parts() const { return PARTS == 2 && !best_.tiling.rounds ? 2 : 1; }
   int64_t packed_weight_columns() const {
     if (!MN) return padded_;
     return best_.tiling.fold == 2 ? BLOCK_M : padded_outputs_;
@@ -198,8 +203,14 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const bool last = call_.input_channels_last;
     const PackShape s = pack_shape(call_.batch, call_.input_channels, call_.input_extent,
                                    Conv::GROUPS, padded_, last);
-    return convgen::pack_input(static_cast<const T*>(call_.input), to, s, last, call_.device,
-                               call_.stream, limits_.multiprocessors);
+    const T* const from = static_cast<const T*>(call_.input);
+    const auto pack = [&](auto form) {
+      return convgen::pack_input<decltype(form)::value>(from, to, s, last, call_.device,
+                                                        call_.stream, limits_.multiprocessors);
+    };
+    if constexpr (PARTS == 1) return pack(FormConstant<Form::ROUNDED>());
+    return input_parts() == 2 ? pack(FormConstant<Form::SPLIT>())
+                              : pack(FormConstant<Form::WHOLE>());
   }
 
   // `rest` of the workspace has partial sums, or an output that is turned. Where that leaves by
@@ -241,7 +252,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       }
       const int shared_bytes = static_cast<int>(sizeof(SharedStorage)) + ATOM_BYTES +
                                t.slab_stages * SLAB_STAGE_BYTES<Slab> +
-                               t.weight_stages * weight_stage_bytes(t) +
+                               t.weight_stages * weight_stage_bytes<Conv>(t) +
                                CONSUMERS * output_stage_bytes<LINES>(out.epilogue);
       const int grid = t.tiles < limits_.multiprocessors ? t.tiles : limits_.multiprocessors;
       if constexpr (Conv::HAS_EPILOGUE) {
@@ -266,7 +277,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
         Slab::MAJOR == Major::MN
             ? channels_view<T>(call_.input_extent[2], call_.input_channels, call_.batch)
             : positions_view<T>(Conv::GROUPS * padded_, call_.input_extent, call_.batch, merged);
-    slab.box[0] = BLOCK_K;
+    slab.box[0] = BLOCK_K, slab.extent[4] *= input_parts();
     if constexpr (Slab::MAJOR == Major::MN) {
       slab.box[0] = Slab::CHUNK_ROWS, slab.box[1] = BLOCK_K, slab.box[2] = 1;
     } else if constexpr (Slab::HALO) {
@@ -284,7 +295,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     // As packed; else weight[coarse][tap][fine of the group] as it lies.
     w.rank = 3, w.swizzle = ROW_BYTES;
     w.extent[0] = packed_weight_columns(), w.extent[1] = packed_weight_rows();
-    w.extent[2] = packed_taps();
+    w.extent[2] = packed_taps() * PARTS;
     const uint64_t row_bytes = w.extent[0] * sizeof(T);
     w.stride_bytes[1] = packs_weight_ ? row_bytes : TAPS * row_bytes;
     w.stride_bytes[2] = packs_weight_ ? w.extent[1] * row_bytes : row_bytes;

@@ -8,7 +8,7 @@
 // products) of 8 * LINES positions (their columns). Either they share the positions and have
 // different channels, or they share the channels and have different positions.
 // The third warpgroup produces: one thread loads slabs of positions, one loads weights, and two
-// warps round what has landed to TF32, or copy finished tiles out.
+// warps round what has landed to TF32, or split it, or copy finished tiles out.
 //
 //   slab     positions x 128 bytes of channels (a K block), the box of one TMA load, swizzled. A
 //            halo slab is 8 x LINES positions of one plane with all that its taps reach: a tap is a
@@ -18,12 +18,16 @@
 //            contiguous tensor and one tap, turned around: channels x 128 bytes of positions.
 //   weights  64 or 128 output channels x 128 bytes of input channels of one tap
 //
+// For fp32 accuracy (Conv::PARTS == 2) a stage has both parts of its values, of which a tap has
+// three products: see split.cuh.
+//
 // Both are rings of buffers with full and empty barriers. CTAs are persistent: the next tile's
 // loads are under way while this one's sums are stored.
 #ifndef CONVGEN_IMPLICIT_GEMM_KERNEL_CUH
 #define CONVGEN_IMPLICIT_GEMM_KERNEL_CUH
 
 #include "epilogue.cuh"
+#include "split.cuh"
 
 namespace convgen {
 
@@ -60,8 +64,13 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
           } else {
             constexpr int STEP_D = Steps<Conv>::INPUT[0], STEP_H = Steps<Conv>::INPUT[1],
                           STEP_W = Steps<Conv>::INPUT[2];
-            tma_load(to, map, barrier, channel, tile.w * STEP_W + tap.offset_w(),
-                     tile.h * STEP_H + tap.offset_h(), tile.d * STEP_D + tap.offset_d(), tile.n);
+#pragma unroll
+            for (int part = 0; part < Slab::PARTS; ++part) {
+              if (part > 0 && t.rounds) break;
+              tma_load(to + part * SLAB_PART_BYTES<Slab>, map, barrier, channel,
+                       tile.w * STEP_W + tap.offset_w(), tile.h * STEP_H + tap.offset_h(),
+                       tile.d * STEP_D + tap.offset_d(), tile.n + part * t.lower_sample);
+            }
           }
           at.advance(1, t.slab_stages);
         }
@@ -110,7 +119,11 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
         unsigned char* const to = weights + at.index * stage_bytes;
         const int at_tap = t.first_tap + (Slab::HALO ? i : tap.tap()) * t.tap_step;
         if constexpr (Conv::WEIGHTS == Major::K) {
-          tma_load(to, map, barrier, channel, row, at_tap);
+#pragma unroll
+          for (int part = 0; part < Conv::PARTS; ++part) {
+            tma_load(to + part * (stage_bytes / Conv::PARTS), map, barrier, channel, row,
+                     at_tap + part * t.lower_tap);
+          }
         } else {
           for (int m = 0; m * BLOCK_M * ROW_BYTES < stage_bytes; ++m) {
             tma_load(to + m * BLOCK_M * ROW_BYTES, map, barrier, tile.channel + m * BLOCK_M,
@@ -131,7 +144,8 @@ __device__ __forceinline__ uint4 round_vector(uint4 x) {
       round_tf32<NEAREST>(__uint_as_float(x.z)), round_tf32<NEAREST>(__uint_as_float(x.w)));
 }
 
-// Two warps round slabs of floats to TF32 (to nearest, halves away from zero), in place.
+// Two warps round slabs of floats to TF32 (to nearest, halves away from zero), in place, or split
+// them.
 template <typename Conv, typename Slab>
 __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint64_t* rounded,
                                             unsigned char* slabs, int thread) {
@@ -146,7 +160,13 @@ __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint
       uint4* const slab = reinterpret_cast<uint4*>(slabs + at.index * SLAB_STAGE_BYTES<Slab>);
 #pragma unroll 4
       for (int v = thread; v < Slab::ROWS * ROW_BYTES / 16; v += 64) {
-        slab[v] = round_vector(slab[v]);
+        if constexpr (Slab::PARTS == 2) {
+          uint4 x = slab[v];
+          slab[v] = split_vector(x);
+          slab[v + SLAB_PART_BYTES<Slab> / 16] = x;
+        } else {
+          slab[v] = round_vector(slab[v]);
+        }
       }
       bulk_fence();
       __syncwarp();
@@ -207,7 +227,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
                                         Pipeline weight_ring, unsigned char* slabs,
                                         unsigned char* weights, int weight_bytes,
                                         unsigned char* staged, const Finishes&... finishes) {
-  constexpr int SUMS = 4 * LINES;
+  constexpr int SUMS = 4 * LINES, PARTS = Conv::PARTS;
   const int consumer = threadIdx.x / WARPGROUP, lane = threadIdx.x % 32;
   const int p = t.position_groups == 2 ? consumer : 0, m = consumer - p;
   const Planes<Conv, Slab> planes(t);
@@ -217,6 +237,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
   int to_release = 0;  // slabs whose products have been issued
   uint32_t staged_phase = 1;
   float sums[SUMS];
+  [[maybe_unused]] float products[PARTS == 2 ? SUMS : 1];  // of a tap
   const auto release_slabs = [&] {
 #pragma unroll 1
     for (; to_release > 0; --to_release) {
@@ -230,17 +251,30 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     const auto reach = planes.reach(t, tile.d - p * t.fold);
     int previous = -1;  // the weights whose products may still be under way
     int accumulates = 0;
+    if constexpr (PARTS == 2) {
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) sums[i] = 0;
+    }
     const int last_block = (t.blocks - 1) * units.taps;  // the first unit of the last K block
     for (int unit = units.begin; unit < units.end; ++unit) {
       const int steps = unit >= last_block ? t.last_steps : ROW_BYTES / STEP_BYTES;
 #pragma unroll 1
       for (int plane = reach.begin; plane < reach.end; ++plane) {
         slab_ring.consumer_wait(slab);
-        const Operand positions = slab_operand<Slab>(slabs + slab.index * SLAB_STAGE_BYTES<Slab>);
+        const unsigned char* const stage = slabs + slab.index * SLAB_STAGE_BYTES<Slab>;
+        const Operand positions = slab_operand<Slab>(stage);
 #pragma unroll 1
         for (int tap = 0; tap < Slab::TAPS; ++tap) {
           weight_ring.consumer_wait(weight);
           const Operand w(weights + weight.index * weight_bytes + m * BLOCK_M * ROW_BYTES, 8);
+          if constexpr (PARTS == 2) {
+            const Operand x = positions.moved(Slab::tap_row(tap) * ROW_BYTES);
+            add_products(sums, products, {w, w.moved(weight_bytes / 2)},
+                         {x, x.moved(SLAB_PART_BYTES<Slab>)}, steps);
+            if (lane == 0) weight_ring.consumer_release(weight.index);
+            weight.advance(1, t.weight_stages);
+            continue;
+          }
           multiply<T, Conv::WEIGHTS, Slab::MAJOR>(
               sums, w, positions.moved(Slab::tap_row(tap) * ROW_BYTES), steps, accumulates);
           accumulates = 1;
@@ -254,6 +288,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
         const int onward = plane == reach.end - 1 ? planes.next : planes.step;
         slab.advance(onward, t.slab_stages);
         to_release += onward;
+        if constexpr (PARTS == 2) release_slabs();
       }
     }
     wgmma_wait<0>();
@@ -261,7 +296,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     for (int i = 0; i < SUMS; ++i) wgmma_settle(sums[i]);
     if (lane == 0 && previous >= 0) weight_ring.consumer_release(previous);
     release_slabs();
-    if constexpr (Conv::PHASES > 1 || (Slab::HALO && Conv::KERNEL_D > 1)) {
+    if constexpr (PARTS == 1 && (Conv::PHASES > 1 || (Slab::HALO && Conv::KERNEL_D > 1))) {
       // A phase may meet no tap, and a tile's planes nothing but padding.
       if (accumulates == 0) {
 #pragma unroll
@@ -333,7 +368,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     unsigned char* const dynamic = dynamic_shared<unsigned char>();
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
     unsigned char* const slabs = dynamic + aligned_offset(dynamic, sizeof(SharedStorage));
-    const int weight_bytes = (t.position_groups == 2 ? 1 : 2) * BLOCK_M * ROW_BYTES;
+    const int weight_bytes = weight_stage_bytes<Conv>(t);
     unsigned char* const weights = slabs + t.slab_stages * SLAB_STAGE_BYTES<Slab>;
     unsigned char* const staged = weights + t.weight_stages * weight_bytes;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;

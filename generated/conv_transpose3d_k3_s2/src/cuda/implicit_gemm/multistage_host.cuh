@@ -95,8 +95,8 @@ class MultistageGemm {
       const bool last = call_.input_channels_last;
       const PackShape s = pack_shape(call_.batch, call_.input_channels, call_.input_extent,
                                      Conv::GROUPS, padded_, last);
-      if (const int error = pack_input(input, packed, s, last, call_.device, call_.stream,
-                                       limits_.multiprocessors)) {
+      if (const int error = pack_input<Form::ROUNDED>(input, packed, s, last, call_.device,
+                                                      call_.stream, limits_.multiprocessors)) {
         return error;
       }
       input = packed;

@@ -25,6 +25,37 @@ __device__ __forceinline__ T as_operand(T x) {
   }
 }
 
+// What becomes of floats: nothing, or TF32, or two TF32 values (split.cuh), of which the lower ones
+// are another tensor behind the first. Elements of 16 bits stay what they are.
+enum class Form { WHOLE, ROUNDED, SPLIT };
+template <int PARTS>
+constexpr Form OPERAND = PARTS == 2 ? Form::SPLIT : Form::ROUNDED;
+
+template <Form FORM, typename T>
+__device__ __forceinline__ T loaded(T x) {
+  if constexpr (FORM == Form::ROUNDED) return as_operand(x);
+  return x;
+}
+// An element, and 16 bytes of them; lower parts are `part` elements further.
+template <Form FORM, typename T>
+__device__ __forceinline__ void store_operand(T* at, T x, int64_t part) {
+  if constexpr (FORM == Form::SPLIT) {
+    const SplitFloat split = split_float(x);
+    at[0] = split.upper, at[part] = split.lower;
+  } else {
+    at[0] = loaded<FORM>(x);
+  }
+}
+template <Form FORM, typename T>
+__device__ __forceinline__ void store_loaded(T* at, uint4 x, int64_t part) {
+  if constexpr (FORM == Form::SPLIT) {
+    *reinterpret_cast<uint4*>(at) = split_vector(x);
+    *reinterpret_cast<uint4*>(at + part) = x;
+  } else {
+    *reinterpret_cast<uint4*>(at) = x;
+  }
+}
+
 // The 16 bytes of a position that hold the first channels in `x`.
 template <typename T>
 __device__ __forceinline__ uint4 vector_of(const T (&x)[16 / sizeof(T)]) {
@@ -36,7 +67,7 @@ __device__ __forceinline__ uint4 vector_of(const T (&x)[16 / sizeof(T)]) {
 // (N, C, positions) -> (N, positions, groups x padded): a thread block transposes 128 bytes of
 // channels of 128 positions in shared memory, whose 16-byte vectors are permuted by the position so
 // that neither side meets a bank conflict. WIDE: four positions at a time, where all are aligned.
-template <typename T, bool WIDE>
+template <typename T, Form FORM, bool WIDE>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_positions_kernel(const T* __restrict__ from, T* __restrict__ to, const PackShape s) {
   constexpr int VECTOR = 16 / sizeof(T), BLOCK_K = ROW_BYTES / sizeof(T);
@@ -66,11 +97,11 @@ __global__ void __launch_bounds__(PACK_THREADS)
           }
         }
 #pragma unroll
-        for (int q = 0; q < 4; ++q) x[q][i] = as_operand(four[q]);
+        for (int q = 0; q < 4; ++q) x[q][i] = loaded<FORM>(four[q]);
       } else {
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-          x[q][i] = exists && position + q < s.positions ? as_operand(line[q]) : T{};
+          x[q][i] = exists && position + q < s.positions ? loaded<FORM>(line[q]) : T{};
         }
       }
     }
@@ -83,7 +114,8 @@ __global__ void __launch_bounds__(PACK_THREADS)
       const int channel = block + vector * VECTOR;
       if (first + row < s.positions && channel < row_channels) {
         T* const at = to + (n * s.positions + first + row) * row_channels + channel;
-        *reinterpret_cast<uint4*>(at) = tile[row * 8 + (vector ^ (row / 4 % 8))];
+        store_loaded<FORM>(at, tile[row * 8 + (vector ^ (row / 4 % 8))],
+                           s.batch * s.positions * row_channels);
       }
     }
     __syncthreads();
@@ -92,14 +124,11 @@ __global__ void __launch_bounds__(PACK_THREADS)
 
 // (N, positions, C) -> (N, positions, groups x padded): channels that lie side by side already, but
 // not in multiples of 16 bytes, or not rounded.
-template <typename T>
+template <typename T, Form FORM>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_channels_kernel(const T* __restrict__ from, T* __restrict__ to, const PackShape s) {
   await_earlier_kernel();
-  constexpr int VECTOR = 16 / sizeof(T);  // which divides what a group is padded to
-  struct alignas(16) Vector {
-    T element[VECTOR];
-  };
+  constexpr int VECTOR = 16 / sizeof(T);             // which divides what a group is padded to
   const int vectors = s.groups * s.padded / VECTOR;  // of a position
   const int64_t count = s.batch * s.positions * vectors;
   const int64_t step = int64_t{gridDim.x} * PACK_THREADS;
@@ -108,12 +137,12 @@ __global__ void __launch_bounds__(PACK_THREADS)
     const int channel = static_cast<int>(i - row * vectors) * VECTOR;
     const int group = channel / s.padded, within = channel - group * s.padded;
     const T* const at = from + (row * s.groups + group) * s.channels + within;
-    Vector packed;
+    T x[VECTOR];
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-      packed.element[j] = within + j < s.channels ? as_operand(at[j]) : T{};
+      x[j] = within + j < s.channels ? loaded<FORM>(at[j]) : T{};
     }
-    reinterpret_cast<Vector*>(to)[i] = packed;
+    store_loaded<FORM>(to + i * VECTOR, vector_of(x), count * VECTOR);
   }
 }
 
@@ -136,7 +165,7 @@ __device__ __forceinline__ int64_t weight_at(const WeightShape& s, int group, in
 // weight -> (taps, groups x output channels, padded input channels) or, MN-major, -> (taps, groups
 // x padded input channels, padded output channels). For dgrad (`COARSE_INPUT`) the taps come in
 // reverse: i = o + PADDING - t * DILATION. A warp has 32 columns of a row.
-template <typename T, int TAPS, bool COARSE_INPUT, Major MAJOR>
+template <typename T, int TAPS, bool COARSE_INPUT, Major MAJOR, int PARTS>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_weights_kernel(const T* __restrict__ from, T* __restrict__ to, const WeightShape s) {
   constexpr bool K_MAJOR = MAJOR == Major::K;
@@ -177,8 +206,9 @@ __global__ void __launch_bounds__(PACK_THREADS)
 #pragma unroll 9
     for (int tap = 0; tap < TAPS; ++tap) {
       const int from_tap = COARSE_INPUT ? TAPS - 1 - tap : tap;
-      at[tap * int64_t{rows} * columns] =
-          exists ? as_operand(weight[from_tap * s.stride_tap]) : T{};
+      store_operand<OPERAND<PARTS>>(at + tap * int64_t{rows} * columns,
+                                    exists ? weight[from_tap * s.stride_tap] : T{},
+                                    TAPS * int64_t{rows} * columns);
     }
   }
 }
@@ -186,7 +216,7 @@ __global__ void __launch_bounds__(PACK_THREADS)
 // The same for folded tiles (see Tiling::fold): (KERNEL_D + 1) x taps of a plane, each with 64
 // output channels, of which the second 32 are those of the plane behind, which a tap along D meets
 // one plane later. Also clears `flag`.
-template <typename T, int KERNEL_D, int PLANE_TAPS, bool COARSE_INPUT, Major MAJOR>
+template <typename T, int KERNEL_D, int PLANE_TAPS, bool COARSE_INPUT, Major MAJOR, int PARTS>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_folded_weights_kernel(const T* __restrict__ from, T* __restrict__ to, const WeightShape s,
                                int* flag) {
@@ -202,9 +232,8 @@ __global__ void __launch_bounds__(PACK_THREADS)
     const int tap = COARSE_INPUT ? KERNEL_D * PLANE_TAPS - 1 - packed_tap : packed_tap;
     const bool exists =
         kd >= 0 && kd < KERNEL_D && output < s.output_channels && input < s.input_channels;
-    to[i] =
-        exists ? as_operand(from[weight_at<COARSE_INPUT>(s, 0, output, input) + tap * s.stride_tap])
-               : T{};
+    const int64_t place = weight_at<COARSE_INPUT>(s, 0, output, input) + tap * s.stride_tap;
+    store_operand<OPERAND<PARTS>>(to + i, exists ? from[place] : T{}, count);
   }
 }
 

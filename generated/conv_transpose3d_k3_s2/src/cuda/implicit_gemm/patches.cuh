@@ -126,7 +126,7 @@ __device__ __forceinline__ void copy_fine(const PatchTiles& s, const PatchTile& 
       for (int q = 0; q < VECTOR; ++q) {
         if (q >= s.fine_vector) break;
         if constexpr (PACKS) {
-          *place() = as_operand(x[q]);
+          *place() = loaded<Conv::PARTS == 2 ? Form::WHOLE : Form::ROUNDED>(x[q]);
         } else {
           x[q] = *place();
         }
@@ -179,7 +179,7 @@ __device__ __forceinline__ void copy_packed(const PatchTiles& s, const PatchTile
   }
 }
 
-// PACKS: from fine, rounded to TF32 where elements are floats; else back.
+// PACKS: from fine, rounded to TF32 where elements are floats and not split later; else back.
 template <typename T, typename Conv, bool LAST, bool CHANNELS_FIRST, bool PACKS>
 __global__ void __launch_bounds__(PATCH_THREADS)
     patches_kernel(const T* __restrict__ from, T* __restrict__ to, const PatchTiles s) {

@@ -51,8 +51,11 @@ struct Tiling {
   int first_tap, tap_step;  // of the weights' map, in the order of the gather
   int input_depth;
   int slab_stages, weight_stages;
-  int slab_bytes;  // of one load: as its box says
-  bool rounds;     // whether slabs are rounded to TF32 in shared memory
+  int slab_bytes;  // of one slab's loads: as their boxes say
+  bool rounds;     // whether slabs are rounded to TF32, or split, in shared memory
+  // From a value's upper part to its lower one, where both are packed (3xTF32): samples of the
+  // slabs' map, taps of the weights'.
+  int lower_sample, lower_tap;
   // Of a strided dgrad: those with most taps first, and in how many places all tiles of one phase
   // precede the next one's.
   unsigned char phases[MOST_PHASES];
@@ -87,6 +90,7 @@ template <typename Conv, int LINES>
 struct HaloSlab {
   static constexpr bool HALO = true;
   static constexpr Major MAJOR = Major::K;
+  static constexpr int PARTS = Conv::PARTS;
   static constexpr int TAPS = Conv::KERNEL_H * Conv::KERNEL_W;
   static constexpr int PLANES = Conv::KERNEL_D;
   static constexpr int REACH_W = (Conv::KERNEL_W - 1) * Conv::DILATION_W;
@@ -109,6 +113,7 @@ template <typename Conv, int LINES>
 struct TapSlab {
   static constexpr bool HALO = false;
   static constexpr Major MAJOR = Major::K;
+  static constexpr int PARTS = Conv::PARTS;
   static constexpr int TAPS = 1, PLANES = 1, LOADS = 1, LOAD_W = 0;
   static constexpr int ROWS = 8 * LINES, PITCH = 8;
   static __device__ __forceinline__ int tap_row(int) { return 0; }
@@ -122,9 +127,11 @@ struct ChannelSlab : TapSlab<Conv, LINES> {
   static constexpr int CHUNKS = LINES / 8, CHUNK_ROWS = 64;
 };
 
+// Of 3xTF32 the upper parts, or values that are to be split, and behind them the lower parts.
 template <typename Slab>
-constexpr int SLAB_STAGE_BYTES =
-    (Slab::ROWS * ROW_BYTES + ATOM_BYTES - 1) / ATOM_BYTES * ATOM_BYTES;
+constexpr int SLAB_PART_BYTES = (Slab::ROWS * ROW_BYTES + ATOM_BYTES - 1) / ATOM_BYTES * ATOM_BYTES;
+template <typename Slab>
+constexpr int SLAB_STAGE_BYTES = Slab::PARTS * SLAB_PART_BYTES<Slab>;
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
@@ -147,8 +154,9 @@ constexpr int output_stage_bytes(Epilogue epilogue) {
                                         : 0;
 }
 
-inline int weight_stage_bytes(const Tiling& t) {
-  return (t.position_groups == 2 ? 1 : 2) * BLOCK_M * ROW_BYTES;
+template <typename Conv>
+__host__ __device__ __forceinline__ int weight_stage_bytes(const Tiling& t) {
+  return Conv::PARTS * (t.position_groups == 2 ? 1 : 2) * BLOCK_M * ROW_BYTES;
 }
 
 // From the beginning of dynamic shared memory to the first multiple of ATOM_BYTES behind `bytes`.

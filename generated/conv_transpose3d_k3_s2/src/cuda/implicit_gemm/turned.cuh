@@ -15,21 +15,23 @@ int turn_output(const Operands& call, const void* turned) {
                    e[0] * e[1] * e[2], call.output_channels, call.device, call.stream);
 }
 
-// Of a copy in another order.
+// Of a copy in another order, of which so many are written.
 template <typename T>
-double pack_clocks(int64_t elements, int multiprocessors) {
-  return LAUNCH_CLOCKS + 2.0 * elements * sizeof(T) / (COPY_BYTES_PER_CLOCK * multiprocessors);
+double pack_clocks(int64_t elements, int multiprocessors, int copies = 1) {
+  const double bytes = (1.0 + copies) * elements * sizeof(T);
+  return LAUNCH_CLOCKS + bytes / (COPY_BYTES_PER_CLOCK * multiprocessors);
 }
 
 // Products per clock and multiprocessor of the kernels that read contiguous tensors as they lie,
 // with channels in whole sixteens, as measured on an H200: of strided layers in 16 bits the most of
 // any backward (hunyuan-vae-down; of one tap, resnet50-shortcut), of others a large layer's forward
-// in TF32.
+// in TF32, and in 3xTF32 (KernelBench 61: 3.09 ms).
 template <typename T, typename Conv>
 constexpr double OTHER_PRODUCTS =
-    sizeof(T) == 4 || Conv::STRIDE_D * Conv::STRIDE_H * Conv::STRIDE_W == 1 ? 520
-    : Conv::TAPS == 1                                                       ? 73
-                                                                            : 310;
+    Conv::PARTS == 2                                                          ? 186
+    : sizeof(T) == 4 || Conv::STRIDE_D * Conv::STRIDE_H * Conv::STRIDE_W == 1 ? 520
+    : Conv::TAPS == 1                                                         ? 73
+                                                                              : 310;
 
 // What these are expected to take.
 template <typename T, typename Conv>
