@@ -152,7 +152,7 @@ def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> f
     for consumers_of_positions in (1, 2):
         width = BLOCK_M * (CONSUMERS // consumers_of_positions)
         ctas = -(-tiles // consumers_of_positions) * -(-outputs // width) * g.groups
-        products = gathered * steps * CONSUMERS * 4 * lines
+        products = float(gathered * steps * CONSUMERS * 4 * lines)
         if split:
             products = 3 * products + gathered * blocks * GEMM_PROMOTION_CLOCKS
         planes = (g.kernel[0] + consumers_of_positions - 1) if halo else consumers_of_positions
