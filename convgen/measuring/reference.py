@@ -53,7 +53,7 @@ class Errors:
         return Errors(*map(max, astuple(self), astuple(other)))
 
 
-class Reference:
+class SampledReference:
     """Samples of the results of a layer for one set of operands.
 
     Args:

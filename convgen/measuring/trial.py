@@ -20,7 +20,7 @@ from torch import Tensor
 from convgen.checking.memory import poison, poisoned_memory
 from convgen.measuring import machine
 from convgen.measuring.layers import GRADIENTS, LAYOUTS, Layer, contender_name
-from convgen.measuring.reference import Errors, Reference, agreement
+from convgen.measuring.reference import Errors, SampledReference, agreement
 from convgen.measuring.timing import Clock, Spread, spread
 from convgen.spec.dtypes import DTYPES
 
@@ -230,7 +230,7 @@ class Trial:
         ]
         self._sets = {layout: self._laid(drawn, layout) for layout in layer.layouts}
         x, grad = drawn[0]
-        self._reference = Reference(
+        self._reference = SampledReference(
             spec, x, self._state["weight"], self._state.get("bias"), grad, seed
         )
         self._ours = [self._contender(module, layout, ours=True) for layout in layouts]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convgen.measuring.reference import Reference, agreement
+from convgen.measuring.reference import SampledReference, agreement
 from convgen.measuring.timing import Clock, spread
 from convgen.measuring.trial import LIMITS
 from convgen.models import layers
@@ -123,7 +123,7 @@ def _agree(
     x, weight, bias = rounded
     assert x is not None
     assert weight is not None
-    exact = Reference(case.spec, x.detach(), weight.detach(), bias, grad_output)
+    exact = SampledReference(case.spec, x.detach(), weight.detach(), bias, grad_output)
     errors = {
         name: (exact.error_of(name, ours[name]), exact.error_of(name, theirs[name]))
         for name in apart

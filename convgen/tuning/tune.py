@@ -29,7 +29,7 @@ from convgen.engines.abi import TOO_LARGE
 from convgen.engines.backends import SOURCE_SUFFIX
 from convgen.engines.cost import Gpu
 from convgen.measuring import machine
-from convgen.measuring.reference import Reference
+from convgen.measuring.reference import SampledReference
 from convgen.measuring.timing import Clock, clock_for
 from convgen.measuring.trial import first_line
 from convgen.spec.dtypes import KINDS
@@ -256,7 +256,7 @@ class _Operands:
         x, grad = draw(layer.input_shape), draw(layer.output_shape)
         self.weight = draw(layer.weight_shape, terms**-0.5)
         self.coarse, self.fine = (x, grad) if spec.transposed else (grad, x)
-        self._reference = Reference(spec, x, self.weight, None, grad, seed)
+        self._reference = SampledReference(spec, x, self.weight, None, grad, seed)
         forward = "dgrad" if spec.transposed else "fprop"
         self._quantity = {"wgrad": "grad_weight", forward: "output"}.get(
             job.contraction, "grad_input"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convgen.measuring.reference import Reference, agreement
+from convgen.measuring.reference import SampledReference, agreement
 from convgen.spec import ConvSpec
 
 SPECS = [
@@ -26,7 +26,7 @@ Results = dict[str, Tensor]
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
 
 
-def case(spec: ConvSpec, dtype: torch.dtype = torch.float64) -> tuple[Reference, Results]:
+def case(spec: ConvSpec, dtype: torch.dtype = torch.float64) -> tuple[SampledReference, Results]:
     """A reference, and output and gradients of input, weight and bias by torch."""
     generator = torch.Generator().manual_seed(0)
 
@@ -43,7 +43,7 @@ def case(spec: ConvSpec, dtype: torch.dtype = torch.float64) -> tuple[Reference,
         arguments["output_padding"] = spec.output_padding
     output = getattr(F, spec.op)(x, weight, bias, **arguments)
     grad = draw(*output.shape)
-    reference = Reference(spec, x, weight, bias, grad)
+    reference = SampledReference(spec, x, weight, bias, grad)
     results = (output.detach(), *torch.autograd.grad(output, (x, weight, bias), grad))
     return reference, dict(zip(NAMES, results, strict=True))
 

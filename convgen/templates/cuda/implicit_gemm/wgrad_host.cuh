@@ -14,7 +14,7 @@ class ImplicitGemmWgrad;
 template <typename T, typename Conv, int... LINES>
 class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
  public:
-  static constexpr int VECTOR = 16 / sizeof(T);
+  static constexpr int VECTOR = VECTOR_BYTES / sizeof(T);
   static constexpr int TAPS = Conv::KERNEL_D * Conv::KERNEL_H * Conv::KERNEL_W;
 
   ImplicitGemmWgrad(const ConvgenCall& call, const DeviceLimits& limits)
@@ -159,8 +159,8 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
   int pack(const T* from, T* to, int64_t channels, const int64_t (&e)[3], bool last) const {
     const PackShape s =
         pack_shape(call_.batch, channels, e, Conv::GROUPS, padded(channels) / Conv::GROUPS, last);
-    return pack_input<Form::ROUNDED>(from, to, s, last, static_cast<int>(call_.device), call_.stream,
-                      limits_.multiprocessors);
+    return pack_input<Form::ROUNDED>(from, to, s, last, static_cast<int>(call_.device),
+                                     call_.stream, limits_.multiprocessors);
   }
 
   template <int SIZE, int ROW>
@@ -201,22 +201,10 @@ class ImplicitGemmWgrad<T, Conv, Sizes<LINES...>> {
               fine_map, t_, partials)) {
         return error;
       }
-      WeightOutput out = {};
-      out.address = call_.weight;
-      const bool last = call_.channels_last & CONVGEN_WEIGHT;
-      out.stride_coarse = int64_t{t_.fine_channels} * TAPS;
-      out.stride_fine = last ? 1 : TAPS, out.stride_tap = last ? t_.fine_channels : 1;
-      // Fewer taps for each thread block where there are few channels.
-      const int64_t blocks = int64_t{t_.fine_blocks} * t_.groups * t_.coarse_channels;
-      int taps = TAPS < ADD_TAPS ? TAPS : ADD_TAPS;
-      while (taps > 1 && blocks * ceil_div(TAPS, taps) < 4 * limits_.multiprocessors) {
-        taps = (taps + 1) / 2;
-      }
+      const Adding add(call_, t_, TAPS, limits_.multiprocessors);
       return launch<add_wgrad_kernel<T, ROW, Conv>, true>(
-          dim3(t_.fine_blocks * t_.groups, t_.coarse_channels,
-               static_cast<unsigned>(ceil_div(TAPS, taps))),
-          dim3(PACK_THREADS), 0, device, call_.stream, t_, static_cast<const float*>(partials), out,
-          taps);
+          add.grid, dim3(PACK_THREADS), 0, device, call_.stream, t_,
+          static_cast<const float*>(partials), add.out, add.taps);
     }
   }
 

@@ -62,7 +62,7 @@ class WgradPacks {
   }
 
  private:
-  static constexpr int VECTOR = 16 / sizeof(T);
+  static constexpr int VECTOR = VECTOR_BYTES / sizeof(T);
 
   static int64_t elements(bool packs, int64_t batch, int64_t channels, const int64_t (&e)[3]) {
     return packs ? batch * e[0] * e[1] * e[2] * round_up(channels, VECTOR) : 0;

@@ -19,7 +19,7 @@ class TapWgrad;
 template <typename T, typename Conv, int... COLUMNS>
 class TapWgrad<T, Conv, Columns<COLUMNS...>> {
  public:
-  static constexpr int VECTOR = 16 / sizeof(T), BLOCK_K = ROW_BYTES / sizeof(T);
+  static constexpr int VECTOR = VECTOR_BYTES / sizeof(T), BLOCK_K = ROW_BYTES / sizeof(T);
   static constexpr int TAPS = Conv::TAPS;
   static constexpr bool POINTWISE = TAPS == 1 && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 &&
                                     Conv::PADDING_W == 0 && Conv::STRIDE_D == 1 &&
