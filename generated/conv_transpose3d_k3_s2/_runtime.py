@@ -47,7 +47,14 @@ if INTERPRETED:
 MATH_MODES = {"tf32", "tf32x3"}
 """Further CUDA kernels, on tensor cores: see :func:`_math_mode`."""
 
-IMPLICIT_GEMMS = {"dgrad_tf32", "dgrad_tf32x3", "fprop_tf32", "fprop_tf32x3", "wgrad_tf32", "wgrad_tf32x3"}
+IMPLICIT_GEMMS = {
+    "dgrad_tf32",
+    "dgrad_tf32x3",
+    "fprop_tf32",
+    "fprop_tf32x3",
+    "wgrad_tf32",
+    "wgrad_tf32x3",
+}
 """Contractions and math modes that implicit GEMMs serve in every layout: see :func:`prepare`."""
 
 _POINTERS = struct.Struct("6Q")  # ConvgenCall: coarse, fine, weight, bias, workspace, stream

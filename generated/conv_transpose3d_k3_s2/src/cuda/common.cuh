@@ -8,6 +8,8 @@
 namespace convgen {
 
 constexpr int WARP = 32;
+// What an asynchronous copy, and the widest access, takes at once, at multiples of it.
+constexpr int VECTOR_BYTES = 16, VECTOR_WORDS = 4;
 
 // ---- Division by a run-time constant --------------------------------------------------------
 
@@ -90,7 +92,7 @@ __device__ __forceinline__ Producers whole_block() {
 template <bool ALIGNED, typename Acc>
 __device__ __forceinline__ void stage_packed(const Producers& producers, Acc* to, const Acc* from,
                                              int count) {
-  constexpr int WIDTH = ALIGNED ? 16 / sizeof(Acc) : 1;
+  constexpr int WIDTH = ALIGNED ? VECTOR_BYTES / sizeof(Acc) : 1;
   for (int i = producers.thread * WIDTH; i < count; i += producers.threads * WIDTH) {
     copy_async<WIDTH * sizeof(Acc)>(to + i, from + i, true);
   }
@@ -100,7 +102,7 @@ __device__ __forceinline__ void stage_packed(const Producers& producers, Acc* to
 // (the address is then a multiple of 16 bytes).
 template <int COUNT, typename Acc>
 __device__ __forceinline__ void load_row(Acc (&to)[COUNT], const Acc* from) {
-  constexpr int WIDTH = COUNT * sizeof(Acc) % 16 == 0 ? 16 / sizeof(Acc) : 1;
+  constexpr int WIDTH = COUNT * sizeof(Acc) % VECTOR_BYTES == 0 ? VECTOR_BYTES / sizeof(Acc) : 1;
   struct alignas(WIDTH * sizeof(Acc)) Wide {
     Acc element[WIDTH];
   };

@@ -8,7 +8,7 @@
 
 namespace convgen {
 
-constexpr int COMPACTION_LINE_BYTES = 16, COMPACTION_ACCESS_BYTES = 8;
+constexpr int COMPACTION_LINE_BYTES = VECTOR_BYTES, COMPACTION_ACCESS_BYTES = 8;
 constexpr int COMPACTION_THREADS = 256, COMPACTION_CHANNELS = 4;  // of a thread block; of a thread
 constexpr int COMPACTION_BLOCKS = 1 << 30;                        // at most
 

@@ -103,8 +103,6 @@ struct GatherTraits {
   int variants, phases_x;
 };
 
-// What an asynchronous copy takes at once, at addresses that are multiples of it.
-constexpr int VECTOR_BYTES = 16;
 // Of a raw buffer: at least so much, or one line; more than the other does not hide more.
 constexpr int RAW_LEAST_BYTES = 1024, RAW_MOST_BYTES = 3072;
 constexpr int RAW_MOST_LINES = 63;

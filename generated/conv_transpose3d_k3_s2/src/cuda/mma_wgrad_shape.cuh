@@ -22,7 +22,6 @@ constexpr int most_warps(int sums, int coarse, int fine) {
 }
 constexpr int PRODUCT_STAGES = 2;
 constexpr int ORIGINS_WORDS = 40;  // of shared memory: see ProductOrigins
-constexpr int VECTOR_BYTES = 16, VECTOR_WORDS = 4;
 constexpr int COPY_BYTES = 4;          // that an asynchronous copy has at least
 constexpr int COPY_CHANNELS = 8;       // channels that a thread copies in a row, nothing in between
 constexpr int COPY_MOST = 32;          // channels that a thread copies at one place of a tile

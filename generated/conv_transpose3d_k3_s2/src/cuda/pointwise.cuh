@@ -28,7 +28,7 @@ template <int FEW>
 constexpr int POINTWISE_RESIDENT = FEW <= 4 ? 2 : 1;
 
 template <typename T>
-constexpr int POINTWISE_VECTOR = 16 / sizeof(T);
+constexpr int POINTWISE_VECTOR = VECTOR_BYTES / sizeof(T);
 
 // A call: few and many channels, and the weights' strides along them.
 struct PointwiseShape {

@@ -11,7 +11,7 @@ template <typename T, typename Conv>
 class GemmChoice {
  public:
   static constexpr int BLOCK_K = ROW_BYTES / sizeof(T), STEP_K = STEP_BYTES / sizeof(T);
-  static constexpr int VECTOR = 16 / sizeof(T), TAPS = Conv::TAPS, PARTS = Conv::PARTS;
+  static constexpr int VECTOR = VECTOR_BYTES / sizeof(T), TAPS = Conv::TAPS, PARTS = Conv::PARTS;
   static constexpr bool MN = Conv::WEIGHTS == Major::MN;
   static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
   // A halo of one tap in a plane is a tap slab as well; and a slab must leave room for two.

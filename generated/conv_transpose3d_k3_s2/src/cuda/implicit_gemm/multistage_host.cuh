@@ -36,7 +36,7 @@ struct KMajor : Conv {
 template <typename T, typename Conv, bool COARSE_INPUT, typename... Blocks>
 class MultistageGemm {
  public:
-  static constexpr int VECTOR = 16 / sizeof(T), BLOCK_K = STAGE_ROW_BYTES / sizeof(T);
+  static constexpr int VECTOR = VECTOR_BYTES / sizeof(T), BLOCK_K = STAGE_ROW_BYTES / sizeof(T);
   static constexpr int TAPS = Conv::TAPS, PHASES = Conv::PHASES;
   using Step = Steps<Conv>;
   static_assert(COARSE_INPUT || Conv::WEIGHTS == Major::K, "channels_last weights of fprop");

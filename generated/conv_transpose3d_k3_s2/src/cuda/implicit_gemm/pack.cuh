@@ -3,6 +3,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_PACK_CUH
 #define CONVGEN_IMPLICIT_GEMM_PACK_CUH
 
+#include "../common.cuh"
 #include "kernel.cuh"
 
 namespace convgen {
@@ -58,7 +59,7 @@ __device__ __forceinline__ void store_loaded(T* at, uint4 x, int64_t part) {
 
 // The 16 bytes of a position that hold the first channels in `x`.
 template <typename T>
-__device__ __forceinline__ uint4 vector_of(const T (&x)[16 / sizeof(T)]) {
+__device__ __forceinline__ uint4 vector_of(const T (&x)[VECTOR_BYTES / sizeof(T)]) {
   uint4 bits;
   memcpy(&bits, x, 16);
   return bits;
@@ -70,7 +71,7 @@ __device__ __forceinline__ uint4 vector_of(const T (&x)[16 / sizeof(T)]) {
 template <typename T, Form FORM, bool WIDE>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_positions_kernel(const T* __restrict__ from, T* __restrict__ to, const PackShape s) {
-  constexpr int VECTOR = 16 / sizeof(T), BLOCK_K = ROW_BYTES / sizeof(T);
+  constexpr int VECTOR = VECTOR_BYTES / sizeof(T), BLOCK_K = ROW_BYTES / sizeof(T);
   __shared__ uint4 tile[PACK_POSITIONS * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t first = int64_t{blockIdx.x} * PACK_POSITIONS, position = first + 4 * lane;
@@ -128,7 +129,7 @@ template <typename T, Form FORM>
 __global__ void __launch_bounds__(PACK_THREADS)
     pack_channels_kernel(const T* __restrict__ from, T* __restrict__ to, const PackShape s) {
   await_earlier_kernel();
-  constexpr int VECTOR = 16 / sizeof(T);             // which divides what a group is padded to
+  constexpr int VECTOR = VECTOR_BYTES / sizeof(T);   // which divides what a group is padded to
   const int vectors = s.groups * s.padded / VECTOR;  // of a position
   const int64_t count = s.batch * s.positions * vectors;
   const int64_t step = int64_t{gridDim.x} * PACK_THREADS;

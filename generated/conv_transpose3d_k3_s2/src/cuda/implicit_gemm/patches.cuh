@@ -77,7 +77,7 @@ template <typename T, typename Conv, bool LAST, bool CHANNELS_FIRST, bool PACKS,
 __device__ __forceinline__ void copy_fine(const PatchTiles& s, const PatchTile& tile, T* shared,
                                           Fine* fine) {
   constexpr int TAPS = Conv::TAPS, KERNEL_W = Conv::KERNEL_W;
-  constexpr int PLANE_LINES = Conv::KERNEL_D * Conv::KERNEL_H, VECTOR = 16 / sizeof(T);
+  constexpr int PLANE_LINES = Conv::KERNEL_D * Conv::KERNEL_H, VECTOR = VECTOR_BYTES / sizeof(T);
   const int columns = tile.windows * KERNEL_W;
   const bool is_whole = s.chunks == 1;  // channels of neighbouring columns lie side by side, too
   const int lines = !LAST      ? tile.channels * PLANE_LINES
@@ -144,7 +144,7 @@ __device__ __forceinline__ void copy_fine(const PatchTiles& s, const PatchTile& 
 template <typename T, typename Conv, bool CHANNELS_FIRST, bool PACKS, typename Packed>
 __device__ __forceinline__ void copy_packed(const PatchTiles& s, const PatchTile& tile, T* shared,
                                             Packed* packed) {
-  constexpr int TAPS = Conv::TAPS, VECTOR = 16 / sizeof(T);
+  constexpr int TAPS = Conv::TAPS, VECTOR = VECTOR_BYTES / sizeof(T);
   const bool by_taps = !CHANNELS_FIRST && s.chunks > 1;
   const int begin = CHANNELS_FIRST ? tile.first_channel * TAPS : tile.first_channel;
   const int length = by_taps ? tile.channels : tile.is_last ? s.row - begin : tile.channels * TAPS;

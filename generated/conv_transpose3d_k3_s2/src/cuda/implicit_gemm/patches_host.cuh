@@ -26,7 +26,7 @@ constexpr bool READS_PATCHES<PatchConv<Conv, true>> = true;
 template <typename T, typename Conv>
 class PatchMatrix {
  public:
-  static constexpr int VECTOR = 16 / sizeof(T), TAPS = Conv::TAPS;
+  static constexpr int VECTOR = VECTOR_BYTES / sizeof(T), TAPS = Conv::TAPS;
 
   PatchMatrix(const ConvgenCall& call, int64_t row) : call_(call) {
     last_ = (call.channels_last & CONVGEN_FINE) != 0;

@@ -265,25 +265,42 @@ struct WeightOutput {
 
 constexpr int ADD_TAPS = 32;
 
-// Adds up the partial sums: a thread block has one coarse channel, a block of fine channels and up
-// to ADD_TAPS taps.
-template <typename T, int ROW, typename Conv>
-__global__ void __launch_bounds__(PACK_THREADS)
-    add_wgrad_kernel(const WgradTiling t, const float* __restrict__ partials,
-                     const WeightOutput out, int taps_of_block) {
-  using Taps = TapLines<Conv>;
-  constexpr int CHANNELS = ROW / 2, TAPS = Conv::TAPS;
-  constexpr int64_t PARTIALS = WgradStage<Conv, 8, ROW>::PARTIALS;
+// How the partial sums of a call are added up, by a thread block for each coarse channel, block of
+// fine channels and some taps.
+struct Adding {
+  WeightOutput out = {};
+  int taps;  // of a thread block: fewer where there are few channels
+  dim3 grid;
+
+  template <typename Tiling>
+  Adding(const ConvgenCall& call, const Tiling& t, int all_taps, int multiprocessors)
+      : taps(all_taps < ADD_TAPS ? all_taps : ADD_TAPS) {
+    out.address = call.weight;
+    const bool last = call.channels_last & CONVGEN_WEIGHT;
+    out.stride_coarse = int64_t{t.fine_channels} * all_taps;
+    out.stride_fine = last ? 1 : all_taps, out.stride_tap = last ? t.fine_channels : 1;
+    const int64_t blocks = int64_t{t.fine_blocks} * t.groups * t.coarse_channels;
+    while (taps > 1 && blocks * ceil_div(all_taps, taps) < 4 * multiprocessors) {
+      taps = (taps + 1) / 2;
+    }
+    grid = dim3(t.fine_blocks * t.groups, t.coarse_channels,
+                static_cast<unsigned>(ceil_div(all_taps, taps)));
+  }
+};
+
+// Adds `taps` taps' partial sums from `first_tap` on, of one coarse channel and a block of CHANNELS
+// fine ones, into `tile`, [fine channel][ADD_TAPS + 1]. A pair of blocks has ROWS coarse channels
+// and PARTIALS sums; `add` adds up an element's, from an address on, over so many CTAs.
+template <typename Conv, typename Taps, int ROWS, int CHANNELS, int64_t PARTIALS, typename Tiling,
+          typename Add>
+__device__ __forceinline__ void add_taps(const Tiling& t, const float* __restrict__ partials,
+                                         float* tile, int fine_block, int group, int coarse,
+                                         int first_tap, int taps, Add add) {
   constexpr int TAP_GROUPS = Conv::KERNEL_D * Taps::GROUPS;
-  __shared__ float tile[CHANNELS * (ADD_TAPS + 1)];
   __shared__ int first_cta[TAP_GROUPS], last_cta[TAP_GROUPS];
-  await_earlier_kernel();
-  const int fine_block = blockIdx.x % t.fine_blocks, group = blockIdx.x / t.fine_blocks;
-  const int coarse = blockIdx.y, first_tap = blockIdx.z * taps_of_block;
-  const int taps = min(taps_of_block, TAPS - first_tap);
-  // As WgradPair::of takes it apart.
+  // As WgradPair::of and QuarterPair::of take it apart.
   const auto pair_of = [&](int tap_group) {
-    return ((tap_group * t.groups + group) * t.coarse_blocks + coarse / CHANNELS) * t.fine_blocks +
+    return ((tap_group * t.groups + group) * t.coarse_blocks + coarse / ROWS) * t.fine_blocks +
            fine_block;
   };
   for (int i = threadIdx.x; i < TAP_GROUPS; i += PACK_THREADS) {
@@ -298,23 +315,44 @@ __global__ void __launch_bounds__(PACK_THREADS)
     const int kd = t_all / (Conv::KERNEL_W * Conv::KERNEL_H);
     const int line = kh * Taps::CHUNKS + kw / Taps::COLUMNS;
     const int tap_group = kd * Taps::GROUPS + line / WGRAD_CONSUMERS;
-    const int within = ((line % WGRAD_CONSUMERS * Taps::COLUMNS + kw % Taps::COLUMNS) * CHANNELS +
-                        coarse % CHANNELS) *
-                           CHANNELS +
-                       fine;
+    const int within =
+        ((line % WGRAD_CONSUMERS * Taps::COLUMNS + kw % Taps::COLUMNS) * ROWS + coarse % ROWS) *
+            CHANNELS +
+        fine;
     const int cta = first_cta[tap_group], count = last_cta[tap_group] - cta + 1;
-    const float* from = partials + (int64_t{cta} + pair_of(tap_group)) * PARTIALS + within;
-    float4 sum = *reinterpret_cast<const float4*>(from);
-#pragma unroll 8
-    for (int more = 1; more < count; ++more) {
-      const float4 x = *reinterpret_cast<const float4*>(from + more * PARTIALS);
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
+    const float4 sum =
+        add(partials + (int64_t{cta} + pair_of(tap_group)) * PARTIALS + within, count);
     float* const to = tile + fine * (ADD_TAPS + 1) + tap;
     to[0] = sum.x, to[ADD_TAPS + 1] = sum.y;
     to[2 * (ADD_TAPS + 1)] = sum.z, to[3 * (ADD_TAPS + 1)] = sum.w;
   }
   __syncthreads();
+}
+
+// Adds up the partial sums: a thread block has one coarse channel, a block of fine channels and up
+// to ADD_TAPS taps.
+template <typename T, int ROW, typename Conv>
+__global__ void __launch_bounds__(PACK_THREADS)
+    add_wgrad_kernel(const WgradTiling t, const float* __restrict__ partials,
+                     const WeightOutput out, int taps_of_block) {
+  constexpr int CHANNELS = ROW / 2, TAPS = Conv::TAPS;
+  constexpr int64_t PARTIALS = WgradStage<Conv, 8, ROW>::PARTIALS;
+  __shared__ float tile[CHANNELS * (ADD_TAPS + 1)];
+  await_earlier_kernel();
+  const int fine_block = blockIdx.x % t.fine_blocks, group = blockIdx.x / t.fine_blocks;
+  const int coarse = blockIdx.y, first_tap = blockIdx.z * taps_of_block;
+  const int taps = min(taps_of_block, TAPS - first_tap);
+  add_taps<Conv, TapLines<Conv>, CHANNELS, CHANNELS, PARTIALS>(
+      t, partials, tile, fine_block, group, coarse, first_tap, taps,
+      [](const float* from, int count) {
+        float4 sum = *reinterpret_cast<const float4*>(from);
+#pragma unroll 8
+        for (int more = 1; more < count; ++more) {
+          const float4 x = *reinterpret_cast<const float4*>(from + more * PARTIALS);
+          sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        }
+        return sum;
+      });
   const int count = min(CHANNELS, t.fine_channels - fine_block * CHANNELS);
   T* const to = static_cast<T*>(out.address) +
                 (int64_t{group} * t.coarse_channels + coarse) * out.stride_coarse +

@@ -336,51 +336,26 @@ __global__ void __launch_bounds__(PACK_THREADS)
                         int64_t channels_last) {
   using Taps = QuarterTaps<Conv>;
   using Sums = QuarterSums<Conv, CHANNELS>;
-  constexpr int TAP_GROUPS = Conv::KERNEL_D * Taps::GROUPS;
   __shared__ float tile[CHANNELS * (ADD_TAPS + 1)];
-  __shared__ int first_cta[TAP_GROUPS], last_cta[TAP_GROUPS];
   await_earlier_kernel();
   const int fine_block = blockIdx.x % t.fine_blocks, group = blockIdx.x / t.fine_blocks;
   const int coarse = blockIdx.y, first_tap = blockIdx.z * taps_of_block;
   const int taps = min(taps_of_block, Conv::TAPS - first_tap);
-  // As QuarterPair::of takes it apart.
-  const auto pair_of = [&](int tap_group) {
-    return ((tap_group * t.groups + group) * t.coarse_blocks + coarse / BLOCK_M) * t.fine_blocks +
-           fine_block;
-  };
-  for (int i = threadIdx.x; i < TAP_GROUPS; i += PACK_THREADS) {
-    // The CTAs that had units of the pair.
-    const int first = pair_of(i) * t.positions;
-    first_cta[i] = t.cta_of(first), last_cta[i] = t.cta_of(first + t.positions - 1);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < taps * CHANNELS / 4; i += PACK_THREADS) {
-    const int fine = i % (CHANNELS / 4) * 4, tap = i / (CHANNELS / 4), t_all = first_tap + tap;
-    const int kw = t_all % Conv::KERNEL_W, kh = t_all / Conv::KERNEL_W % Conv::KERNEL_H;
-    const int kd = t_all / (Conv::KERNEL_W * Conv::KERNEL_H);
-    const int line = kh * Taps::CHUNKS + kw / Taps::COLUMNS;
-    const int tap_group = kd * Taps::GROUPS + line / WGRAD_CONSUMERS;
-    const int within = ((line % WGRAD_CONSUMERS * Taps::COLUMNS + kw % Taps::COLUMNS) * BLOCK_M +
-                        coarse % BLOCK_M) *
-                           CHANNELS +
-                       fine;
-    const int cta = first_cta[tap_group], count = last_cta[tap_group] - cta + 1;
-    const float* from = partials + (int64_t{cta} + pair_of(tap_group)) * Sums::PARTIALS + within;
-    float4 sum = make_float4(0, 0, 0, 0);
+  add_taps<Conv, Taps, BLOCK_M, CHANNELS, Sums::PARTIALS>(
+      t, partials, tile, fine_block, group, coarse, first_tap, taps,
+      [](const float* from, int count) {
+        float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
-    for (int more = 0; more < count; ++more) {
+        for (int more = 0; more < count; ++more) {
 #pragma unroll
-      for (int part = 0; part < (Taps::SPLITS ? WGRAD_CONSUMERS : 1); ++part) {
-        const float4 x = *reinterpret_cast<const float4*>(from + more * int64_t{Sums::PARTIALS} +
-                                                          part * Sums::OF_CONSUMER);
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-      }
-    }
-    float* const to = tile + fine * (ADD_TAPS + 1) + tap;
-    to[0] = sum.x, to[ADD_TAPS + 1] = sum.y;
-    to[2 * (ADD_TAPS + 1)] = sum.z, to[3 * (ADD_TAPS + 1)] = sum.w;
-  }
-  __syncthreads();
+          for (int part = 0; part < (Taps::SPLITS ? WGRAD_CONSUMERS : 1); ++part) {
+            const float4 x = *reinterpret_cast<const float4*>(
+                from + more * int64_t{Sums::PARTIALS} + part * Sums::OF_CONSUMER);
+            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+          }
+        }
+        return sum;
+      });
   const int count = min(CHANNELS, t.fine_channels - fine_block * CHANNELS);
   const int64_t row = int64_t{group} * t.coarse_channels + coarse;
   float* const to = static_cast<float*>(out.address) + row * out.stride_coarse +

@@ -204,26 +204,15 @@ class QuarterWgrad<Conv, PARTS, Sizes<LINES...>> {
               fine_map, t_, partials)) {
         return error;
       }
-      WeightOutput out = {};
-      out.address = call_.weight;
-      const bool last = call_.channels_last & CONVGEN_WEIGHT;
-      out.stride_coarse = int64_t{t_.fine_channels} * Conv::TAPS;
-      out.stride_fine = last ? 1 : Conv::TAPS, out.stride_tap = last ? t_.fine_channels : 1;
-      // Fewer taps for each thread block where there are few channels.
-      const int64_t blocks = int64_t{t_.fine_blocks} * t_.groups * t_.coarse_channels;
-      int taps = Conv::TAPS < ADD_TAPS ? Conv::TAPS : ADD_TAPS;
-      while (taps > 1 && blocks * ceil_div(Conv::TAPS, taps) < 4 * limits_.multiprocessors) {
-        taps = (taps + 1) / 2;
-      }
+      const Adding add(call_, t_, Conv::TAPS, limits_.multiprocessors);
       constexpr MeetingAxis AXES[3] = {
           {0, 0, Conv::KERNEL_D, Conv::STRIDE_D, Conv::PADDING_D, Conv::DILATION_D},
           {0, 0, Conv::KERNEL_H, Conv::STRIDE_H, Conv::PADDING_H, Conv::DILATION_H},
           {0, 0, Conv::KERNEL_W, Conv::STRIDE_W, Conv::PADDING_W, Conv::DILATION_W}};
       return launch<add_quarters_kernel<Stage::CHANNELS, Conv>, true>(
-          dim3(t_.fine_blocks * t_.groups, t_.coarse_channels,
-               static_cast<unsigned>(ceil_div(Conv::TAPS, taps))),
-          dim3(PACK_THREADS), 0, device, call_.stream, t_, static_cast<const float*>(partials), out,
-          taps, meeting_of<float>(call_, Conv::GROUPS, AXES), call_.channels_last);
+          add.grid, dim3(PACK_THREADS), 0, device, call_.stream, t_,
+          static_cast<const float*>(partials), add.out, add.taps,
+          meeting_of<float>(call_, Conv::GROUPS, AXES), call_.channels_last);
     }
   }
 
