@@ -276,7 +276,7 @@ def test_implicit_gemms_before_hopper_compile_without_spills(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
+@pytest.mark.parametrize("kind", ["tf32", "tf32x3", "bf16tc"])
 def test_implicit_gemms_with_an_epilogue_compile_without_spills(kind: str, tmp_path: Path) -> None:
     layer = spec("conv2d", 3, 1, 1, activation="gelu", residual=True)
     unit = unit_of(GEMM_GATHER, layer.geometry, "fprop", kind)
