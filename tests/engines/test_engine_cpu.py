@@ -75,8 +75,13 @@ PROBLEMS = [
     # Output channels in the lanes: phases with and without taps, ragged lanes, groups, chains of
     # parts of the channels, positions of several blocks.
     problem(C2, (24, 26), (2, 9, 7), kernel_size=3, stride=2, padding=1, dilation=2,
-            dtypes=("f32", "bf16")),
+            dtypes=("f32", "bf16"), long=True),
     problem(T2, (16, 24), (2, 5, 6), kernel_size=2, stride=(3, 2), padding=1, long=True),
+    # Lines and planes of positions that a tap meets no row from; whole taps that meet none.
+    problem(C3, (64, 24), (2, 2, 3, 9), (1, 1, 7, 2), kernel_size=(3, 5, 3), padding=(1, 2, 1),
+            dtypes=("f32",)),
+    problem(T3, (64, 24), (1, 3, 4, 6), kernel_size=(3, 1, 5), padding=(2, 0, 3),
+            dtypes=("f32", "f64"), long=True),
     problem(T3, (17, 15), (1, 3, 4, 5), kernel_size=3, stride=2, padding=1, long=True),
     problem(C2, (34, 46), (2, 6, 7), (1, 13, 40), kernel_size=3, padding=1, groups=2),
     problem(C1, (300, 40), (3, 90), kernel_size=5, padding=4, dilation=2, dtypes=("f32", "f64"),

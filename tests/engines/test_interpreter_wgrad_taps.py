@@ -19,7 +19,7 @@ from implicit_gemms import (
     spec,
     use_two_multiprocessors,
 )
-from interpreted import Fault, Library, problem, without_bias
+from interpreted import Fault, Library, mostly_long, problem, without_bias
 
 from convgen.engines import abi
 from convgen.engines.implicit_gemm.wgrad_taps import TapWgradSizes
@@ -140,7 +140,7 @@ def test_whole_sums_are_stored_without_a_workspace(
         given.check()
 
 
-@pytest.mark.parametrize("of", [STRIDED, POINT], ids=lambda of: of.name)
+@pytest.mark.parametrize("of", mostly_long([STRIDED, POINT], 1), ids=lambda of: of.name)
 def test_a_nan_reaches_the_taps_that_meet_it(of: ConvSpec) -> None:
     """Positions beyond the output are multiplied, too: they must meet zeros that are no NaNs."""
     # Corners, the last line that is met, and beside where the last blocks begin.

@@ -123,6 +123,7 @@ class TestMeasured:
         monkeypatch.setattr("convgen.models.beside.measure", measure)
         return seen
 
+    @pytest.mark.long
     def test_what_is_faster_is_swapped_and_remembered(self, table: Path, timed: list[Case]) -> None:
         model, x = made(Waves)
         report = convgen.swap(model, x, dtypes=("f32", "f64"))

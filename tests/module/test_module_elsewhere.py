@@ -84,6 +84,7 @@ print(type(model[0]).__module__)
         graph = torch.fx.symbolic_trace(network(module))
         assert torch.equal(pickle.loads(pickle.dumps(graph))(X), graph(X))
 
+    @pytest.mark.long
     def test_say_what_is_missing_where_nothing_may_be_compiled(
         self, module: ModuleType, tmp_path: Path
     ) -> None:

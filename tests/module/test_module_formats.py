@@ -83,6 +83,7 @@ def test_operators_and_their_fakes_agree(
     torch.testing.assert_close(operators.bgrad(bias), operators.bgrad(bias.contiguous()))
 
 
+@pytest.mark.long
 def test_one_dimensional_results_are_contiguous(package: Package) -> None:
     module = package("conv1d", kernel_size=3)
     x, w = torch.randn(2, 7, 4).mT, torch.randn(3, 4, 3)
