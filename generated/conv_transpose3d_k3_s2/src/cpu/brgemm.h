@@ -39,8 +39,13 @@ constexpr int64_t BLOCK_COLUMNS = 32;
 // Tasks that each thread should have, so that none waits long for the last.
 constexpr int64_t TASKS_PER_THREAD = 4;
 
+constexpr int LINE_BYTES = 64;  // of a cache
+
 // What a register tile of one vector takes beside others: it makes as many loads as multiply-adds.
 constexpr double ONE_VECTOR_COST = 1.3;
+
+// Processor clocks for an element that a copy transposes, as measured on Zen 3.
+constexpr double TRANSPOSED = 2.0;
 
 // The number of vectors that wastes least.
 template <class Real>
@@ -55,20 +60,29 @@ int tile_vectors(int64_t channels) {
   return vectors;
 }
 
+// Positions of a block, side by side: from `begin`, as far as `end`.
+struct Range {
+  int64_t begin, end;
+};
+
 // Points at the rows of `extent` elements that a tap meets from a block of `count` positions, the
-// first of them q0, or at zeros; returns what follows them in the table.
+// first of them q0, or at zeros; returns what follows them in the table. `met` grows to hold the
+// lines of positions that meet any.
 template <int STRIDE_W, class Real>
-CONVGEN_INLINE const Real** point_at(const Real** to, const Real* first_row, const Real* zeros,
-                                     const Pitches& rows, const int64_t* extent,
+CONVGEN_INLINE const Real** point_at(const Real** to, Range& met, const Real* first_row,
+                                     const Real* zeros, const Pitches& rows, const int64_t* extent,
                                      const int64_t* stride, const AxisTap* tap, const int64_t* q0,
                                      const int64_t* count) {
   const Inside in = inside_of<STRIDE_W>(q0[2] * STRIDE_W + tap[2].offset, extent[2], count[2]);
+  int64_t at = 0;
   for (int64_t d = 0; d < count[0]; ++d)
-    for (int64_t h = 0; h < count[1]; ++h, to += count[2]) {
+    for (int64_t h = 0; h < count[1]; ++h, to += count[2], at += count[2]) {
       const int64_t z = (q0[0] + d) * stride[0] + tap[0].offset;
       const int64_t y = (q0[1] + h) * stride[1] + tap[1].offset;
-      const bool met = z >= 0 && z < extent[0] && y >= 0 && y < extent[1];
-      const Inside meets = met ? in : Inside{count[2], count[2], 0};
+      const bool meets_any =
+          z >= 0 && z < extent[0] && y >= 0 && y < extent[1] && in.begin < in.end;
+      if (meets_any) met = {least(met.begin, at), greatest(met.end, at + count[2])};
+      const Inside meets = meets_any ? in : Inside{count[2], count[2], 0};
       const Real* line =
           first_row + z * rows.axis[0] + y * rows.axis[1] + meets.first * rows.axis[2];
       int64_t w = 0;
@@ -90,6 +104,7 @@ struct Chain {
   int64_t first_sum;  // the first of them
   bool adds;          // to what is there
   const Real* bias;   // added in the end, if any
+  bool fetches;       // each register tile's rows while the one before it is computed
 };
 
 template <int POSITIONS, int VECTORS, class Real>
@@ -144,18 +159,29 @@ CONVGEN_NOINLINE void multiply_tile(const Chain<Real>& chain, int64_t at) {
   }
 }
 
-// All positions: a multiple of TILE_UNIT.
+// Reads the rows of the first tap at some positions ahead of their use. (Compilers drop calls of a
+// function that does nothing else.)
+template <class Real>
+CONVGEN_INLINE void fetch(const Chain<Real>& chain, int64_t at, int64_t end) {
+  for (; at < end; ++at)
+    for (int64_t k = 0; k < chain.channels; k += LINE_BYTES / int64_t(sizeof(Real)))
+      __builtin_prefetch(chain.source[at] + chain.first_channel + k);
+}
+
+// Positions from `at`, as far as `end`: a multiple of TILE_UNIT.
 template <int VECTORS, class Real>
-CONVGEN_NOINLINE void multiply(const Chain<Real>& chain, int64_t count) {
+CONVGEN_NOINLINE void multiply(const Chain<Real>& chain, int64_t at, int64_t end) {
   constexpr int POSITIONS = TILE_POSITIONS<VECTORS>, UNIT = TILE_UNIT<VECTORS>;
-  int64_t at = 0;
-  for (; at + POSITIONS <= count; at += POSITIONS) multiply_tile<POSITIONS, VECTORS>(chain, at);
+  for (; at + POSITIONS <= end; at += POSITIONS) {
+    if (chain.fetches) fetch(chain, at + POSITIONS, least(at + 2 * POSITIONS, end));
+    multiply_tile<POSITIONS, VECTORS>(chain, at);
+  }
   if constexpr (2 * UNIT < POSITIONS)
-    if (at + 2 * UNIT <= count) {
+    if (at + 2 * UNIT <= end) {
       multiply_tile<2 * UNIT, VECTORS>(chain, at);
       return;
     }
-  if (at < count) multiply_tile<UNIT, VECTORS>(chain, at);
+  if (at < end) multiply_tile<UNIT, VECTORS>(chain, at);
 }
 
 // A line of fine positions: where that of each column begins, and how many they are.
@@ -235,7 +261,7 @@ CONVGEN_NOINLINE void correlate(const Columns<Real>& columns) {
 
 // What depends on the number of vectors, so that all else is compiled once.
 template <class Real>
-using Multiply = void (*)(const Chain<Real>&, int64_t);
+using Multiply = void (*)(const Chain<Real>&, int64_t, int64_t);
 template <class Real>
 using Correlate = void (*)(const Columns<Real>&);
 

@@ -115,7 +115,17 @@ class BrgemmGather
   // where there are many channels, and where they would have to be given contiguous copies; these
   // where lanes or chains are short.
   bool suits() const {
-    return channels_last ? used_lanes() >= 0.5 : sources >= 16 && used_lanes() >= 0.7;
+    if (!channels_last) return sources >= 16 && used_lanes() >= 0.7;
+    if (used_lanes() >= 0.5) return true;
+    // Lanes of which few hold channels, against copies.
+    const double clocks = double(sources) * double(TAPS) / (2 * V) * double(outputs);
+    const double own = clocks * (vectors == 1 ? ONE_VECTOR_COST : 1.0) / used_lanes();
+    const double copied =
+        double(sources) * double(source_extent[0] * source_extent[1]) * double(source_extent[2]);
+    const double put =
+        double(outputs) * double(output_extent[0] * output_extent[1]) * double(output_extent[2]);
+    const double count = double(positions[0] * positions[1]) * double(positions[2]);
+    return own * count < clocks * count + TRANSPOSED * (copied + put);
   }
 
   // The part of a register tile's lanes that hold output channels.
@@ -334,6 +344,7 @@ class BrgemmGather
                                (group * channel_blocks + part0) * width;
     Real* const weights = reinterpret_cast<Real*>(workspace + weights_at);
     const Multiply<Real> multiply = multiply_of<Real>(vectors);
+    const int64_t unit = tile_unit(vectors);
     BrgemmGather::for_phases([&](const Phase& phase) {
       int64_t count[3];
       for (int axis = 0; axis < 3; ++axis)
@@ -345,41 +356,64 @@ class BrgemmGather
                        (h * PHASES[1] + phase.residue[1]) * pitch[1] + phase.residue[2] * pitch[2];
           for (int64_t w = 0; w < count[2]; ++w, line += PHASES[2] * pitch[2]) *sum++ = line;
         }
-      const int64_t used = sum - sum_of, padded = round_up(used, tile_unit(vectors));
+      const int64_t used = sum - sum_of, padded = round_up(used, unit);
       if (used == 0) return;
       for (int64_t i = used; i < padded; ++i) sum_of[i] = spare;
+      // Positions of which no tap of a chain meets any row are passed over: at small extents these
+      // are much of all. Sums that the first chain, or the last, does not reach get their zeros, or
+      // their bias, apart.
+      Range met = {};
+      bool biased = !call.bias;
       if (phase.taps == 0)
-        for (int64_t i = 0; i < used; ++i) memcpy(sum_of[i], biases, size_t(row * REAL_BYTES));
+        for (int64_t i = 0; i < used; ++i) memset(sum_of[i], 0, size_t(row * REAL_BYTES));
       for_chains(phase, [&](int64_t tap0, int64_t taps, int64_t k0, int64_t chain_sources) {
-        if (k0 == 0) point(row_of, padded, phase, tap0, taps, q0, count, rows, first_row, zeros);
+        if (k0 == 0) {
+          met = point(row_of, padded, phase, tap0, taps, q0, count, rows, first_row, zeros);
+          met.begin = met.begin / unit * unit;
+          met.end = met.begin + round_up(met.end - met.begin, unit);
+        }
+        const bool all = met.begin == 0 && met.end == padded;
+        const bool first = tap0 + k0 == 0;
         const bool last = tap0 + taps == phase.taps && k0 + chain_sources == sources;
+        if (first && !all)
+          for (int64_t i = 0; i < used; ++i) memset(sum_of[i], 0, size_t(row * REAL_BYTES));
+        const bool adds_bias = last && all && !biased;
+        // Rows that one tap alone meets come from memory: other taps find them in a cache.
         const Real* const weight = chain_weights(weights, group, phase, tap0, taps, k0);
         for (int64_t b = 0; b < channel_parts; ++b)
           multiply(Chain<Real>{weight + (part0 + b) * taps * chain_sources * width, row_of, padded,
-                               taps, k0, chain_sources, sum_of, b * width, tap0 + k0 > 0,
-                               last && call.bias ? biases + b * width : nullptr},
-                   padded);
+                               taps, k0, chain_sources, sum_of, b * width, !(first && all),
+                               adds_bias ? biases + b * width : nullptr, phase.taps == 1 && b == 0},
+                   met.begin, met.end);
+        biased |= adds_bias;
       });
+      if (!biased)
+        for (int64_t i = 0; i < used; ++i)
+          for (int64_t m = 0; m < row; m += V)
+            store(sum_of[i] + m, load(sum_of[i] + m) + load(biases + m));
     });
     Finish<Problem>(call, output).block(to, out, output_last, sums, pitch, channels, extent);
     if (!in_place) put_out(to, out, sums, row, channels, extent);
   }
 
-  // Points at the source rows that a chain's taps meet from a phase's positions.
-  void point(const Real** to, int64_t padded, const Phase& phase, int64_t tap0, int64_t taps,
-             const int64_t* q0, const int64_t* count, const Pitches& rows, const Real* first_row,
-             const Real* zeros) const {
+  // Points at the source rows that a chain's taps meet from a phase's positions; returns the
+  // positions from the first to the last that meet any.
+  Range point(const Real** to, int64_t padded, const Phase& phase, int64_t tap0, int64_t taps,
+              const int64_t* q0, const int64_t* count, const Pitches& rows, const Real* first_row,
+              const Real* zeros) const {
     const int64_t taps_h = phase.last_tap[1] - phase.first_tap[1];
     const int64_t taps_w = phase.last_tap[2] - phase.first_tap[2];
+    Range met = {padded, 0};
     for (int64_t tap = tap0; tap < tap0 + taps; ++tap) {
       const AxisTap at[3] = {AxisD::TAP[phase.first_tap[0] + tap / (taps_w * taps_h)],
                              AxisH::TAP[phase.first_tap[1] + tap / taps_w % taps_h],
                              AxisW::TAP[phase.first_tap[2] + tap % taps_w]};
       const Real** const end = to + padded;
-      to = point_at<AxisW::SOURCE_STRIDE>(to, first_row, zeros, rows, source_extent, STRIDE, at, q0,
-                                          count);
+      to = point_at<AxisW::SOURCE_STRIDE>(to, met, first_row, zeros, rows, source_extent, STRIDE,
+                                          at, q0, count);
       while (to < end) *to++ = zeros;
     }
+    return met.begin < met.end ? met : Range{};
   }
 
   // A block's sums to the output: rows of channels, or lines of each channel.

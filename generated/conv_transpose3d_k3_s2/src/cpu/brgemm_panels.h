@@ -44,8 +44,8 @@ class BrgemmPanels {
   static constexpr int64_t WEIGHT_ROWS = 2 * TILE_MULTIPLE;     // whose chains stay in L2
   static constexpr int64_t MANY_OUTPUTS = 96;  // for which few source channels do not matter
   // Processor clocks, as measured on Zen 3: for an element of a panel that vectors copy, and for
-  // others; for an element of the source or the output that is transposed, and of packed weights.
-  static constexpr double COPIED = 0.35, PLACED = 1.0, TRANSPOSED = 2.0, PACKED = 0.7;
+  // others; for an element of packed weights.
+  static constexpr double COPIED = 0.35, PLACED = 1.0, PACKED = 0.7;
 
   int64_t batch, groups;
   int64_t sources, outputs;  // channels of one group: k, m
@@ -243,8 +243,9 @@ class BrgemmPanels {
                                  sum_of + m,
                                  lane,
                                  adds,
-                                 nullptr};
-          multiply_of<Real>(vectors)(tile,
+                                 nullptr,
+                                 false};
+          multiply_of<Real>(vectors)(tile, 0,
                                      round_up(least(WEIGHT_ROWS, rows - m), tile_unit(vectors)));
         }
     }
