@@ -282,9 +282,9 @@ class MultistageGemm {
   double clocks_ = 1e30;
 };
 
-// 64 x 64 sums for each warp; with phases, rounding and an epilogue registers leave room for half.
+// 64 x 64 sums for each warp; with phases and rounding registers leave room for half.
 template <typename T, typename Conv>
-using WidestTile = std::conditional_t<(Conv::PHASES > 1 && Conv::HAS_EPILOGUE && sizeof(T) == 4),
+using WidestTile = std::conditional_t<(Conv::PHASES > 1 && sizeof(T) == 4),
                                       BlockTile<2, 2, 4, 4, 2>, BlockTile<2, 2, 4, 8, 2>>;
 
 // The tiles that are compiled: 128 x 128, 256 x 64 and 256 x 32, and 64 x 64 for few positions.
