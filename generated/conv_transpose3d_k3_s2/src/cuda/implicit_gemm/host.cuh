@@ -65,14 +65,15 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Whether kernels that read contiguous tensors as they lie take longer, as measured on an H200.
   bool pays() const {
     const ConvgenCall& c = *call_.call;
-    // What was not measured has to promise more.
+    // What was not measured (3xTF32) has to promise more, and the model alone says so.
     const double ms = PARTS == 2 ? expected_ms() / OVERRULES : expected_ms();
     if (c.channels_last) return ms < transposed_ms<T, Conv>(c, limits_.multiprocessors);
+    if (PARTS == 2) return ms < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
     if (reads_channels()) return true;
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
     const bool suits = least >= PAYING_CHANNELS<T>;
     if (suits && output_elements() <= call_.output_channels * PAYING_POSITIONS) return true;
-    if (PHASED || PARTS == 2) return ms < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
+    if (PHASED) return ms < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
     return suits && least * TAPS >= PAYING_PRODUCTS;
   }
   // Whether the current device, `device`, runs code for sm_90a.
