@@ -3,9 +3,10 @@
 fprop and dgrad are one algorithm over different axes, wgrad is another. Each has several kernels,
 of which the unit chooses when it is called: for few channels, whose schedules are here
 (``gather.h``, ``reduce.h``), for many (``brgemm_gather.h``, ``brgemm_panels.h``,
-``brgemm_wgrad.h``), and for depthwise calls (``depthwise_gather.h``, ``depthwise_blocks.h``,
-``depthwise_wgrad.h``). The templates give them the geometry's constants and the unrolled taps.
-Sources hold no assumption about the host's instruction set: it is known when they are compiled.
+``brgemm_wgrad.h``, ``brgemm_swapped.h``), and for depthwise calls (``depthwise_gather.h``,
+``depthwise_blocks.h``, ``depthwise_wgrad.h``). The templates give them the geometry's constants
+and the unrolled taps. Sources hold no assumption about the host's instruction set: it is known when
+they are compiled.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ HEADERS: Mapping[str, str] = {
     "brgemm_panels.h": "cpu/brgemm_panels.h",
     "brgemm_gather.h": "cpu/brgemm_gather.h",
     "brgemm_wgrad.h": "cpu/brgemm_wgrad.h",
+    "brgemm_swapped.h": "cpu/brgemm_swapped.h",
     "depthwise.h": "cpu/depthwise.h",
     "depthwise_tile.h": "cpu/depthwise_tile.h",
     "depthwise_gather.h": "cpu/depthwise_gather.h",

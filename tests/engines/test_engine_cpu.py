@@ -71,6 +71,9 @@ PROBLEMS = [
     problem(C2, (1, 1), (3, 4, 1), (1, 40, 70), kernel_size=(3, 1), padding=(1, 0), long=True),
     # Pointwise; many channels; more fine channels than one block of columns.
     problem(C2, (37, 20), (2, 5, 7), kernel_size=1, dtypes=("f32", "f64")),
+    # Few coarse channels: in channels_last the fine ones are in the lanes.
+    problem(C3, (50, 3), (2, 3, 5, 7), kernel_size=1, dtypes=("f32", "bf16")),
+    problem(C2, (48, 6), (2, 9, 30), kernel_size=1, groups=2, dtypes=("f64", "f16"), long=True),
     problem(C2, (70, 20), (1, 4, 4), (2, 8, 8), kernel_size=3, padding=1),
     # Output channels in the lanes: phases with and without taps, ragged lanes, groups, chains of
     # parts of the channels, positions of several blocks.

@@ -198,7 +198,7 @@ def test_a_result_that_differs_where_no_sample_lies_has_no_time(
 
     # As if no sample were near: only the comparison with torch's whole result is left.
     right = trial.Errors(0.0, 0.0, 0.0, 0.0)
-    monkeypatch.setattr(trial.Reference, "errors", lambda *_: right)
+    monkeypatch.setattr(trial.SampledReference, "errors", lambda *_: right)
     forward = run(Corner).rows[0]
     assert forward.ours is None
     assert any("differs from torch" in note for note in forward.notes)
