@@ -104,10 +104,10 @@ class BrgemmWgrad {
   }
 
   // Whether it is faster than register tiles with positions in the lanes (reduce.h).
-  bool suits() const {
-    const double used = double(coarse_channels) / double(channel_blocks * width);
-    return used >= 0.6 && columns >= 2 * TILE_POSITIONS<MOST_VECTORS>;
-  }
+  bool suits() const { return used_lanes() >= 0.6 && columns >= 2 * TILE_POSITIONS<MOST_VECTORS>; }
+
+  // The part of a register tile's lanes that hold coarse channels.
+  double used_lanes() const { return double(coarse_channels) / double(channel_blocks * width); }
 
   int64_t workspace_bytes() const { return total_bytes; }
 

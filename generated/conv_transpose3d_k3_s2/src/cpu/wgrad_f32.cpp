@@ -9,6 +9,7 @@
 // Compile as C++17 with -O3 -march=native -fopenmp -ffp-contract=fast (multiply-adds are written
 // as products and sums).
 
+#include "brgemm_swapped.h"
 #include "brgemm_wgrad.h"
 #include "contiguous.h"
 #include "reduce.h"
@@ -102,10 +103,13 @@ bool channels_valid(const ConvgenCall& call) {
 
 int64_t workspace_bytes(const ConvgenCall& call, bool bias) {
   if (!channels_valid(call)) return 0;
+  const SwappedWgrad<Problem> swapped(call);
   const BrgemmWgrad<Problem> brgemm(call);
-  if (brgemm.suits()) {
+  if (swapped.suits() || brgemm.suits()) {
     const int64_t of_bias = bias ? Bias(call, Problem::RESULT_IS_FINE).workspace_bytes() : 0;
-    return greatest(brgemm.workspace_bytes(), of_bias);
+    const int64_t of_weight =
+        swapped.suits() ? swapped.workspace_bytes() : brgemm.workspace_bytes();
+    return greatest(of_weight, of_bias);
   }
   const ContiguousCall<Problem> as(call, CONVGEN_WEIGHT);
   return as.workspace_bytes(Reduce<Problem>(as.contiguous(), bias).workspace_bytes());
@@ -113,9 +117,13 @@ int64_t workspace_bytes(const ConvgenCall& call, bool bias) {
 
 int run(const ConvgenCall& call, bool bias) {
   if (!channels_valid(call)) return CONVGEN_BAD_CHANNELS;
+  const SwappedWgrad<Problem> swapped(call);
   const BrgemmWgrad<Problem> brgemm(call);
-  if (brgemm.suits()) {
-    brgemm.run(call);
+  if (swapped.suits() || brgemm.suits()) {
+    if (swapped.suits())
+      swapped.run();
+    else
+      brgemm.run(call);
     if (bias) Bias(call, Problem::RESULT_IS_FINE).run(call.workspace, call.bias);
   } else {
     ContiguousCall<Problem>(call, CONVGEN_WEIGHT).run([bias](const ConvgenCall& as) {

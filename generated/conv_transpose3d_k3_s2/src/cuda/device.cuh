@@ -220,11 +220,27 @@ class DeviceScope {
   cudaError_t error_ = cudaSuccess;
 };
 
+// Whether the code of KERNEL that the current device, `device`, runs can wait for an earlier kernel.
+// What the driver compiled from PTX for an older GPU cannot, on any. Asked once per device.
+template <auto KERNEL>
+cudaError_t can_await(int device, bool& can) {
+  static int known[MAX_DEVICES];  // PTX versions
+  int version = __atomic_load_n(&known[device], __ATOMIC_RELAXED);
+  if (version == 0) {
+    cudaFuncAttributes attributes;
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, KERNEL)) return error;
+    version = attributes.ptxVersion;
+    __atomic_store_n(&known[device], version, __ATOMIC_RELAXED);
+  }
+  can = version >= 90;
+  return cudaSuccess;
+}
+
 // Launches KERNEL asynchronously. Above 48 KiB of dynamic shared memory a kernel must opt in, once
 // per device: to the whole limit, so that later launches of other sizes need nothing.
 //
-// An EARLY kernel may begin before the stream's kernel before it has ended, where the GPU can do so
-// (compute capability 9.0): it calls await_earlier_kernel() before it touches what that one reads
+// An EARLY kernel may begin before the stream's kernel before it has ended, where the GPU and the
+// code can do so (compute capability 9.0): it calls await_earlier_kernel() before it touches what that one reads
 // or writes. All kernels before that one have ended. In a captured graph it follows a kernel, too.
 template <auto KERNEL, bool EARLY = false, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* stream,
@@ -238,7 +254,11 @@ cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* st
     if (error != cudaSuccess) return error;
     __atomic_store_n(&opted_in[device], true, __ATOMIC_RELEASE);
   }
+  bool may_be_early = false;
   if (EARLY && limits.capability >= 90) {
+    if (const cudaError_t error = can_await<KERNEL>(device, may_be_early)) return error;
+  }
+  if (may_be_early) {
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;

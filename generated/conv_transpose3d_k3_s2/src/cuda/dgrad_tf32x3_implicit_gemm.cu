@@ -62,8 +62,10 @@ CONVGEN_EXPORT int64_t convgen_dgrad_tf32x3_implicit_gemm_expected(const Convgen
 }
 
 CONVGEN_EXPORT int64_t convgen_dgrad_tf32x3_implicit_gemm_workspace(const ConvgenCall* call) {
+  const int device = static_cast<int>(call->device);
+  convgen::DeviceScope scope(device);  // whose code the choice asks for
   convgen::DeviceLimits limits;
-  if (convgen::device_limits(static_cast<int>(call->device), limits)) return 0;
+  if (scope.error() != cudaSuccess || convgen::device_limits(device, limits)) return 0;
   const Gemm gemm(operands_of(*call), limits);
   return gemm.found() ? gemm.workspace_bytes() : 0;
 }
