@@ -220,8 +220,8 @@ class DeviceScope {
   cudaError_t error_ = cudaSuccess;
 };
 
-// Whether the code of KERNEL that the current device, `device`, runs can wait for an earlier kernel.
-// What the driver compiled from PTX for an older GPU cannot, on any. Asked once per device.
+// Whether the code of KERNEL that the current device, `device`, runs can wait for an earlier
+// kernel. What the driver compiled from PTX for an older GPU cannot, on any. Asked once per device.
 template <auto KERNEL>
 cudaError_t can_await(int device, bool& can) {
   static int known[MAX_DEVICES];  // PTX versions
@@ -240,8 +240,9 @@ cudaError_t can_await(int device, bool& can) {
 // per device: to the whole limit, so that later launches of other sizes need nothing.
 //
 // An EARLY kernel may begin before the stream's kernel before it has ended, where the GPU and the
-// code can do so (compute capability 9.0): it calls await_earlier_kernel() before it touches what that one reads
-// or writes. All kernels before that one have ended. In a captured graph it follows a kernel, too.
+// code can do so (compute capability 9.0): it calls await_earlier_kernel() before it touches what
+// that one reads or writes. All kernels before that one have ended. In a captured graph it follows
+// a kernel, too.
 template <auto KERNEL, bool EARLY = false, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, int device, void* stream,
                    const Args&... args) {
