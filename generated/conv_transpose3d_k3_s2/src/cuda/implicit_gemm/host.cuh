@@ -65,6 +65,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Whether kernels that read contiguous tensors as they lie take longer, as measured on an H200.
   bool pays() const {
     const ConvgenCall& c = *call_.call;
+    if (PARTS == 2 && TAPS == 1 && input_parts() == 1) return false;  // two warps split all slabs
     // What was not measured (3xTF32) has to promise more, and the model alone says so.
     const double ms = PARTS == 2 ? expected_ms() / OVERRULES : expected_ms();
     if (c.channels_last) return ms < transposed_ms<T, Conv>(c, limits_.multiprocessors);
@@ -111,6 +112,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     double clocks = best_.clocks + best_.packs;
     clocks += unaligned_store_clocks<T>(call_, leaves_by_tma(), limits_);
     if (turns_) clocks += pack_clocks<T>(output_elements(), limits_.multiprocessors);
+    // Thresholds that were measured with the packs of weights, not this, choose the other modes.
+    if (PARTS == 2) {
+      const int64_t weights = packed_taps() * packed_weight_rows() * packed_weight_columns();
+      clocks += pack_clocks<T>(weights, limits_.multiprocessors, PARTS);
+    }
     return clocks / CLOCKS_PER_MS;
   }
 
@@ -209,9 +215,12 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       return convgen::pack_input<decltype(form)::value>(from, to, s, last, call_.device,
                                                         call_.stream, limits_.multiprocessors);
     };
-    if constexpr (PARTS == 1) return pack(FormConstant<Form::ROUNDED>());
-    return input_parts() == 2 ? pack(FormConstant<Form::SPLIT>())
-                              : pack(FormConstant<Form::WHOLE>());
+    if constexpr (PARTS == 1) {
+      return pack(FormConstant<Form::ROUNDED>());
+    } else {
+      return input_parts() == 2 ? pack(FormConstant<Form::SPLIT>())
+                                : pack(FormConstant<Form::WHOLE>());
+    }
   }
 
   // `rest` of the workspace has partial sums, or an output that is turned. Where that leaves by

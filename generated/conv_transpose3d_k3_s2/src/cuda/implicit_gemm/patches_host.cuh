@@ -203,9 +203,8 @@ class PatchGemm {
     return matrix_.fits() && product_.found() && !finishes;
   }
   bool pays() const {
-    // As ImplicitGemm::pays.
-    const double ms = Conv::PARTS == 2 ? expected_ms() / OVERRULES : expected_ms();
-    return ms < other_gather_ms<T, Conv>(*call_.call, limits_.multiprocessors);
+    if (Conv::PARTS == 2) return false;  // as ImplicitGemm::pays of one tap
+    return expected_ms() < other_gather_ms<T, Conv>(*call_.call, limits_.multiprocessors);
   }
   static bool is_compiled(int device) { return Product::is_compiled(device); }
   double expected_ms() const {
