@@ -208,7 +208,7 @@ BUGS: Mapping[str, Bug] = {
         r"race on global memory|global memory that nobody wrote",
     ),
     "one thread block's sums left out": (
-        "wgrad_quarters",
+        "wgrad",
         "last_cta[i] = t.cta_of(first + t.positions - 1);",
         "last_cta[i] = t.cta_of(first + t.positions - 1) - PLANTED;",
         "differ",
