@@ -25,11 +25,9 @@ struct Conv {
   static constexpr bool LINEAR = false;  // one spatial dimension
 };
 
-constexpr int PARTS = 2;  // TF32 values that a float is the sum of
-
 }  // namespace
 
-using Gemm = QuarterWgrad<Conv, PARTS, Sizes<1>>;
+using Gemm = QuarterWgrad<Conv, Conv::PARTS, Sizes<1>>;
 
 // Nanoseconds that the call is expected to take; -1 where it is for other kernels.
 CONVGEN_EXPORT int64_t convgen_wgrad_tf32x3_implicit_gemm_expected(const ConvgenCall* call) {
