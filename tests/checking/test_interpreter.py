@@ -441,7 +441,8 @@ def test_device_header_is_replaced_whole() -> None:
     assert {"widen", "narrow", "copy_async", "launch", "DeviceScope", "device_limits"} <= names
     assert "#define CONVGEN_DEVICE_CUH" in prelude
     missing = {name for name in names if not re.search(rf"\b{name}\b", prelude)}
-    assert missing <= {"bfloat16", "half"}  # in half.h
+    # Those are in half.h; only `launch`, which is replaced, calls this.
+    assert missing <= {"bfloat16", "half", "can_await"}
 
 
 def test_every_mode_says_what_it_is_for() -> None:
