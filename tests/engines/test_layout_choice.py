@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import implicit_gemms
 import pytest
 import torch
+from implicit_gemms import library
 from interpreted import Library, compile_interpreted, mostly_long
 
 from convgen.codegen.render import TEMPLATES
@@ -50,7 +50,7 @@ def test_calls_of_few_channels_go_to_what_takes_them_sooner(row: Any) -> None:
     lead = (1,) * (3 - spec.ndim)
     fine, coarse = (*lead, *extents), (*lead, *spec.output_extents(extents))
     for contraction, expected in taken.items():
-        loaded = implicit_gemms.library(spec, contraction, "bf16tc")
+        loaded = library(spec, contraction, "bf16tc")
         symbol = f"convgen_{contraction}_bf16tc_implicit_gemm"
         for layout in (7, 3):
             numbers = abi.NUMBERS.pack(0, batch, made, given, *coarse, *fine, layout)
@@ -115,7 +115,7 @@ REFUSED = [
 def test_extents_that_do_not_fit_are_refused(
     spec: ConvSpec, coarse: tuple[int, int], fine: tuple[int, int], contraction: str
 ) -> None:
-    loaded = implicit_gemms.library(spec, contraction, "bf16tc")
+    loaded = library(spec, contraction, "bf16tc")
     symbol = f"convgen_{contraction}_bf16tc_implicit_gemm"
     numbers = abi.NUMBERS.pack(0, 2, 24, 40, 1, *coarse, 1, *fine, 7)
     assert loaded.expected_ms(symbol, bytes(abi.POINTERS.size) + numbers) < 0
