@@ -105,10 +105,9 @@ int64_t workspace_bytes(const ConvgenCall& call, bool bias) {
   if (!channels_valid(call)) return 0;
   const SwappedWgrad<Problem> swapped(call);
   const BrgemmWgrad<Problem> brgemm(call);
-  if (swapped.suits() || brgemm.suits()) {
+  if (const bool swaps = swapped.suits(); swaps || brgemm.suits()) {
     const int64_t of_bias = bias ? Bias(call, Problem::RESULT_IS_FINE).workspace_bytes() : 0;
-    const int64_t of_weight =
-        swapped.suits() ? swapped.workspace_bytes() : brgemm.workspace_bytes();
+    const int64_t of_weight = swaps ? swapped.workspace_bytes() : brgemm.workspace_bytes();
     return greatest(of_weight, of_bias);
   }
   const ContiguousCall<Problem> as(call, CONVGEN_WEIGHT);
@@ -119,8 +118,8 @@ int run(const ConvgenCall& call, bool bias) {
   if (!channels_valid(call)) return CONVGEN_BAD_CHANNELS;
   const SwappedWgrad<Problem> swapped(call);
   const BrgemmWgrad<Problem> brgemm(call);
-  if (swapped.suits() || brgemm.suits()) {
-    if (swapped.suits())
+  if (const bool swaps = swapped.suits(); swaps || brgemm.suits()) {
+    if (swaps)
       swapped.run();
     else
       brgemm.run(call);
