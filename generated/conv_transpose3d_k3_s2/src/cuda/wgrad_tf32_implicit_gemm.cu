@@ -21,7 +21,7 @@ struct Conv {
   static constexpr int DILATION_D = 1, DILATION_H = 1, DILATION_W = 1;
   static constexpr int PADDING_D = 0, PADDING_H = 0, PADDING_W = 0;
   static constexpr int GROUPS = 1, TAPS = KERNEL_D * KERNEL_H * KERNEL_W;
-  static constexpr int PARTS = 1;  // TF32 values that a float is multiplied as: 2 for the accuracy of fp32
+  static constexpr int PARTS = 1;  // TF32 values of a float: 2 for the accuracy of fp32
   static constexpr bool LINEAR = false;  // one spatial dimension
 };
 
