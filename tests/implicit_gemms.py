@@ -26,6 +26,7 @@ from convgen.engines.implicit_gemm.gather import GATHER
 from convgen.engines.implicit_gemm.wgrad import WGRAD
 from convgen.engines.implicit_gemm.wgrad_quarters import PARTS, WGRAD_QUARTERS
 from convgen.engines.implicit_gemm.wgrad_taps import WGRAD_TAPS
+from convgen.engines.problem import Problem as Contraction
 from convgen.engines.registry import AnyFamily, unit_of
 from convgen.spec import ConvSpec
 
@@ -66,7 +67,8 @@ def spec(op: str, kernel: int | tuple[int, ...], *rest: object, **more: object) 
 def family_of(spec: ConvSpec, contraction: str, mode: str) -> AnyFamily:
     if contraction != "wgrad":
         return GATHER
-    if mode in PARTS and spec.geometry.taps > 1:
+    has_quarters = mode in PARTS and spec.geometry.taps > 1
+    if has_quarters and not WGRAD_QUARTERS.accepts(Contraction(spec.geometry, contraction, mode)):
         return WGRAD_QUARTERS
     return WGRAD_TAPS if by_taps(spec.geometry) else WGRAD
 

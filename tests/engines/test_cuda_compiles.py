@@ -285,11 +285,15 @@ def test_implicit_gemms_with_an_epilogue_compile_without_spills(kind: str, tmp_p
 
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", [4, 16], ids=["either", "patches"])
-@pytest.mark.parametrize("contraction", CONTRACTIONS)
-def test_patches_compile_without_spills(contraction: str, kernel: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("contraction", "kind"), [*((each, "bf16tc") for each in CONTRACTIONS), ("wgrad", "tf32")]
+)
+def test_patches_compile_without_spills(
+    contraction: str, kind: str, kernel: int, tmp_path: Path
+) -> None:
     layer = spec("conv2d", kernel, kernel)
     family = WGRAD_TAPS if contraction == "wgrad" else GEMM_GATHER
-    unit = unit_of(family, layer.geometry, contraction, "bf16tc")
+    unit = unit_of(family, layer.geometry, contraction, kind)
     check_on_hopper(tmp_path, layer, unit, unit.with_schedule(one_size(unit.default().schedule)))
 
 

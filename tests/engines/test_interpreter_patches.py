@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from implicit_gemms import LAST, LAYOUTS, library, solve, spec, use_two_multiprocessors
-from interpreted import Problem, problem
+from interpreted import Problem, mostly_long, problem
 
 from convgen.engines import abi
+from convgen.engines.family import Plan
 from convgen.engines.implicit_gemm.common import has_patches, refuses_taps
 from convgen.engines.implicit_gemm.gather import GatherSizes
-from convgen.engines.implicit_gemm.wgrad_taps import TapWgradSizes
+from convgen.engines.implicit_gemm.wgrad_quarters import WGRAD_QUARTERS
+from convgen.engines.implicit_gemm.wgrad_taps import WGRAD_TAPS, TapWgradSizes
 from convgen.engines.problem import Problem as Contraction
 from convgen.spec import ConvSpec
 
@@ -55,6 +57,7 @@ MORE_CASES: list[Case] = [
 ]
 # Channels that are known, so few of them that no other kernel serves.
 FEW = spec("conv2d", 4, 4, in_channels=3, out_channels=24)
+SMALL = spec("conv2d", 3, 3)
 FEW_UP = spec("conv_transpose2d", (4, 3), (4, 3), 0, (3, 2), in_channels=24, out_channels=6)
 
 
@@ -67,6 +70,10 @@ def check(case: Case, contraction: str, sizes: Any = None, layouts: Any = ALL_LA
             )
             solve(library(of, contraction, mode, sizes), given, layout)
             given.check()
+
+
+def plan_of(of: ConvSpec) -> Plan[TapWgradSizes]:
+    return Plan(Contraction(of.geometry, "wgrad", "tf32"), WGRAD_TAPS, TapWgradSizes((128,)))
 
 
 def sizes_of(contraction: str) -> GatherSizes | TapWgradSizes:
@@ -88,11 +95,29 @@ def test_all_sizes_agree_with_float64(case: Case, contraction: str) -> None:
     check(case, contraction)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("contraction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("contraction", mostly_long(["wgrad", "fprop", "dgrad"], 1))
 def test_tf32_agrees_with_float64(contraction: str) -> None:
-    for of, calls in ((PATCHES, CASES[0][2]), (FEW, ((2, (3, 24), (9, 14)),))):
+    # Windows of a sample in fours, which wgrad reads as they lie, and others.
+    of_four = (2, (3, 40), (18, 41))
+    for of, calls in ((PATCHES, (of_four, *CASES[0][2][:2])), (FEW, ((2, (3, 24), (9, 14)),))):
         check((of, "tf32", calls), contraction, sizes_of(contraction))
+
+
+@pytest.mark.long
+def test_tf32_wgrad_of_open_channels_agrees_with_float64() -> None:
+    """Layers that quarters serve as well: with few fine channels and with many."""
+    assert WGRAD_TAPS.context(plan_of(SMALL))["quarters"]
+    assert not WGRAD_TAPS.context(plan_of(spec("conv2d", 16, 16)))["quarters"]
+    calls = ((2, (3, 40), (9, 14)), (2, (72, 24), (12, 12)), (1, (130, 136), (8, 24)))
+    check((SMALL, "tf32", calls), "wgrad", TapWgradSizes((128,)))
+
+
+def test_a_layer_has_one_kernel_of_patches_or_quarters_for_its_wgrad() -> None:
+    """Both accept some in TF32: their kernels lie in one unit then."""
+    for of in (SMALL, PATCHES, FEW, spec("conv2d", 2, 2), spec("conv2d", 1)):
+        of_layer = Contraction(of.geometry, "wgrad", "tf32")
+        taken = [not family.accepts(of_layer) for family in (WGRAD_TAPS, WGRAD_QUARTERS)]
+        assert taken == [of.geometry.kernel != (1, 2, 2), of.geometry.kernel == (1, 2, 2)]
 
 
 @pytest.mark.long
@@ -133,14 +158,14 @@ def planted(given: Problem, read: tuple[int, ...]) -> None:
     fine[..., -1, -1] = torch.inf
 
 
-@pytest.mark.parametrize("contraction", ["fprop", "wgrad"])
-def test_what_no_window_reads_goes_nowhere(contraction: str) -> None:
+@pytest.mark.parametrize(
+    ("contraction", "mode"), [("fprop", "bf16tc"), ("wgrad", "bf16tc"), ("wgrad", "tf32")]
+)
+def test_what_no_window_reads_goes_nowhere(contraction: str, mode: str) -> None:
     for layout in ((), LAST):
-        given = problem(
-            PATCHES, contraction, "bf16tc", (21, 34), batch=2, channels=(3, 24), bias=False
-        )
+        given = problem(PATCHES, contraction, mode, (21, 34), batch=2, channels=(3, 24), bias=False)
         planted(given, (18, 30))
-        solve(library(PATCHES, contraction, "bf16tc", sizes_of(contraction)), given, layout)
+        solve(library(PATCHES, contraction, mode, sizes_of(contraction)), given, layout)
         given.check()
 
 
@@ -156,6 +181,21 @@ def test_a_nan_stays_in_its_window() -> None:
         result = given.result.double()
         assert torch.equal(result.isnan(), reached)
         assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+
+
+def test_a_nan_reaches_its_columns_of_the_weights_gradient() -> None:
+    """In TF32: of a window of the last sample; a block of positions ends behind it."""
+    loaded = library(PATCHES, "wgrad", "tf32", sizes_of("wgrad"))
+    for layout in ((), LAST, ("fine",), ("coarse", "weight")):
+        given = problem(PATCHES, "wgrad", "tf32", (21, 40), batch=2, channels=(3, 24), bias=False)
+        clean = given.reference.clone()
+        given.operands["fine"][1, 2, 0, 17, 39] = torch.nan
+        solve(loaded, given, layout)
+        reached = torch.zeros(clean.shape, dtype=torch.bool)
+        reached[:, 2, 0, 8, 9] = True
+        result = given.result.double()
+        assert torch.equal(result.isnan(), reached)
+        assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-3
 
 
 def test_patches_pay_where_a_layer_has_few_channels() -> None:

@@ -58,6 +58,8 @@ WGRAD_TAPS_HEADERS: Mapping[str, str] = {
         for name in (
             "deal.cuh",
             "wgrad.cuh",
+            "tap_blocks.cuh",
+            "tap_floats.cuh",
             "wgrad_taps.cuh",
             "wgrad_packs.cuh",
             "wgrad_taps_host.cuh",
@@ -84,6 +86,11 @@ WGRAD_QUARTERS_HEADERS: Mapping[str, str] = {
             "wgrad_quarters_host.cuh",
         )
     },
+}
+
+WGRAD_TAPS_OR_QUARTERS_HEADERS: Mapping[str, str] = {
+    **WGRAD_TAPS_HEADERS,
+    **WGRAD_QUARTERS_HEADERS,
 }
 
 LEAST_CHANNELS = 16
@@ -163,6 +170,8 @@ ELEMENTS = {"tf32": "float", "tf32x3": "float", "f16tc": "half", "bf16tc": "bflo
 """The C++ types of elements, by math mode."""
 SPLIT = "tf32x3"
 """The mode whose elements are sums of two TF32 values."""
+WGRAD_TAPS_KINDS = tuple(kind for kind in ELEMENTS if kind != SPLIT)
+"""Modes with wgrad a tap at a time, and of patches."""
 
 
 def accepts(problem: Problem) -> str:

@@ -21,7 +21,9 @@ from convgen.engines.implicit_gemm.common import (
     NAME,
     SUFFIX,
     WGRAD_QUARTERS_HEADERS,
+    WGRAD_TAPS_KINDS,
     accepts,
+    has_patches,
 )
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
@@ -124,13 +126,20 @@ class QuarterWgrad(Family[QuarterSizes]):
             return reason
         if problem.geometry.taps == 1:
             return "a kernel of one tap needs no pack"
-        if not self._existing(problem, self._lines(problem)):
+        if problem.kind in WGRAD_TAPS_KINDS and has_patches(problem):
+            return "patches are rows of a matrix, in a unit that has these kernels beside"
+        if not self.lines(problem):
             return "tiles with their halo do not fit into shared memory twice"
         return ""
 
+    def lines(self, problem: Problem) -> tuple[int, ...]:
+        """The sizes of tiles that there are kernels for, in lines of eight units."""
+        if accepts(problem) or problem.geometry.taps == 1:
+            return ()
+        return self._existing(problem, self._lines(problem))
+
     def default(self, problem: Problem) -> QuarterSizes:
-        existing = self._existing(problem, self._lines(problem))
-        return QuarterSizes(existing or self._lines(problem))
+        return QuarterSizes(self.lines(problem) or self._lines(problem))
 
     def candidates(self, problem: Problem) -> list[Candidate[QuarterSizes]]:
         lines = self.default(problem).lines

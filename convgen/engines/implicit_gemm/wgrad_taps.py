@@ -1,4 +1,7 @@
-"""wgrad of strides and of kernels of one tap: ``templates/cuda/implicit_gemm/wgrad_taps.cuh``."""
+"""wgrad of strides, of kernels of one tap, and of patches.
+
+See ``templates/cuda/implicit_gemm/wgrad_taps.cuh``.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ from convgen.engines.implicit_gemm.common import (
     ELEMENTS,
     NAME,
     ROW_BYTES,
-    SPLIT,
     SUFFIX,
-    WGRAD_TAPS_HEADERS,
+    WGRAD_TAPS_KINDS,
+    WGRAD_TAPS_OR_QUARTERS_HEADERS,
     by_taps,
     context_of,
     has_patches,
-    is_pointwise,
     refuses_taps,
 )
+from convgen.engines.implicit_gemm.wgrad_quarters import WGRAD_QUARTERS
 from convgen.engines.problem import Call, Problem
 from convgen.spec.documents import Length, Range
 
@@ -53,19 +56,21 @@ class TapWgrad(Family[TapWgradSizes]):
     name = NAME
     backend = "cuda"
     contractions = ("wgrad",)
-    kinds = tuple(kind for kind in ELEMENTS if kind != SPLIT)
+    kinds = WGRAD_TAPS_KINDS
     schedule_type = TapWgradSizes
     template = "cuda/implicit_gemm/wgrad_taps.cu.j2"
-    headers = WGRAD_TAPS_HEADERS
+    headers = WGRAD_TAPS_OR_QUARTERS_HEADERS
     suffix = SUFFIX
 
     def accepts(self, problem: Problem) -> str:
         g = problem.geometry
         if not by_taps(g):
             return "neighbouring taps share what is loaded"
-        if ELEMENTS[problem.kind] == "float" and not is_pointwise(g):
-            return "TF32 is multiplied K-major: positions side by side, which taps move"
-        return "" if has_patches(problem) else refuses_taps(problem)
+        if has_patches(problem):
+            return ""
+        if ELEMENTS[problem.kind] == "float" and g.taps > 1:
+            return "quarters load what several taps of TF32 read once"
+        return refuses_taps(problem)
 
     def default(self, problem: Problem) -> TapWgradSizes:
         return TapWgradSizes(COLUMNS)
@@ -86,7 +91,10 @@ class TapWgrad(Family[TapWgradSizes]):
         return Prediction(max(ms, least), "memory" if least > ms else "arithmetic")
 
     def context(self, plan: Plan[TapWgradSizes]) -> dict[str, Any]:
-        return context_of(plan.problem)
+        quarters: tuple[int, ...] = ()
+        if ELEMENTS[plan.kind] == "float" and has_patches(plan.problem):
+            quarters = WGRAD_QUARTERS.lines(plan.problem)
+        return context_of(plan.problem) | {"quarters": quarters}
 
 
 def clocks(problem: Problem, sizes: Iterable[int], call: Call, gpu: Gpu) -> float:

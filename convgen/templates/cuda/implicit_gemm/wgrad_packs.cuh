@@ -11,13 +11,13 @@ namespace convgen {
 template <typename T, int GROUPS>
 class WgradPacks {
  public:
-  // `reads_patches`: fine is packed already.
-  WgradPacks(const ConvgenCall& call, bool reads_patches, int multiprocessors)
+  // `reads_patches`: fine is packed already. `takes_lines`: contiguous tensors stay as they lie.
+  WgradPacks(const ConvgenCall& call, bool reads_patches, bool takes_lines, int multiprocessors)
       : multiprocessors_(multiprocessors) {
     const bool fits = GROUPS == 1 || (call.coarse_channels / GROUPS % VECTOR == 0 &&
                                       call.fine_channels / GROUPS % VECTOR == 0);
     const auto lies = [&](int operand, int64_t channels) {
-      return !fits || ((call.channels_last & operand) && channels % VECTOR == 0);
+      return !fits || (call.channels_last & operand ? channels % VECTOR == 0 : takes_lines);
     };
     coarse_ = elements(!lies(CONVGEN_COARSE, call.coarse_channels), call.batch,
                        call.coarse_channels, call.coarse_extent);
@@ -76,7 +76,7 @@ class WgradPacks {
     const PackShape s =
         pack_shape(call.batch, channels, extent, 1, round_up(channels, VECTOR), last);
     return pack_input<Form::ROUNDED>(static_cast<const T*>(from), static_cast<T*>(to), s, last,
-                      static_cast<int>(call.device), call.stream, multiprocessors_);
+                                     static_cast<int>(call.device), call.stream, multiprocessors_);
   }
 
   int64_t coarse_, fine_;  // elements, of what is packed

@@ -4,8 +4,8 @@
 //                     coarse[n, i, a] * fine[n, i * STRIDE + t * DILATION - PADDING, b]
 //
 // For kernels of one tap, and for strides, where neighbouring taps share little. K are positions,
-// 128 bytes of a row of them (K-major: contiguous tensors, one tap) or 64 rows of channels
-// (MN-major: channels side by side, 16 bits): either operand is read as it lies.
+// 128 bytes of a row of them (K-major: contiguous tensors, one tap) or rows of channels (channels
+// side by side): 64 in 16 bits, read as they lie (MN-major), 32 of floats (tap_floats.cuh).
 //
 // A CTA is three warpgroups. Two consumers multiply 64 coarse channels each (the rows of their
 // products) by the same COLUMNS, chunks of 64 fine channels of one tap after the other; of the
@@ -19,81 +19,9 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH
 #define CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH
 
-#include "wgrad.cuh"
+#include "tap_floats.cuh"
 
 namespace convgen {
-
-constexpr int TAP_ROWS = CONSUMERS * BLOCK_M;  // coarse channels of a CTA
-constexpr int ROUNDING_WARPS = 3;
-
-// How a call is dealt out.
-struct TapWgradTiling : DealtUnits {
-  int tiles_w, tiles_h, tiles_d, tiles_n;      // K blocks of a pair
-  int step_w, step_h, step_d, step_n;          // positions from one to the next
-  int rows;                                    // positions of one whose rows are channels
-  int last_w, last_h;                          // where the last ones begin
-  int groups, coarse_channels, fine_channels;  // of a group
-  int coarse_blocks;                           // of a group's channels
-  int fine_chunks;                             // of them and a tap
-  int column_blocks;                           // of all taps' chunks
-  bool taps_first;  // whether all taps of a chunk of fine channels precede the next chunk
-  bool is_whole;    // whether a CTA has all K blocks of a pair: it stores the result
-  int stages;
-};
-
-constexpr int CHUNK_COLUMNS = 64;
-
-// What one pair is: its first coarse channel, of a group, and its first chunk of columns.
-template <int COLUMNS>
-struct TapPair {
-  int group, coarse, chunk;
-
-  __device__ __forceinline__ TapPair(const TapWgradTiling& t, int index) {
-    chunk = index % t.column_blocks * (COLUMNS / CHUNK_COLUMNS), index /= t.column_blocks;
-    coarse = index % t.coarse_blocks * TAP_ROWS, group = index / t.coarse_blocks;
-  }
-  template <int TAPS>
-  __device__ __forceinline__ int tap(const TapWgradTiling& t, int i) const {
-    return t.taps_first ? (chunk + i) % TAPS : (chunk + i) / t.fine_chunks;
-  }
-  template <int TAPS>
-  __device__ __forceinline__ int fine(const TapWgradTiling& t, int i) const {
-    return (t.taps_first ? (chunk + i) / TAPS : (chunk + i) % t.fine_chunks) * CHUNK_COLUMNS;
-  }
-};
-
-// A stage: TAP_ROWS rows of 128 bytes for coarse, then COLUMNS for fine; MN-major, chunks of 64
-// rows of K for each 64 channels.
-template <int COLUMNS>
-constexpr int TAP_STAGE_BYTES = (TAP_ROWS + COLUMNS) * ROW_BYTES;
-template <int COLUMNS>
-constexpr int TAP_PARTIALS = TAP_ROWS * COLUMNS;  // of a CTA and pair
-constexpr int CHUNK_ROWS = 64;
-constexpr int CHUNK_BYTES = CHUNK_ROWS * ROW_BYTES;
-
-struct TapWgradStorage {
-  uint64_t full[MOST_STAGES], rounded[MOST_STAGES], empty[MOST_STAGES];
-};
-
-// Where a K block lies, in tiles along each axis. One after the other is found by counting: a
-// thread that divides for each block takes longer than its products.
-struct TapBlock {
-  int w, h, d, n;
-
-  __device__ __forceinline__ TapBlock(const TapWgradTiling& t, int index) {
-    w = index % t.tiles_w, index /= t.tiles_w;
-    h = index % t.tiles_h, index /= t.tiles_h;
-    d = index % t.tiles_d, n = index / t.tiles_d;
-  }
-  __device__ __forceinline__ void advance(const TapWgradTiling& t) {
-    if (++w < t.tiles_w) return;
-    w = 0;
-    if (++h < t.tiles_h) return;
-    h = 0;
-    if (++d < t.tiles_d) return;
-    d = 0, ++n;
-  }
-};
 
 // Of tensors whose channels lie side by side.
 template <int COLUMNS, typename Conv>
@@ -151,8 +79,8 @@ __device__ __forceinline__ void load_channels(const TapWgradTiling& t,
   }
 }
 
-// Of contiguous tensors, by a kernel of one tap: all columns are one load, and those that there are
-// not are zeros.
+// Of contiguous tensors in 16 bits, by a kernel of one tap: all columns are one load, and those
+// that there are not are zeros.
 template <int COLUMNS>
 __device__ __forceinline__ void load_positions(const TapWgradTiling& t,
                                                const CoarseMaps& coarse_maps,
@@ -170,26 +98,6 @@ __device__ __forceinline__ void load_positions(const TapWgradTiling& t,
     unsigned char* const to = stages + at.index * TAP_STAGE_BYTES<COLUMNS>;
     tma_load(to, coarse_maps.of[0], barrier, first, coarse, n);
     tma_load(to + TAP_ROWS * ROW_BYTES, fine_map, barrier, first, fine, n);
-    at.advance(1, t.stages);
-  }
-}
-
-// Three warps round stages of floats to TF32 (to nearest, halves away from zero), in place.
-template <int COLUMNS>
-__device__ __forceinline__ void round_stages(const TapWgradTiling& t, Pipeline ring,
-                                             uint64_t* rounded, unsigned char* stages, int thread) {
-  PipelineState at;
-  const int count = t.first_unit(blockIdx.x + 1) - t.first_unit(blockIdx.x);
-  for (int i = 0; i < count; ++i) {
-    ring.consumer_wait(at);
-    uint4* const stage = reinterpret_cast<uint4*>(stages + at.index * TAP_STAGE_BYTES<COLUMNS>);
-#pragma unroll 4
-    for (int v = thread; v < TAP_STAGE_BYTES<COLUMNS> / 16; v += 32 * ROUNDING_WARPS) {
-      stage[v] = round_vector(stage[v]);
-    }
-    bulk_fence();
-    __syncwarp();
-    if (thread % 32 == 0) mbarrier_arrive(&rounded[at.index]);
     at.advance(1, t.stages);
   }
 }
@@ -381,6 +289,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
       mbarrier_fence();
     }
     if (MAJOR == Major::MN && t.rows < CHUNK_ROWS) clear_rows<COLUMNS>(t, stages);
+    if (ROUNDS) clear_blocks<COLUMNS>(t, stages);
     __syncthreads();
     await_earlier_kernel();
     const Pipeline ring = {shared.full, shared.empty};
@@ -388,15 +297,16 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
       warpgroup_reg_dealloc<PRODUCER_REGISTERS>();
       if (warp == CONSUMER_WARPS) {
         if (lane == 0) {
-          if constexpr (MAJOR == Major::K) {
+          if constexpr (ROUNDS) {
+            load_floats<COLUMNS, Conv>(t, coarse_maps, fine_map, ring, stages);
+          } else if constexpr (MAJOR == Major::K) {
             load_positions<COLUMNS>(t, coarse_maps, fine_map, ring, stages);
           } else {
             load_channels<COLUMNS, Conv>(t, coarse_maps, fine_map, ring, stages);
           }
         }
       } else if (ROUNDS) {
-        round_stages<COLUMNS>(t, ring, shared.rounded, stages,
-                              threadIdx.x - (CONSUMER_WARPS + 1) * 32);
+        round_stages<COLUMNS>(t, ring, shared.rounded, stages, warp - CONSUMER_WARPS - 1, lane);
       }
     } else {
       warpgroup_reg_alloc<CONSUMER_REGISTERS>();

@@ -33,7 +33,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
       : given_(call),
         call_(call),
         limits_(limits),
-        packs_(call, READS_PATCHES<Conv>, limits.multiprocessors) {
+        packs_(call, READS_PATCHES<Conv>, FLOATS && takes_lines(), limits.multiprocessors) {
     if (packs() || READS_PATCHES<Conv>) call_ = packs_.packed(call);
     if (POINTWISE) {
       for (int i = 0; i < 3; ++i) {  // output padding
@@ -73,7 +73,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   }
   // Whether the current device, `device`, runs code for sm_90a.
   static bool is_compiled(int device) {
-    constexpr Major MAJOR = HAS_POSITIONS ? Major::K : Major::MN;
+    constexpr Major MAJOR = HAS_K ? Major::K : Major::MN;
     int threads = 0;
     return launch_bound<tap_wgrad_kernel<T, largest(COLUMNS...), MAJOR, Conv>, GEMM_THREADS>(
                device, threads) == cudaSuccess &&
@@ -91,10 +91,8 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   int run() const {
     int error = CONVGEN_TOO_LARGE;
-    if constexpr (HAS_CHANNELS) {
-      if (packs() && (error = packs_.run(given_))) return error;
-    }
-    const bool last = is_last();
+    if (packs() && (error = packs_.run(given_))) return error;
+    const bool last = !FLOATS && is_last();
     const bool found =
         ((!last && best_.columns == COLUMNS && (error = launch_with<COLUMNS, Major::K>(), true)) ||
          ...) ||
@@ -111,27 +109,37 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
     int columns, pairs;
   };
 
-  // Of which layouts there are kernels.
-  static constexpr bool HAS_POSITIONS = POINTWISE && !READS_PATCHES<Conv>;
-  static constexpr bool HAS_CHANNELS = sizeof(T) == 2;
+  // Operands of floats are multiplied K-major, whichever way each of them lies; in 16 bits they lie
+  // alike, or are packed so.
+  static constexpr bool FLOATS = sizeof(T) == 4;
+  static constexpr bool HAS_K = FLOATS || (POINTWISE && !READS_PATCHES<Conv>), HAS_MN = !FLOATS;
+  // Whether contiguous tensors are read as they lie: lines of multiples of 16 bytes.
+  bool takes_lines() const {
+    const int64_t* e = given_.coarse_extent;
+    return POINTWISE && HAS_K && e[0] * e[1] * e[2] % VECTOR == 0;
+  }
   // Whether what does not lie as these need it is packed: channels side by side.
   bool packs() const {
-    const int64_t* e = given_.coarse_extent;
-    const bool lies = HAS_POSITIONS && e[0] * e[1] * e[2] % VECTOR == 0 &&
-                      !(given_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE));
-    return HAS_CHANNELS && !lies && packs_.any();
+    const bool lies = takes_lines() && !(given_.channels_last & (CONVGEN_COARSE | CONVGEN_FINE));
+    return !lies && packs_.any();
   }
 
-  // Both tensors lie alike (see deal_...), or are packed so.
-  bool is_last() const { return (call_.channels_last & CONVGEN_COARSE) != 0; }
+  bool is_last(int operand) const { return (call_.channels_last & operand) != 0; }
+  bool is_last() const { return is_last(CONVGEN_COARSE) && is_last(CONVGEN_FINE); }
+  bool has_vectors() const {
+    return call_.coarse_channels / Conv::GROUPS % VECTOR == 0 &&
+           call_.fine_channels / Conv::GROUPS % VECTOR == 0;
+  }
 
-  // K blocks are parts of the lines of a contiguous tensor.
+  // K blocks are parts of a sample's line. Of floats one tensor may have its channels side by side.
   bool deal_rows_of_positions() {
     const int64_t* e = call_.coarse_extent;
-    if (!HAS_POSITIONS || (call_.channels_last & CONVGEN_FINE) || e[2] % VECTOR != 0) return false;
-    t_.step_w = BLOCK_K, t_.step_h = t_.step_d = t_.step_n = 1;
+    const bool mixed = is_last(CONVGEN_COARSE) || is_last(CONVGEN_FINE);
+    if (!HAS_K || !POINTWISE || e[2] % VECTOR != 0) return false;
+    if (mixed && !(FLOATS && has_vectors())) return false;
+    t_.rows = t_.step_w = BLOCK_K, t_.step_h = t_.step_d = t_.step_n = 1;
     t_.tiles_w = static_cast<int>(ceil_div(e[2], BLOCK_K)), t_.tiles_h = t_.tiles_d = 1;
-    t_.tiles_n = static_cast<int>(call_.batch);
+    t_.tiles_n = static_cast<int>(call_.batch), t_.last_w = (t_.tiles_w - 1) * t_.step_w;
     return true;
   }
 
@@ -146,15 +154,12 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
     return ceil_div(extent, ceil_div(extent, size)) == size;
   }
 
-  // K blocks are boxes of up to 64 positions whose channels lie side by side. Those are taken with
-  // which the fewest cover the output, and of these the smallest. Where positions beyond the output
-  // would meet elements of fine, the last boxes along W and H end with it, and all along D do.
+  // K blocks are boxes of up to 64 positions (of floats 32) whose channels lie side by side. Those
+  // are taken with which the fewest cover the output, and of these the smallest. Where positions
+  // beyond the output would meet elements of fine, the last boxes along W and H end with it, and
+  // all along D do.
   bool deal_rows_of_channels() {
-    if (!HAS_CHANNELS || !(call_.channels_last & CONVGEN_FINE) ||
-        call_.coarse_channels / Conv::GROUPS % VECTOR != 0 ||
-        call_.fine_channels / Conv::GROUPS % VECTOR != 0 || call_.batch == 0) {
-      return false;
-    }
+    if (!has_vectors() || call_.batch == 0) return false;
     const int64_t *e = call_.coarse_extent, batch = call_.batch;
     const bool free_w = ends_with_fine(2, Conv::STRIDE_W, Conv::PADDING_W);
     const bool free_h = ends_with_fine(1, Conv::STRIDE_H, Conv::PADDING_H);
@@ -165,13 +170,13 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
       return size < e[axis] ? size : e[axis];
     };
     int64_t fewest = INT64_MAX;
-    for (int64_t w = most(2, Conv::STRIDE_W, CHUNK_ROWS); w > 0; --w) {
+    for (int64_t w = most(2, Conv::STRIDE_W, BLOCK_K); w > 0; --w) {
       if (!is_even(e[2], w)) continue;
-      for (int64_t h = most(1, Conv::STRIDE_H, CHUNK_ROWS / w); h > 0; --h) {
+      for (int64_t h = most(1, Conv::STRIDE_H, BLOCK_K / w); h > 0; --h) {
         if (!is_even(e[1], h)) continue;
-        for (int64_t d = most(0, Conv::STRIDE_D, CHUNK_ROWS / (w * h)); d > 0; --d) {
+        for (int64_t d = most(0, Conv::STRIDE_D, BLOCK_K / (w * h)); d > 0; --d) {
           if (free_d ? !is_even(e[0], d) : e[0] % d != 0) continue;
-          const int64_t samples = CHUNK_ROWS / (w * h * d);
+          const int64_t samples = BLOCK_K / (w * h * d);
           const int64_t tiles_n = ceil_div(batch, samples), n = ceil_div(batch, tiles_n);
           const int64_t tiles_w = ceil_div(e[2], w), tiles_h = ceil_div(e[1], h);
           const int64_t tiles_d = ceil_div(e[0], d), tiles = tiles_w * tiles_h * tiles_d * tiles_n;
@@ -195,6 +200,7 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   template <int SIZE>
   void consider() {
     TapWgradTiling t = t_;
+    t.coarse_last = is_last(CONVGEN_COARSE), t.fine_last = is_last(CONVGEN_FINE);
     t.coarse_blocks = static_cast<int>(ceil_div(t.coarse_channels, TAP_ROWS));
     t.taps_first = TAPS > 1 && !(call_.channels_last & CONVGEN_WEIGHT);
     t.fine_chunks = static_cast<int>(ceil_div(t.fine_channels, CHUNK_COLUMNS));
@@ -233,55 +239,58 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
     return TAP_PARTIALS<SIZE> / 32.0 * (TAPS <= CHUNKS ? 3 : 32 / CHUNKS + 1);
   }
 
+  // Rows of positions: the lines of a contiguous tensor.
+  int encode_lines(TensorMap& map, const void* first, int64_t channels, int rows) const {
+    TensorView v = channels_view<T>(call_.coarse_extent[2], channels, call_.batch);
+    v.box[0] = BLOCK_K, v.box[1] = rows, v.box[2] = 1;
+    return make_tensor_map<T>(map, first, v, static_cast<int>(call_.device));
+  }
+
   // Maps of coarse for the K blocks before the last ones along W, and H, and for those: see
   // CoarseMaps.
-  int encode_channels(CoarseMaps& coarse_maps, TensorMap& fine_map) const {
+  int encode_coarse(CoarseMaps& maps) const {
+    if (!is_last(CONVGEN_COARSE)) {
+      return encode_lines(maps.of[0], call_.coarse, call_.coarse_channels, TAP_ROWS);
+    }
     const TapWgradTiling& t = best_.tiling;
-    const int device = static_cast<int>(call_.device);
     for (int i = 0; i < 4; ++i) {
       TensorView v =
           positions_view<T>(call_.coarse_channels, call_.coarse_extent, call_.batch, false);
       const int64_t w = i % 2 ? int64_t{t.tiles_w - 1} * t.step_w : 0;
       const int64_t h = i / 2 ? int64_t{t.tiles_h - 1} * t.step_h : 0;
       v.extent[1] -= w, v.extent[2] -= h;
-      v.box[0] = BLOCK_M, v.box[1] = t.step_w, v.box[2] = t.step_h;
+      v.box[0] = BLOCK_K, v.box[1] = t.step_w, v.box[2] = t.step_h;
       v.box[3] = t.step_d, v.box[4] = t.step_n;
       const T* const first = static_cast<const T*>(call_.coarse) +
                              (w + h * call_.coarse_extent[2]) * call_.coarse_channels;
-      if (const int error = make_tensor_map<T>(coarse_maps.of[i], first, v, device)) return error;
+      const int device = static_cast<int>(call_.device);
+      if (const int error = make_tensor_map<T>(maps.of[i], first, v, device)) return error;
     }
-    TensorView v = positions_view<T>(call_.fine_channels, call_.fine_extent, call_.batch, false);
-    v.step[1] = Conv::STRIDE_W, v.step[2] = Conv::STRIDE_H, v.step[3] = Conv::STRIDE_D;
-    v.box[0] = CHUNK_COLUMNS, v.box[1] = t.step_w * Conv::STRIDE_W;
-    v.box[2] = t.step_h * Conv::STRIDE_H, v.box[3] = t.step_d * Conv::STRIDE_D;
-    v.box[4] = t.step_n;
-    return make_tensor_map<T>(fine_map, call_.fine, v, device);
+    return CONVGEN_OK;
   }
 
-  int encode_positions(CoarseMaps& coarse_maps, TensorMap& fine_map) const {
-    const int device = static_cast<int>(call_.device);
-    const int64_t positions = call_.coarse_extent[2];
-    TensorView v = channels_view<T>(positions, call_.coarse_channels, call_.batch);
-    v.box[0] = BLOCK_K, v.box[1] = TAP_ROWS, v.box[2] = 1;
-    if (const int error = make_tensor_map<T>(coarse_maps.of[0], call_.coarse, v, device)) {
-      return error;
+  int encode_fine(TensorMap& map) const {
+    if (!is_last(CONVGEN_FINE)) {
+      return encode_lines(map, call_.fine, call_.fine_channels, best_.columns);
     }
-    v = channels_view<T>(positions, call_.fine_channels, call_.batch);
-    v.box[0] = BLOCK_K, v.box[1] = best_.columns, v.box[2] = 1;
-    return make_tensor_map<T>(fine_map, call_.fine, v, device);
+    const TapWgradTiling& t = best_.tiling;
+    TensorView v = positions_view<T>(call_.fine_channels, call_.fine_extent, call_.batch, false);
+    v.step[1] = Conv::STRIDE_W, v.step[2] = Conv::STRIDE_H, v.step[3] = Conv::STRIDE_D;
+    v.box[0] = BLOCK_K, v.box[1] = t.step_w * Conv::STRIDE_W;
+    v.box[2] = t.step_h * Conv::STRIDE_H, v.box[3] = t.step_d * Conv::STRIDE_D;
+    v.box[4] = t.step_n;
+    return make_tensor_map<T>(map, call_.fine, v, static_cast<int>(call_.device));
   }
 
   template <int SIZE, Major MAJOR>
   int launch_with() const {
-    if constexpr (MAJOR == Major::K ? !HAS_POSITIONS : !HAS_CHANNELS) {
+    if constexpr (MAJOR == Major::K ? !HAS_K : !HAS_MN) {
       return CONVGEN_TOO_LARGE;
     } else {
       CoarseMaps coarse_maps = {};
       TensorMap fine_map;
-      if (const int error = MAJOR == Major::K ? encode_positions(coarse_maps, fine_map)
-                                              : encode_channels(coarse_maps, fine_map)) {
-        return error;
-      }
+      if (const int error = encode_coarse(coarse_maps)) return error;
+      if (const int error = encode_fine(fine_map)) return error;
       const TapWgradTiling& t = best_.tiling;
       float* const partials = static_cast<float*>(call_.workspace);
       const int device = static_cast<int>(call_.device);
