@@ -47,8 +47,8 @@ Lines = Annotated[int, Range(1, max(HALO_LINES))]
 class GatherSizes:
     """The sizes of tiles that are compiled, in groups of eight positions of one consumer.
 
-    ``halo_lines`` of tiles with a halo, which serve all taps of a plane (stride 1), ``tap_lines``,
-    powers of two, of those that are loaded again for each tap. A call takes the one that is
+    ``halo_lines`` of tiles with a halo, which serve all taps of a plane (of a stride, those of one
+    residue), ``tap_lines``, powers of two, of those that are loaded again for each tap. A call takes the one that is
     expected to take the least time.
     """
 
@@ -90,7 +90,7 @@ class Gather(Family[GatherSizes]):
         if not tap or not set(tap) <= set(tap_lines):
             return f"tap_lines are one or more of {', '.join(map(str, tap_lines))}"
         if halo and not halo_lines:
-            return "a halo needs stride 1 and several taps"
+            return "a halo needs several taps, and with a stride an fprop whose taps share positions"
         if not set(halo) <= set(halo_lines):
             return f"halo_lines are of {', '.join(map(str, halo_lines))}"
         return ""
@@ -116,8 +116,23 @@ class Gather(Family[GatherSizes]):
         }
 
 
+def _residues(problem: Problem) -> int:
+    """Slabs of a plane: a stride divides its axes (``Residues`` in ``tiles.cuh``)."""
+    g = problem.geometry
+    return math.prod(
+        min(stride // math.gcd(stride, dilation), kernel)
+        for kernel, stride, dilation in zip(
+            g.kernel[1:], g.stride[1:], g.dilation[1:], strict=True
+        )
+    )
+
+
 def _has_halo(problem: Problem) -> bool:
-    return max(problem.geometry.stride) == 1 and problem.geometry.taps > 1
+    """Whether a slab serves several taps, or, with stride 1, several planes."""
+    g = problem.geometry
+    if max(g.stride) == 1:
+        return g.taps > 1
+    return phases(problem) == 1 and g.kernel[1] * g.kernel[2] > _residues(problem)
 
 
 def _lines(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -155,7 +170,11 @@ def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> f
         products = float(gathered * steps * CONSUMERS * 4 * lines)
         if split:
             products = 3 * products + gathered * blocks * GEMM_PROMOTION_CLOCKS
-        planes = (g.kernel[0] + consumers_of_positions - 1) if halo else consumers_of_positions
+        planes = consumers_of_positions
+        if halo and max(g.stride) == 1:
+            planes += g.kernel[0] - 1
+        elif halo:
+            planes *= g.kernel[0] * _residues(problem)
         taps = gathered if halo else 1
         loads = units * (planes * slab_bytes + taps * width * weight_bytes) / gpu.bulk_bytes
         for splits in range(1, min(units, MAX_SPLITS) + 1):

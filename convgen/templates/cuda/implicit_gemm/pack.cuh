@@ -163,6 +163,25 @@ __device__ __forceinline__ int64_t weight_at(const WeightShape& s, int group, in
   return o * s.stride_output + i * s.stride_input;
 }
 
+// store(i, load(i)) of `first`, `first + step`, ... below `end`, 27 of them at a time: a thread has
+// as many loads under way. Stores in between would be waited for, since both may be shared memory.
+template <typename T, typename Load, typename Store>
+__device__ __forceinline__ void copy_elements(int first, int end, int step, Load load,
+                                              Store store) {
+  constexpr int COUNT = 27;
+  for (; first < end; first += COUNT * step) {
+    T x[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (first + i * step < end) x[i] = load(first + i * step);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (first + i * step < end) store(first + i * step, x[i]);
+    }
+  }
+}
+
 // weight -> (taps, groups x output channels, padded input channels) or, MN-major, -> (taps, groups
 // x padded input channels, padded output channels). For dgrad (`COARSE_INPUT`) the taps come in
 // reverse: i = o + PADDING - t * DILATION. A warp has 32 columns of a row.
@@ -196,21 +215,24 @@ __global__ void __launch_bounds__(PACK_THREADS)
         const int count = has_row ? min(32, existing - first) * TAPS : 0;
         const T* const begin = weight_of(first);
         __syncwarp();
-#pragma unroll 9
-        for (int i = lane; i < count; i += 32) run[i] = begin[i];
+        copy_elements<T>(
+            lane, count, 32, [&](int i) { return begin[i]; }, [&](int i, T x) { run[i] = x; });
         __syncwarp();
         weight = run + lane * TAPS;
       }
     }
     if (column >= columns) continue;
     T* const at = to + int64_t{row} * columns + column;
-#pragma unroll 9
-    for (int tap = 0; tap < TAPS; ++tap) {
-      const int from_tap = COARSE_INPUT ? TAPS - 1 - tap : tap;
-      store_operand<OPERAND<PARTS>>(at + tap * int64_t{rows} * columns,
-                                    exists ? weight[from_tap * s.stride_tap] : T{},
-                                    TAPS * int64_t{rows} * columns);
-    }
+    copy_elements<T>(
+        0, TAPS, 1,
+        [&](int tap) {
+          const int from_tap = COARSE_INPUT ? TAPS - 1 - tap : tap;
+          return exists ? weight[from_tap * s.stride_tap] : T{};
+        },
+        [&](int tap, T x) {
+          store_operand<OPERAND<PARTS>>(at + tap * int64_t{rows} * columns, x,
+                                        TAPS * int64_t{rows} * columns);
+        });
   }
 }
 
