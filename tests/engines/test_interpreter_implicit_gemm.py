@@ -72,6 +72,13 @@ CASES: list[Case] = [
     ),
     # Phases, one of them with a single tap, of lines of either parity.
     (STRIDED, "dgrad", "bf16tc", ((2, (72, 40), (8, 13)), (1, (40, 24), (5, 6)))),
+    # A slab for each residue of the stride: of both consumers' lines, of one's.
+    (
+        STRIDED,
+        "fprop",
+        "tf32",
+        ((2, (36, 40), (19, 13)), (1, (20, 130), (40, 30)), (1, (9, 40), (70, 7))),
+    ),
 ]
 MORE_CASES: list[Case] = [
     # Planes of one tile of 8 x 8; many channels of few positions.
@@ -80,8 +87,26 @@ MORE_CASES: list[Case] = [
     (CONV3D, "fprop", "tf32", ((2, (40, 24), (5, 6, 9)), (1, (100, 130), (2, 3, 5)))),
     (CONV3D, "dgrad", "f16tc", ((1, (24, 40), (5, 6, 9)), (1, (72, 64), (2, 9, 17)))),
     (CONV2D, "fprop", "f16tc", ((2, (64, 72), (19, 13)), (1, (17, 9), (5, 33)))),
-    (spec("conv2d", 3, 2, 1), "fprop", "bf16tc", ((3, (64, 72), (19, 13)),)),
+    (STRIDED, "fprop", "bf16tc", ((3, (64, 72), (19, 13)), (1, (40, 130), (70, 40)))),
+    (spec("conv3d", 3, 2, 1), "fprop", "bf16tc", ((2, (72, 40), (5, 19, 13)),)),
+    (spec("conv3d", 3, (1, 2, 1), 1), "fprop", "f16tc", ((2, (72, 200), (5, 19, 13)),)),
+    # Strides and dilations with common divisors, and without: residues that no tap meets.
     (spec("conv2d", 3, 2, 1, dilation=2), "fprop", "tf32", ((2, (64, 24), (19, 13)),)),
+    (
+        spec("conv2d", 7, (2, 3), 3, dilation=(1, 2), groups=2),
+        "fprop",
+        "f16tc",
+        ((2, (64, 48), (39, 33)),),
+    ),
+    (
+        spec("conv2d", (5, 4), (4, 2), 2, dilation=(2, 3)),
+        "fprop",
+        "bf16tc",
+        ((1, (40, 72), (45, 33)),),
+    ),
+    # Lines whose boxes are longer than TMA's.
+    (spec("conv1d", 5, 2, 2), "fprop", "bf16tc", ((2, (40, 24), (739,)), (1, (72, 130), (100,)))),
+    (spec("conv1d", 10, 5), "fprop", "tf32", ((2, (40, 24), (1739,)),)),
     (spec("conv2d", 1), "dgrad", "f16tc", ((3, (64, 72), (19, 13)), (2, (100, 72), (16, 20)))),
     # Outputs that meet nothing but padding; taps that are a plane apart.
     (spec("conv3d", 3, 1, (7, 1, 1)), "fprop", "tf32", ((1, (40, 24), (2, 6, 9)),)),
@@ -150,7 +175,8 @@ def check(case: Case, schedule: object = None) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_layout_agrees_with_float64(case: Case) -> None:
-    sizes = ONE_SIZE_OF_TAPS if case[0] in (POINT, STRIDED) else ONE_SIZE
+    without_halo = case[0] == POINT or case[:2] == (STRIDED, "dgrad")
+    sizes = ONE_SIZE_OF_TAPS if without_halo else ONE_SIZE
     *what, calls = case
     check((*what, calls[:1]), ONE_SIZE_OF_WGRAD if case[1] == "wgrad" else sizes)
 
@@ -223,6 +249,20 @@ def test_a_kernel_of_one_tap_reads_contiguous_tensors_as_they_lie() -> None:
     solve(loaded, given, ())
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[1, :, 0, 2, 3] = reached[0, :, 0, 7, 12] = True
+    result = given.result.double()
+    assert not result[reached].isfinite().any()
+    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+
+
+@pytest.mark.parametrize("layout", [(), LAST], ids=["contiguous", "channels_last"])
+def test_a_nan_stays_in_the_residues_that_meet_it(layout: tuple[str, ...]) -> None:
+    given = problem(STRIDED, "fprop", "tf32", (21, 30), batch=2, channels=(36, 24))
+    clean = given.reference.clone()
+    given.operands["fine"][1, 7, 0, 4, 8] = torch.nan
+    given.operands["fine"][0, 3, 0, 7, 13] = torch.inf
+    solve(library(STRIDED, "fprop", "tf32", ONE_SIZE), given, layout)
+    reached = torch.zeros(clean.shape, dtype=torch.bool)
+    reached[1, :, 0, 2, 4] = reached[0, :, 0, 3:5, 6:8] = True
     result = given.result.double()
     assert not result[reached].isfinite().any()
     assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2

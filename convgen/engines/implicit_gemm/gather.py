@@ -48,8 +48,8 @@ class GatherSizes:
     """The sizes of tiles that are compiled, in groups of eight positions of one consumer.
 
     ``halo_lines`` of tiles with a halo, which serve all taps of a plane (of a stride, those of one
-    residue), ``tap_lines``, powers of two, of those that are loaded again for each tap. A call takes the one that is
-    expected to take the least time.
+    residue), ``tap_lines``, powers of two, of those that are loaded again for each tap. A call
+    takes the one that is expected to take the least time.
     """
 
     halo_lines: Annotated[tuple[Lines, ...], Length(0, 8)]
@@ -90,7 +90,9 @@ class Gather(Family[GatherSizes]):
         if not tap or not set(tap) <= set(tap_lines):
             return f"tap_lines are one or more of {', '.join(map(str, tap_lines))}"
         if halo and not halo_lines:
-            return "a halo needs several taps, and with a stride an fprop whose taps share positions"
+            return (
+                "a halo needs several taps, and with a stride an fprop whose taps share positions"
+            )
         if not set(halo) <= set(halo_lines):
             return f"halo_lines are of {', '.join(map(str, halo_lines))}"
         return ""
@@ -121,9 +123,7 @@ def _residues(problem: Problem) -> int:
     g = problem.geometry
     return math.prod(
         min(stride // math.gcd(stride, dilation), kernel)
-        for kernel, stride, dilation in zip(
-            g.kernel[1:], g.stride[1:], g.dilation[1:], strict=True
-        )
+        for kernel, stride, dilation in zip(g.kernel[1:], g.stride[1:], g.dilation[1:], strict=True)
     )
 
 

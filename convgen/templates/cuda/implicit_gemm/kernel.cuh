@@ -26,6 +26,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_KERNEL_CUH
 #define CONVGEN_IMPLICIT_GEMM_KERNEL_CUH
 
+#include "../tf32.cuh"
 #include "epilogue.cuh"
 #include "split.cuh"
 
@@ -150,14 +151,10 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
 }
 
 __device__ __forceinline__ uint4 round_vector(uint4 x) {
-  constexpr Rounding NEAREST = Rounding::NEAREST_AWAY;
-  return make_uint4(
-      round_tf32<NEAREST>(__uint_as_float(x.x)), round_tf32<NEAREST>(__uint_as_float(x.y)),
-      round_tf32<NEAREST>(__uint_as_float(x.z)), round_tf32<NEAREST>(__uint_as_float(x.w)));
+  return make_uint4(nearest_tf32(x.x), nearest_tf32(x.y), nearest_tf32(x.z), nearest_tf32(x.w));
 }
 
-// Two warps round slabs of floats to TF32 (to nearest, halves away from zero), in place, or split
-// them.
+// Two warps round slabs of floats in place, or split them.
 template <typename Conv, typename Slab>
 __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint64_t* rounded,
                                             unsigned char* slabs, int thread) {
@@ -171,7 +168,7 @@ __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint
       ring.consumer_wait(at);
       const int stage_bytes = slab_stage_bytes<Slab>(t);
       uint4* const slab = reinterpret_cast<uint4*>(slabs + at.index * stage_bytes);
-#pragma unroll 4
+#pragma unroll 8
       for (int v = thread; v < t.slab_bytes / 16; v += 64) {
         if constexpr (Slab::PARTS == 2) {
           uint4 x = slab[v];

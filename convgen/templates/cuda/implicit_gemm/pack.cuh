@@ -236,6 +236,47 @@ __global__ void __launch_bounds__(PACK_THREADS)
   }
 }
 
+// The same of a K-major dgrad, whose columns are the coarse channels, far apart in the weight: a
+// thread block has the fine channels and taps of eight rows of them, which lie side by side, in
+// shared memory. All eight rows are of one group.
+template <typename T, int TAPS, int PARTS>
+__global__ void __launch_bounds__(PACK_THREADS)
+    pack_turned_weights_kernel(const T* __restrict__ from, T* __restrict__ to,
+                               const WeightShape s) {
+  constexpr int ROWS = PACK_THREADS / 32, COUNT = ROWS * TAPS;
+  constexpr int PITCH = COUNT | 1;  // lanes of different columns have banks of their own
+  __shared__ T staged[32 * PITCH];
+  await_earlier_kernel();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * 32;
+  const int64_t columns = s.padded_inputs, rows = int64_t{s.groups} * s.output_channels;
+  const bool has_taps_inside = s.stride_tap == 1;
+  for (int64_t row = int64_t{blockIdx.y} * ROWS; row < rows; row += int64_t{gridDim.y} * ROWS) {
+    const int group = row / s.output_channels, output = row % s.output_channels;
+    // In the order in which they lie.
+    const auto channel_of = [&](int i) { return has_taps_inside ? i / TAPS % ROWS : i % ROWS; };
+    const auto tap_of = [&](int i) { return has_taps_inside ? i % TAPS : i / ROWS % TAPS; };
+    copy_elements<T>(
+        threadIdx.x, 32 * COUNT, PACK_THREADS,
+        [&](int i) {
+          const int input = first + i / COUNT, channel = output + channel_of(i);
+          if (input >= s.input_channels || channel >= s.output_channels) return T{};
+          return from[weight_at<true>(s, group, channel, input) + tap_of(i) * s.stride_tap];
+        },
+        [&](int i, T x) { staged[i / COUNT * PITCH + channel_of(i) * TAPS + tap_of(i)] = x; });
+    __syncthreads();
+    if (first + lane < columns && output + warp < s.output_channels) {
+      T* const at = to + (row + warp) * columns + first + lane;
+#pragma unroll
+      for (int tap = 0; tap < TAPS; ++tap) {
+        store_operand<OPERAND<PARTS>>(at + tap * rows * columns,
+                                      staged[lane * PITCH + warp * TAPS + TAPS - 1 - tap],
+                                      TAPS * rows * columns);
+      }
+    }
+    __syncthreads();
+  }
+}
+
 // The same for folded tiles (see Tiling::fold): (KERNEL_D + 1) x taps of a plane, each with 64
 // output channels, of which the second 32 are those of the plane behind, which a tap along D meets
 // one plane later. Also clears `flag`.
