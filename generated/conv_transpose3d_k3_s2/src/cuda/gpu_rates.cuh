@@ -45,10 +45,10 @@ constexpr double STORED_BYTES = 24.0, SPREAD_BYTES = 12.0;
 // Of four warps that multiply together: from the end of their products to the next ones.
 constexpr double WARPGROUP_LATENCY = 200;
 // Of implicit GEMMs: a tile beside its products; another kernel behind the first; sums that leave
-// the tensor cores behind a tap (3xTF32, not measured); bytes per clock of packing
+// the tensor cores behind a tap (3xTF32); bytes per clock of packing
 // quarters, and of a weight's gradient that is stored without partial sums.
 constexpr double GEMM_TILE_CLOCKS = 5000.0, LAUNCH_CLOCKS = 3500.0;
-constexpr double GEMM_PROMOTION_CLOCKS = 250.0;
+constexpr double GEMM_PROMOTION_CLOCKS = 60.0;
 constexpr double QUARTER_COPY_BYTES = 16.0, STORED_TAP_BYTES = 16.0;
 
 }  // namespace convgen

@@ -235,10 +235,22 @@ WeightShape weight_shape(int taps, bool last, const int (&counts)[3], int padded
   return s;
 }
 
-// Launches of pack_weights_kernel, and of pack_folded_weights_kernel.
+constexpr int MOST_TURNED_TAPS = 32;  // that shared memory has room for
+
+// Launches of pack_weights_kernel, or pack_turned_weights_kernel, and of
+// pack_folded_weights_kernel.
 template <typename T, typename Conv, bool COARSE_INPUT>
 int pack_weights(const Operands& call, T* to, const WeightShape& s, int64_t rows, int64_t columns) {
   const int64_t blocks = ceil_div(rows, 8);
+  if constexpr (COARSE_INPUT && Conv::WEIGHTS == Major::K && Conv::TAPS <= MOST_TURNED_TAPS) {
+    if (s.groups == 1 || s.output_channels % 8 == 0) {
+      return launch<pack_turned_weights_kernel<T, Conv::TAPS, Conv::PARTS>, true>(
+          dim3(static_cast<unsigned>(ceil_div(columns, 32)),
+               static_cast<unsigned>(blocks < 65535 ? blocks : 65535)),
+          dim3(PACK_THREADS), 0, call.device, call.stream, static_cast<const T*>(call.weight), to,
+          s);
+    }
+  }
   return launch<pack_weights_kernel<T, Conv::TAPS, COARSE_INPUT, Conv::WEIGHTS, Conv::PARTS>, true>(
       dim3(static_cast<unsigned>(ceil_div(columns, 32)),
            static_cast<unsigned>(blocks < 65535 ? blocks : 65535)),

@@ -14,11 +14,13 @@ class GemmChoice {
   static constexpr int VECTOR = VECTOR_BYTES / sizeof(T), TAPS = Conv::TAPS, PARTS = Conv::PARTS;
   static constexpr bool MN = Conv::WEIGHTS == Major::MN;
   static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
-  // A halo of one tap in a plane is a tap slab as well; and a slab must leave room for two.
-  template <int LINES>
+  // A halo of one tap in a plane is a tap slab as well, and one of a tap for each residue; and a
+  // slab must leave room for two.
+  template <int LINES, typename Slab = HaloSlab<Conv, LINES>>
   static constexpr bool HAS_HALO =
-      DENSE && TAPS > 1 && 2 * SLAB_STAGE_BYTES<HaloSlab<Conv, LINES>> <= 160 * 1024 &&
-      HaloSlab<Conv, LINES>::BOX_H <= 256 && (Conv::LINEAR || HaloSlab<Conv, LINES>::LOADS == 1);
+      (DENSE ? TAPS > 1 : Conv::PHASES == 1 && Slab::TAPS > Slab::RESIDUES) &&
+      2 * SLAB_STAGE_BYTES<Slab> <= 160 * 1024 && Slab::BOX_H * Conv::STRIDE_H <= 256 &&
+      (Conv::LINEAR || Slab::LOADS == 1);
   // Without neighbours, all positions are those of one line.
   static constexpr bool POINTWISE =
       TAPS == 1 && DENSE && Conv::PADDING_D == 0 && Conv::PADDING_H == 0 && Conv::PADDING_W == 0;
@@ -109,6 +111,27 @@ class GemmChoice {
                                call_.output_channels_last ? 3 : 6);  // lines that leave whole
   }
 
+  // What a halo's slab has, by the way that `t` is dealt out; false where TMA has no such boxes.
+  template <typename Slab, int LINES>
+  bool halo_box(Tiling& t) const {
+    const int parts = Slab::STRIDED ? t.position_groups : 1;  // of it, one for each consumer
+    const int64_t* const e = call_.output_extent;
+    int height = Slab::BOX_H;
+    t.loads = Slab::LOADS, t.load_w = Slab::LOAD_W;
+    if (Conv::LINEAR) {
+      const int width = Slab::BOX_W + (parts - 1) * 8 * LINES;
+      t.loads = ceil_div(width * Conv::STRIDE_W, 256);
+      t.load_w = t.loads == 1 ? width : ceil_div(width, 8 * t.loads) * 8;
+      t.tiles_w = ceil_div(e[2], 8 * LINES * parts);
+    } else {
+      height += (parts - 1) * LINES;
+      t.tiles_h = ceil_div(e[1], LINES * parts);
+    }
+    t.slab_bytes = t.loads * t.load_w * height * ROW_BYTES;
+    t.slab_stage_bytes = static_cast<int>(PARTS * round_up(t.slab_bytes, ATOM_BYTES));
+    return height * Conv::STRIDE_H <= 256 && t.load_w * Conv::STRIDE_W <= 256;
+  }
+
   template <typename Slab, int LINES>
   void consider_tiles(Tiling t, bool as_it_lies) {
     const bool merged = samples_are_planes();
@@ -119,8 +142,8 @@ class GemmChoice {
     t.input_depth = static_cast<int>(call_.input_extent[0]);
     t.blocks = ceil_div(padded_, BLOCK_K);
     t.last_steps = ceil_div(padded_ - (t.blocks - 1) * BLOCK_K, STEP_K);
-    t.slab_bytes =
-        (Slab::HALO ? Slab::ROWS : t.extent_w * t.extent_h * t.extent_d * t.extent_n) * ROW_BYTES;
+    t.slab_bytes = t.extent_w * t.extent_h * t.extent_d * t.extent_n * ROW_BYTES;
+    t.slab_stage_bytes = SLAB_STAGE_BYTES<Slab>;
     t.rounds =
         PARTS == 2 ? !SPLITS_FIRST<Slab> : sizeof(T) == 4 && as_it_lies && !READS_PATCHES<Conv>;
     if (SPLITS_FIRST<Slab>) t.slab_bytes *= 2;
@@ -134,13 +157,18 @@ class GemmChoice {
     for (int way = 0; way < 3; ++way) {
       const int position_groups = way == 0 ? 1 : 2;
       t.position_groups = position_groups, t.fold = way == 2 ? 2 : 1;
-      if (t.fold == 2 && !(Slab::HALO && Conv::DILATION_D == 1 && Conv::KERNEL_D > 1 &&
-                           Conv::GROUPS == 1 && output_channels_ <= BLOCK_M / 2)) {
+      if (t.fold == 2 &&
+          !(Slab::HALO && Conv::DILATION_D == 1 && Conv::KERNEL_D > 1 && !Slab::STRIDED &&
+            Conv::GROUPS == 1 && output_channels_ <= BLOCK_M / 2)) {
         continue;
+      }
+      if constexpr (Slab::HALO) {
+        if (!halo_box<Slab, LINES>(t)) continue;
       }
       t.lower_tap = t.fold == 2 ? TAPS / Conv::KERNEL_D * (Conv::KERNEL_D + 1) : TAPS;
       t.channel_blocks = ceil_div(output_channels_, BLOCK_M * (3 - position_groups));
-      t.tiles_d = ceil_div(depth, Slab::HALO ? position_groups * t.fold : t.extent_d);
+      const int planes_of_tile = Slab::STRIDED ? 1 : position_groups * t.fold;
+      t.tiles_d = ceil_div(depth, Slab::HALO ? planes_of_tile : t.extent_d);
       t.tiles_n = ceil_div(batch, t.extent_n);
       int64_t places = int64_t{t.tiles_w} * t.tiles_h * t.tiles_d * t.tiles_n;
       if (!Slab::HALO) places = ceil_div(places, position_groups);
@@ -153,7 +181,7 @@ class GemmChoice {
       // Loads of one unit: slabs and weights.
       const Planes<Conv, Slab> planes(t);
       const double met = planes.met(t);
-      const double bytes = met * (double(planes.slabs) * t.slab_bytes +
+      const double bytes = met * (double(planes.slabs) * Slab::RESIDUES * t.slab_bytes +
                                   double(planes.count) * Slab::TAPS * weight_stage_bytes<Conv>(t));
       // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
       const double taps = met * double(TAPS) / PHASES / Slab::PLANES * planes.count;
@@ -190,13 +218,14 @@ class GemmChoice {
   bool stages(Tiling& t) const {
     int left = limits_.shared_bytes - static_cast<int>(sizeof(SharedStorage)) - ATOM_BYTES -
                CONSUMERS * output_stage_bytes<LINES>(epilogue_of(t));
-    const int slab = SLAB_STAGE_BYTES<Slab>, weight = weight_stage_bytes<Conv>(t);
+    const int slab = t.slab_stage_bytes, weight = weight_stage_bytes<Conv>(t);
+    const int skew = Slab::STRIDED ? 0 : (t.position_groups - 1);  // of planes
     if constexpr (Slab::HALO && PARTS == 2) {
       // A tap takes thrice as long, and its weights and slabs are released with it. A slab more
       // than a consumer may have behind it, of those that are the other's.
       t.slab_stages = (left - 2 * weight) / slab;
       if (t.slab_stages > 6) t.slab_stages = 6;
-      if (t.slab_stages < (t.position_groups - 1) * t.fold + 2) return false;
+      if (t.slab_stages < skew * t.fold + 2) return false;
       t.weight_stages = (left - t.slab_stages * slab) / weight;
     } else if constexpr (Slab::HALO) {
       // A few taps' weights, as many slabs as fit, and weights again. Slabs are released once the
@@ -205,7 +234,7 @@ class GemmChoice {
       t.slab_stages = (left - 4 * weight) / slab;
       if (t.slab_stages > 6) t.slab_stages = 6;
       const int fold = t.blocks > 1 ? t.fold : 1;
-      if (t.slab_stages < 2 * (t.position_groups - 1) * fold + 2) return false;
+      if (t.slab_stages < 2 * skew * fold + 2) return false;
       t.weight_stages = (left - t.slab_stages * slab) / weight;
     } else {
       t.weight_stages = left / (t.position_groups * slab + weight);

@@ -235,8 +235,8 @@ __device__ __forceinline__ void copy_out(const Tiling& t, const Output& out, Sha
   const bool splits_positions = t.position_groups == 2;
   uint32_t phase = 0;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x, phase ^= 1) {
-    const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, splits_positions ? consumer : 0,
-                                                         splits_positions ? 0 : consumer);
+    const Tile tile = Tile::of<Slab, Conv::PHASES>(t, index, splits_positions ? consumer : 0,
+                                                   splits_positions ? 0 : consumer);
     const int rows = t.fold == 2 ? BLOCK_M : min(BLOCK_M, t.output_channels - tile.channel);
     T* const first = static_cast<T*>(out.address) +
                      (int64_t{tile.group} * t.output_channels + tile.channel) * out.stride_c;

@@ -65,9 +65,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   // Whether kernels that read contiguous tensors as they lie take longer, as measured on an H200.
   bool pays() const {
     const ConvgenCall& c = *call_.call;
-    if (PARTS == 2 && TAPS == 1 && input_parts() == 1) return false;  // two warps split all slabs
-    // What was not measured (3xTF32) has to promise more, and the model alone says so.
-    const double ms = PARTS == 2 ? expected_ms() / OVERRULES : expected_ms();
+    const double ms = expected_ms();
     if (c.channels_last) return ms < transposed_ms<T, Conv>(c, limits_.multiprocessors);
     if (PARTS == 2) return ms < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
     if (reads_channels()) return true;
@@ -114,6 +112,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if (turns_) clocks += pack_clocks<T>(output_elements(), limits_.multiprocessors);
     // Thresholds that were measured with the packs of weights, not this, choose the other modes.
     if (PARTS == 2) {
+      // Two warps split what they took as long for as products do.
+      if (TAPS == 1 && input_parts() == 1) clocks += best_.clocks;
       const int64_t weights = packed_taps() * packed_weight_rows() * packed_weight_columns();
       clocks += pack_clocks<T>(weights, limits_.multiprocessors, PARTS);
     }
@@ -261,7 +261,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
         return error;
       }
       const int shared_bytes = static_cast<int>(sizeof(SharedStorage)) + ATOM_BYTES +
-                               t.slab_stages * SLAB_STAGE_BYTES<Slab> +
+                               t.slab_stages * t.slab_stage_bytes +
                                t.weight_stages * weight_stage_bytes<Conv>(t) +
                                CONSUMERS * output_stage_bytes<LINES>(out.epilogue);
       const int grid = t.tiles < limits_.multiprocessors ? t.tiles : limits_.multiprocessors;
@@ -291,7 +291,10 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if constexpr (Slab::MAJOR == Major::MN) {
       slab.box[0] = Slab::CHUNK_ROWS, slab.box[1] = BLOCK_K, slab.box[2] = 1;
     } else if constexpr (Slab::HALO) {
-      slab.box[1] = Slab::LOAD_W, slab.box[2] = Slab::BOX_H, slab.box[3] = slab.box[4] = 1;
+      const int height = t.slab_bytes / (t.loads * t.load_w * ROW_BYTES);
+      slab.step[1] = Conv::STRIDE_W, slab.step[2] = Conv::STRIDE_H;
+      slab.box[1] = t.load_w * Conv::STRIDE_W, slab.box[2] = height * Conv::STRIDE_H;
+      slab.box[3] = slab.box[4] = 1;
     } else {
       const int extents[3] = {t.extent_d, t.extent_h, t.extent_w};
       for (int i = 0; i < 3; ++i) {

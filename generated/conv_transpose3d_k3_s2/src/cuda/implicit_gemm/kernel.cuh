@@ -26,6 +26,7 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_KERNEL_CUH
 #define CONVGEN_IMPLICIT_GEMM_KERNEL_CUH
 
+#include "../tf32.cuh"
 #include "epilogue.cuh"
 #include "split.cuh"
 
@@ -40,19 +41,19 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
   const Planes<Conv, Slab> planes(t);
   PipelineState at;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Tile first = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
+    const Tile first = Tile::of<Slab, Conv::PHASES>(t, index, 0, 0);
     const Units<Conv, Slab> units(t, first);
     if (units.begin == units.end) continue;
     int channel = first.group * t.input_channels + units.begin / units.taps * BLOCK_K;
     if constexpr (!Slab::HALO) {
       const Tile second =
-          t.position_groups == 1 ? first : Tile::of<false, Conv::PHASES>(t, index, 1, 0);
+          t.position_groups == 1 ? first : Tile::of<Slab, Conv::PHASES>(t, index, 1, 0);
       TapCursor<Conv> tap(first.phase, units.begin % units.taps);
       for (int unit = units.begin; unit < units.end; ++unit) {
         for (int p = 0; p < t.position_groups; ++p) {
           const Tile tile = p == 0 ? first : second;
           uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
-          unsigned char* const to = slabs + at.index * SLAB_STAGE_BYTES<Slab>;
+          unsigned char* const to = slabs + at.index * slab_stage_bytes<Slab>(t);
           if constexpr (Slab::MAJOR == Major::MN) {
 #pragma unroll
             for (int chunk = 0; chunk < Slab::CHUNKS; ++chunk) {
@@ -79,18 +80,23 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
     } else {
       const auto reach = planes.reach(t, first.d);
       for (int unit = units.begin; unit < units.end; ++unit, channel += BLOCK_K) {
-        for (int i = reach.begin * planes.step, end = i + reach.slabs; i < end; ++i) {
+        int residue = 0;
+        for (int i = reach.begin * planes.step, end = i + reach.slabs; i < end;) {
           uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
-          unsigned char* const to = slabs + at.index * SLAB_STAGE_BYTES<Slab>;
+          unsigned char* const to = slabs + at.index * slab_stage_bytes<Slab>(t);
           const int plane = i / planes.step * Conv::DILATION_D + i % planes.step;
-          const int d = first.d + plane - Conv::PADDING_D;
-#pragma unroll
-          for (int load = 0; load < Slab::LOADS; ++load) {
-            tma_load(to + load * Slab::LOAD_W * ROW_BYTES, map, barrier, channel,
-                     first.w - Conv::PADDING_W + load * Slab::LOAD_W, first.h - Conv::PADDING_H, d,
-                     first.n);
+          const int d = first.d * Conv::STRIDE_D + plane - Conv::PADDING_D;
+          const typename Slab::Taps tap(residue);
+          const int w = first.w * Conv::STRIDE_W + tap.offset_w();
+          const int h = first.h * Conv::STRIDE_H + tap.offset_h();
+          const int load_w = Slab::LINEAR ? t.load_w : Slab::LOAD_W;
+          for (int load = 0; load < (Slab::LINEAR ? t.loads : 1); ++load) {
+            tma_load(to + load * load_w * ROW_BYTES, map, barrier, channel,
+                     w + load * load_w * Conv::STRIDE_W, h, d, first.n);
           }
           at.advance(1, t.slab_stages);
+          if (++residue < Slab::RESIDUES) continue;
+          residue = 0, ++i;
         }
       }
     }
@@ -106,7 +112,7 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
   const Planes<Conv, Slab> planes(t);
   PipelineState at;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
+    const Tile tile = Tile::of<Slab, Conv::PHASES>(t, index, 0, 0);
     const Units<Conv, Slab> units(t, tile);
     const int row = tile.group * t.output_channels + tile.channel;
     if (units.begin == units.end) continue;
@@ -114,10 +120,13 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
     int channel = units.begin / units.taps * BLOCK_K;
     TapCursor<Conv> tap(tile.phase, Slab::HALO ? 0 : units.begin % units.taps);
     for (int unit = units.begin; unit < units.end; ++unit) {
-      for (int i = reach.begin * Slab::TAPS; i < reach.end * Slab::TAPS; ++i) {
+      int plane = reach.begin, residue = 0;
+      typename Slab::Taps of_slab(residue);
+      while (plane < reach.end) {
         uint64_t* const barrier = ring.producer_acquire(at, stage_bytes);
         unsigned char* const to = weights + at.index * stage_bytes;
-        const int at_tap = t.first_tap + (Slab::HALO ? i : tap.tap()) * t.tap_step;
+        const int index = Slab::HALO ? plane * Slab::TAPS + of_slab.tap() : tap.tap();
+        const int at_tap = t.first_tap + index * t.tap_step;
         if constexpr (Conv::WEIGHTS == Major::K) {
 #pragma unroll
           for (int part = 0; part < Conv::PARTS; ++part) {
@@ -131,6 +140,10 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
           }
         }
         at.advance(1, t.weight_stages);
+        of_slab.advance();
+        if (of_slab.more()) continue;
+        if (++residue == Slab::RESIDUES) residue = 0, ++plane;
+        of_slab = typename Slab::Taps(residue);
       }
       if (Slab::HALO || tap.advance()) channel += BLOCK_K;
     }
@@ -138,32 +151,29 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
 }
 
 __device__ __forceinline__ uint4 round_vector(uint4 x) {
-  constexpr Rounding NEAREST = Rounding::NEAREST_AWAY;
-  return make_uint4(
-      round_tf32<NEAREST>(__uint_as_float(x.x)), round_tf32<NEAREST>(__uint_as_float(x.y)),
-      round_tf32<NEAREST>(__uint_as_float(x.z)), round_tf32<NEAREST>(__uint_as_float(x.w)));
+  return make_uint4(nearest_tf32(x.x), nearest_tf32(x.y), nearest_tf32(x.z), nearest_tf32(x.w));
 }
 
-// Two warps round slabs of floats to TF32 (to nearest, halves away from zero), in place, or split
-// them.
+// Two warps round slabs of floats in place, or split them.
 template <typename Conv, typename Slab>
 __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint64_t* rounded,
                                             unsigned char* slabs, int thread) {
   const Planes<Conv, Slab> planes(t);
   PipelineState at;
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, 0, 0);
+    const Tile tile = Tile::of<Slab, Conv::PHASES>(t, index, 0, 0);
     const Units<Conv, Slab> units(t, tile);
-    const int count = (units.end - units.begin) * planes.reach(t, tile.d).slabs;
+    const int count = (units.end - units.begin) * planes.reach(t, tile.d).slabs * Slab::RESIDUES;
     for (int i = 0; i < count; ++i) {
       ring.consumer_wait(at);
-      uint4* const slab = reinterpret_cast<uint4*>(slabs + at.index * SLAB_STAGE_BYTES<Slab>);
-#pragma unroll 4
-      for (int v = thread; v < Slab::ROWS * ROW_BYTES / 16; v += 64) {
+      const int stage_bytes = slab_stage_bytes<Slab>(t);
+      uint4* const slab = reinterpret_cast<uint4*>(slabs + at.index * stage_bytes);
+#pragma unroll 8
+      for (int v = thread; v < t.slab_bytes / 16; v += 64) {
         if constexpr (Slab::PARTS == 2) {
           uint4 x = slab[v];
           slab[v] = split_vector(x);
-          slab[v + SLAB_PART_BYTES<Slab> / 16] = x;
+          slab[v + stage_bytes / Slab::PARTS / 16] = x;
         } else {
           slab[v] = round_vector(slab[v]);
         }
@@ -232,7 +242,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
   const int p = t.position_groups == 2 ? consumer : 0, m = consumer - p;
   const Planes<Conv, Slab> planes(t);
   PipelineState slab, weight;
-  slab.advance(p * t.fold, t.slab_stages);
+  slab.advance(Slab::STRIDED ? 0 : p * t.fold, t.slab_stages);
   int released = 0;    // the slab that is released next
   int to_release = 0;  // slabs whose products have been issued
   uint32_t staged_phase = 1;
@@ -246,9 +256,9 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     }
   };
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const Tile tile = Tile::of<Slab::HALO, Conv::PHASES>(t, index, p, m);
+    const Tile tile = Tile::of<Slab, Conv::PHASES>(t, index, p, m);
     const Units<Conv, Slab> units(t, tile);
-    const auto reach = planes.reach(t, tile.d - p * t.fold);
+    const auto reach = planes.reach(t, Slab::STRIDED ? tile.d : tile.d - p * t.fold);
     int previous = -1;  // the weights whose products may still be under way
     int accumulates = 0;
     if constexpr (PARTS == 2) {
@@ -258,34 +268,41 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
     const int last_block = (t.blocks - 1) * units.taps;  // the first unit of the last K block
     for (int unit = units.begin; unit < units.end; ++unit) {
       const int steps = unit >= last_block ? t.last_steps : ROW_BYTES / STEP_BYTES;
+      int residue = 0;
 #pragma unroll 1
-      for (int plane = reach.begin; plane < reach.end; ++plane) {
+      for (int plane = reach.begin; plane < reach.end;) {
         slab_ring.consumer_wait(slab);
-        const unsigned char* const stage = slabs + slab.index * SLAB_STAGE_BYTES<Slab>;
-        const Operand positions = slab_operand<Slab>(stage);
+        const int stage_bytes = slab_stage_bytes<Slab>(t);
+        const unsigned char* const stage = slabs + slab.index * stage_bytes;
+        const int first_row = Slab::STRIDED ? p * LINES * Slab::PITCH : 0;
+        const Operand positions = slab_operand<Slab>(stage + first_row * ROW_BYTES);
 #pragma unroll 1
-        for (int tap = 0; tap < Slab::TAPS; ++tap) {
+        for (typename Slab::Taps tap(residue); tap.more(); tap.advance()) {
           weight_ring.consumer_wait(weight);
           const Operand w(weights + weight.index * weight_bytes + m * BLOCK_M * ROW_BYTES, 8);
           if constexpr (PARTS == 2) {
-            const Operand x = positions.moved(Slab::tap_row(tap) * ROW_BYTES);
+            const Operand x = positions.moved(tap.row() * ROW_BYTES);
             add_products(sums, products, {w, w.moved(weight_bytes / 2)},
-                         {x, x.moved(SLAB_PART_BYTES<Slab>)}, steps);
+                         {x, x.moved(stage_bytes / PARTS)}, steps);
             if (lane == 0) weight_ring.consumer_release(weight.index);
             weight.advance(1, t.weight_stages);
             continue;
           }
-          multiply<T, Conv::WEIGHTS, Slab::MAJOR>(
-              sums, w, positions.moved(Slab::tap_row(tap) * ROW_BYTES), steps, accumulates);
+          multiply<T, Conv::WEIGHTS, Slab::MAJOR>(sums, w, positions.moved(tap.row() * ROW_BYTES),
+                                                  steps, accumulates);
           accumulates = 1;
           wgmma_wait<1>();
           // All but the products just issued have ended: what they read may be overwritten.
           if (lane == 0 && previous >= 0) weight_ring.consumer_release(previous);
-          if (tap == 0) release_slabs();
+          release_slabs();
           previous = weight.index;
           weight.advance(1, t.weight_stages);
         }
-        const int onward = plane == reach.end - 1 ? planes.next : planes.step;
+        int onward = 1;
+        if (++residue == Slab::RESIDUES) {
+          onward = plane == reach.end - 1 ? planes.next : planes.step;
+          residue = 0, ++plane;
+        }
         slab.advance(onward, t.slab_stages);
         to_release += onward;
         if constexpr (PARTS == 2) release_slabs();
@@ -369,7 +386,7 @@ __global__ void __launch_bounds__(COMPILED_THREADS<GEMM_THREADS>, 1)
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
     unsigned char* const slabs = dynamic + aligned_offset(dynamic, sizeof(SharedStorage));
     const int weight_bytes = weight_stage_bytes<Conv>(t);
-    unsigned char* const weights = slabs + t.slab_stages * SLAB_STAGE_BYTES<Slab>;
+    unsigned char* const weights = slabs + t.slab_stages * slab_stage_bytes<Slab>(t);
     unsigned char* const staged = weights + t.weight_stages * weight_bytes;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 

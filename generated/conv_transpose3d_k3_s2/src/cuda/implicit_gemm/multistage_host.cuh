@@ -9,24 +9,26 @@
 
 namespace convgen {
 
-// What no GPU has been asked yet, chosen so that a call is rather left to other kernels. Of the
-// tensor cores' rate, where a multiprocessor has several CTAs and where it has one; of the rows of
-// positions, what level 2 is read for where a kernel has several taps; clocks of a CTA beside its
-// products; and of the other kernels the most of the tensor cores' rate. By these an H200 whose
-// code is that of sm_80 takes in bf16 and channels_last, of 3 x 3 x 3 taps,
+// Of the tensor cores' rate, where a multiprocessor has several CTAs and where it has one; of the
+// rows of positions, what level 2 is read for where a kernel has several taps; clocks of a CTA
+// beside its products. By these an H200 that runs code for sm_80 should take in bf16 and
+// channels_last, of 3 x 3 x 3 taps (and takes),
 //
-//   256 -> 256 channels, 6 x 122 x 182 to 4 x 120 x 180 positions   0.76 ms
-//   384 -> 384 channels, 6 x 62 x 106 to 4 x 60 x 104 positions     0.51 ms
-//   64 -> 64 channels, two samples of 64 x 64 x 64 positions        0.28 ms
-//   32 -> 32 channels, two samples of 96 x 96 x 96 positions        0.37 ms
+//   256 -> 256 channels, 4 x 120 x 180 positions               0.76 ms (0.72)
+//   384 -> 384 channels, 4 x 60 x 104 positions                0.51 ms (0.51)
+//   64 -> 64 channels, two samples of 64 x 64 x 64 positions   0.28 ms (0.33)
+//   32 -> 32 channels, two samples of 96 x 96 x 96 positions   0.37 ms (0.40)
 constexpr double ATTAINED = 0.7, ATTAINED_ALONE = 0.45;
 constexpr double MISSED_IN_LEVEL1 = 0.5;
 constexpr double CTA_CLOCKS = 3000;
-constexpr double OTHERS_ATTAIN = 0.8;
 constexpr double PAYING_RATIO = 1.15;  // of the others' time and ours
-// Of a group, of either tensor. The other kernels are made for few channels; from `MANY` on they
-// make no more products per clock than an H200 did (see OTHER_PRODUCTS).
-constexpr int MULTISTAGE_CHANNELS = 32, MULTISTAGE_MANY = 64;
+// Of the other kernels: of the tensor cores' rate, and of products per clock and multiprocessor,
+// the most. Of the four layers above an H200 that runs code for sm_80 makes 272 to 400, in TF32 250
+// to 348.
+constexpr double OTHERS_ATTAIN = 0.8;
+template <typename T>
+constexpr double OTHERS_MOST = sizeof(T) == 4 ? 350 : 400;
+constexpr int MULTISTAGE_CHANNELS = 32;  // of a group, of either tensor: the others are for fewer
 
 template <typename Conv>
 struct KMajor : Conv {
@@ -208,9 +210,8 @@ class MultistageGemm {
                             round_up(output_channels_, 8) * round_up(input_channels_, 8);
     constexpr double EACH = 16 * 8 * 32 / sizeof(T);  // of an mma.sync
     const double attained = OTHERS_ATTAIN * EACH / rates_.product_clocks;
-    constexpr double MOST = OTHER_PRODUCTS<T, Conv>;
-    const bool limited = least_channels() >= MULTISTAGE_MANY && MOST < attained;
-    double clocks = products / (limited ? MOST : attained);
+    constexpr double MOST = OTHERS_MOST<T>;
+    double clocks = products / (MOST < attained ? MOST : attained);
     const double memory = (coarse + fine) * sizeof(T) / rates_.copy_bytes;
     if (clocks < memory) clocks = memory;
     clocks /= limits_.multiprocessors;

@@ -163,6 +163,25 @@ __device__ __forceinline__ int64_t weight_at(const WeightShape& s, int group, in
   return o * s.stride_output + i * s.stride_input;
 }
 
+// store(i, load(i)) of `first`, `first + step`, ... below `end`, 27 of them at a time: a thread has
+// as many loads under way. Stores in between would be waited for, since both may be shared memory.
+template <typename T, typename Load, typename Store>
+__device__ __forceinline__ void copy_elements(int first, int end, int step, Load load,
+                                              Store store) {
+  constexpr int COUNT = 27;
+  for (; first < end; first += COUNT * step) {
+    T x[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (first + i * step < end) x[i] = load(first + i * step);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (first + i * step < end) store(first + i * step, x[i]);
+    }
+  }
+}
+
 // weight -> (taps, groups x output channels, padded input channels) or, MN-major, -> (taps, groups
 // x padded input channels, padded output channels). For dgrad (`COARSE_INPUT`) the taps come in
 // reverse: i = o + PADDING - t * DILATION. A warp has 32 columns of a row.
@@ -196,21 +215,65 @@ __global__ void __launch_bounds__(PACK_THREADS)
         const int count = has_row ? min(32, existing - first) * TAPS : 0;
         const T* const begin = weight_of(first);
         __syncwarp();
-#pragma unroll 9
-        for (int i = lane; i < count; i += 32) run[i] = begin[i];
+        copy_elements<T>(
+            lane, count, 32, [&](int i) { return begin[i]; }, [&](int i, T x) { run[i] = x; });
         __syncwarp();
         weight = run + lane * TAPS;
       }
     }
     if (column >= columns) continue;
     T* const at = to + int64_t{row} * columns + column;
-#pragma unroll 9
-    for (int tap = 0; tap < TAPS; ++tap) {
-      const int from_tap = COARSE_INPUT ? TAPS - 1 - tap : tap;
-      store_operand<OPERAND<PARTS>>(at + tap * int64_t{rows} * columns,
-                                    exists ? weight[from_tap * s.stride_tap] : T{},
-                                    TAPS * int64_t{rows} * columns);
+    copy_elements<T>(
+        0, TAPS, 1,
+        [&](int tap) {
+          const int from_tap = COARSE_INPUT ? TAPS - 1 - tap : tap;
+          return exists ? weight[from_tap * s.stride_tap] : T{};
+        },
+        [&](int tap, T x) {
+          store_operand<OPERAND<PARTS>>(at + tap * int64_t{rows} * columns, x,
+                                        TAPS * int64_t{rows} * columns);
+        });
+  }
+}
+
+// The same of a K-major dgrad, whose columns are the coarse channels, far apart in the weight: a
+// thread block has the fine channels and taps of eight rows of them, which lie side by side, in
+// shared memory. All eight rows are of one group.
+template <typename T, int TAPS, int PARTS>
+__global__ void __launch_bounds__(PACK_THREADS)
+    pack_turned_weights_kernel(const T* __restrict__ from, T* __restrict__ to,
+                               const WeightShape s) {
+  constexpr int ROWS = PACK_THREADS / 32, COUNT = ROWS * TAPS;
+  constexpr int PITCH = COUNT | 1;  // lanes of different columns have banks of their own
+  __shared__ T staged[32 * PITCH];
+  await_earlier_kernel();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * 32;
+  const int64_t columns = s.padded_inputs, rows = int64_t{s.groups} * s.output_channels;
+  const bool has_taps_inside = s.stride_tap == 1;
+  for (int64_t row = int64_t{blockIdx.y} * ROWS; row < rows; row += int64_t{gridDim.y} * ROWS) {
+    const int group = row / s.output_channels, output = row % s.output_channels;
+    // In the order in which they lie.
+    const auto channel_of = [&](int i) { return has_taps_inside ? i / TAPS % ROWS : i % ROWS; };
+    const auto tap_of = [&](int i) { return has_taps_inside ? i % TAPS : i / ROWS % TAPS; };
+    copy_elements<T>(
+        threadIdx.x, 32 * COUNT, PACK_THREADS,
+        [&](int i) {
+          const int input = first + i / COUNT, channel = output + channel_of(i);
+          if (input >= s.input_channels || channel >= s.output_channels) return T{};
+          return from[weight_at<true>(s, group, channel, input) + tap_of(i) * s.stride_tap];
+        },
+        [&](int i, T x) { staged[i / COUNT * PITCH + channel_of(i) * TAPS + tap_of(i)] = x; });
+    __syncthreads();
+    if (first + lane < columns && output + warp < s.output_channels) {
+      T* const at = to + (row + warp) * columns + first + lane;
+#pragma unroll
+      for (int tap = 0; tap < TAPS; ++tap) {
+        store_operand<OPERAND<PARTS>>(at + tap * rows * columns,
+                                      staged[lane * PITCH + warp * TAPS + TAPS - 1 - tap],
+                                      TAPS * rows * columns);
+      }
     }
+    __syncthreads();
   }
 }
 

@@ -65,7 +65,8 @@ cudaError_t encode_tensor_map(TensorMap& map, void* address, const TensorView& v
              view.swizzle == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
              : view.swizzle == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                   : CU_TENSOR_MAP_SWIZZLE_NONE,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B,  // a box's rows: other K blocks come much later
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -52,7 +52,9 @@ struct Tiling {
   int input_depth;
   int slab_stages, weight_stages;
   int slab_bytes;  // of one slab's loads: as their boxes say
-  bool rounds;     // whether slabs are rounded to TF32, or split, in shared memory
+  int slab_stage_bytes;
+  int loads, load_w;  // of a slab along W, and positions of each
+  bool rounds;        // whether slabs are rounded to TF32, or split, in shared memory
   // From a value's upper part to its lower one, where both are packed (3xTF32): samples of the
   // slabs' map, taps of the weights'.
   int lower_sample, lower_tap;
@@ -84,39 +86,78 @@ struct Output {
 
 // ---- Slabs --------------------------------------------------------------------------------------
 
+// The axes of a plane that a stride divides into residues: taps whose distance is a multiple of the
+// stride meet positions of one residue, and are as many neighbours of these.
+template <int KERNEL, int STRIDE, int DILATION>
+struct Residues {
+  static constexpr int NEXT_TAP = STRIDE / greatest_divisor(STRIDE, DILATION);
+  static constexpr int COUNT = NEXT_TAP < KERNEL ? NEXT_TAP : KERNEL;  // that any tap meets
+  static constexpr int REACH = (KERNEL - 1) * DILATION / STRIDE;
+};
+
 // 8 x LINES positions of a plane (of a line, for a LINEAR convolution, 8 * LINES ones) and their
-// halo; one slab for each plane that the taps along D reach.
+// halo; one slab for each plane that the taps along D reach. With a stride, one for each residue of
+// such a plane, and both consumers' positions in it, whose lines follow each other.
 template <typename Conv, int LINES>
 struct HaloSlab {
-  static constexpr bool HALO = true;
+  static constexpr bool HALO = true, LINEAR = Conv::LINEAR;
+  static constexpr bool STRIDED = Conv::STRIDE_D * Conv::STRIDE_H * Conv::STRIDE_W > 1;
   static constexpr Major MAJOR = Major::K;
   static constexpr int PARTS = Conv::PARTS;
   static constexpr int TAPS = Conv::KERNEL_H * Conv::KERNEL_W;
   static constexpr int PLANES = Conv::KERNEL_D;
-  static constexpr int REACH_W = (Conv::KERNEL_W - 1) * Conv::DILATION_W;
-  static constexpr int REACH_H = (Conv::KERNEL_H - 1) * Conv::DILATION_H;
-  static constexpr int BOX_W = (Conv::LINEAR ? 8 * LINES : 8) + REACH_W;
-  static constexpr int BOX_H = Conv::LINEAR ? 1 : LINES + REACH_H;
-  // TMA's boxes have up to 256 elements along a dimension: longer lines take several.
-  static constexpr int LOADS = (BOX_W + 255) / 256;
+  using AxisH = Residues<Conv::KERNEL_H, Conv::STRIDE_H, Conv::DILATION_H>;
+  using AxisW = Residues<Conv::KERNEL_W, Conv::STRIDE_W, Conv::DILATION_W>;
+  static constexpr int RESIDUES = AxisH::COUNT * AxisW::COUNT;
+  static constexpr int BOX_W = (LINEAR ? 8 * LINES : 8) + AxisW::REACH;
+  static constexpr int BOX_H = LINEAR ? 1 : LINES + AxisH::REACH;
+  // TMA's boxes have up to 256 elements along a dimension, skipped ones included: longer lines take
+  // several.
+  static constexpr int LOADS = (BOX_W * Conv::STRIDE_W + 255) / 256;
   static constexpr int LOAD_W = LOADS == 1 ? BOX_W : (BOX_W + 8 * LOADS - 1) / (8 * LOADS) * 8;
   static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
-  static constexpr int PITCH = Conv::LINEAR ? 8 : BOX_W;
-  static __device__ __forceinline__ int tap_row(int tap) {
-    return tap / Conv::KERNEL_W * Conv::DILATION_H * PITCH +
-           tap % Conv::KERNEL_W * Conv::DILATION_W;
-  }
+  static constexpr int PITCH = LINEAR ? 8 : BOX_W;
+
+  // The taps of a plane that meet a residue, in turn, and where their rows begin.
+  struct Taps {
+    int first_w, h, w;
+    __device__ __forceinline__ explicit Taps(int residue)
+        : first_w(residue % AxisW::COUNT), h(residue / AxisW::COUNT), w(first_w) {}
+    __device__ __forceinline__ bool more() const { return h < Conv::KERNEL_H; }
+    __device__ __forceinline__ void advance() {
+      w += AxisW::NEXT_TAP;
+      if (w >= Conv::KERNEL_W) w = first_w, h += AxisH::NEXT_TAP;
+    }
+    __device__ __forceinline__ int tap() const { return h * Conv::KERNEL_W + w; }
+    __device__ __forceinline__ int row() const {
+      return h * Conv::DILATION_H / Conv::STRIDE_H * PITCH + w * Conv::DILATION_W / Conv::STRIDE_W;
+    }
+    // Of the input, where the first tap's begin for outputs that begin at 0.
+    __device__ __forceinline__ int offset_h() const {
+      return h * Conv::DILATION_H % Conv::STRIDE_H - Conv::PADDING_H;
+    }
+    __device__ __forceinline__ int offset_w() const {
+      return w * Conv::DILATION_W % Conv::STRIDE_W - Conv::PADDING_W;
+    }
+  };
 };
 
 // The positions of one tap.
 template <typename Conv, int LINES>
 struct TapSlab {
-  static constexpr bool HALO = false;
+  static constexpr bool HALO = false, LINEAR = Conv::LINEAR, STRIDED = false;
   static constexpr Major MAJOR = Major::K;
   static constexpr int PARTS = Conv::PARTS;
-  static constexpr int TAPS = 1, PLANES = 1, LOADS = 1, LOAD_W = 0;
+  static constexpr int TAPS = 1, PLANES = 1, RESIDUES = 1, LOADS = 1, LOAD_W = 0;
   static constexpr int ROWS = 8 * LINES, PITCH = 8;
-  static __device__ __forceinline__ int tap_row(int) { return 0; }
+  struct Taps {
+    bool is_left = true;
+    __device__ __forceinline__ explicit Taps(int) {}
+    __device__ __forceinline__ bool more() const { return is_left; }
+    __device__ __forceinline__ void advance() { is_left = false; }
+    __device__ __forceinline__ int tap() const { return 0; }
+    __device__ __forceinline__ int row() const { return 0; }
+  };
 };
 
 // The positions of a kernel of one tap in a contiguous tensor, as they lie: rows of 64 positions,
@@ -132,6 +173,13 @@ template <typename Slab>
 constexpr int SLAB_PART_BYTES = (Slab::ROWS * ROW_BYTES + ATOM_BYTES - 1) / ATOM_BYTES * ATOM_BYTES;
 template <typename Slab>
 constexpr int SLAB_STAGE_BYTES = Slab::PARTS * SLAB_PART_BYTES<Slab>;
+
+// The same where a slab may have both consumers' positions.
+template <typename Slab>
+__device__ __forceinline__ int slab_stage_bytes(const Tiling& t) {
+  if constexpr (Slab::STRIDED) return t.slab_stage_bytes;
+  return SLAB_STAGE_BYTES<Slab>;
+}
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
@@ -201,7 +249,7 @@ struct Tile {
   int phase;                  // see phases.cuh
   int n, d, h, w;             // the first position, of the phase's
 
-  template <bool HALO, int PHASES>
+  template <typename Slab, int PHASES>
   __device__ __forceinline__ static Tile of(const Tiling& t, int index, int p, int m) {
     Tile tile;
     tile.split = index % t.splits, index /= t.splits;
@@ -215,12 +263,18 @@ struct Tile {
       const int places = min(t.phase_places, t.places - first), within = index - PHASES * first;
       tile.phase = t.phases[within / places], index = first + within % places;
     }
-    // Halo tiles of both consumers are neighbouring planes, which share slabs.
-    if (!HALO) index = index * t.position_groups + p;
-    tile.w = index % t.tiles_w * t.extent_w, index /= t.tiles_w;
-    tile.h = index % t.tiles_h * t.extent_h, index /= t.tiles_h;
-    const int planes = HALO ? t.position_groups * t.fold : t.extent_d;
-    tile.d = index % t.tiles_d * planes + (HALO ? p * t.fold : 0);
+    // Halo tiles of both consumers are neighbouring planes, which share slabs, or, with a stride,
+    // neighbouring lines, or positions of a line, of one slab.
+    constexpr bool BY_PLANES = Slab::HALO && !Slab::STRIDED;
+    constexpr bool ALONG_W = Slab::STRIDED && Slab::LINEAR;
+    constexpr bool ALONG_H = Slab::STRIDED && !Slab::LINEAR;
+    if (!Slab::HALO) index = index * t.position_groups + p;
+    const int places_w = index % t.tiles_w * (ALONG_W ? t.position_groups : 1);
+    tile.w = (places_w + (ALONG_W ? p : 0)) * t.extent_w, index /= t.tiles_w;
+    const int places_h = index % t.tiles_h * (ALONG_H ? t.position_groups : 1);
+    tile.h = (places_h + (ALONG_H ? p : 0)) * t.extent_h, index /= t.tiles_h;
+    const int planes = BY_PLANES ? t.position_groups * t.fold : Slab::HALO ? 1 : t.extent_d;
+    tile.d = index % t.tiles_d * planes + (BY_PLANES ? p * t.fold : 0);
     tile.n = index / t.tiles_d * t.extent_n;
     return tile;
   }
@@ -239,19 +293,22 @@ struct Units {
   }
 };
 
-// Which slabs of a unit a consumer multiplies: those from `p * fold` on, one for each tap along D.
-// Neighbouring planes share slabs where the taps are neighbours, too.
+// Which planes' slabs of a unit a consumer multiplies: those from `p * fold` on, one for each tap
+// along D. Neighbouring planes share slabs where the taps are neighbours, too. With a stride both
+// consumers multiply all of them.
 template <typename Conv, typename Slab>
 struct Planes {
-  int count;  // of a consumer
-  int step;   // slabs from one to the next
-  int next;   // slabs from the last one to the next unit's first
-  int slabs;  // of a unit, all consumers' together
+  int count;   // of a consumer
+  int groups;  // of positions, in planes of their own
+  int step;    // planes from one to the next
+  int next;    // planes from the last one to the next unit's first
+  int slabs;   // planes of a unit, all consumers' together
 
   __host__ __device__ explicit Planes(const Tiling& t)
       : count(Slab::PLANES + t.fold - 1),
-        step(Conv::DILATION_D == 1 ? 1 : t.position_groups),
-        next((t.position_groups - 1) * t.fold + 1),
+        groups(Slab::STRIDED ? 1 : t.position_groups),
+        step(Conv::DILATION_D == 1 ? 1 : groups),
+        next((groups - 1) * t.fold + 1),
         slabs((count - 1) * step + next) {}
 
   // Which planes of the consumers' meet the input, of a tile that begins at `d`: what no consumer
@@ -262,7 +319,8 @@ struct Planes {
   __host__ __device__ __forceinline__ Reach reach(const Tiling& t, int d) const {
     Reach r = {0, count, slabs};
     if constexpr (Slab::HALO && Conv::KERNEL_D > 1) {
-      const int first = d - Conv::PADDING_D, last = first + (t.position_groups - 1) * t.fold;
+      const int first = d * Conv::STRIDE_D - Conv::PADDING_D;
+      const int last = first + (groups - 1) * t.fold;
       while (r.begin < r.end && last + r.begin * Conv::DILATION_D < 0) ++r.begin;
       while (r.begin < r.end && first + (r.end - 1) * Conv::DILATION_D >= t.input_depth) --r.end;
       r.slabs = r.begin == r.end ? 0 : (r.end - r.begin - 1) * step + next;
@@ -274,7 +332,7 @@ struct Planes {
     if constexpr (!Slab::HALO || Conv::KERNEL_D == 1) return 1;
     int reached = 0;
     for (int i = 0; i < t.tiles_d; ++i) {
-      const Reach r = reach(t, i * t.position_groups * t.fold);
+      const Reach r = reach(t, i * groups * t.fold);
       reached += r.end - r.begin;
     }
     return double(reached) / (double(t.tiles_d) * count);
