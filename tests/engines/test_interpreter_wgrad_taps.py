@@ -276,8 +276,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "vectors of a turned block in each other's place": (
         "tap_floats",
-        "(positions ^ row % 8)]",
-        "(positions ^ row % 8 ^ PLANTED)]",
+        "vectors[(to ^ (4 * square + i)) + 8 * i]",
+        "vectors[(to ^ (4 * square + i) ^ PLANTED) + 8 * i]",
         "differ",
     ),
     "blocks that nobody loads or clears": (

@@ -111,22 +111,27 @@ __device__ __forceinline__ int renewed(int x) {
   return x;
 }
 
-// `rows` rows of channels -> rows of positions, rounded; of what no box has filled, zeros. A row's
-// vectors are permuted, as TMA does it, by the row. A lane has two squares of four channels of four
-// positions; eight neighbours have channels and positions of their own, so that they meet different
-// banks either way.
+// `rows` rows of channels -> rows of positions, rounded; of what no box has filled, zeros. A lane
+// has two squares of four channels of four positions; eight neighbours have channels and positions
+// of their own, so that they meet different banks either way.
+//
+// A row's vectors are permuted, as TMA does it, by the row: its vector v is the (v ^ row % 8)th. A
+// square's rows are 4 q to 4 q + 3, and row % 8 is 4 (q % 2) + i; the second square is that of
+// q ^ 4. So all places of a lane follow from the first one by constants.
 __device__ __forceinline__ void turn_block(unsigned char* block, int rows, int lane) {
   uint4* const vectors = reinterpret_cast<uint4*>(block);
-  const int channels = renewed(lane) % 8, of_four = renewed(lane) / 8;
+  lane = renewed(lane);
+  const int channels = lane % 8, positions = channels ^ lane / 8;  // in fours
+  const int from = positions * 32 + (channels ^ positions % 2 * 4);
+  const int to = channels * 32 + (positions ^ channels % 2 * 4);
   uint32_t x[2][4][4];
 #pragma unroll
   for (int square = 0; square < 2; ++square) {
-    const int positions = channels ^ (4 * square + of_four);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = 4 * positions + i;
+      const bool exists = (positions ^ 4 * square) * 4 + i < rows;
       const uint4 bits =
-          row < rows ? vectors[row * 8 + (channels ^ row % 8)] : make_uint4(0, 0, 0, 0);
+          exists ? vectors[(from ^ (128 * square + i)) + 8 * i] : make_uint4(0, 0, 0, 0);
       x[square][i][0] = bits.x, x[square][i][1] = bits.y;
       x[square][i][2] = bits.z, x[square][i][3] = bits.w;
     }
@@ -134,12 +139,10 @@ __device__ __forceinline__ void turn_block(unsigned char* block, int rows, int l
   __syncwarp();
 #pragma unroll
   for (int square = 0; square < 2; ++square) {
-    const int positions = channels ^ (4 * square + of_four);
     const auto& of = x[square];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = 4 * channels + i;
-      vectors[row * 8 + (positions ^ row % 8)] =
+      vectors[(to ^ (4 * square + i)) + 8 * i] =
           round_vector(make_uint4(of[0][i], of[1][i], of[2][i], of[3][i]));
     }
   }

@@ -180,17 +180,18 @@ __device__ __forceinline__ void store_result(const TapWgradTiling& t, const Weig
     } else {
       // One tap: neighbouring fine channels.
       const int coarse = first + lane / 4, fine = pair.chunk * CHUNK_COLUMNS + lane % 4 * 2;
+      const int left = t.fine_channels - fine;
       if (coarse >= t.coarse_channels) continue;
       T* const to = static_cast<T*>(out.address) +
                     (int64_t{pair.group} * t.coarse_channels + coarse) * out.stride_coarse + fine;
 #pragma unroll
       for (int j = 0; j < COLUMNS / 8; ++j) {
         const float x = sum(4 * j), y = sum(4 * j + 1);
-        if (out.vector > 1 && fine + 8 * j < t.fine_channels) {
+        if (out.vector > 1 && 8 * j < left) {
           *reinterpret_cast<float2*>(to + 8 * j) = make_float2(x, y);
         } else {
-          if (fine + 8 * j < t.fine_channels) to[8 * j] = x;
-          if (fine + 8 * j + 1 < t.fine_channels) to[8 * j + 1] = y;
+          if (8 * j < left) to[8 * j] = x;
+          if (8 * j + 1 < left) to[8 * j + 1] = y;
         }
       }
     }
