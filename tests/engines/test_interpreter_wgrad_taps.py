@@ -264,8 +264,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "a block of channels too far": (
         "wgrad_taps_host",
-        "call_.fine, call_.fine_channels, best_.columns);",
-        "call_.fine, call_.fine_channels, best_.columns / (1 + PLANTED));",
+        "FLOATS ? best_.tiling.fine_rows : best_.columns;",
+        "FLOATS ? best_.tiling.fine_rows / (1 + PLANTED) : best_.columns;",
         r"deadlock: .* bytes are missing",
     ),
     "lanes that write a block before others have read it": (

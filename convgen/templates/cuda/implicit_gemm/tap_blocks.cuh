@@ -14,7 +14,8 @@ struct TapWgradTiling : DealtUnits {
   int step_w, step_h, step_d, step_n;          // positions from one to the next
   int rows;                                    // positions of one whose rows are channels
   int last_w, last_h;                          // where the last ones begin
-  bool coarse_last, fine_last;                 // floats: what arrives as rows of channels
+  bool coarse_last, fine_last;                 // of floats: what arrives as rows of channels
+  int coarse_rows, fine_rows;                  // and, of rows of positions, how many
   int groups, coarse_channels, fine_channels;  // of a group
   int coarse_blocks;                           // of a group's channels
   int fine_chunks;                             // of them and a tap

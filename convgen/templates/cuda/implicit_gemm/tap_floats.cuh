@@ -41,8 +41,8 @@ __device__ __forceinline__ void load_floats(const TapWgradTiling& t, const Coars
     const FloatBlocks blocks(t, pair);
     const int coarse = pair.group * t.coarse_channels + pair.coarse;
     const int fine = pair.group * t.fine_channels + pair.chunk * CHUNK_COLUMNS;
-    const int rows = (t.coarse_last ? blocks.coarse * t.rows : TAP_ROWS) +
-                     (t.fine_last ? blocks.fine * t.rows : COLUMNS);
+    const int rows = (t.coarse_last ? blocks.coarse * t.rows : t.coarse_rows) +
+                     (t.fine_last ? blocks.fine * t.rows : t.fine_rows);
 #pragma unroll 1
     for (int k = 0; k < count; ++k, block.advance(t)) {
       uint64_t* const barrier = ring.producer_acquire(at, rows * ROW_BYTES);
@@ -90,8 +90,8 @@ __device__ __forceinline__ void clear_blocks(const TapWgradTiling& t, unsigned c
       reinterpret_cast<uint4*>(stage)[i % vectors] = make_uint4(0, 0, 0, 0);
     }
   };
-  if (t.coarse_last) clear(0, t.coarse_channels, TAP_ROWS);
-  if (t.fine_last) clear(TAP_ROWS, t.fine_channels, COLUMNS);
+  if (t.coarse_last || t.coarse_rows < TAP_ROWS) clear(0, t.coarse_channels, TAP_ROWS);
+  if (t.fine_last || t.fine_rows < COLUMNS) clear(TAP_ROWS, t.fine_channels, COLUMNS);
   bulk_fence();
 }
 

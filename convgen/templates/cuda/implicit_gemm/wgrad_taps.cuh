@@ -213,6 +213,15 @@ __device__ __forceinline__ void consume_tap_wgrad(const TapWgradTiling& t, const
   while (unit < end) {
     const int index = unit / t.positions;
     const int pair_end = end - index * t.positions < t.positions ? end : (index + 1) * t.positions;
+    if (TapPair<COLUMNS>(t, index).coarse + consumer * BLOCK_M >= t.coarse_channels) {
+#pragma unroll 1
+      for (; unit < pair_end; ++unit) {  // none of its rows is a channel
+        ring.consumer_wait(at);
+        if (lane == 0) ring.consumer_release(at.index);
+        at.advance(1, t.stages);
+      }
+      continue;
+    }
     int previous = -1, accumulates = 0;
 #pragma unroll 1
     for (; unit < pair_end; ++unit) {

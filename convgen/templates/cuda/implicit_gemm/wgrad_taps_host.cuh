@@ -211,8 +211,22 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
       return;
     }
     t.positions = static_cast<int>(positions), t.units = static_cast<int>(pairs * positions);
-    const double products = ROW_BYTES / STEP_BYTES * CONSUMERS * SIZE / 2.0;
-    const double loads = TAP_STAGE_BYTES<SIZE> / LEVEL2_BYTES_PER_CLOCK;
+    double products = ROW_BYTES / STEP_BYTES * CONSUMERS * SIZE / 2.0;
+    double loads = TAP_STAGE_BYTES<SIZE> / LEVEL2_BYTES_PER_CLOCK;
+    if (FLOATS) {
+      const int coarse = static_cast<int>(round_up(t.coarse_channels, FLOAT_ROWS));
+      const int fine = static_cast<int>(round_up(t.fine_channels, FLOAT_ROWS));
+      t.coarse_rows = coarse < TAP_ROWS ? coarse : TAP_ROWS;
+      t.fine_rows = fine < SIZE ? fine : SIZE;
+      // Of shared memory, 128 bytes a clock: rows are loaded, read and written by the warps that
+      // round; each consumer reads its own and all of fine.
+      const double rows = double(coarse) / t.coarse_blocks + double(fine) / t.column_blocks;
+      const double consumers = double(ceil_div(t.coarse_channels, BLOCK_M)) / t.coarse_blocks;
+      const double shared = 3 * rows + consumers * (BLOCK_M + SIZE);
+      products *= consumers / CONSUMERS;
+      loads = rows * ROW_BYTES / LEVEL2_BYTES_PER_CLOCK;
+      if (loads < shared) loads = shared;
+    }
     const Deal deal =
         deal_units(pairs, positions, products > loads ? products : loads, 4.0 * TAP_PARTIALS<SIZE>,
                    limits_.multiprocessors, store_clocks<SIZE>(t));
@@ -250,7 +264,8 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
   // CoarseMaps.
   int encode_coarse(CoarseMaps& maps) const {
     if (!is_last(CONVGEN_COARSE)) {
-      return encode_lines(maps.of[0], call_.coarse, call_.coarse_channels, TAP_ROWS);
+      const int rows = FLOATS ? best_.tiling.coarse_rows : TAP_ROWS;
+      return encode_lines(maps.of[0], call_.coarse, call_.coarse_channels, rows);
     }
     const TapWgradTiling& t = best_.tiling;
     for (int i = 0; i < 4; ++i) {
@@ -271,7 +286,8 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   int encode_fine(TensorMap& map) const {
     if (!is_last(CONVGEN_FINE)) {
-      return encode_lines(map, call_.fine, call_.fine_channels, best_.columns);
+      const int rows = FLOATS ? best_.tiling.fine_rows : best_.columns;
+      return encode_lines(map, call_.fine, call_.fine_channels, rows);
     }
     const TapWgradTiling& t = best_.tiling;
     TensorView v = positions_view<T>(call_.fine_channels, call_.fine_extent, call_.batch, false);
