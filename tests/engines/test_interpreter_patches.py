@@ -198,9 +198,10 @@ def test_a_nan_reaches_its_columns_of_the_weights_gradient() -> None:
         assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-3
 
 
-def test_patches_pay_where_a_layer_has_few_channels() -> None:
-    loaded = library(PATCHES, "fprop", "bf16tc", sizes_of("fprop"))
-    symbol = "convgen_fprop_bf16tc_implicit_gemm"
+@pytest.mark.parametrize(("contraction", "mode"), [("fprop", "bf16tc"), ("wgrad", "tf32")])
+def test_patches_pay_where_a_layer_has_few_channels(contraction: str, mode: str) -> None:
+    loaded = library(PATCHES, contraction, mode, sizes_of(contraction))
+    symbol = f"convgen_{contraction}_{mode}_implicit_gemm"
 
     def expected_ms(batch: int, coarse: int, fine: int) -> float:
         numbers = [batch, coarse, fine, 1, 20, 20, 1, 180, 200]
