@@ -48,8 +48,8 @@ class GatherSizes:
     """The sizes of tiles that are compiled, in groups of eight positions of one consumer.
 
     ``halo_lines`` of tiles with a halo, which serve all taps of a plane (of a stride, those of one
-    residue), ``tap_lines``, powers of two, of those that are loaded again for each tap. A call
-    takes the one that is expected to take the least time.
+    residue or a phase), ``tap_lines``, powers of two, of those that are loaded again for each tap.
+    A call takes the one that is expected to take the least time.
     """
 
     halo_lines: Annotated[tuple[Lines, ...], Length(0, 8)]
@@ -90,9 +90,7 @@ class Gather(Family[GatherSizes]):
         if not tap or not set(tap) <= set(tap_lines):
             return f"tap_lines are one or more of {', '.join(map(str, tap_lines))}"
         if halo and not halo_lines:
-            return (
-                "a halo needs several taps, and with a stride an fprop whose taps share positions"
-            )
+            return "a halo needs several taps, and with a stride ones that share positions"
         if not set(halo) <= set(halo_lines):
             return f"halo_lines are of {', '.join(map(str, halo_lines))}"
         return ""
@@ -132,7 +130,17 @@ def _has_halo(problem: Problem) -> bool:
     g = problem.geometry
     if max(g.stride) == 1:
         return g.taps > 1
-    return phases(problem) == 1 and g.kernel[1] * g.kernel[2] > _residues(problem)
+    if phases(problem) > 1:
+        return _taps_of_phase(problem, (1, 2)) > 1
+    return g.kernel[1] * g.kernel[2] > _residues(problem)
+
+
+def _taps_of_phase(problem: Problem, axes: tuple[int, ...]) -> int:
+    """Along some axes, at most (``AxisPhase`` in ``phases.cuh``)."""
+    g = problem.geometry
+    return math.prod(
+        -(-g.kernel[i] // (g.stride[i] // math.gcd(g.stride[i], g.dilation[i]))) for i in axes
+    )
 
 
 def _lines(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -173,6 +181,8 @@ def _clocks(problem: Problem, call: Call, gpu: Gpu, lines: int, halo: bool) -> f
         planes = consumers_of_positions
         if halo and max(g.stride) == 1:
             planes += g.kernel[0] - 1
+        elif halo and phases(problem) > 1:
+            planes *= _taps_of_phase(problem, (0,))
         elif halo:
             planes *= g.kernel[0] * _residues(problem)
         taps = gathered if halo else 1

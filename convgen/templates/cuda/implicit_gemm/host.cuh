@@ -19,6 +19,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   using Choice::input_elements, Choice::output_elements;
   template <int LINES>
   static constexpr bool HAS_HALO = Choice::template HAS_HALO<LINES>;
+  template <int LINES>
+  using Halo = typename Choice::template Halo<LINES>;
   using typename Choice::Step;
 
   ImplicitGemm(const Operands& call, const DeviceLimits& limits) : Choice(call, limits) {
@@ -38,7 +40,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     bool known;
     Plan& plan = plans.find(*call.call, call.call->channels_last | (turns_ ? 8 : 0), known);
     if (!known) {
-      (this->template consider<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
+      (this->template consider<Halo<HALO_LINES>, HALO_LINES>(as_it_lies), ...);
       if (by_channels) {
         if constexpr (HAS_CHANNELS) {
           (this->template consider<ChannelSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
@@ -178,8 +180,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     };
     const bool found =
         ((has(SlabKind::HALO, HALO_LINES) &&
-          (error = launch_with<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(t, input, weight, out),
-           true)) ||
+          (error = launch_with<Halo<HALO_LINES>, HALO_LINES>(t, input, weight, out), true)) ||
          ...) ||
         ((has(SlabKind::TAP, TAP_LINES) &&
           (error = launch_with<TapSlab<Conv, TAP_LINES>, TAP_LINES>(t, input, weight, out),
@@ -292,8 +293,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       slab.box[0] = Slab::CHUNK_ROWS, slab.box[1] = BLOCK_K, slab.box[2] = 1;
     } else if constexpr (Slab::HALO) {
       const int height = t.slab_bytes / (t.loads * t.load_w * ROW_BYTES);
-      slab.step[1] = Conv::STRIDE_W, slab.step[2] = Conv::STRIDE_H;
-      slab.box[1] = t.load_w * Conv::STRIDE_W, slab.box[2] = height * Conv::STRIDE_H;
+      slab.step[1] = Slab::STEP_W, slab.step[2] = Slab::STEP_H;
+      slab.box[1] = t.load_w * Slab::STEP_W, slab.box[2] = height * Slab::STEP_H;
       slab.box[3] = slab.box[4] = 1;
     } else {
       const int extents[3] = {t.extent_d, t.extent_h, t.extent_w};
