@@ -130,6 +130,8 @@ def _has_halo(problem: Problem) -> bool:
     g = problem.geometry
     if max(g.stride) == 1:
         return g.taps > 1
+    if parts(problem) == 2:
+        return False
     if phases(problem) > 1:
         return _taps_of_phase(problem, (1, 2)) > 1
     return g.kernel[1] * g.kernel[2] > _residues(problem)

@@ -15,13 +15,11 @@ class GemmChoice {
   static constexpr bool MN = Conv::WEIGHTS == Major::MN;
   static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
   // A halo of one tap in a plane is a tap slab as well, and one of a tap for each residue; and a
-  // slab must leave room for two.
-  template <int LINES>
-  using Halo =
-      std::conditional_t<(Conv::PHASES > 1), PhaseSlab<Conv, LINES>, HaloSlab<Conv, LINES>>;
-  template <int LINES, typename Slab = Halo<LINES>>
+  // slab must leave room for two. With a stride, two warps split slabs (3xTF32) more slowly than
+  // few taps' products take.
+  template <int LINES, typename Slab = GatherHalo<Conv, LINES>>
   static constexpr bool HAS_HALO =
-      (DENSE ? TAPS > 1 : Slab::TAPS > Slab::RESIDUES) &&
+      (DENSE ? TAPS > 1 : PARTS == 1 && Slab::TAPS > Slab::RESIDUES) &&
       2 * SLAB_STAGE_BYTES<Slab> <= 160 * 1024 && Slab::BOX_H * Slab::STEP_H <= 256 &&
       (Conv::LINEAR || Slab::LOADS == 1);
   // Without neighbours, all positions are those of one line.

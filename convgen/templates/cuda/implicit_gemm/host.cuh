@@ -19,8 +19,6 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
   using Choice::input_elements, Choice::output_elements;
   template <int LINES>
   static constexpr bool HAS_HALO = Choice::template HAS_HALO<LINES>;
-  template <int LINES>
-  using Halo = typename Choice::template Halo<LINES>;
   using typename Choice::Step;
 
   ImplicitGemm(const Operands& call, const DeviceLimits& limits) : Choice(call, limits) {
@@ -40,7 +38,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     bool known;
     Plan& plan = plans.find(*call.call, call.call->channels_last | (turns_ ? 8 : 0), known);
     if (!known) {
-      (this->template consider<Halo<HALO_LINES>, HALO_LINES>(as_it_lies), ...);
+      (this->template consider<GatherHalo<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
       if (by_channels) {
         if constexpr (HAS_CHANNELS) {
           (this->template consider<ChannelSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
@@ -180,7 +178,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     };
     const bool found =
         ((has(SlabKind::HALO, HALO_LINES) &&
-          (error = launch_with<Halo<HALO_LINES>, HALO_LINES>(t, input, weight, out), true)) ||
+          (error = launch_with<GatherHalo<Conv, HALO_LINES>, HALO_LINES>(t, input, weight, out),
+           true)) ||
          ...) ||
         ((has(SlabKind::TAP, TAP_LINES) &&
           (error = launch_with<TapSlab<Conv, TAP_LINES>, TAP_LINES>(t, input, weight, out),

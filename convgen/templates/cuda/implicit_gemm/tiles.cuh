@@ -2,6 +2,8 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_TILES_CUH
 #define CONVGEN_IMPLICIT_GEMM_TILES_CUH
 
+#include <type_traits>
+
 #include "phases.cuh"
 #include "sm90.cuh"
 
@@ -211,6 +213,11 @@ struct PhaseSlab {
     }
   };
 };
+
+// The halo that a gather has.
+template <typename Conv, int LINES>
+struct GatherHalo
+    : std::conditional_t<(Conv::PHASES > 1), PhaseSlab<Conv, LINES>, HaloSlab<Conv, LINES>> {};
 
 // The positions of one tap.
 template <typename Conv, int LINES>
