@@ -1,7 +1,7 @@
 // dgrad of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"halo_lines": [], "tap_lines": [32, 16, 8]}
+// Schedule: {"halo_lines": [32, 24, 16, 8], "tap_lines": [32, 16, 8]}
 //
 // An implicit GEMM on Hopper's tensor cores, channels side by side: implicit_gemm/kernel.cuh.
 // On other GPUs since sm_80: implicit_gemm/multistage.cuh.
@@ -50,7 +50,7 @@ Operands operands_of(const ConvgenCall& call) {
 
 }  // namespace
 
-using Hopper = ImplicitGemm<T, Conv, true, Sizes<>, Sizes<32, 16, 8>>;
+using Hopper = ImplicitGemm<T, Conv, true, Sizes<32, 24, 16, 8>, Sizes<32, 16, 8>>;
 using Gemm = ByDevice<Hopper, Multistage<T, Conv, true>>;
 
 // Nanoseconds that the call is expected to take; -1 where it is for other kernels.

@@ -1,7 +1,7 @@
 // fprop of conv_transpose3d_k3_s2, float32.
 // Written by convgen 0.1.0; regenerate with
 //   convgen generate --kernel 3 --stride 2
-// Schedule: {"halo_lines": [16, 8], "tap_lines": [16, 8]}
+// Schedule: {"halo_lines": [], "tap_lines": [16, 8]}
 //
 // An implicit GEMM on Hopper's tensor cores, channels side by side: implicit_gemm/kernel.cuh.
 // As a gather, o = i * STRIDE + t * DILATION - PADDING:
@@ -47,7 +47,7 @@ Operands operands_of(const ConvgenCall& call) {
 
 }  // namespace
 
-using Gemm = ImplicitGemm<T, Conv, false, Sizes<16, 8>, Sizes<16, 8>>;
+using Gemm = ImplicitGemm<T, Conv, false, Sizes<>, Sizes<16, 8>>;
 
 // Nanoseconds that the call is expected to take; -1 where it is for other kernels.
 CONVGEN_EXPORT int64_t convgen_fprop_tf32x3_implicit_gemm_expected(const ConvgenCall* call) {

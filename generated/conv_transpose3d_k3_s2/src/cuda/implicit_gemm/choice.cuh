@@ -15,11 +15,12 @@ class GemmChoice {
   static constexpr bool MN = Conv::WEIGHTS == Major::MN;
   static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
   // A halo of one tap in a plane is a tap slab as well, and one of a tap for each residue; and a
-  // slab must leave room for two.
-  template <int LINES, typename Slab = HaloSlab<Conv, LINES>>
+  // slab must leave room for two. With a stride, two warps split slabs (3xTF32) more slowly than
+  // few taps' products take.
+  template <int LINES, typename Slab = GatherHalo<Conv, LINES>>
   static constexpr bool HAS_HALO =
-      (DENSE ? TAPS > 1 : Conv::PHASES == 1 && Slab::TAPS > Slab::RESIDUES) &&
-      2 * SLAB_STAGE_BYTES<Slab> <= 160 * 1024 && Slab::BOX_H * Conv::STRIDE_H <= 256 &&
+      (DENSE ? TAPS > 1 : PARTS == 1 && Slab::TAPS > Slab::RESIDUES) &&
+      2 * SLAB_STAGE_BYTES<Slab> <= 160 * 1024 && Slab::BOX_H * Slab::STEP_H <= 256 &&
       (Conv::LINEAR || Slab::LOADS == 1);
   // Without neighbours, all positions are those of one line.
   static constexpr bool POINTWISE =
@@ -92,13 +93,12 @@ class GemmChoice {
   template <int LINES>
   Tiling halo_tiling() const {
     Tiling t = {};
-    const int64_t* e = call_.output_extent;
     t.extent_w = Conv::LINEAR ? 8 * LINES : 8;
     t.extent_h = Conv::LINEAR ? 1 : LINES;
     t.extent_d = t.extent_n = 1;
     // More than any tile has: the lines of a halo's are all along H.
     t.log2_w = Conv::LINEAR ? 16 : 3, t.log2_h = 16, t.log2_d = 16;
-    t.tiles_w = ceil_div(e[2], t.extent_w), t.tiles_h = ceil_div(e[1], t.extent_h);
+    t.tiles_w = ceil_div(of_phase(2), t.extent_w), t.tiles_h = ceil_div(of_phase(1), t.extent_h);
     return t;
   }
 
@@ -115,21 +115,20 @@ class GemmChoice {
   template <typename Slab, int LINES>
   bool halo_box(Tiling& t) const {
     const int parts = Slab::STRIDED ? t.position_groups : 1;  // of it, one for each consumer
-    const int64_t* const e = call_.output_extent;
     int height = Slab::BOX_H;
     t.loads = Slab::LOADS, t.load_w = Slab::LOAD_W;
     if (Conv::LINEAR) {
       const int width = Slab::BOX_W + (parts - 1) * 8 * LINES;
-      t.loads = ceil_div(width * Conv::STRIDE_W, 256);
+      t.loads = ceil_div(width * Slab::STEP_W, 256);
       t.load_w = t.loads == 1 ? width : ceil_div(width, 8 * t.loads) * 8;
-      t.tiles_w = ceil_div(e[2], 8 * LINES * parts);
+      t.tiles_w = ceil_div(of_phase(2), 8 * LINES * parts);
     } else {
       height += (parts - 1) * LINES;
-      t.tiles_h = ceil_div(e[1], LINES * parts);
+      t.tiles_h = ceil_div(of_phase(1), LINES * parts);
     }
     t.slab_bytes = t.loads * t.load_w * height * ROW_BYTES;
     t.slab_stage_bytes = static_cast<int>(PARTS * round_up(t.slab_bytes, ATOM_BYTES));
-    return height * Conv::STRIDE_H <= 256 && t.load_w * Conv::STRIDE_W <= 256;
+    return height * Slab::STEP_H <= 256 && t.load_w * Slab::STEP_W <= 256;
   }
 
   template <typename Slab, int LINES>
@@ -181,10 +180,13 @@ class GemmChoice {
       // Loads of one unit: slabs and weights.
       const Planes<Conv, Slab> planes(t);
       const double met = planes.met(t);
-      const double bytes = met * (double(planes.slabs) * Slab::RESIDUES * t.slab_bytes +
-                                  double(planes.count) * Slab::TAPS * weight_stage_bytes<Conv>(t));
-      // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
+      // A phase has a part of the taps along each axis.
       const double taps = met * double(TAPS) / PHASES / Slab::PLANES * planes.count;
+      const double slabs =
+          Slab::HALO && PHASED ? double(Conv::KERNEL_D) / Conv::STRIDE_D : double(planes.slabs);
+      const double bytes = met * slabs * Slab::RESIDUES * t.slab_bytes +
+                           (Slab::HALO ? taps : double(planes.count)) * weight_stage_bytes<Conv>(t);
+      // A product of 64 x 8 LINES and 32 bytes of K takes 4 LINES clocks.
       const double products = taps * CONSUMERS * 4 * LINES * (PARTS == 2 ? 3 * steps : steps) +
                               (PARTS == 2 ? taps * t.blocks * GEMM_PROMOTION_CLOCKS : 0);
       const double loads = units * bytes / load_rate<T>(padded_, Step::INPUT);

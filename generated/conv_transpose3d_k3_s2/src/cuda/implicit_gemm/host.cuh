@@ -38,7 +38,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     bool known;
     Plan& plan = plans.find(*call.call, call.call->channels_last | (turns_ ? 8 : 0), known);
     if (!known) {
-      (this->template consider<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
+      (this->template consider<GatherHalo<Conv, HALO_LINES>, HALO_LINES>(as_it_lies), ...);
       if (by_channels) {
         if constexpr (HAS_CHANNELS) {
           (this->template consider<ChannelSlab<Conv, TAP_LINES>, TAP_LINES>(as_it_lies), ...);
@@ -178,7 +178,7 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     };
     const bool found =
         ((has(SlabKind::HALO, HALO_LINES) &&
-          (error = launch_with<HaloSlab<Conv, HALO_LINES>, HALO_LINES>(t, input, weight, out),
+          (error = launch_with<GatherHalo<Conv, HALO_LINES>, HALO_LINES>(t, input, weight, out),
            true)) ||
          ...) ||
         ((has(SlabKind::TAP, TAP_LINES) &&
@@ -292,8 +292,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
       slab.box[0] = Slab::CHUNK_ROWS, slab.box[1] = BLOCK_K, slab.box[2] = 1;
     } else if constexpr (Slab::HALO) {
       const int height = t.slab_bytes / (t.loads * t.load_w * ROW_BYTES);
-      slab.step[1] = Conv::STRIDE_W, slab.step[2] = Conv::STRIDE_H;
-      slab.box[1] = t.load_w * Conv::STRIDE_W, slab.box[2] = height * Conv::STRIDE_H;
+      slab.step[1] = Slab::STEP_W, slab.step[2] = Slab::STEP_H;
+      slab.box[1] = t.load_w * Slab::STEP_W, slab.box[2] = height * Slab::STEP_H;
       slab.box[3] = slab.box[4] = 1;
     } else {
       const int extents[3] = {t.extent_d, t.extent_h, t.extent_w};

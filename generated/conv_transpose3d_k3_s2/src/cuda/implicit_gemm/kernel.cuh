@@ -78,21 +78,21 @@ __device__ __forceinline__ void load_slabs(const Tiling& t, const TensorMap& map
         if (tap.advance()) channel += BLOCK_K;
       }
     } else {
-      const auto reach = planes.reach(t, first.d);
+      const typename Slab::Window window(first.phase);
+      const auto reach = planes.reach(t, first.d, window);
       for (int unit = units.begin; unit < units.end; ++unit, channel += BLOCK_K) {
         int residue = 0;
         for (int i = reach.begin * planes.step, end = i + reach.slabs; i < end;) {
           uint64_t* const barrier = ring.producer_acquire(at, t.slab_bytes);
           unsigned char* const to = slabs + at.index * slab_stage_bytes<Slab>(t);
-          const int plane = i / planes.step * Conv::DILATION_D + i % planes.step;
-          const int d = first.d * Conv::STRIDE_D + plane - Conv::PADDING_D;
-          const typename Slab::Taps tap(residue);
-          const int w = first.w * Conv::STRIDE_W + tap.offset_w();
-          const int h = first.h * Conv::STRIDE_H + tap.offset_h();
+          const int d = first.d * Slab::STEP_D + window.plane(i, planes.step);
+          const typename Slab::Taps tap(window, residue);
+          const int w = first.w * Slab::STEP_W + tap.offset_w();
+          const int h = first.h * Slab::STEP_H + tap.offset_h();
           const int load_w = Slab::LINEAR ? t.load_w : Slab::LOAD_W;
           for (int load = 0; load < (Slab::LINEAR ? t.loads : 1); ++load) {
             tma_load(to + load * load_w * ROW_BYTES, map, barrier, channel,
-                     w + load * load_w * Conv::STRIDE_W, h, d, first.n);
+                     w + load * load_w * Slab::STEP_W, h, d, first.n);
           }
           at.advance(1, t.slab_stages);
           if (++residue < Slab::RESIDUES) continue;
@@ -116,16 +116,17 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
     const Units<Conv, Slab> units(t, tile);
     const int row = tile.group * t.output_channels + tile.channel;
     if (units.begin == units.end) continue;
-    const auto reach = planes.reach(t, tile.d);
+    const typename Slab::Window window(tile.phase);
+    const auto reach = planes.reach(t, tile.d, window);
     int channel = units.begin / units.taps * BLOCK_K;
     TapCursor<Conv> tap(tile.phase, Slab::HALO ? 0 : units.begin % units.taps);
     for (int unit = units.begin; unit < units.end; ++unit) {
       int plane = reach.begin, residue = 0;
-      typename Slab::Taps of_slab(residue);
+      typename Slab::Taps of_slab(window, residue);
       while (plane < reach.end) {
         uint64_t* const barrier = ring.producer_acquire(at, stage_bytes);
         unsigned char* const to = weights + at.index * stage_bytes;
-        const int index = Slab::HALO ? plane * Slab::TAPS + of_slab.tap() : tap.tap();
+        const int index = Slab::HALO ? of_slab.tap(plane) : tap.tap();
         const int at_tap = t.first_tap + index * t.tap_step;
         if constexpr (Conv::WEIGHTS == Major::K) {
 #pragma unroll
@@ -143,7 +144,7 @@ __device__ __forceinline__ void load_weights(const Tiling& t, const TensorMap& m
         of_slab.advance();
         if (of_slab.more()) continue;
         if (++residue == Slab::RESIDUES) residue = 0, ++plane;
-        of_slab = typename Slab::Taps(residue);
+        of_slab.restart(window, residue);
       }
       if (Slab::HALO || tap.advance()) channel += BLOCK_K;
     }
@@ -163,7 +164,9 @@ __device__ __forceinline__ void round_slabs(const Tiling& t, Pipeline ring, uint
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
     const Tile tile = Tile::of<Slab, Conv::PHASES>(t, index, 0, 0);
     const Units<Conv, Slab> units(t, tile);
-    const int count = (units.end - units.begin) * planes.reach(t, tile.d).slabs * Slab::RESIDUES;
+    const int count = (units.end - units.begin) *
+                      planes.reach(t, tile.d, typename Slab::Window(tile.phase)).slabs *
+                      Slab::RESIDUES;
     for (int i = 0; i < count; ++i) {
       ring.consumer_wait(at);
       const int stage_bytes = slab_stage_bytes<Slab>(t);
@@ -258,7 +261,8 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
   for (int index = blockIdx.x; index < t.tiles; index += gridDim.x) {
     const Tile tile = Tile::of<Slab, Conv::PHASES>(t, index, p, m);
     const Units<Conv, Slab> units(t, tile);
-    const auto reach = planes.reach(t, Slab::STRIDED ? tile.d : tile.d - p * t.fold);
+    const typename Slab::Window window(tile.phase);
+    const auto reach = planes.reach(t, Slab::STRIDED ? tile.d : tile.d - p * t.fold, window);
     int previous = -1;  // the weights whose products may still be under way
     int accumulates = 0;
     if constexpr (PARTS == 2) {
@@ -277,7 +281,7 @@ __device__ __forceinline__ void consume(const Tiling& t, const Output& out,
         const int first_row = Slab::STRIDED ? p * LINES * Slab::PITCH : 0;
         const Operand positions = slab_operand<Slab>(stage + first_row * ROW_BYTES);
 #pragma unroll 1
-        for (typename Slab::Taps tap(residue); tap.more(); tap.advance()) {
+        for (typename Slab::Taps tap(window, residue); tap.more(); tap.advance()) {
           weight_ring.consumer_wait(weight);
           const Operand w(weights + weight.index * weight_bytes + m * BLOCK_M * ROW_BYTES, 8);
           if constexpr (PARTS == 2) {

@@ -17,7 +17,8 @@ constexpr int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divi
 template <int KERNEL, int STRIDE, int DILATION, int PADDING>
 struct AxisPhase {
   static constexpr int NEXT_TAP = STRIDE / greatest_divisor(STRIDE, DILATION);
-  static constexpr int STEP = NEXT_TAP * DILATION / STRIDE;  // of inputs, from tap to tap
+  static constexpr int STEP = NEXT_TAP * DILATION / STRIDE;        // of inputs, from tap to tap
+  static constexpr int MOST = (KERNEL + NEXT_TAP - 1) / NEXT_TAP;  // taps of any phase
   int count, first_tap, offset;
 
   __host__ __device__ __forceinline__ explicit AxisPhase(int phase)
@@ -60,7 +61,8 @@ struct TapCursor {
   int d, h, w;
 
   // From the `tap`-th on, of a phase's `index`.
-  __device__ __forceinline__ TapCursor(int index, int tap) : phase(index) {
+  __device__ __forceinline__ TapCursor(int index, int tap) : phase(index), d(0), h(0), w(0) {
+    if (tap == 0) return;  // of a phase that may have none
     w = tap % width(), tap /= width();
     h = tap % height(), d = tap / height();
   }

@@ -2,6 +2,8 @@
 #ifndef CONVGEN_IMPLICIT_GEMM_TILES_CUH
 #define CONVGEN_IMPLICIT_GEMM_TILES_CUH
 
+#include <type_traits>
+
 #include "phases.cuh"
 #include "sm90.cuh"
 
@@ -109,6 +111,7 @@ struct HaloSlab {
   using AxisH = Residues<Conv::KERNEL_H, Conv::STRIDE_H, Conv::DILATION_H>;
   using AxisW = Residues<Conv::KERNEL_W, Conv::STRIDE_W, Conv::DILATION_W>;
   static constexpr int RESIDUES = AxisH::COUNT * AxisW::COUNT;
+  static constexpr int STEP_D = Conv::STRIDE_D, STEP_H = Conv::STRIDE_H, STEP_W = Conv::STRIDE_W;
   static constexpr int BOX_W = (LINEAR ? 8 * LINES : 8) + AxisW::REACH;
   static constexpr int BOX_H = LINEAR ? 1 : LINES + AxisH::REACH;
   // TMA's boxes have up to 256 elements along a dimension, skipped ones included: longer lines take
@@ -118,17 +121,30 @@ struct HaloSlab {
   static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
   static constexpr int PITCH = LINEAR ? 8 : BOX_W;
 
+  // What all tiles read: of the input, the plane of a slab for outputs that begin at 0, where
+  // neighbouring consumers' planes are `step` slabs apart.
+  struct Window {
+    __host__ __device__ __forceinline__ explicit Window(int) {}
+    __device__ __forceinline__ int plane(int slab, int step) const {
+      return slab / step * Conv::DILATION_D + slab % step - Conv::PADDING_D;
+    }
+  };
   // The taps of a plane that meet a residue, in turn, and where their rows begin.
   struct Taps {
     int first_w, h, w;
-    __device__ __forceinline__ explicit Taps(int residue)
+    __device__ __forceinline__ Taps(const Window&, int residue)
         : first_w(residue % AxisW::COUNT), h(residue / AxisW::COUNT), w(first_w) {}
+    __device__ __forceinline__ void restart(const Window& window, int residue) {
+      *this = Taps(window, residue);
+    }
     __device__ __forceinline__ bool more() const { return h < Conv::KERNEL_H; }
     __device__ __forceinline__ void advance() {
       w += AxisW::NEXT_TAP;
       if (w >= Conv::KERNEL_W) w = first_w, h += AxisH::NEXT_TAP;
     }
-    __device__ __forceinline__ int tap() const { return h * Conv::KERNEL_W + w; }
+    __device__ __forceinline__ int tap(int plane) const {
+      return plane * TAPS + h * Conv::KERNEL_W + w;
+    }
     __device__ __forceinline__ int row() const {
       return h * Conv::DILATION_H / Conv::STRIDE_H * PITCH + w * Conv::DILATION_W / Conv::STRIDE_W;
     }
@@ -142,6 +158,67 @@ struct HaloSlab {
   };
 };
 
+// The same of a strided dgrad: all that the taps of a tile's phase reach in a plane (phases.cuh).
+// What most phases need is loaded of all.
+template <typename Conv, int LINES>
+struct PhaseSlab {
+  static constexpr bool HALO = true, LINEAR = Conv::LINEAR, STRIDED = true;
+  static constexpr Major MAJOR = Major::K;
+  static constexpr int PARTS = Conv::PARTS;
+  using Axes = Phase<Conv>;
+  using AxisH = decltype(Axes::h);
+  using AxisW = decltype(Axes::w);
+  static constexpr int TAPS = AxisH::MOST * AxisW::MOST, PLANES = decltype(Axes::d)::MOST;
+  static constexpr int RESIDUES = 1, STEP_D = 1, STEP_H = 1, STEP_W = 1;
+  static constexpr int BOX_W = (LINEAR ? 8 * LINES : 8) + (AxisW::MOST - 1) * AxisW::STEP;
+  static constexpr int BOX_H = LINEAR ? 1 : LINES + (AxisH::MOST - 1) * AxisH::STEP;
+  static constexpr int LOADS = (BOX_W + 255) / 256;
+  static constexpr int LOAD_W = LOADS == 1 ? BOX_W : (BOX_W + 8 * LOADS - 1) / (8 * LOADS) * 8;
+  static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
+  static constexpr int PITCH = LINEAR ? 8 : BOX_W;
+
+  struct Window : Axes {
+    using Axes::Axes;
+    __device__ __forceinline__ int plane(int slab, int) const {
+      return this->d.offset - slab * this->d.STEP;
+    }
+    __host__ __device__ __forceinline__ int planes() const {
+      return this->h.count * this->w.count == 0 ? 0 : this->d.count;
+    }
+  };
+  struct Taps {
+    const Window& axes;
+    int h = 0, w = 0;
+    __device__ __forceinline__ Taps(const Window& window, int) : axes(window) {}
+    __device__ __forceinline__ void restart(const Window&, int) { h = w = 0; }
+    __device__ __forceinline__ bool more() const { return h < axes.h.count; }
+    __device__ __forceinline__ void advance() {
+      if (++w == axes.w.count) w = 0, ++h;
+    }
+    // Gathers count them in reverse.
+    __device__ __forceinline__ int tap(int plane) const {
+      const int kd = axes.d.first_tap + plane * axes.d.NEXT_TAP;
+      const int kh = axes.h.first_tap + h * axes.h.NEXT_TAP;
+      const int kw = axes.w.first_tap + w * axes.w.NEXT_TAP;
+      return Conv::TAPS - 1 - ((kd * Conv::KERNEL_H + kh) * Conv::KERNEL_W + kw);
+    }
+    __device__ __forceinline__ int row() const {
+      return (axes.h.count - 1 - h) * axes.h.STEP * PITCH + (axes.w.count - 1 - w) * axes.w.STEP;
+    }
+    __device__ __forceinline__ int offset_h() const {
+      return axes.h.offset - (axes.h.count - 1) * axes.h.STEP;
+    }
+    __device__ __forceinline__ int offset_w() const {
+      return axes.w.offset - (axes.w.count - 1) * axes.w.STEP;
+    }
+  };
+};
+
+// The halo that a gather has.
+template <typename Conv, int LINES>
+struct GatherHalo
+    : std::conditional_t<(Conv::PHASES > 1), PhaseSlab<Conv, LINES>, HaloSlab<Conv, LINES>> {};
+
 // The positions of one tap.
 template <typename Conv, int LINES>
 struct TapSlab {
@@ -150,12 +227,16 @@ struct TapSlab {
   static constexpr int PARTS = Conv::PARTS;
   static constexpr int TAPS = 1, PLANES = 1, RESIDUES = 1, LOADS = 1, LOAD_W = 0;
   static constexpr int ROWS = 8 * LINES, PITCH = 8;
+  struct Window {
+    __host__ __device__ __forceinline__ explicit Window(int) {}
+  };
   struct Taps {
     bool is_left = true;
-    __device__ __forceinline__ explicit Taps(int) {}
+    __device__ __forceinline__ Taps(const Window&, int) {}
+    __device__ __forceinline__ void restart(const Window&, int) { is_left = true; }
     __device__ __forceinline__ bool more() const { return is_left; }
     __device__ __forceinline__ void advance() { is_left = false; }
-    __device__ __forceinline__ int tap() const { return 0; }
+    __device__ __forceinline__ int tap(int) const { return 0; }
     __device__ __forceinline__ int row() const { return 0; }
   };
 };
@@ -287,7 +368,7 @@ struct Units {
   int taps;  // of a K block
   __device__ __forceinline__ Units(const Tiling& t, const Tile& tile) {
     taps = Slab::HALO ? 1 : Conv::TAPS;
-    if constexpr (Conv::PHASES > 1) taps = Phase<Conv>(tile.phase).taps();
+    if constexpr (Conv::PHASES > 1 && !Slab::HALO) taps = Phase<Conv>(tile.phase).taps();
     begin = t.blocks * taps * tile.split / t.splits;
     end = t.blocks * taps * (tile.split + 1) / t.splits;
   }
@@ -316,9 +397,12 @@ struct Planes {
   struct Reach {
     int begin, end, slabs;
   };
-  __host__ __device__ __forceinline__ Reach reach(const Tiling& t, int d) const {
+  __host__ __device__ __forceinline__ Reach reach(const Tiling& t, int d,
+                                                  const typename Slab::Window& window) const {
     Reach r = {0, count, slabs};
-    if constexpr (Slab::HALO && Conv::KERNEL_D > 1) {
+    if constexpr (Slab::HALO && Conv::PHASES > 1) {
+      r.end = r.slabs = window.planes();
+    } else if constexpr (Slab::HALO && Conv::KERNEL_D > 1) {
       const int first = d * Conv::STRIDE_D - Conv::PADDING_D;
       const int last = first + (groups - 1) * t.fold;
       while (r.begin < r.end && last + r.begin * Conv::DILATION_D < 0) ++r.begin;
@@ -329,10 +413,11 @@ struct Planes {
   }
   // The part of them in all tiles.
   double met(const Tiling& t) const {
-    if constexpr (!Slab::HALO || Conv::KERNEL_D == 1) return 1;
+    if constexpr (!Slab::HALO || Conv::KERNEL_D == 1 || Conv::PHASES > 1) return 1;
+    const typename Slab::Window window(0);
     int reached = 0;
     for (int i = 0; i < t.tiles_d; ++i) {
-      const Reach r = reach(t, i * groups * t.fold);
+      const Reach r = reach(t, i * groups * t.fold, window);
       reached += r.end - r.begin;
     }
     return double(reached) / (double(t.tiles_d) * count);
