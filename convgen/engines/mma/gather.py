@@ -369,9 +369,11 @@ class MmaGather(Family[GatherTiles]):
 
     def context(self, plan: Plan[GatherTiles]) -> dict[str, Any]:
         problem = plan.problem
-        # cuDNN rounds a transposed convolution's operands to nearest even, a convolution's away
-        # from zero; rounding alike keeps TF32 results within 3e-6 of its own.
-        rounding = "NEAREST_AWAY" if problem.output == "coarse" else "NEAREST_EVEN"
+        # cuDNN rounds a transposed convolution's operands to nearest even, and those of a
+        # convolution of one tap; others', of the few channels that come here, away from zero.
+        # Rounding alike keeps TF32 results within 3e-6 of its own.
+        away = problem.output == "coarse" and problem.geometry.taps > 1
+        rounding = "NEAREST_AWAY" if away else "NEAREST_EVEN"
         math = {
             "tf32": f"Tf32<Rounding::{rounding}>",
             "tf32x3": "Tf32x3",
