@@ -17,10 +17,14 @@ struct PackShape {
 
 constexpr int PACK_THREADS = 256, PACK_POSITIONS = 128;
 
+// As cuDNN's kernels for the same GPU round: so results differ from torch's by the order of sums
+// alone.
+constexpr Rounding OPERAND_ROUNDING = HAS_WGMMA ? Rounding::NEAREST_EVEN : Rounding::NEAREST_AWAY;
+
 template <typename T>
 __device__ __forceinline__ T as_operand(T x) {
   if constexpr (sizeof(T) == 4) {
-    return __uint_as_float(round_tf32<Rounding::NEAREST_AWAY>(x));
+    return __uint_as_float(round_tf32<OPERAND_ROUNDING>(x));
   } else {
     return x;
   }
