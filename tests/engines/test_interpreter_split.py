@@ -191,11 +191,10 @@ def test_a_nan_stays_in_its_windows(layout: tuple[str, ...]) -> None:
 
 
 def test_calls_pay_where_products_fill_the_rows() -> None:
-    """By the model: nothing of it was measured."""
     loaded = library(VALID, "fprop", MODE, GatherSizes((8,), (8,)))
-    for channels, pays in ((256, True), (16, False)):
+    for channels, layout, pays in ((256, 7, True), (3, 7, False), (3, 0, False)):
         numbers = [2, channels, channels, 1, 128, 127, 1, 128, 128]
-        call = bytes(abi.POINTERS.size) + abi.NUMBERS.pack(0, *numbers, 7)
+        call = bytes(abi.POINTERS.size) + abi.NUMBERS.pack(0, *numbers, layout)
         expected = loaded.expected_ms(f"convgen_fprop_{MODE}_implicit_gemm", call)
         assert (expected > 0) == pays, channels
 
