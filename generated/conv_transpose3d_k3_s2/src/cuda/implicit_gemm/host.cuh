@@ -67,9 +67,11 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     const ConvgenCall& c = *call_.call;
     const double ms = expected_ms();
     if (c.channels_last) return ms < transposed_ms<T, Conv>(c, limits_.multiprocessors);
-    if (PARTS == 2) return ms < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
-    if (reads_channels()) return true;
     const int least = input_channels_ < output_channels_ ? input_channels_ : output_channels_;
+    if (PARTS == 2) {
+      return least >= OTHER_CHANNELS && ms < other_gather_ms<T, Conv>(c, limits_.multiprocessors);
+    }
+    if (reads_channels()) return true;
     const bool suits = least >= PAYING_CHANNELS<T>;
     if (suits && output_elements() <= call_.output_channels * PAYING_POSITIONS) return true;
     if (PHASED) return ms < other_gather_ms<T, Conv>(c, limits_.multiprocessors);

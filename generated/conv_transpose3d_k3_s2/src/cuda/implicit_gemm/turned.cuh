@@ -23,15 +23,22 @@ double pack_clocks(int64_t elements, int multiprocessors, int copies = 1) {
 }
 
 // Products per clock and multiprocessor of the kernels that read contiguous tensors as they lie,
-// with channels in whole sixteens, as measured on an H200: of strided layers in 16 bits the most of
-// any backward (hunyuan-vae-down; of one tap, resnet50-shortcut), of others a large layer's forward
-// in TF32, and in 3xTF32 (KernelBench 61: 3.09 ms).
+// with channels in multiples of OTHER_CHANNELS, as measured on an H200: of strided layers in 16
+// bits the most of any backward (hunyuan-vae-down; of one tap, resnet50-shortcut), of others a
+// large layer's forward in TF32, and in 3xTF32 (KernelBench 61: 3.09 ms).
 template <typename T, typename Conv>
 constexpr double OTHER_PRODUCTS =
     Conv::PARTS == 2                                                          ? 186
     : sizeof(T) == 4 || Conv::STRIDE_D * Conv::STRIDE_H * Conv::STRIDE_W == 1 ? 520
     : Conv::TAPS == 1                                                         ? 73
                                                                               : 310;
+
+// Channels of either tensor, a multiple of which these rates are for. With fewer, the others have
+// products of eights.
+constexpr int OTHER_CHANNELS = 16;
+inline int64_t other_channels(int64_t channels) {
+  return round_up(channels, channels < OTHER_CHANNELS ? OTHER_CHANNELS / 2 : OTHER_CHANNELS);
+}
 
 // What these are expected to take.
 template <typename T, typename Conv>
@@ -41,8 +48,8 @@ double other_ms(const ConvgenCall& call, int multiprocessors) {
   const double coarse = double(call.batch) * call.coarse_channels * c[0] * c[1] * c[2];
   const double fine = double(call.batch) * call.fine_channels * f[0] * f[1] * f[2];
   const double positions = double(call.batch) * Conv::GROUPS * c[0] * c[1] * c[2];
-  const double products = positions * round_up(call.coarse_channels / Conv::GROUPS, 16) *
-                          round_up(call.fine_channels / Conv::GROUPS, 16) * Conv::TAPS;
+  const double products = positions * other_channels(call.coarse_channels / Conv::GROUPS) *
+                          other_channels(call.fine_channels / Conv::GROUPS) * Conv::TAPS;
   const double arithmetic = products / OTHER_PRODUCTS<T, Conv>;
   const double memory = (coarse + fine) * sizeof(T) / COPY_BYTES_PER_CLOCK;
   return (arithmetic > memory ? arithmetic : memory) / multiprocessors / CLOCKS_PER_MS;
