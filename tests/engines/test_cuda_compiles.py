@@ -234,6 +234,17 @@ def test_further_families_compile_without_spills_or_warnings(
     check_on_hopper(tmp_path, layer, unit, plan)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tf32", "bf16tc"])
+@pytest.mark.parametrize("contraction", ["fprop", "dgrad"])
+def test_strided_halos_compile_without_spills(contraction: str, kind: str, tmp_path: Path) -> None:
+    layer = spec(CONV, 3, 2, 1)
+    unit = unit_of(GEMM_GATHER, layer.geometry, contraction, kind)
+    plan = unit.with_schedule(one_size(unit.default().schedule))
+    assert plan.schedule.halo_lines
+    check_on_hopper(tmp_path, layer, unit, plan)
+
+
 def check_on_hopper(folder: Path, layer: ConvSpec, unit: Unit, plan: AnyPlan) -> None:
     """A unit compiles for sm_90a, without spills."""
     for kernel in compile_further(folder, layer, unit, plan, {"90a": ["90a"]}):

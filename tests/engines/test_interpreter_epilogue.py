@@ -29,7 +29,8 @@ from interpreted import (
 from torch import Tensor
 
 from convgen.engines import abi
-from convgen.engines.implicit_gemm.gather import GatherSizes
+from convgen.engines.implicit_gemm.gather import GATHER, GatherSizes
+from convgen.engines.registry import unit_of
 from convgen.spec import ConvSpec
 from convgen.specialize import render
 
@@ -91,8 +92,8 @@ def library(case: Case) -> Library:
     if len(case.layouts) == 1:
         sources = engine_sources(case.spec, case.kind, (contraction,), small=True)
         return Library(compile_interpreted(case.spec.name, sources))
-    has_halo = case.spec.kernel_size[0] > 1 and case.spec.stride[0] == 1
-    sizes = GatherSizes((16,) if has_halo else (), (16,))
+    unit = unit_of(GATHER, case.spec.geometry, contraction, case.kind)
+    sizes = GatherSizes((16,) if unit.default().schedule.halo_lines else (), (16,))
     return implicit_gemms.library(case.spec, contraction, case.kind, sizes)
 
 

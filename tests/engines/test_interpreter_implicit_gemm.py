@@ -145,6 +145,9 @@ MORE_CASES: list[Case] = [
     (spec("conv_transpose3d", 4, 2, 1), "dgrad", "bf16tc", ((2, (40, 130), (3, 9, 20)),)),
     (spec("conv2d", 5, (2, 3), 2, dilation=(3, 2)), "dgrad", "f16tc", ((2, (40, 24), (39, 33)),)),
     (spec("conv_transpose1d", 8, 4, 2), "dgrad", "tf32", ((1, (40, 72), (400,)),)),
+    (spec("conv1d", 14, 7), "fprop", "bf16tc", ((2, (40, 24), (2400,)),)),
+    # Weights whose rows of eight end with a group, and do not.
+    (GROUPS, "dgrad", "tf32", ((1, (64, 48), (9, 13)), (1, (40, 48), (5, 8)))),
     (spec("conv1d", 7, 1, 3), "fprop", "bf16tc", ((2, (64, 40), (300,)), (2, (32, 200), (77,)))),
     (spec("conv1d", 3, 1, 2, dilation=2), "dgrad", "tf32", ((2, (64, 40), (300,)),)),
     (spec("conv2d", 3, 1, 1, groups=2), "wgrad", "f16tc", ((2, (40, 136), (17, 9)),)),
@@ -277,7 +280,7 @@ def test_a_nan_stays_in_the_phases_that_meet_it(layout: tuple[str, ...]) -> None
     clean = given.reference.clone()
     given.operands["coarse"][1, 7, 0, 2, 3] = torch.nan
     given.operands["coarse"][0, 3, 0, 0, 0] = torch.inf
-    solve(library(STRIDED, "dgrad", "bf16tc", ONE_SIZE_OF_TAPS), given, layout)
+    solve(library(STRIDED, "dgrad", "bf16tc", ONE_SIZE), given, layout)
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[1, :, 0, 3:6, 5:8] = reached[0, :, 0, :2, :2] = True
     result = given.result.double()

@@ -44,7 +44,16 @@ CASES: list[Case] = [
     (POINT, "bf16tc", ((3, (72, 40), (8, 13)), (2, (160, 200), (4, 4)), (1, (64, 24), (16, 20)))),
     # Floats, also of lines and channels that are no multiples of four, which are packed; of more
     # channels than a thread block has.
-    (POINT, "tf32", ((3, (72, 40), (8, 13)), (2, (100, 36), (4, 4)), (2, (33, 170), (5, 7)))),
+    (
+        POINT,
+        "tf32",
+        (
+            (3, (72, 40), (8, 13)),
+            (2, (100, 36), (4, 4)),
+            (2, (33, 170), (5, 7)),
+            (2, (32, 30), (8, 8)),
+        ),
+    ),
     # Boxes of 28 and of 20 positions: less than the rows of a block that is turned.
     (STEPS, "tf32", ((3, (72, 40), (7, 13)), (2, (36, 100), (9, 8)))),
     # Blocks of positions that end with the output, divide it, or are smaller than their rows.

@@ -111,11 +111,6 @@ MAX_STEP = 8
 """Of TMA, from one element that it loads to the next."""
 
 
-def is_pointwise(g: Geometry) -> bool:
-    """Whether a kernel has one tap, which meets each position of the other tensor."""
-    return g.taps == 1 and max(g.stride) == 1 and max(g.padding) == 0
-
-
 def by_taps(g: Geometry) -> bool:
     """Whether wgrad multiplies a tap at a time: neighbours share nothing of what is loaded."""
     return max(g.stride) > 1 or g.kernel[1] * g.kernel[2] == 1

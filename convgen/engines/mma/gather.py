@@ -369,8 +369,8 @@ class MmaGather(Family[GatherTiles]):
 
     def context(self, plan: Plan[GatherTiles]) -> dict[str, Any]:
         problem = plan.problem
-        # cuDNN rounds a transposed convolution's operands to nearest even, and those of a
-        # convolution of one tap; others', of the few channels that come here, away from zero.
+        # On an H200 cuDNN rounds a transposed convolution's operands to nearest even, and those of
+        # a convolution of one tap; others', of the few channels that come here, away from zero.
         # Rounding alike keeps TF32 results within 3e-6 of its own.
         away = problem.output == "coarse" and problem.geometry.taps > 1
         rounding = "NEAREST_AWAY" if away else "NEAREST_EVEN"

@@ -12,9 +12,9 @@ constexpr int TAP_ROWS = CONSUMERS * BLOCK_M;  // coarse channels of a CTA
 struct TapWgradTiling : DealtUnits {
   int tiles_w, tiles_h, tiles_d, tiles_n;      // K blocks of a pair
   int step_w, step_h, step_d, step_n;          // positions from one to the next
-  int rows;                                    // positions of one whose rows are channels
+  int rows;                                    // positions of one
   int last_w, last_h;                          // where the last ones begin
-  bool coarse_last, fine_last;                 // of floats: what arrives as rows of channels
+  bool coarse_last, fine_last;                 // what arrives as rows of channels
   int coarse_rows, fine_rows;                  // and, of rows of positions, how many
   int groups, coarse_channels, fine_channels;  // of a group
   int coarse_blocks;                           // of a group's channels

@@ -9,13 +9,15 @@
 //
 // A CTA is three warpgroups. Two consumers multiply 64 coarse channels each (the rows of their
 // products) by the same COLUMNS, chunks of 64 fine channels of one tap after the other; of the
-// third, a thread loads, and three warps round what has landed to TF32. Pairs of (coarse block,
-// block of columns) x K blocks are dealt evenly over the CTAs, which leave partial sums; another
-// kernel adds these up in order. Or a CTA has all K blocks of its pairs, and stores the result.
+// third, a thread loads, and three warps round what has landed to TF32, and turn it. Pairs of
+// (coarse block, block of columns) x K blocks are dealt evenly over the CTAs, which leave partial
+// sums; another kernel adds these up in order. Or a CTA has all K blocks of its pairs, and stores
+// the result.
 //
 // Positions beyond the output must not meet elements of fine, as in wgrad.cuh: last K blocks end
 // with the output, unless what lies beyond it meets nothing. A K block of channels side by side is
-// a box of up to 64 positions, whatever its extents; the rows that it leaves are zeros.
+// a box of up to 64 positions (32 of floats), whatever its extents; the rows that it leaves are
+// zeros. A consumer without channels only releases stages.
 #ifndef CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH
 #define CONVGEN_IMPLICIT_GEMM_WGRAD_TAPS_CUH
 

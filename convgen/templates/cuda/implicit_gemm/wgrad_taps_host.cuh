@@ -126,10 +126,13 @@ class TapWgrad<T, Conv, Columns<COLUMNS...>> {
 
   bool is_last(int operand) const { return (call_.channels_last & operand) != 0; }
   bool is_last() const { return is_last(CONVGEN_COARSE) && is_last(CONVGEN_FINE); }
-  bool has_vectors() const {
-    return call_.coarse_channels / Conv::GROUPS % VECTOR == 0 &&
-           call_.fine_channels / Conv::GROUPS % VECTOR == 0;
+  // Whether rows of an operand's channels, where it has such, are whole vectors.
+  bool has_vectors(int operand) const {
+    const int64_t channels =
+        operand == CONVGEN_COARSE ? call_.coarse_channels : call_.fine_channels;
+    return !is_last(operand) || channels / Conv::GROUPS % VECTOR == 0;
   }
+  bool has_vectors() const { return has_vectors(CONVGEN_COARSE) && has_vectors(CONVGEN_FINE); }
 
   // K blocks are parts of a sample's line. Of floats one tensor may have its channels side by side.
   bool deal_rows_of_positions() {
