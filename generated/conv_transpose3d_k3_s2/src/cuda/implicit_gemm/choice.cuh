@@ -14,8 +14,8 @@ class GemmChoice {
   static constexpr int VECTOR = VECTOR_BYTES / sizeof(T), TAPS = Conv::TAPS, PARTS = Conv::PARTS;
   static constexpr bool MN = Conv::WEIGHTS == Major::MN;
   static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
-  // A halo of one tap in a plane is a tap slab as well, and one of a tap for each residue; and a
-  // slab must leave room for two. With a stride, two warps split slabs (3xTF32) more slowly than
+  // A slab serves several taps of a plane, or, with stride 1, of several planes; and it must leave
+  // room for another. With a stride, two warps split slabs (3xTF32) more slowly than
   // few taps' products take.
   template <int LINES, typename Slab = GatherHalo<Conv, LINES>>
   static constexpr bool HAS_HALO =
@@ -119,8 +119,7 @@ class GemmChoice {
     t.loads = Slab::LOADS, t.load_w = Slab::LOAD_W;
     if (Conv::LINEAR) {
       const int width = Slab::BOX_W + (parts - 1) * 8 * LINES;
-      t.loads = ceil_div(width * Slab::STEP_W, 256);
-      t.load_w = t.loads == 1 ? width : ceil_div(width, 8 * t.loads) * 8;
+      t.loads = loads_of(width, Slab::STEP_W), t.load_w = load_width(width, Slab::STEP_W);
       t.tiles_w = ceil_div(of_phase(2), 8 * LINES * parts);
     } else {
       height += (parts - 1) * LINES;
@@ -221,7 +220,9 @@ class GemmChoice {
     int left = limits_.shared_bytes - static_cast<int>(sizeof(SharedStorage)) - ATOM_BYTES -
                CONSUMERS * output_stage_bytes<LINES>(epilogue_of(t));
     const int slab = t.slab_stage_bytes, weight = weight_stage_bytes<Conv>(t);
-    const int skew = Slab::STRIDED ? 0 : (t.position_groups - 1);  // of planes
+    const int skew =
+        Slab::STRIDED ? 0
+                      : (t.position_groups - 1);  // of planes; with a stride consumers share them
     if constexpr (Slab::HALO && PARTS == 2) {
       // A tap takes thrice as long, and its weights and slabs are released with it. A slab more
       // than a consumer may have behind it, of those that are the other's.

@@ -114,8 +114,8 @@ class ImplicitGemm<T, Conv, COARSE_INPUT, Sizes<HALO_LINES...>, Sizes<TAP_LINES.
     if (turns_) clocks += pack_clocks<T>(output_elements(), limits_.multiprocessors);
     // Thresholds that were measured with the packs of weights, not this, choose the other modes.
     if (PARTS == 2) {
-      // Two warps split what they took as long for as products do.
-      if (TAPS == 1 && input_parts() == 1) clocks += best_.clocks;
+      // Of one tap, splitting a slab takes as long as its products, beside these.
+      if (TAPS == 1) clocks += best_.clocks;
       const int64_t weights = packed_taps() * packed_weight_rows() * packed_weight_columns();
       clocks += pack_clocks<T>(weights, limits_.multiprocessors, PARTS);
     }

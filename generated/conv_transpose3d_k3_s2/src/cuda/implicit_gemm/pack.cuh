@@ -17,8 +17,8 @@ struct PackShape {
 
 constexpr int PACK_THREADS = 256, PACK_POSITIONS = 128;
 
-// As cuDNN's kernels for the same GPU round: so results differ from torch's by the order of sums
-// alone.
+// As cuDNN's kernels for the same architecture round, so that results differ from torch's by the
+// order of sums alone. What is rounded in shared memory does not: see round_vector.
 constexpr Rounding OPERAND_ROUNDING = HAS_WGMMA ? Rounding::NEAREST_EVEN : Rounding::NEAREST_AWAY;
 
 template <typename T>

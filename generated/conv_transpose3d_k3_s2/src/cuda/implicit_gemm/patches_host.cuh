@@ -203,7 +203,7 @@ class PatchGemm {
     return matrix_.fits() && product_.found() && !finishes;
   }
   bool pays() const {
-    if (Conv::PARTS == 2) return false;  // as ImplicitGemm::pays of one tap
+    if (Conv::PARTS == 2) return false;  // not timed
     return expected_ms() < other_gather_ms<T, Conv>(*call_.call, limits_.multiprocessors);
   }
   static bool is_compiled(int device) { return Product::is_compiled(device); }

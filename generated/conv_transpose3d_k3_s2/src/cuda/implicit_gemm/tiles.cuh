@@ -88,8 +88,19 @@ struct Output {
 
 // ---- Slabs --------------------------------------------------------------------------------------
 
-// The axes of a plane that a stride divides into residues: taps whose distance is a multiple of the
-// stride meet positions of one residue, and are as many neighbours of these.
+// TMA's boxes have up to 256 elements along a dimension, skipped ones included: longer lines take
+// several loads of as many positions, a multiple of eight.
+constexpr int loads_of(int width, int step) {
+  const int most = 256 / step / 8 * 8;
+  return width * step <= 256 ? 1 : (width + most - 1) / most;
+}
+constexpr int load_width(int width, int step) {
+  const int loads = loads_of(width, step);
+  return loads == 1 ? width : (width + 8 * loads - 1) / (8 * loads) * 8;
+}
+
+// An axis that a stride divides into residues: taps whose distance is a multiple of the stride meet
+// positions of one residue, in which they are neighbours.
 template <int KERNEL, int STRIDE, int DILATION>
 struct Residues {
   static constexpr int NEXT_TAP = STRIDE / greatest_divisor(STRIDE, DILATION);
@@ -114,15 +125,12 @@ struct HaloSlab {
   static constexpr int STEP_D = Conv::STRIDE_D, STEP_H = Conv::STRIDE_H, STEP_W = Conv::STRIDE_W;
   static constexpr int BOX_W = (LINEAR ? 8 * LINES : 8) + AxisW::REACH;
   static constexpr int BOX_H = LINEAR ? 1 : LINES + AxisH::REACH;
-  // TMA's boxes have up to 256 elements along a dimension, skipped ones included: longer lines take
-  // several.
-  static constexpr int LOADS = (BOX_W * Conv::STRIDE_W + 255) / 256;
-  static constexpr int LOAD_W = LOADS == 1 ? BOX_W : (BOX_W + 8 * LOADS - 1) / (8 * LOADS) * 8;
+  static constexpr int LOADS = loads_of(BOX_W, STEP_W), LOAD_W = load_width(BOX_W, STEP_W);
   static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
   static constexpr int PITCH = LINEAR ? 8 : BOX_W;
 
-  // What all tiles read: of the input, the plane of a slab for outputs that begin at 0, where
-  // neighbouring consumers' planes are `step` slabs apart.
+  // Which plane of the input a slab has for outputs that begin at 0, where neighbouring planes of
+  // one consumer are `step` slabs apart. It is the same for all phases.
   struct Window {
     __host__ __device__ __forceinline__ explicit Window(int) {}
     __device__ __forceinline__ int plane(int slab, int step) const {
@@ -158,8 +166,8 @@ struct HaloSlab {
   };
 };
 
-// The same of a strided dgrad: all that the taps of a tile's phase reach in a plane (phases.cuh).
-// What most phases need is loaded of all.
+// The halo of a strided dgrad: all that the taps of a tile's phase reach in a plane (phases.cuh).
+// All phases load as much as the one with most taps.
 template <typename Conv, int LINES>
 struct PhaseSlab {
   static constexpr bool HALO = true, LINEAR = Conv::LINEAR, STRIDED = true;
@@ -172,8 +180,7 @@ struct PhaseSlab {
   static constexpr int RESIDUES = 1, STEP_D = 1, STEP_H = 1, STEP_W = 1;
   static constexpr int BOX_W = (LINEAR ? 8 * LINES : 8) + (AxisW::MOST - 1) * AxisW::STEP;
   static constexpr int BOX_H = LINEAR ? 1 : LINES + (AxisH::MOST - 1) * AxisH::STEP;
-  static constexpr int LOADS = (BOX_W + 255) / 256;
-  static constexpr int LOAD_W = LOADS == 1 ? BOX_W : (BOX_W + 8 * LOADS - 1) / (8 * LOADS) * 8;
+  static constexpr int LOADS = loads_of(BOX_W, STEP_W), LOAD_W = load_width(BOX_W, STEP_W);
   static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
   static constexpr int PITCH = LINEAR ? 8 : BOX_W;
 
@@ -225,7 +232,7 @@ struct TapSlab {
   static constexpr bool HALO = false, LINEAR = Conv::LINEAR, STRIDED = false;
   static constexpr Major MAJOR = Major::K;
   static constexpr int PARTS = Conv::PARTS;
-  static constexpr int TAPS = 1, PLANES = 1, RESIDUES = 1, LOADS = 1, LOAD_W = 0;
+  static constexpr int PLANES = 1, RESIDUES = 1;
   static constexpr int ROWS = 8 * LINES, PITCH = 8;
   struct Window {
     __host__ __device__ __forceinline__ explicit Window(int) {}
