@@ -22,7 +22,8 @@ from implicit_gemms import (
     spec,
     use_two_multiprocessors,
 )
-from interpreted import Fault, Library, compile_interpreted, mostly_long, problem
+from interpreted import Fault, Library, Problem, compile_interpreted, mostly_long, problem
+from torch import Tensor
 
 from convgen.engines import abi
 from convgen.engines.implicit_gemm.gather import GatherSizes
@@ -226,6 +227,13 @@ def test_buffers_of_a_consumer_that_has_no_channels_now_and_then(
     given.check()
 
 
+def check_reach(given: Problem, clean: Tensor, reached: Tensor) -> None:
+    """Results are not finite where they are ``reached``, and elsewhere those of clean operands."""
+    result = given.result.double()
+    assert not result[reached].isfinite().any()
+    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+
+
 @pytest.mark.parametrize("layout", [(), LAST], ids=["contiguous", "channels_last"])
 def test_a_nan_stays_in_its_windows(layout: tuple[str, ...]) -> None:
     """Folded tiles multiply what they do not read by zero, which makes NaNs: they begin again."""
@@ -237,9 +245,7 @@ def test_a_nan_stays_in_its_windows(layout: tuple[str, ...]) -> None:
     solve(library(of, contraction, mode, ONE_SIZE), given, layout)
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[:, :, 1:4, 2:5, 3:6] = reached[:, :, :2, :2, :2] = True
-    result = given.result.double()
-    assert not result[reached].isfinite().any()
-    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+    check_reach(given, clean, reached)
 
 
 def test_a_kernel_of_one_tap_reads_contiguous_tensors_as_they_lie() -> None:
@@ -255,9 +261,7 @@ def test_a_kernel_of_one_tap_reads_contiguous_tensors_as_they_lie() -> None:
     solve(loaded, given, ())
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[1, :, 0, 2, 3] = reached[0, :, 0, 7, 12] = True
-    result = given.result.double()
-    assert not result[reached].isfinite().any()
-    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+    check_reach(given, clean, reached)
 
 
 @pytest.mark.parametrize("layout", [(), LAST], ids=["contiguous", "channels_last"])
@@ -269,9 +273,7 @@ def test_a_nan_stays_in_the_residues_that_meet_it(layout: tuple[str, ...]) -> No
     solve(library(STRIDED, "fprop", "tf32", ONE_SIZE), given, layout)
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[1, :, 0, 2, 4] = reached[0, :, 0, 3:5, 6:8] = True
-    result = given.result.double()
-    assert not result[reached].isfinite().any()
-    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+    check_reach(given, clean, reached)
 
 
 @pytest.mark.parametrize("layout", [(), LAST], ids=["contiguous", "channels_last"])
@@ -283,9 +285,7 @@ def test_a_nan_stays_in_the_phases_that_meet_it(layout: tuple[str, ...]) -> None
     solve(library(STRIDED, "dgrad", "bf16tc", ONE_SIZE), given, layout)
     reached = torch.zeros(clean.shape, dtype=torch.bool)
     reached[1, :, 0, 3:6, 5:8] = reached[0, :, 0, :2, :2] = True
-    result = given.result.double()
-    assert not result[reached].isfinite().any()
-    assert float((result - clean)[~reached].norm() / clean[~reached].norm()) < 1e-2
+    check_reach(given, clean, reached)
 
 
 def test_phases_pay_where_products_take_longer_than_packs_or_transpositions() -> None:
