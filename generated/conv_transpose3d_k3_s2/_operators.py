@@ -63,7 +63,7 @@ from ._kernels import (
 from ._layouts import arranged, new_result
 from ._library import FOLDERS, VARIANT
 
-NAMESPACE = "convgen_conv_transpose3d_k3_s2_8c5210d0"
+NAMESPACE = "convgen_conv_transpose3d_k3_s2_59345b0d"
 NAMESPACE += VARIANT
 
 

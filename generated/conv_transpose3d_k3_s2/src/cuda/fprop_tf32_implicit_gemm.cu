@@ -50,6 +50,7 @@ Operands operands_of(const ConvgenCall& call) {
 
 }  // namespace
 
+// Sizes of Hopper's tiles, lines of a consumer: with a halo, of single taps.
 using Hopper = ImplicitGemm<T, Conv, false, Sizes<32, 24, 16, 8>, Sizes<32, 16, 8>>;
 using Gemm = ByDevice<Hopper, Multistage<T, Conv, false>>;
 

@@ -15,8 +15,8 @@ class GemmChoice {
   static constexpr bool MN = Conv::WEIGHTS == Major::MN;
   static constexpr bool DENSE = Conv::STRIDE_D == 1 && Conv::STRIDE_H == 1 && Conv::STRIDE_W == 1;
   // A slab serves several taps of a plane, or, with stride 1, of several planes; and it must leave
-  // room for another. With a stride, two warps split slabs (3xTF32) more slowly than
-  // few taps' products take.
+  // room for another. With a stride, two warps split slabs (3xTF32) more slowly than few taps'
+  // products take.
   template <int LINES, typename Slab = GatherHalo<Conv, LINES>>
   static constexpr bool HAS_HALO =
       (DENSE ? TAPS > 1 : PARTS == 1 && Slab::TAPS > Slab::RESIDUES) &&
@@ -220,9 +220,8 @@ class GemmChoice {
     int left = limits_.shared_bytes - static_cast<int>(sizeof(SharedStorage)) - ATOM_BYTES -
                CONSUMERS * output_stage_bytes<LINES>(epilogue_of(t));
     const int slab = t.slab_stage_bytes, weight = weight_stage_bytes<Conv>(t);
-    const int skew =
-        Slab::STRIDED ? 0
-                      : (t.position_groups - 1);  // of planes; with a stride consumers share them
+    // Planes from one consumer's to the other's; with a stride they share slabs.
+    const int skew = Slab::STRIDED ? 0 : t.position_groups - 1;
     if constexpr (Slab::HALO && PARTS == 2) {
       // A tap takes thrice as long, and its weights and slabs are released with it. A slab more
       // than a consumer may have behind it, of those that are the other's.

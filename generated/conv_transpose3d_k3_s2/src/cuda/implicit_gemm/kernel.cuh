@@ -10,9 +10,8 @@
 // The third warpgroup produces: one thread loads slabs of positions, one loads weights, and two
 // warps round what has landed to TF32, or split it, or copy finished tiles out.
 //
-//   slab     positions x 128 bytes of channels (a K block), as TMA loads their box, swizzled. A
-//   halo
-//            slab is 8 x LINES positions of one plane with all that its taps reach: a tap is a
+//   slab     positions x 128 bytes of channels (a K block), swizzled, as TMA loads their box. A
+//            halo slab is 8 x LINES positions of one plane with all that its taps reach: a tap is a
 //            number of rows to begin at, because the eight rows of a group are neighbours in W and
 //            the distance of groups is the pitch of the slab's lines. With a stride it has both
 //            consumers' lines, and of the taps those of one residue, or of a phase. A tap slab is

@@ -19,6 +19,7 @@ struct AxisPhase {
   static constexpr int NEXT_TAP = STRIDE / greatest_divisor(STRIDE, DILATION);
   static constexpr int STEP = NEXT_TAP * DILATION / STRIDE;        // of inputs, from tap to tap
   static constexpr int MOST = (KERNEL + NEXT_TAP - 1) / NEXT_TAP;  // taps of any phase
+  static constexpr int REACH = (MOST - 1) * STEP;                  // of inputs, theirs
   int count, first_tap, offset;
 
   __host__ __device__ __forceinline__ explicit AxisPhase(int phase)

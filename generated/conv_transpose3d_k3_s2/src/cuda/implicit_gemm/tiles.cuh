@@ -108,26 +108,33 @@ struct Residues {
   static constexpr int REACH = (KERNEL - 1) * DILATION / STRIDE;
 };
 
+// What a slab has of a plane: positions of one consumer and, so much further, what its taps reach.
+template <typename Conv, int LINES, int REACH_H, int REACH_W, int STEP>
+struct HaloBox {
+  static constexpr bool HALO = true, LINEAR = Conv::LINEAR;
+  static constexpr Major MAJOR = Major::K;
+  static constexpr int PARTS = Conv::PARTS;
+  static constexpr int BOX_W = (LINEAR ? 8 * LINES : 8) + REACH_W;
+  static constexpr int BOX_H = LINEAR ? 1 : LINES + REACH_H;
+  static constexpr int LOADS = loads_of(BOX_W, STEP), LOAD_W = load_width(BOX_W, STEP);
+  static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
+  static constexpr int PITCH = LINEAR ? 8 : BOX_W;
+};
+
 // 8 x LINES positions of a plane (of a line, for a LINEAR convolution, 8 * LINES ones) and their
 // halo; one slab for each plane that the taps along D reach. With a stride, one for each residue of
 // such a plane, and both consumers' positions in it, whose lines follow each other.
 template <typename Conv, int LINES>
-struct HaloSlab {
-  static constexpr bool HALO = true, LINEAR = Conv::LINEAR;
+struct HaloSlab
+    : HaloBox<Conv, LINES, Residues<Conv::KERNEL_H, Conv::STRIDE_H, Conv::DILATION_H>::REACH,
+              Residues<Conv::KERNEL_W, Conv::STRIDE_W, Conv::DILATION_W>::REACH, Conv::STRIDE_W> {
   static constexpr bool STRIDED = Conv::STRIDE_D * Conv::STRIDE_H * Conv::STRIDE_W > 1;
-  static constexpr Major MAJOR = Major::K;
-  static constexpr int PARTS = Conv::PARTS;
   static constexpr int TAPS = Conv::KERNEL_H * Conv::KERNEL_W;
   static constexpr int PLANES = Conv::KERNEL_D;
   using AxisH = Residues<Conv::KERNEL_H, Conv::STRIDE_H, Conv::DILATION_H>;
   using AxisW = Residues<Conv::KERNEL_W, Conv::STRIDE_W, Conv::DILATION_W>;
   static constexpr int RESIDUES = AxisH::COUNT * AxisW::COUNT;
   static constexpr int STEP_D = Conv::STRIDE_D, STEP_H = Conv::STRIDE_H, STEP_W = Conv::STRIDE_W;
-  static constexpr int BOX_W = (LINEAR ? 8 * LINES : 8) + AxisW::REACH;
-  static constexpr int BOX_H = LINEAR ? 1 : LINES + AxisH::REACH;
-  static constexpr int LOADS = loads_of(BOX_W, STEP_W), LOAD_W = load_width(BOX_W, STEP_W);
-  static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
-  static constexpr int PITCH = LINEAR ? 8 : BOX_W;
 
   // Which plane of the input a slab has for outputs that begin at 0, where neighbouring planes of
   // one consumer are `step` slabs apart. It is the same for all phases.
@@ -154,7 +161,8 @@ struct HaloSlab {
       return plane * TAPS + h * Conv::KERNEL_W + w;
     }
     __device__ __forceinline__ int row() const {
-      return h * Conv::DILATION_H / Conv::STRIDE_H * PITCH + w * Conv::DILATION_W / Conv::STRIDE_W;
+      return h * Conv::DILATION_H / Conv::STRIDE_H * HaloSlab::PITCH +
+             w * Conv::DILATION_W / Conv::STRIDE_W;
     }
     // Of the input, where the first tap's begin for outputs that begin at 0.
     __device__ __forceinline__ int offset_h() const {
@@ -169,20 +177,14 @@ struct HaloSlab {
 // The halo of a strided dgrad: all that the taps of a tile's phase reach in a plane (phases.cuh).
 // All phases load as much as the one with most taps.
 template <typename Conv, int LINES>
-struct PhaseSlab {
-  static constexpr bool HALO = true, LINEAR = Conv::LINEAR, STRIDED = true;
-  static constexpr Major MAJOR = Major::K;
-  static constexpr int PARTS = Conv::PARTS;
+struct PhaseSlab
+    : HaloBox<Conv, LINES, decltype(Phase<Conv>::h)::REACH, decltype(Phase<Conv>::w)::REACH, 1> {
+  static constexpr bool STRIDED = true;
   using Axes = Phase<Conv>;
   using AxisH = decltype(Axes::h);
   using AxisW = decltype(Axes::w);
   static constexpr int TAPS = AxisH::MOST * AxisW::MOST, PLANES = decltype(Axes::d)::MOST;
   static constexpr int RESIDUES = 1, STEP_D = 1, STEP_H = 1, STEP_W = 1;
-  static constexpr int BOX_W = (LINEAR ? 8 * LINES : 8) + (AxisW::MOST - 1) * AxisW::STEP;
-  static constexpr int BOX_H = LINEAR ? 1 : LINES + (AxisH::MOST - 1) * AxisH::STEP;
-  static constexpr int LOADS = loads_of(BOX_W, STEP_W), LOAD_W = load_width(BOX_W, STEP_W);
-  static constexpr int ROWS = LOADS * LOAD_W * BOX_H;
-  static constexpr int PITCH = LINEAR ? 8 : BOX_W;
 
   struct Window : Axes {
     using Axes::Axes;
@@ -210,7 +212,8 @@ struct PhaseSlab {
       return Conv::TAPS - 1 - ((kd * Conv::KERNEL_H + kh) * Conv::KERNEL_W + kw);
     }
     __device__ __forceinline__ int row() const {
-      return (axes.h.count - 1 - h) * axes.h.STEP * PITCH + (axes.w.count - 1 - w) * axes.w.STEP;
+      return (axes.h.count - 1 - h) * axes.h.STEP * PhaseSlab::PITCH +
+             (axes.w.count - 1 - w) * axes.w.STEP;
     }
     __device__ __forceinline__ int offset_h() const {
       return axes.h.offset - (axes.h.count - 1) * axes.h.STEP;
